@@ -1,0 +1,88 @@
+# `make` lists the targets. Each sets up what it needs; nothing but Python >= 3.11 has to be there.
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+SHELL := bash
+
+BIN := .venv/bin
+PYTHON_DIRS := rnn_engine service timernn tests benchmarks examples
+
+# One BLAS thread: results repeat bit for bit, and two cores are not fought over.
+export OPENBLAS_NUM_THREADS ?= 1
+export OMP_NUM_THREADS ?= 1
+export GRPC_ENABLE_FORK_SUPPORT ?= 0
+export PYTHONFAULTHANDLER ?= 1
+
+.PHONY: help
+help: ## List the targets.
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: setup
+setup: ## Make .venv with the locked dependencies (quick when nothing changed).
+	@scripts/setup.sh dev
+
+.PHONY: torch
+torch: setup
+	@scripts/torch.sh
+
+.PHONY: demo
+demo: setup ## Train a language model through a server, kill the server, go on, sample. About two minutes.
+	@$(BIN)/python -m examples.charlm
+
+.PHONY: demo-weather
+demo-weather: setup ## Forecast a real weather series, trained online. Under a minute.
+	@$(BIN)/python -m examples.weather
+
+.PHONY: test
+test: lint unit ## Everything that must hold: lint, then all tests. PYTEST_ARGS is passed on.
+
+.PHONY: unit
+unit: torch
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+.PHONY: lint
+lint: setup ## ruff, mypy, import-linter, buf lint, stubs as generated.
+	@PATH=$(CURDIR)/$(BIN):$$PATH scripts/lint.sh
+
+.PHONY: format
+format: setup ## Let ruff format and fix what it can.
+	@$(BIN)/ruff check --quiet --fix-only $(wildcard $(PYTHON_DIRS))
+	@$(BIN)/ruff format --quiet $(wildcard $(PYTHON_DIRS))
+
+.PHONY: proto
+proto: setup ## Generate timernn/v1 from proto/.
+	@scripts/proto.sh .
+
+.PHONY: lock
+lock: setup ## Resolve requirements/*.lock anew; LOCK_ARGS=--upgrade takes the newest versions.
+	@scripts/lock.sh $(LOCK_ARGS)
+
+.PHONY: bench-engine
+bench-engine: torch ## Measure the engine against torch.nn.RNN.
+	@scripts/setup.sh bench
+	@$(BIN)/python -m benchmarks.engine
+
+.PHONY: bench
+bench: torch ## Measure the service against its peers.
+	@scripts/setup.sh bench
+	@$(BIN)/python -m benchmarks
+
+.PHONY: faults
+faults: setup ## Break the service on purpose, minutes.
+	@$(BIN)/python -m pytest tests/faults -m "not long" $(PYTEST_ARGS)
+
+.PHONY: faults-long
+faults-long: setup ## The same at length, up to hours.
+	@$(BIN)/python -m pytest tests/faults --timeout=7200 $(PYTEST_ARGS)
+
+.PHONY: soak
+soak: setup ## Hours of mixed load, watched for leaks.
+	@$(BIN)/python -m pytest tests/faults -m soak --timeout=0 $(PYTEST_ARGS)
+
+.PHONY: image-test
+image-test: ## Build the image, start it, ping it (docker, podman or buildah).
+	@scripts/image_test.sh
+
+.PHONY: clean
+clean: ## Remove what the targets made.
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
