@@ -1,0 +1,97 @@
+"""Back-propagation through the steps of one chunk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rnn_engine.errors import DTypeError, ShapeError
+from rnn_engine.forward import check_sequence
+from rnn_engine.params import Grads
+
+if TYPE_CHECKING:
+    from rnn_engine.forward import Tape
+    from rnn_engine.params import Array, Params
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Backward:
+    """The gradients of a loss with respect to all that went into one chunk.
+
+    Attributes:
+        dxs: Of the inputs, shape (N, T, D).
+        dh0: Of the hidden state before the chunk, shape (N, H): as the previous chunk's `dh_next` it gives
+            full BPTT over chunks.
+        grads: Of the weights.
+    """
+
+    dxs: Array
+    dh0: Array
+    grads: Grads
+
+
+def rnn_backward(params: Params, tape: Tape, dhs: Array, dh_next: Array | None = None) -> Backward:
+    """Propagate the gradients of the hidden states back through one chunk.
+
+    dz_t = (dhs_t + dz_{t+1} Wh^T) * (1 - h_t^2), t = T..1, where dz_{T+1} Wh^T is `dh_next`.
+
+    Args:
+        params: The weights that the tape was made with.
+        tape: What `rnn_forward` returned, or the same values from elsewhere.
+        dhs: Gradient of the loss with respect to hs, shape (N, T, H), dtype of the weights.
+        dh_next: Gradient that arrives at the last hidden state from later chunks, shape (N, H);
+            None (zero) truncates back-propagation at the end of this chunk.
+
+    Returns:
+        The gradients of xs, h0 and the weights, in memory of their own.
+
+    Raises:
+        ShapeError: If N, T, D or H disagree, or a dimension is 0.
+        DTypeError: If an array has another type than the weights.
+    """
+    check_sequence(params, tape.xs, tape.h0)
+    _check_gradients(params, tape, dhs, dh_next)
+    n, t, d = tape.xs.shape
+    h = params.hidden_size
+    hs = tape.hs.swapaxes(0, 1)
+    h_prev = np.empty((t, n, h), params.dtype)
+    h_prev[0] = tape.h0
+    h_prev[1:] = hs[:-1]
+    slope = np.square(hs, order="C")
+    np.subtract(1, slope, slope)
+    dzs = np.empty((t, n, h), params.dtype)
+    dh0 = _recur_back(params.Wh, slope, dhs.swapaxes(0, 1), dzs, dh_next)
+    dzs = dzs.reshape(t * n, h)
+    xs = tape.xs.swapaxes(0, 1).reshape(t * n, d)
+    grads = Grads(np.dot(xs.T, dzs), np.dot(h_prev.reshape(t * n, h).T, dzs), dzs.sum(axis=0))
+    dxs = np.dot(dzs, params.Wx.T).reshape(t, n, d).swapaxes(0, 1)
+    return Backward(dxs, dh0, grads)
+
+
+def _check_gradients(params: Params, tape: Tape, dhs: Array, dh_next: Array | None) -> None:
+    n, t, _ = tape.xs.shape
+    h = params.hidden_size
+    for name, array in (("hs", tape.hs), ("dhs", dhs)):
+        if array.shape != (n, t, h):
+            raise ShapeError(name, f"({n}, {t}, {h})", array.shape)
+        if array.dtype != params.Wx.dtype:
+            raise DTypeError(name, f"{params.dtype} like the weights", array.dtype)
+    if dh_next is None:
+        return
+    if dh_next.shape != (n, h):
+        raise ShapeError("dh_next", f"({n}, {h})", dh_next.shape)
+    if dh_next.dtype != params.Wx.dtype:
+        raise DTypeError("dh_next", f"{params.dtype} like the weights", dh_next.dtype)
+
+
+def _recur_back(Wh: Array, slope: Array, dhs: Array, dzs: Array, dh_next: Array | None) -> Array:
+    """Fill dzs (T, N, H) from the last step to the first and return dh0 (N, H)."""
+    dh = np.zeros_like(dzs[0]) if dh_next is None else np.array(dh_next, order="C")
+    WhT = Wh.T
+    for dh_t, slope_t, dz in zip(dhs[::-1], slope[::-1], dzs[::-1], strict=True):
+        np.add(dh, dh_t, dz)
+        np.multiply(dz, slope_t, dz)
+        np.dot(dz, WhT, dh)
+    return dh

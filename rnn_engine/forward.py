@@ -1,0 +1,88 @@
+"""The recurrence over one chunk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rnn_engine.errors import DTypeError, ShapeError
+
+if TYPE_CHECKING:
+    from rnn_engine.params import Array, Params
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tape:
+    """What a forward pass leaves for its backward pass.
+
+    Attributes:
+        xs: Inputs, shape (N, T, D).
+        h0: Hidden state before the chunk, shape (N, H).
+        hs: Hidden states after each step, shape (N, T, H), dtype of the weights. From `rnn_forward`
+            a view of a time-major buffer: C-contiguous where N or T is 1, else a transposed one, which
+            `np.ascontiguousarray` or `tobytes` turn into C order.
+    """
+
+    xs: Array
+    h0: Array
+    hs: Array
+
+
+def rnn_forward(params: Params, xs: Array, h0: Array) -> Tape:
+    """Run the recurrence over one chunk.
+
+    h_t = tanh(x_t Wx + h_{t-1} Wh + b), t = 1..T.
+
+    Args:
+        params: Wx (D, H), Wh (H, H), b (H,), one dtype.
+        xs: Inputs, shape (N, T, D), T >= 1, dtype of the weights.
+        h0: Hidden state before the chunk, shape (N, H); never broadcast.
+
+    Returns:
+        The tape: xs and h0 as given, hs of shape (N, T, H) in memory of its own.
+
+    Raises:
+        ShapeError: If N, D or H disagree, or a dimension is 0.
+        DTypeError: If xs or h0 has another type than the weights.
+    """
+    check_sequence(params, xs, h0)
+    n, t, d = xs.shape
+    h = params.hidden_size
+    rows = xs.swapaxes(0, 1).reshape(t * n, d)
+    hs = np.dot(rows, params.Wx).reshape(t, n, h)
+    hs += params.b
+    _recur(params.Wh, h0, hs)
+    return Tape(xs, h0, hs.swapaxes(0, 1))
+
+
+def check_sequence(params: Params, xs: Array, h0: Array) -> None:
+    """Raise unless xs is (N, T, D) and h0 is (N, H), both of the weights' type.
+
+    Raises:
+        ShapeError: If N, D or H disagree, or a dimension is 0.
+        DTypeError: If xs or h0 has another type than the weights.
+    """
+    d, h = params.Wx.shape
+    if xs.ndim != 3 or xs.shape[2] != d or 0 in xs.shape:
+        raise ShapeError("xs", f"(N, T, {d}) with N, T >= 1", xs.shape)
+    if h0.shape != (xs.shape[0], h):
+        raise ShapeError("h0", f"({xs.shape[0]}, {h})", h0.shape)
+    if xs.dtype != params.Wx.dtype:
+        raise DTypeError("xs", f"{params.dtype} like the weights", xs.dtype)
+    if h0.dtype != params.Wx.dtype:
+        raise DTypeError("h0", f"{params.dtype} like the weights", h0.dtype)
+
+
+def _recur(Wh: Array, h0: Array, hs: Array) -> None:
+    """Turn hs (T, N, H) from x_t Wx + b into the hidden states, in place."""
+    if hs.shape[1] == 1:
+        h0, hs = h0[0], hs[:, 0]
+    z = np.empty_like(hs[0])
+    h = np.ascontiguousarray(h0)
+    for row in hs:
+        np.dot(h, Wh, z)
+        np.add(row, z, row)
+        np.tanh(row, row)
+        h = row

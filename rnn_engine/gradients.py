@@ -1,0 +1,99 @@
+"""Sums, scaling and clipping of gradients."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rnn_engine.errors import DTypeError, EngineError, ShapeError
+from rnn_engine.params import Grads
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rnn_engine.params import Array
+
+
+def sum_grads(parts: Sequence[Grads]) -> Grads:
+    """Add gradients in the given order, which fixes every bit of the sum.
+
+    Args:
+        parts: At least one; all of one D, H and dtype.
+
+    Raises:
+        EngineError: If there are none.
+        ShapeError: If they disagree on D or H.
+        DTypeError: If they disagree on the type.
+    """
+    if not parts:
+        raise EngineError("parts: expected at least one gradient, got none")
+    for first, other in pairwise(parts):
+        if other.dWx.shape != first.dWx.shape:
+            raise ShapeError("parts", f"dWx {first.dWx.shape} in each", other.dWx.shape)
+        if other.dWx.dtype != first.dWx.dtype:
+            raise DTypeError("parts", f"{first.dWx.dtype} in each", other.dWx.dtype)
+    total = [array.copy() for array in parts[0].arrays]
+    for part in parts[1:]:
+        for target, array in zip(total, part.arrays, strict=True):
+            target += array
+    return Grads(*total)
+
+
+def scale_grads(grads: Grads, factor: float) -> Grads:
+    """Return the gradients times a number, in their own type."""
+    factor = float(factor)
+    return Grads(*(array * factor for array in grads.arrays))
+
+
+def global_norm(grads: Grads) -> float:
+    """Return the Euclidean norm over all entries, accumulated in float64.
+
+    Not by a BLAS dot product, whose order of summation depends on its threads.
+    """
+    norm = math.sqrt(sum(_sum_of_squares(array, 1.0) for array in grads.arrays))
+    if math.isinf(norm):
+        # Squares beyond 1e308 overflow although the norm may not; divide by the largest entry.
+        largest = max(float(np.abs(array).max()) for array in grads.arrays)
+        if math.isfinite(largest):
+            squares = sum(_sum_of_squares(array, largest) for array in grads.arrays)
+            return largest * math.sqrt(squares)
+    return norm
+
+
+def clip_by_global_norm(grads: Grads, max_norm: float) -> tuple[Grads, float, bool]:
+    """Scale gradients down to a global norm of at most `max_norm`.
+
+    factor = max_norm / (norm + 1e-6), applied where it is below 1, as torch's clip_grad_norm_ does.
+
+    Args:
+        grads: The gradients, which stay as they are.
+        max_norm: The largest norm allowed; 0 turns clipping off.
+
+    Returns:
+        The gradients (the same object where nothing was clipped), the norm before clipping, and
+        whether they were scaled.
+
+    Raises:
+        EngineError: If max_norm is negative or NaN.
+    """
+    if not max_norm >= 0:
+        raise EngineError(f"max_norm: expected a number >= 0, got {max_norm}")
+    norm = global_norm(grads)
+    if max_norm == 0:
+        return grads, norm, False
+    factor = max_norm / (norm + 1e-6)
+    if not factor < 1:
+        return grads, norm, False
+    return scale_grads(grads, factor), norm, True
+
+
+def _sum_of_squares(array: Array, divisor: float) -> float:
+    wide = array.astype(np.float64)
+    if divisor != 1.0:
+        wide /= divisor
+    with np.errstate(over="ignore"):
+        np.square(wide, out=wide)
+        return float(wide.sum())
