@@ -41,7 +41,7 @@ unit: torch
 
 .PHONY: lint
 lint: setup ## ruff, mypy, import-linter, buf lint, stubs as generated.
-	@PATH=$(CURDIR)/$(BIN):$$PATH scripts/lint.sh
+	@scripts/lint.sh
 
 .PHONY: format
 format: setup ## Let ruff format and fix what it can.
@@ -51,6 +51,10 @@ format: setup ## Let ruff format and fix what it can.
 .PHONY: proto
 proto: setup ## Generate timernn/v1 from proto/.
 	@scripts/proto.sh .
+
+.PHONY: release-proto
+release-proto: setup ## Record the contract that `buf breaking` holds later changes to.
+	@$(BIN)/buf build --exclude-source-info --path proto/timernn -o proto/released.binpb
 
 .PHONY: lock
 lock: setup ## Resolve requirements/*.lock anew; LOCK_ARGS=--upgrade takes the newest versions.

@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Run every static check, all of them even when one fails, and name the ones that failed.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+export PATH=$PWD/.venv/bin:$PATH
+
+dirs=()
+for dir in rnn_engine service timernn tests benchmarks examples; do
+  [[ -d $dir ]] && dirs+=("$dir")
+done
+failed=()
+
+check() {
+  local name=$1 output
+  shift
+  if output=$("$@" 2>&1); then
+    printf '  %-14s ok\n' "$name"
+  else
+    printf '  %-14s FAILED: %s\n%s\n' "$name" "$*" "$output"
+    failed+=("$name")
+  fi
+}
+
+check "ruff check" ruff check --no-fix "${dirs[@]}"
+check "ruff format" ruff format --check --diff "${dirs[@]}"
+check "mypy" mypy rnn_engine service timernn tests
+check "import-linter" lint-imports --no-cache
+check "buf lint" buf lint
+# What the last release promised to its clients; `make release-proto` renews it.
+if [[ -f proto/released.binpb ]]; then
+  check "buf breaking" buf breaking --against proto/released.binpb
+fi
+check "stubs" scripts/check_stubs.sh
+
+if ((${#failed[@]})); then
+  printf 'lint: %d of the checks failed: %s\n' "${#failed[@]}" "$(IFS=,; echo "${failed[*]}")"
+  exit 1
+fi
