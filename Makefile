@@ -72,11 +72,11 @@ bench: torch ## Measure the service against its peers.
 
 .PHONY: faults
 faults: setup ## Break the service on purpose, minutes.
-	@$(BIN)/python -m pytest tests/faults -m "not long" $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest tests/faults -m "not long and not soak" $(PYTEST_ARGS)
 
 .PHONY: faults-long
 faults-long: setup ## The same at length, up to hours.
-	@$(BIN)/python -m pytest tests/faults --timeout=7200 $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest tests/faults -m "not soak" --timeout=7200 $(PYTEST_ARGS)
 
 .PHONY: soak
 soak: setup ## Hours of mixed load, watched for leaks.
