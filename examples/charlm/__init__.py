@@ -1,0 +1,1 @@
+"""A character-level language model whose recurrent layer lives on a timernn server."""

@@ -1,0 +1,109 @@
+"""Writing and measuring: one chunk at a time, and as fast as the stream goes."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from examples.charlm.training import MODEL
+
+if TYPE_CHECKING:
+    import timernn
+    from examples.charlm.text import Corpus
+    from examples.charlm.training import ClientLayers
+
+
+@dataclass(frozen=True)
+class Latencies:
+    """How long each chunk took from its request to its answer, in seconds."""
+
+    seconds: list[float]
+
+    def percentile_ms(self, percent: float) -> float:
+        """Return the time, in milliseconds, within which this part of the chunks was answered."""
+        return 1000.0 * float(np.percentile(self.seconds, percent))
+
+    @property
+    def chunks_per_s(self) -> float:
+        """Chunks a second, one after the other."""
+        return len(self.seconds) / sum(self.seconds)
+
+
+def write(
+    client: timernn.Client,
+    layers: ClientLayers,
+    corpus: Corpus,
+    *,
+    prompt: str = "The ",
+    characters: int = 300,
+    temperature: float = 0.6,
+    seed: int = 0,
+) -> Latencies:
+    """Print text that the model makes up, each character as it comes.
+
+    Every character is one chunk of one time step: the server keeps what was said so far in the
+    session's hidden state, so nothing is ever sent twice.
+
+    Args:
+        client: The connection.
+        layers: The client's part of the model.
+        corpus: For its alphabet.
+        prompt: What the text begins with.
+        characters: How many to make up.
+        temperature: Below 1 the likelier characters are preferred more than they should be.
+        seed: Of the draws.
+
+    Returns:
+        The time of each chunk.
+    """
+    rng = np.random.default_rng(seed)
+    seconds = []
+    with client.session(MODEL) as session:
+        print(prompt, end="", flush=True)
+        hs = session.forward(layers.embedding.forward(corpus.encode(prompt)[None]))
+        for _ in range(characters):
+            scores = layers.head.log_probabilities(hs[:, -1:])[0] / temperature
+            p = np.exp(scores - scores.max())
+            character = rng.choice(len(p), p=p / p.sum())
+            print(corpus.alphabet[character], end="", flush=True)
+
+            x = layers.embedding.forward(np.array([[character]]))  # (1, 1, D)
+            began = time.perf_counter()
+            hs = session.forward(x)  # (1, 1, H)
+            seconds.append(time.perf_counter() - began)
+        session.close()
+    print()
+    return Latencies(seconds)
+
+
+def read(
+    client: timernn.Client,
+    layers: ClientLayers,
+    corpus: Corpus,
+    *,
+    count: int = 500,
+    steps: int = 16,
+) -> float:
+    """Stream known text, the next chunks under way before the last is answered.
+
+    Args:
+        client: The connection.
+        layers: The client's part of the model.
+        corpus: For its held-out text.
+        count: How many chunks.
+        steps: T, the characters of a chunk.
+
+    Returns:
+        Chunks a second.
+    """
+    ids = np.resize(corpus.held_out, (count, 1, steps))
+    inputs = [layers.embedding.forward(chunk) for chunk in ids]
+    with client.session(MODEL) as session:
+        began = time.perf_counter()
+        answered = sum(1 for _ in session.stream(inputs))
+        seconds = time.perf_counter() - began
+        session.close()
+    return answered / seconds

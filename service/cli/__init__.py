@@ -1,0 +1,35 @@
+"""The `timernn` command: run a server, look after its models and sessions.
+
+Errors are one line on stderr: exit code 1 when something failed, 2 when the command was not
+understood. TIMERNN_TRACEBACK=1 shows where an error came from.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING
+
+# NumPy and gRPC read these once, at import. One BLAS thread, because the same update has to give the
+# same weights bit for bit, whatever the machine; no fork support, because nothing here forks after
+# gRPC has started and its handlers cost time.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["MKL_NUM_THREADS"] = "1"
+os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code.
+
+    Args:
+        arguments: The words after `timernn`; those of this process by default.
+    """
+    from service.cli.app import run  # noqa: PLC0415 - after the environment is set
+
+    return run(list(sys.argv[1:] if arguments is None else arguments))

@@ -1,0 +1,186 @@
+"""The options of `timernn serve`: one for each field of `Settings` and of `Limits`.
+
+They are made from the dataclasses, so that name, type and default cannot drift apart from what the
+server uses; only the explanations stand here.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+
+from service.settings import Limits, Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+LOG_LEVELS = ("debug", "info", "warning", "error")
+LIMIT_PREFIX = "limit_"
+
+SETTINGS_HELP = {
+    "listen": "Address to serve on, HOST:PORT. Port 0 picks a free one.",
+    "redis_url": "Redis or Valkey server that keeps the state, such as redis://localhost:6379/0."
+    " Without it the server runs its own store in --data-dir.",
+    "data_dir": "Folder of the embedded store: what it holds survives a restart.",
+    "drain_s": "Seconds that calls in flight may take after SIGTERM.",
+    "drain_notice_s": "Seconds that health says NOT_SERVING before calls are refused, so that a"
+    " load balancer can turn away first.",
+    "session_cache_bytes": "Memory for the hidden states of warm sessions.",
+    "weights_cache_bytes": "Memory for weights versions.",
+    "max_batch_rows": "Rows of one forward pass that joins several sessions.",
+    "store_connections": "Connections to the store.",
+    "store_timeout_ms": "Milliseconds that the store may take for one answer.",
+    "log_level": f"What to log on stderr: {', '.join(LOG_LEVELS)}.",
+}
+
+LIMITS_HELP = {
+    "batch_size": "Largest N, the rows of a session.",
+    "chunk_steps": "Largest T, the time steps of a chunk.",
+    "input_size": "Largest D, the inputs of a model.",
+    "hidden_size": "Largest H, the hidden units of a model.",
+    "message_bytes": "Largest message, either way.",
+    "operations_per_message": "Operations in one message of a stream.",
+    "stream_operations_in_flight": "Operations of one stream that may be unanswered at once.",
+    "operations_in_flight": "Operations that may be in work or waiting at once.",
+    "request_bytes_in_flight": "Bytes of requests that may be in work or waiting at once.",
+    "sessions_per_tenant": "Live sessions of a tenant.",
+    "models_per_tenant": "Models of a tenant.",
+    "weights_bytes": "Largest weights version, without the optimizer's moments.",
+    "tapes_per_session": "Forward passes of one session that may wait for their backward pass.",
+    "contributions_per_model": "Gradients of one model that may wait for an update.",
+    "contribution_bytes_per_model": "Bytes of gradients of one model that may wait for an update.",
+    "superseded_bytes_per_model": "Bytes of superseded weights versions kept a model.",
+    "checkpoints_per_model": "Checkpoints of a model.",
+    "remembered_requests_per_model": "Request ids and counted gradients remembered a model.",
+    "replay_window": "Chunks of one session that may be unacknowledged.",
+    "min_ttl_ms": "Shortest time to live of a session, in milliseconds.",
+    "max_ttl_ms": "Longest time to live of a session, in milliseconds.",
+    "default_ttl_ms": "Time to live of a session that names none, in milliseconds.",
+    "tape_ttl_ms": "Milliseconds after which a forward pass can no longer be taken back.",
+    "contribution_ttl_ms": "Milliseconds that a gradient waits for an update.",
+    "head_max_age_ms": "Milliseconds by which the served weights may be older than the newest.",
+    "default_deadline_ms": "Deadline of a call that sets none, in milliseconds.",
+}
+
+
+def parse_bytes(text: str | int) -> int:
+    """Read a size such as 1048576, 512KiB or 16MiB.
+
+    Raises:
+        typer.BadParameter: If it is not one.
+    """
+    found = re.fullmatch(r"\s*(\d+)\s*([a-z]*)\s*", str(text), re.IGNORECASE)
+    if not found or found[2].upper() not in UNITS:
+        raise typer.BadParameter(f"expected bytes, such as 1048576 or 16MiB, got {text!r}")
+    return int(found[1]) * UNITS[found[2].upper()]
+
+
+def format_bytes(count: int) -> str:
+    """Write a size with the largest unit that divides it, such as 16MiB."""
+    for unit in ("GiB", "MiB", "KiB"):
+        size = UNITS[unit.upper()]
+        if count and count % size == 0:
+            return f"{count // size}{unit}"
+    return str(count)
+
+
+def parse_address(text: str) -> str:
+    """Check a HOST:PORT.
+
+    Raises:
+        typer.BadParameter: If it is not one.
+    """
+    found = re.fullmatch(r"(\[[0-9A-Fa-f:.%]+\]|[^\s:\[\]]+):(\d{1,5})", text)
+    if not found or int(found[2]) > 65535:  # noqa: PLR2004 - the last port
+        raise typer.BadParameter(f"expected HOST:PORT, such as 127.0.0.1:50051, got {text!r}")
+    return text
+
+
+def parse_log_level(text: str) -> str:
+    """Check the name of a log level.
+
+    Raises:
+        typer.BadParameter: If there is none of this name.
+    """
+    if text.lower() not in LOG_LEVELS:
+        raise typer.BadParameter(f"expected one of {', '.join(LOG_LEVELS)}, got {text!r}")
+    return text.lower()
+
+
+def takes_settings(command: Callable[[Settings], None]) -> Callable[..., None]:
+    """Give a command that takes `Settings` an option for each of their fields."""
+    parameters = [
+        *_parameters(Settings, SETTINGS_HELP, prefix="", panel="Server"),
+        *_parameters(Limits, LIMITS_HELP, prefix=LIMIT_PREFIX, panel="Limits"),
+    ]
+
+    @functools.wraps(command)
+    def with_options(**values: Any) -> None:
+        command(settings_from(values))
+
+    # Typer reads these two instead of the wrapper's own.
+    with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    with_options.__annotations__ = {p.name: p.annotation for p in parameters}
+    del with_options.__wrapped__  # type: ignore[attr-defined]
+    return with_options
+
+
+def settings_from(values: dict[str, Any]) -> Settings:
+    """Put the options' values together.
+
+    Args:
+        values: By option name: `batch_size` of the limits is `limit_batch_size`.
+    """
+    limits = {f.name: values[LIMIT_PREFIX + f.name] for f in fields(Limits)}
+    others = {f.name: values[f.name] for f in fields(Settings) if f.name in values}
+    return Settings(**others, limits=Limits(**limits))
+
+
+def _parameters(
+    settings: type[Settings | Limits], explained: dict[str, str], *, prefix: str, panel: str
+) -> list[inspect.Parameter]:
+    """Return one keyword parameter a field, annotated as Typer wants it."""
+    types = get_type_hints(settings)
+    return [
+        inspect.Parameter(
+            prefix + f.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=f.default,
+            annotation=Annotated[
+                types[f.name], _option(prefix + f.name, f.default, explained.get(f.name, ""), panel)
+            ],
+        )
+        for f in fields(settings)
+        if f.default is not MISSING
+    ]
+
+
+def _option(name: str, default: object, explained: str, panel: str) -> Any:
+    """Describe one option; its environment variable is named after it."""
+    flag = "--" + name.replace("_", "-")
+    common: dict[str, Any] = {
+        "help": explained,
+        "envvar": f"TIMERNN_{name.upper()}",
+        "rich_help_panel": panel,
+    }
+    if name.endswith("_bytes") or "_bytes_" in name:
+        assert isinstance(default, int)  # noqa: S101 - a field named so is a size
+        shown = format_bytes(default)
+        return typer.Option(flag, parser=parse_bytes, metavar="BYTES", show_default=shown, **common)
+    if name == "listen":
+        return typer.Option(flag, parser=parse_address, metavar="HOST:PORT", **common)
+    if name == "log_level":
+        return typer.Option(flag, parser=parse_log_level, metavar="LEVEL", **common)
+    if isinstance(default, Path):
+        return typer.Option(flag, file_okay=False, metavar="DIR", **common)
+    if isinstance(default, str):
+        return typer.Option(flag, metavar="URL", show_default="an embedded store", **common)
+    least = 0 if name in {"drain_s", "drain_notice_s", "limit_head_max_age_ms"} else 1
+    return typer.Option(flag, min=least, **common)

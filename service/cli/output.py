@@ -1,0 +1,48 @@
+"""What the commands print: aligned tables and JSON on stdout, one line on stderr when it fails."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+
+def warn(text: str) -> None:
+    """Print one line of warning on stderr."""
+    print(f"timernn: warning: {text}", file=sys.stderr, flush=True)
+
+
+def fail(text: str) -> None:
+    """Print why a command failed on stderr, as one line whatever the text."""
+    print(f"timernn: {' '.join(text.split())}", file=sys.stderr, flush=True)
+
+
+def print_json(value: object) -> None:
+    """Print one JSON document."""
+    print(json.dumps(value, indent=2))
+
+
+def print_table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print rows under headings, numbers to the right."""
+    lines = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(headings, *lines, strict=True)]
+    numeric = [
+        bool(lines) and all(line[i].replace(",", "").isdecimal() for line in lines)
+        for i in range(len(headings))
+    ]
+    for line in [[heading.upper() for heading in headings], *lines]:
+        cells = [
+            cell.rjust(width) if is_number else cell.ljust(width)
+            for cell, width, is_number in zip(line, widths, numeric, strict=True)
+        ]
+        print("  ".join(cells).rstrip())
+
+
+def print_fields(values: Mapping[str, object]) -> None:
+    """Print names and values as two columns."""
+    width = max(map(len, values))
+    for name, value in values.items():
+        print(f"{name:<{width}}  {value}")

@@ -1,0 +1,53 @@
+"""`timernn serve`: run a server until it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+from typing import TYPE_CHECKING
+
+import typer
+
+from service.cli.options import takes_settings
+from service.cli.output import warn
+
+if TYPE_CHECKING:
+    from service.settings import Settings
+
+
+@takes_settings
+def serve(settings: Settings) -> None:
+    """Run a server until SIGTERM, then let the calls in flight end and exit with code 0.
+
+    Once it serves it prints one line on stdout, `timernn ready on HOST:PORT`; everything else goes
+    to stderr.
+
+    Examples:
+      timernn serve
+      timernn serve --listen 127.0.0.1:0 --data-dir /var/lib/timernn
+      timernn serve --listen 0.0.0.0:50051 --redis-url redis://redis:6379/0
+    """
+    # Here, so that the other commands start without the engine and the store.
+    from service.app import serve as run  # noqa: PLC0415
+
+    if not is_loopback(settings.listen):
+        warn(f"{settings.listen} may be reached from other machines, without encryption or login")
+    code = asyncio.run(run(settings, announce))
+    if code:
+        raise typer.Exit(code)
+
+
+def announce(address: str) -> None:
+    """Print the one line that says that the server serves."""
+    print(f"timernn ready on {address}", flush=True)
+
+
+def is_loopback(listen: str) -> bool:
+    """Tell whether only this machine can reach the HOST of a HOST:PORT."""
+    host = listen.rpartition(":")[0].strip("[]")
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
