@@ -1,0 +1,1 @@
+"""Load generators: one closed loop for every server, only the stub differs."""

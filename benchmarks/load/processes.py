@@ -1,0 +1,122 @@
+"""Child processes of a benchmark: started, waited for by their ready line, stopped with certainty."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+STOP_TIMEOUT_S = 20.0
+
+# Every process computes on one thread, whoever's BLAS it is; two threads of one server on two cores,
+# shared with the client, measure the scheduler.
+ONE_THREAD = dict.fromkeys(
+    ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS"), "1"
+)
+
+
+class StartError(RuntimeError):
+    """A process ended before it was ready."""
+
+
+class Child:
+    """A process that printed its ready line."""
+
+    def __init__(self, command: Sequence[str], core: int | None, log: Path) -> None:
+        """Start the process and wait until it is ready.
+
+        Args:
+            command: What to run, from the repository's root.
+            core: The core to pin it to; None leaves it to the scheduler.
+            log: Where its stderr goes.
+
+        Raises:
+            StartError: If it ends before its ready line.
+        """
+        with log.open("ab") as stderr:
+            self.process = subprocess.Popen(  # noqa: S603 - our own commands
+                [*_pinned(core), *command],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                cwd=ROOT,
+                env={**os.environ, **ONE_THREAD, "PYTHONUNBUFFERED": "1"},
+            )
+        self.address = self._read_address(log)
+
+    def _read_address(self, log: Path) -> str:
+        # Servers may log to stdout before they are ready; MLServer does.
+        # readline, not iteration: closing a half-used iterator over a pipe closes the pipe.
+        while self.process.stdout is not None and (line := self.process.stdout.readline()):
+            if " ready on " in line:
+                return line.rsplit(" ", 1)[1].strip()
+        message = f"the process ended before it was ready; its messages: {log.read_text()[-2000:]}"
+        self.stop()
+        raise StartError(message)
+
+    def ask(self, order: dict[str, Any]) -> dict[str, Any]:
+        """Send a JSON line and wait for the JSON line that answers it.
+
+        Raises:
+            StartError: If the process ended or reports an error.
+        """
+        if self.process.stdin is None or self.process.stdout is None:
+            message = "the process takes no orders"
+            raise StartError(message)
+        self.process.stdin.write(json.dumps(order) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        answer: dict[str, Any] = json.loads(line) if line else {"error": "the client ended"}
+        if "error" in answer:
+            raise StartError(answer["error"])
+        return answer
+
+    def resident_bytes(self) -> int:
+        """Return the memory the process holds, bytes."""
+        for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines():
+            if line.startswith("VmRSS:"):
+                return 1024 * int(line.split()[1])
+        return 0
+
+    def stop(self) -> None:
+        """End the process: politely first, by force after a while."""
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+        if self.process.poll() is None:
+            self.process.terminate()
+        try:
+            self.process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+def _pinned(core: int | None) -> list[str]:
+    if core is None:
+        return []
+    taskset = shutil.which("taskset")
+    if taskset is None:
+        message = "pinning to one core needs the command taskset (util-linux)"
+        raise StartError(message)
+    return [taskset, "-c", str(core)]
+
+
+@contextmanager
+def child(command: Sequence[str], *, core: int | None, log: Path) -> Iterator[Child]:
+    """Run a process for as long as the block lasts."""
+    process = Child(command, core, log)
+    try:
+        yield process
+    finally:
+        process.stop()
+
+
+def module(name: str, *arguments: object, python: str = sys.executable) -> list[str]:
+    """Return the command that runs one of our modules."""
+    return [python, "-m", name, *map(str, arguments)]

@@ -1,0 +1,164 @@
+"""The adapter of this project's server, over the raw stubs."""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import grpc
+from typing_extensions import override
+
+from benchmarks.load.adapters import GrpcAdapter, Session
+from benchmarks.load.workload import Array, Sizes, make_weights
+from timernn.v1 import (
+    model_service_pb2,
+    model_service_pb2_grpc,
+    session_service_pb2,
+    session_service_pb2_grpc,
+    tensor_pb2,
+    time_rnn_service_pb2,
+    time_rnn_service_pb2_grpc,
+)
+
+OPENED_AT_ONCE = 64
+
+
+def tensor(array: Array) -> tensor_pb2.Tensor:
+    """Make the message of a float32 array."""
+    return tensor_pb2.Tensor(
+        dtype=tensor_pb2.D_TYPE_FLOAT32, shape=array.shape, data=array.tobytes()
+    )
+
+
+def model_id(sizes: Sizes) -> str:
+    """Name the model that serves chunks of these sizes."""
+    return f"bench-{sizes.inputs}-{sizes.hidden}"
+
+
+def create_model_request(sizes: Sizes) -> model_service_pb2.CreateModelRequest:
+    """Ask for a model with the weights that every server gets."""
+    weights = make_weights(sizes)
+    return model_service_pb2.CreateModelRequest(
+        spec=model_service_pb2.ModelSpec(
+            model_id=model_id(sizes), input_size=sizes.inputs, hidden_size=sizes.hidden
+        ),
+        given=model_service_pb2.GivenWeights(
+            wx=tensor(weights["Wx"]), wh=tensor(weights["Wh"]), b=tensor(weights["b"])
+        ),
+    )
+
+
+class TimernnAdapter(GrpcAdapter):
+    """This project's server: numbered chunks, tokens, and streams that carry any session."""
+
+    ordered_stream = False
+
+    def __init__(self, target: str, sizes: Sizes) -> None:
+        """Make the stubs."""
+        super().__init__(target, sizes)
+        self._models = model_service_pb2_grpc.ModelServiceStub(self.channel)
+        self._sessions = session_service_pb2_grpc.SessionServiceStub(self.channel)
+        self._stub = time_rnn_service_pb2_grpc.TimeRnnServiceStub(self.channel)
+        self._shape = (1, sizes.steps, sizes.inputs)
+
+    @override
+    async def open(self, prefix: str, count: int) -> list[Session]:
+        try:
+            await self._models.CreateModel(create_model_request(self.sizes))
+        except grpc.aio.AioRpcError as error:
+            # Made by a client before this one.
+            if error.code() != grpc.StatusCode.ALREADY_EXISTS:
+                raise
+        return await self.open_sessions(prefix, count)
+
+    async def open_sessions(self, prefix: str, count: int) -> list[Session]:
+        """Open sessions of a model that is there, some calls at a time."""
+        limit = asyncio.Semaphore(OPENED_AT_ONCE)
+
+        async def open_one(index: int) -> Session:
+            request = session_service_pb2.OpenSessionRequest(
+                model_id=model_id(self.sizes), session_id=f"{prefix}-{index}"
+            )
+            async with limit:
+                answer = await self._sessions.OpenSession(request)
+            return Session(answer.session.session_id, index, epoch=answer.session.epoch)
+
+        return list(await asyncio.gather(*(open_one(index) for index in range(count))))
+
+    def _forward_request(self, session: Session) -> time_rnn_service_pb2.ForwardRequest:
+        session.seq += 1
+        return time_rnn_service_pb2.ForwardRequest(
+            session_id=session.session_id,
+            epoch=session.epoch,
+            chunk_seq=session.seq,
+            xs=tensor_pb2.Tensor(
+                dtype=tensor_pb2.D_TYPE_FLOAT32, shape=self._shape, data=self.payload
+            ),
+            acknowledged_seq=session.acknowledged_seq,
+        )
+
+    @override
+    async def unary(self, session: Session) -> time_rnn_service_pb2.ForwardResponse:
+        request = self._forward_request(session)
+        request.previous_token = session.token
+        answer: time_rnn_service_pb2.ForwardResponse = await self._stub.Forward(request)
+        return answer
+
+    @override
+    def open_stream(self) -> Any:
+        return self._stub.Stream()
+
+    def _operation(self, session: Session) -> time_rnn_service_pb2.Operation:
+        return time_rnn_service_pb2.Operation(
+            tag=session.index, forward=self._forward_request(session)
+        )
+
+    @override
+    def stream_request(self, session: Session) -> time_rnn_service_pb2.StreamRequest:
+        return time_rnn_service_pb2.StreamRequest(operations=[self._operation(session)])
+
+    @override
+    def frame_request(self, sessions: Sequence[Session]) -> time_rnn_service_pb2.StreamRequest:
+        return time_rnn_service_pb2.StreamRequest(
+            operations=[self._operation(session) for session in sessions]
+        )
+
+    @override
+    def session_index(self, answer: time_rnn_service_pb2.StreamResponse) -> int:
+        return answer.results[0].tag
+
+    @override
+    def outputs(self, answer: Any) -> bytes:
+        data: bytes = _forward_response(answer).hs.data
+        return data
+
+    @override
+    def accept(self, session: Session, answer: Any) -> None:
+        super().accept(session, answer)
+        _acknowledge(session, _forward_response(answer))
+
+    @override
+    def accept_frame(self, sessions: Sequence[Session], answer: Any) -> int:
+        by_index = {session.index: session for session in sessions}
+        for result in answer.results:
+            response = _checked(result)
+            if len(response.hs.data) != self.sizes.answer_bytes:
+                raise ValueError(f"an answer in a frame has {len(response.hs.data)} bytes")
+            _acknowledge(by_index[result.tag], response)
+        return len(answer.results)
+
+
+def _forward_response(answer: Any) -> time_rnn_service_pb2.ForwardResponse:
+    if isinstance(answer, time_rnn_service_pb2.ForwardResponse):
+        return answer
+    return _checked(answer.results[0])
+
+
+def _checked(result: time_rnn_service_pb2.OperationResult) -> time_rnn_service_pb2.ForwardResponse:
+    if result.HasField("error"):
+        raise ValueError(f"the server answered {result.error.message}")
+    return result.forward
+
+
+def _acknowledge(session: Session, response: time_rnn_service_pb2.ForwardResponse) -> None:
+    session.acknowledged_seq = response.chunk_seq
+    session.token = response.state_token
