@@ -13,15 +13,22 @@ with open("pyproject.toml", "rb") as file:
     print(tomllib.load(file)["project"]["optional-dependencies"]["torch"][0])
 PY
 )
+stamp=.venv/.torch
+state="$requirement ${TORCH:-} ${TORCH_PIP_ARGS:-}"
+
 skip() {
   echo "PyTorch ($requirement) not installed: $1. Tests marked 'torch' are skipped." >&2
   exit 0
 }
 
-# The answer of an attempt is kept with the environment, so that a run without PyTorch asks only once.
-stamp=.venv/.torch
-state="$requirement ${TORCH:-} ${TORCH_PIP_ARGS:-}"
-[[ -f $stamp && $(<"$stamp") == "$state" ]] && exit 0
+# The answer is kept with the environment, also a no, so that only the first run asks.
+keep() { printf '%s\n%s\n' "$state" "$1" >"$stamp"; }
+
+if [[ -f $stamp && $(head -n 1 "$stamp") == "$state" ]]; then
+  reason=$(sed -n 2p "$stamp")
+  [[ -z $reason ]] && exit 0
+  skip "$reason"
+fi
 [[ ${TORCH:-} == no ]] && skip "TORCH=no"
 
 pip=("$python" -m pip --disable-pip-version-check --quiet)
@@ -33,11 +40,12 @@ if [[ ${TORCH:-} != any ]]; then
   "${pip[@]}" install --dry-run --report "$log" "${extra[@]}" "$requirement" >/dev/null 2>&1 ||
     skip "no build for this Python and platform was found"
   if grep -qE '"name": *"(nvidia|cuda)-' "$log"; then
-    skip "only a CUDA build of several GB was found (see CONTRIBUTING.md)"
+    reason="only a CUDA build of several GB was found (see CONTRIBUTING.md)"
+    keep "$reason"
+    skip "$reason"
   fi
 fi
 echo "Installing $requirement" >&2
-if ! "${pip[@]}" install "${extra[@]}" "$requirement" >"$log" 2>&1; then
+"${pip[@]}" install "${extra[@]}" "$requirement" >"$log" 2>&1 ||
   skip "pip failed: $(tail -n 1 "$log")"
-fi
-echo "$state" >"$stamp"
+keep ""
