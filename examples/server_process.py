@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import subprocess
 import sys
@@ -35,7 +34,6 @@ class ServerProcess:
         self._folder = folder
         self._log = folder / "server.log"
         self._process: subprocess.Popen[str] | None = None
-        self._groups: list[int] = []
 
     @property
     def pid(self) -> int | None:
@@ -56,7 +54,6 @@ class ServerProcess:
             self._process = subprocess.Popen(  # noqa: S603
                 command, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
             )
-        self._groups.append(self._process.pid)
         self.address = self._ready_line(self._process).removeprefix(READY)
 
     def kill(self) -> None:
@@ -66,17 +63,13 @@ class ServerProcess:
             self._reap(self._process)
 
     def stop(self) -> None:
-        """Ask the server to end its work; after 30 s end it, with all that it started."""
+        """Ask the server to end its work and wait; after 30 s kill it."""
         if self._process:
             self._process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(STOP_TIMEOUT_S)
             self._process.kill()
             self._reap(self._process)
-        for group in self._groups:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(group, signal.SIGKILL)
-        self._groups.clear()
 
     def __enter__(self) -> Self:
         """Start the server."""

@@ -35,7 +35,7 @@ def run(options: argparse.Namespace) -> None:
     corpus = load_corpus()
     layers = training.ClientLayers.draw(len(corpus.alphabet))
     with (
-        tempfile.TemporaryDirectory(prefix="timernn-demo-") as folder,
+        tempfile.TemporaryDirectory(prefix="timernn-demo-", ignore_cleanup_errors=True) as folder,
         ServerProcess(Path(folder)) as server,
         timernn.connect(server.address) as client,
     ):
@@ -131,7 +131,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--characters", type=int, default=300, help="how many to write at the end")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="folder for the picture")
     options = parser.parse_args(arguments)
-    if options.seconds <= 0 or (options.steps is not None and options.steps < 2):  # noqa: PLR2004
+    if options.seconds <= 0 or (options.steps is not None and options.steps < 2):
         parser.error("--seconds must be above 0 and --steps at least 2")
     return options
 
@@ -146,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nStopped.", file=sys.stderr)
         return 130
-    except (ServerError, timernn.TimeRnnError, RuntimeError, OSError) as error:
+    except (ServerError, timernn.Error, RuntimeError, OSError) as error:
         print(f"examples.charlm: {error}", file=sys.stderr)
         return 1
     return 0
