@@ -35,7 +35,7 @@ def server_binary() -> str:
 
 def ask(port: int, *words: object) -> Any:
     """Send one command (RESP2, no retry) to a local server; return the answer as it came."""
-    connection: Any = redis.Connection(  # type: ignore[no-untyped-call]
+    connection: Any = redis.Connection(
         port=port, protocol=2, socket_timeout=2, retry=Retry(NoBackoff(), 0)
     )
     try:
