@@ -13,7 +13,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from benchmarks.load import report
-from benchmarks.load.bench_rates import SCENARIOS, run_scenario
+from benchmarks.load.bench_long import growth, soak
+from benchmarks.load.bench_rates import ONE_CORE_SCENARIOS, SCENARIOS, run_scenario
+from benchmarks.load.bench_work import compute_bound, training_step, two_workers
 from benchmarks.load.lab import FREE, ONE_CORE, SPLIT, Lab, Pins, Plan, Samples, laboratory
 from benchmarks.load.machine import describe_machine
 from benchmarks.load.processes import StartError
@@ -44,6 +46,16 @@ class Bench:
     pins: Pins | None = None
 
 
+# Without a peer that could run alone.
+OUR_BENCHES = [
+    Bench("compute", "compute-bound chunks against the bare engine", compute_bound),
+    Bench("training", "a training step against the engine and torch in process", training_step),
+    Bench("workers", "two workers against one, compute-bound", two_workers),
+    Bench("growth", "latency and bytes a session, 1,000 → 20,000 (1,000,000) sessions", growth),
+    Bench("soak", "memory and p99 over 1 (10) minutes at 80 % load", soak),
+]
+
+
 @dataclass
 class Outcome:
     """What a run brought together."""
@@ -59,10 +71,15 @@ def all_benches(*, with_ours: bool = True) -> list[Bench]:
     Args:
         with_ours: False leaves this project's server out: only the peers' own rates are wanted.
     """
-    return [
-        Bench(name, scenario.title, partial(run_scenario, scenario=scenario, with_ours=with_ours))
-        for name, scenario in SCENARIOS.items()
+    rates = partial(run_scenario, with_ours=with_ours)
+    benches = [
+        *(Bench(name, one.title, partial(rates, scenario=one)) for name, one in SCENARIOS.items()),
+        *(
+            Bench(name, one.title, partial(rates, scenario=one), ONE_CORE)
+            for name, one in ONE_CORE_SCENARIOS.items()
+        ),
     ]
+    return benches + OUR_BENCHES if with_ours else benches
 
 
 def run(

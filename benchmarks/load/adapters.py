@@ -18,6 +18,8 @@ MAX_MESSAGE_BYTES = 64 << 20
 CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    # Channels of one process to one address share a connection otherwise, and with it a worker.
+    ("grpc.use_local_subchannel_pool", 1),
 )
 
 

@@ -96,6 +96,17 @@ SCENARIOS = {
 }  # fmt: skip
 
 
+# The bar of the first version: a slow design shows when client, server and store share one core.
+ONE_CORE_SCENARIOS = {
+    "one-core-stream": _scenario(
+        "on one core: stream, 16 sessions", "stream", 16, Versus("afternoon", Bar(1.0)),
+    ),
+    "one-core-unary": _scenario(
+        "on one core: unary, 16 clients", "unary", 16, Versus("afternoon"),
+    ),
+}  # fmt: skip
+
+
 def run_scenario(lab: Lab, scenario: Scenario, *, with_ours: bool = True) -> list[Row]:
     """Measure one scenario: we and its peers take turns.
 

@@ -6,13 +6,13 @@ Run as ``python -m benchmarks.load.client --server echo --target 127.0.0.1:PORT`
 import argparse
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from benchmarks.load import loops
 from benchmarks.load.adapters import Adapter, Session
-from benchmarks.load.loops import Tally, run_frames, run_paced, run_streams, run_unary
 from benchmarks.load.orders import obey
 from benchmarks.load.peer_adapters import (
     AfternoonAdapter,
@@ -38,45 +38,47 @@ ADAPTERS: dict[str, Callable[[str, Sizes], Adapter]] = {
 class Client:
     """Runs one measurement after another against one server."""
 
-    def __init__(self, adapter: Adapter) -> None:
-        """Keep the adapter; sessions are opened as they are needed."""
-        self._adapter = adapter
-        self._sessions: list[Session] = []
-
-    async def _first_sessions(self, count: int) -> list[Session]:
-        known = len(self._sessions)
-        if count > known:
-            opened = await self._adapter.open(f"load-{os.getpid()}-{known}", count - known)
-            for session in opened:
-                session.index += known
-            self._sessions += opened
-        return self._sessions[:count]
+    def __init__(self, adapters: Sequence[Adapter]) -> None:
+        """Keep the adapters, one a channel; sessions are opened as they are needed."""
+        self._adapters = adapters
+        self._sessions: list[list[Session]] = [[] for _ in adapters]
 
     async def measure(self, order: dict[str, Any]) -> dict[str, Any]:
         """Run one measurement.
 
         Args:
-            order: mode (open, unary, stream, frames or paced), sessions, seconds, warmup_s; for
-                stream also streams (0: one a session) and in_flight, for paced the rate.
+            order: mode (open, touch, unary, stream, frames, roam or paced), sessions, seconds,
+                warmup_s; for stream also streams (0: one a session) and in_flight, for frames
+                in_flight, for roam streams, for touch rounds, for paced rate (chunks/s).
 
         Returns:
-            rate (chunks/s), p50_us, p99_us, messages; for open nothing.
+            rate (chunks/s), p50_us, p99_us, messages; for open and touch nothing.
         """
-        sessions = await self._first_sessions(order["sessions"])
-        if order["mode"] == "open":
-            return {}
-        tally = Tally.begin(order["warmup_s"], order["seconds"])
-        if order["mode"] == "unary":
-            await run_unary(self._adapter, sessions, tally)
-        elif order["mode"] == "stream":
-            streams = order.get("streams") or len(sessions)
-            in_flight = order.get("in_flight", 1)
-            await run_streams(self._adapter, sessions, tally, streams, in_flight)
-        elif order["mode"] == "frames":
-            await run_frames(self._adapter, sessions, tally, order.get("in_flight", 1))
-        else:
-            await run_paced(self._adapter, sessions, tally, order["rate"])
-        return dict(tally.summary())
+        shares = await self._first_sessions(order["sessions"])
+        tally = loops.Tally.begin(order["warmup_s"], order["seconds"])
+        await asyncio.gather(
+            *(
+                _run(adapter, share, tally, order)
+                for adapter, share in zip(self._adapters, shares, strict=True)
+                if share
+            )
+        )
+        return {} if order["mode"] in {"open", "touch"} else dict(tally.summary())
+
+    async def _first_sessions(self, count: int) -> list[list[Session]]:
+        """Return as many sessions, spread over the channels; open what is missing."""
+        shares = []
+        for number, adapter in enumerate(self._adapters):
+            known = self._sessions[number]
+            wanted = len(range(number, count, len(self._adapters)))
+            if wanted > len(known):
+                prefix = f"load-{os.getpid()}-{number}-{len(known)}"
+                opened = await adapter.open(prefix, wanted - len(known))
+                for session in opened:
+                    session.index += len(known)
+                known += opened
+            shares.append(known[:wanted])
+        return shares
 
     async def verify(self) -> None:
         """Check that the server does the job: outputs are right, state goes from chunk to chunk.
@@ -84,23 +86,45 @@ class Client:
         Raises:
             ValueError: If an answer differs from plain NumPy.
         """
-        if not self._adapter.has_state:
+        adapter = self._adapters[0]
+        if not adapter.has_state:
             return
-        (session,) = await self._adapter.open(f"verify-{os.getpid()}", 1)
-        for number, expected in enumerate(expected_outputs(self._adapter.sizes, VERIFIED_CHUNKS)):
-            answer = await self._adapter.unary(session)
-            self._adapter.accept(session, answer)
-            error = float(np.max(np.abs(self._adapter.output_array(answer) - expected)))
+        (session,) = await adapter.open(f"verify-{os.getpid()}", 1)
+        for number, expected in enumerate(expected_outputs(adapter.sizes, VERIFIED_CHUNKS)):
+            answer = await adapter.unary(session)
+            adapter.accept(session, answer)
+            error = float(np.max(np.abs(adapter.output_array(answer) - expected)))
             if error > TOLERANCE:
                 raise ValueError(f"chunk {number + 1} differs from NumPy by {error:.2g}")
 
 
-async def _run(options: argparse.Namespace) -> None:
-    adapter = ADAPTERS[options.server](options.target, Sizes(*options.sizes))
-    client = Client(adapter)
+async def _run(
+    adapter: Adapter, sessions: Sequence[Session], tally: loops.Tally, order: dict[str, Any]
+) -> None:
+    mode = order["mode"]
+    if mode == "unary":
+        await loops.run_unary(adapter, sessions, tally)
+    elif mode == "stream":
+        streams = order.get("streams") or len(sessions)
+        await loops.run_streams(adapter, sessions, tally, streams, order.get("in_flight", 1))
+    elif mode == "frames":
+        await loops.run_frames(adapter, sessions, tally, order.get("in_flight", 1))
+    elif mode == "roam":
+        await loops.run_roaming(adapter, sessions, tally, order["streams"])
+    elif mode == "paced":
+        await loops.run_paced(adapter, sessions, tally, order["rate"])
+    elif mode == "touch":
+        await loops.touch(adapter, sessions, order["rounds"])
+
+
+async def _serve(options: argparse.Namespace) -> None:
+    sizes = Sizes(*options.sizes)
+    adapters = [ADAPTERS[options.server](options.target, sizes) for _ in range(options.channels)]
+    client = Client(adapters)
     await client.verify()
     await obey(options.target, client.measure)
-    await adapter.close()
+    for adapter in adapters:
+        await adapter.close()
 
 
 def main() -> None:
@@ -109,7 +133,8 @@ def main() -> None:
     parser.add_argument("--server", required=True, choices=ADAPTERS)
     parser.add_argument("--target", required=True)
     parser.add_argument("--sizes", type=int, nargs=3, default=[16, 32, 64], metavar=("T", "D", "H"))
-    asyncio.run(_run(parser.parse_args()))
+    parser.add_argument("--channels", type=int, default=1, help="connections, for several workers")
+    asyncio.run(_serve(parser.parse_args()))
 
 
 if __name__ == "__main__":

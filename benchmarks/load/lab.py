@@ -12,6 +12,8 @@ from benchmarks.load.processes import ROOT, Child, child, module
 from benchmarks.load.store import Store, running_store
 from benchmarks.load.workload import SMALL, Sizes, save_weights
 
+MAX_SESSIONS = 2_000_000
+
 
 @dataclass(frozen=True)
 class Pins:
@@ -117,16 +119,23 @@ class Lab:
             self._children[key] = self._start(command, self._pins.server)
         return self._children[key]
 
-    def client(self, name: str, sizes: Sizes = SMALL, *options: str) -> Child:
-        """Return a running client of a server; both are started at the first call."""
-        key = ("client", name, sizes, options)
+    def client(self, name: str, sizes: Sizes = SMALL, *options: str, channels: int = 1) -> Child:
+        """Return a running client of a server; both are started at the first call.
+
+        Args:
+            name: echo, afternoon, mlserver, redis (the store itself) or timernn.
+            sizes: Of the chunks it sends.
+            options: More of the server's command line.
+            channels: Connections of the client.
+        """
+        key = ("client", name, sizes, options, channels)
         if key not in self._children:
             target = self.store.url
             if name != "redis":
                 target = self.server(name, sizes, *options).address
             command = module(
                 "benchmarks.load.client", "--server", name, "--target", target,
-                "--sizes", sizes.steps, sizes.inputs, sizes.hidden,
+                "--sizes", sizes.steps, sizes.inputs, sizes.hidden, "--channels", channels,
             )  # fmt: skip
             self._children[key] = self._start(command, self._pins.client)
         return self._children[key]
@@ -146,6 +155,8 @@ class Lab:
     ) -> dict[str, Samples]:
         """Measure A B A B …, so that a slow minute of the machine hits all.
 
+        An order may have its own seconds and warmup_s.
+
         Args:
             scenario: What is measured.
             measurements: For each name the process that measures, and its order.
@@ -163,6 +174,15 @@ class Lab:
         self.log += samples.values()
         return samples
 
+    def measure(self, scenario: str, name: str, process: Child, **order: Any) -> dict[str, Any]:
+        """Measure once, for benches that watch something change rather than compare."""
+        return self.take_turns(scenario, {name: (process, order)}, 1)[name].results[0]
+
+    def prepare(self, process: Child, **order: Any) -> None:
+        """Have a client do something that is not measured, such as opening sessions."""
+        process.ask({"seconds": 0, "warmup_s": 0, **order})
+        self._tick(str(order))
+
     def _start(self, command: Sequence[str], core: int | None) -> Child:
         log = self._folder / f"process-{len(self._children)}.log"
         return self._stack.enter_context(child(command, core=core, log=log))
@@ -174,6 +194,7 @@ class Lab:
             return [
                 str(Path(sys.executable).parent / "timernn"), "serve", "--listen", "127.0.0.1:0",
                 "--redis-url", self.store.url, "--data-dir", str(self._folder / "data"),
+                "--log-level", "warning", "--limit-sessions-per-tenant", str(MAX_SESSIONS),
             ]  # fmt: skip
         weights = save_weights(sizes, self._folder)
         arguments = ["--redis-url", self.store.url, "--weights", str(weights)]

@@ -6,6 +6,7 @@ arrive between the end of the warm-up and the deadline; what is in flight then i
 """
 
 import asyncio
+import random
 import time
 from array import array
 from collections import deque
@@ -14,6 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.load.adapters import Adapter, Session
+
+FRAME_SESSIONS = 64
 
 
 @dataclass(slots=True)
@@ -155,6 +158,54 @@ async def run_frames(
         if going:
             flights.append(time.perf_counter())
             await call.write(adapter.frame_request(sessions))
+    await call.done_writing()
+
+
+async def run_roaming(
+    adapter: Adapter, sessions: Sequence[Session], tally: Tally, stream_count: int
+) -> None:
+    """Let each of some streams carry one chunk at a time, each of a session drawn at random.
+
+    What a gateway with many devices does; no server can keep all of its sessions at hand.
+    """
+    rng = random.Random(0)  # noqa: S311 - which session is next is no secret
+    busy: set[int] = set()
+    await asyncio.gather(*(_roam(adapter, sessions, tally, rng, busy) for _ in range(stream_count)))
+
+
+async def _roam(
+    adapter: Adapter,
+    sessions: Sequence[Session],
+    tally: Tally,
+    rng: random.Random,
+    busy: set[int],
+) -> None:
+    call = adapter.open_stream()
+    going = True
+    while going:
+        place = rng.randrange(len(sessions))
+        if place in busy:
+            continue
+        busy.add(place)
+        sent = time.perf_counter()
+        await call.write(adapter.stream_request(sessions[place]))
+        answer = await call.read()
+        going = tally.count(sent)
+        adapter.accept(sessions[place], answer)
+        busy.remove(place)
+    await call.done_writing()
+
+
+async def touch(adapter: Adapter, sessions: Sequence[Session], rounds: int) -> None:
+    """Send every session some chunks, in frames, as fast as one stream goes."""
+    call = adapter.open_stream()
+    for first in range(0, len(sessions), FRAME_SESSIONS):
+        share = sessions[first : first + FRAME_SESSIONS]
+        for _ in range(rounds):
+            await call.write(adapter.frame_request(share))
+            missing = len(share)
+            while missing:
+                missing -= adapter.accept_frame(share, await call.read())
     await call.done_writing()
 
 

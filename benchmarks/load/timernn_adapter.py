@@ -34,16 +34,21 @@ def model_id(sizes: Sizes) -> str:
     return f"bench-{sizes.inputs}-{sizes.hidden}"
 
 
-def create_model_request(sizes: Sizes) -> model_service_pb2.CreateModelRequest:
-    """Ask for a model with the weights that every server gets."""
+def given_weights(sizes: Sizes) -> model_service_pb2.GivenWeights:
+    """Make the message of the weights that every server gets."""
     weights = make_weights(sizes)
+    return model_service_pb2.GivenWeights(
+        wx=tensor(weights["Wx"]), wh=tensor(weights["Wh"]), b=tensor(weights["b"])
+    )
+
+
+def create_model_request(sizes: Sizes) -> model_service_pb2.CreateModelRequest:
+    """Ask for a model with these weights."""
     return model_service_pb2.CreateModelRequest(
         spec=model_service_pb2.ModelSpec(
             model_id=model_id(sizes), input_size=sizes.inputs, hidden_size=sizes.hidden
         ),
-        given=model_service_pb2.GivenWeights(
-            wx=tensor(weights["Wx"]), wh=tensor(weights["Wh"]), b=tensor(weights["b"])
-        ),
+        given=given_weights(sizes),
     )
 
 
@@ -72,17 +77,19 @@ class TimernnAdapter(GrpcAdapter):
 
     async def open_sessions(self, prefix: str, count: int) -> list[Session]:
         """Open sessions of a model that is there, some calls at a time."""
-        limit = asyncio.Semaphore(OPENED_AT_ONCE)
+        numbers = iter(range(count))
+        opened: list[Session] = []
 
-        async def open_one(index: int) -> Session:
-            request = session_service_pb2.OpenSessionRequest(
-                model_id=model_id(self.sizes), session_id=f"{prefix}-{index}"
-            )
-            async with limit:
+        async def open_in_turn() -> None:
+            for index in numbers:
+                request = session_service_pb2.OpenSessionRequest(
+                    model_id=model_id(self.sizes), session_id=f"{prefix}-{index}"
+                )
                 answer = await self._sessions.OpenSession(request)
-            return Session(answer.session.session_id, index, epoch=answer.session.epoch)
+                opened.append(Session(answer.session.session_id, index, epoch=answer.session.epoch))
 
-        return list(await asyncio.gather(*(open_one(index) for index in range(count))))
+        await asyncio.gather(*(open_in_turn() for _ in range(OPENED_AT_ONCE)))
+        return sorted(opened, key=lambda session: session.index)
 
     def _forward_request(self, session: Session) -> time_rnn_service_pb2.ForwardRequest:
         session.seq += 1
@@ -140,7 +147,7 @@ class TimernnAdapter(GrpcAdapter):
     def accept_frame(self, sessions: Sequence[Session], answer: Any) -> int:
         by_index = {session.index: session for session in sessions}
         for result in answer.results:
-            response = _checked(result)
+            response = checked(result).forward
             if len(response.hs.data) != self.sizes.answer_bytes:
                 raise ValueError(f"an answer in a frame has {len(response.hs.data)} bytes")
             _acknowledge(by_index[result.tag], response)
@@ -150,13 +157,20 @@ class TimernnAdapter(GrpcAdapter):
 def _forward_response(answer: Any) -> time_rnn_service_pb2.ForwardResponse:
     if isinstance(answer, time_rnn_service_pb2.ForwardResponse):
         return answer
-    return _checked(answer.results[0])
+    return checked(answer.results[0]).forward
 
 
-def _checked(result: time_rnn_service_pb2.OperationResult) -> time_rnn_service_pb2.ForwardResponse:
+def checked(
+    result: time_rnn_service_pb2.OperationResult,
+) -> time_rnn_service_pb2.OperationResult:
+    """Return a result that is not an error.
+
+    Raises:
+        ValueError: If it is one; the message is the server's.
+    """
     if result.HasField("error"):
-        raise ValueError(f"the server answered {result.error.message}")
-    return result.forward
+        raise ValueError(f"the server answered: {result.error.message}")
+    return result
 
 
 def _acknowledge(session: Session, response: time_rnn_service_pb2.ForwardResponse) -> None:

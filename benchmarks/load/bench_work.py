@@ -1,0 +1,88 @@
+"""Heavy work: compute-bound chunks, training steps, several workers."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.load.bench_rates import OURS
+from benchmarks.load.lab import Lab
+from benchmarks.load.processes import Child, StartError
+from benchmarks.load.rows import Bar, Row, compare
+from benchmarks.load.workload import COMPUTE_BOUND
+
+COMPUTE_SESSIONS = 16
+WORKER_SESSIONS = 32
+
+
+def compute_bound(lab: Lab) -> list[Row]:
+    """Compare streamed chunks that are mostly arithmetic with the arithmetic alone."""
+    order = {"mode": "stream", "sessions": COMPUTE_SESSIONS}
+    samples = lab.take_turns(
+        f"compute-bound, {COMPUTE_SESSIONS} sessions, {COMPUTE_BOUND}",
+        {
+            OURS: (lab.client(OURS, COMPUTE_BOUND), order),
+            "engine": (_engine(lab), order),
+        },
+    )
+    ours, engine = samples[OURS], samples["engine"]
+    name = f"{ours.scenario} / the engine alone"
+    return [compare(name, "chunks/s", ours.values("rate"), engine.values("rate"), Bar(0.85))]
+
+
+def _engine(lab: Lab) -> Child:
+    sizes = COMPUTE_BOUND
+    return lab.worker(
+        "benchmarks.load.engine_alone", "--sizes", sizes.steps, sizes.inputs, sizes.hidden
+    )
+
+
+def training_step(lab: Lab) -> list[Row]:
+    """Compare a training step through the service with one in process."""
+    trainer = "benchmarks.load.training"
+    target = lab.server(OURS).address
+    workers = {
+        OURS: lab.worker(trainer, "--trainer", OURS, "--target", target),
+        "engine": lab.worker(trainer, "--trainer", "engine"),
+        "torch": lab.worker(trainer, "--trainer", "torch"),
+    }
+    rows = []
+    for with_dxs, title in ((True, "training step, with dxs"), (False, "training step, no dxs")):
+        order = {"with_dxs": with_dxs}
+        samples = lab.take_turns(title, {name: (one, order) for name, one in workers.items()})
+        ours = samples[OURS].values("rate")
+        # Both bars are for the step that returns all a layer below needs.
+        bars = {"engine": Bar(0.5), "torch": Bar(0.8)} if with_dxs else {}
+        rows += [
+            compare(
+                f"{title} / {peer} in process", "steps/s", ours, samples[peer].values("rate"),
+                bars.get(peer),
+            )
+            for peer in ("engine", "torch")
+        ]  # fmt: skip
+    return rows
+
+
+def two_workers(lab: Lab) -> list[Row]:
+    """Compare two workers with one, on compute-bound chunks."""
+    if not _serve_has_option("--workers"):
+        raise StartError("timernn serve has no --workers")
+    order = {"mode": "stream", "sessions": WORKER_SESSIONS}
+    clients = {
+        f"{count} workers": lab.client(
+            OURS, COMPUTE_BOUND, "--workers", str(count), channels=WORKER_SESSIONS
+        )
+        for count in (1, 2)
+    }
+    samples = lab.take_turns(
+        f"workers, {WORKER_SESSIONS} sessions, {COMPUTE_BOUND}",
+        {name: (client, order) for name, client in clients.items()},
+    )
+    one, two = samples["1 workers"], samples["2 workers"]
+    name = "two workers / one worker, compute-bound"
+    return [compare(name, "chunks/s", two.values("rate"), one.values("rate"), Bar(1.7))]
+
+
+def _serve_has_option(option: str) -> bool:
+    command = [str(Path(sys.executable).parent / "timernn"), "serve", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    return option in done.stdout
