@@ -15,7 +15,8 @@ compile() {
 }
 
 compile bootstrap "$@" requirements/bootstrap.in
+compile build "$@" requirements/build.in
 compile server "$@" --extra server pyproject.toml
 compile dev "$@" --extra server --extra demo --extra test --extra lint \
-  --constraints requirements/server.lock pyproject.toml requirements/build.in
+  --constraints requirements/server.lock --constraints requirements/build.lock pyproject.toml requirements/build.in
 compile bench "$@" --extra bench --constraints requirements/dev.lock pyproject.toml
