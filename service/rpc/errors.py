@@ -1,0 +1,186 @@
+"""From an exception to the status that a client sees. The only table of its kind.
+
+A status carries the gRPC code, one line for people, and for programs an ErrorInfo with reason and
+metadata; RetryInfo where trying again helps, BadRequest where one field is at fault, QuotaFailure
+where a bound is reached. A unary call sends it in its trailers, a Stream in an OperationResult.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from typing import TYPE_CHECKING, Final
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]  # has no stubs
+
+from service.domain.errors import (
+    Aborted,
+    AlreadyExists,
+    DomainError,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+    Unavailable,
+)
+
+if TYPE_CHECKING:
+    from google.protobuf.message import Message
+
+ERROR_DOMAIN: Final = "timernn"
+DETAILS_KEY: Final = "grpc-status-details-bin"
+
+# Trailers are cut off at 8 KiB, which would hide the code itself; base64 adds a third.
+MAX_DETAILS_BYTES: Final = 4096
+MAX_MESSAGE_CHARS: Final = 512
+MAX_METADATA_VALUE_CHARS: Final = 256
+
+_LOGGER = logging.getLogger(__name__)
+
+
+class DeadlineExceeded(DomainError):
+    """Not done in the time that there was."""
+
+
+class Bug(DomainError):
+    """Something that is ours to mend."""
+
+
+_CODES: Final[dict[type[DomainError], grpc.StatusCode]] = {
+    InvalidArgument: grpc.StatusCode.INVALID_ARGUMENT,
+    NotFound: grpc.StatusCode.NOT_FOUND,
+    AlreadyExists: grpc.StatusCode.ALREADY_EXISTS,
+    Aborted: grpc.StatusCode.ABORTED,
+    FailedPrecondition: grpc.StatusCode.FAILED_PRECONDITION,
+    ResourceExhausted: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    Unavailable: grpc.StatusCode.UNAVAILABLE,
+    DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
+    Bug: grpc.StatusCode.INTERNAL,
+}
+_CODE_BY_NUMBER: Final = {code.value[0]: code for code in grpc.StatusCode}
+
+
+def status_of(error: BaseException, method: str) -> status_pb2.Status:
+    """Return what a client is told about an exception.
+
+    Args:
+        error: What a handler raised. A CancelledError here is one that the call did not ask for.
+        method: What was called, for the log.
+    """
+    return _status(_told(error, method))
+
+
+def code_of(status: status_pb2.Status) -> grpc.StatusCode:
+    """Return a status's code as gRPC's own enumeration."""
+    return _CODE_BY_NUMBER[status.code]
+
+
+def overloaded(bound: str, state: str) -> ResourceExhausted:
+    """Make the refusal of more work than this replica takes at once."""
+    return ResourceExhausted(
+        "OVERLOADED",
+        f"{bound} of this replica {state}: try again, or another replica",
+        retry_after_s=0.1,
+        bound=bound,
+    )
+
+
+def malformed(message_name: str) -> InvalidArgument:
+    """Make the refusal of bytes that are no message."""
+    return InvalidArgument("MALFORMED", f"request is not a valid {message_name}")
+
+
+def message_too_large(what: str, size_bytes: int, limit_bytes: int) -> ResourceExhausted:
+    """Make the refusal of a message beyond the limit; `what` is "request" or "answer"."""
+    return ResourceExhausted(
+        "MESSAGE_TOO_LARGE",
+        f"{what} of {size_bytes} bytes exceeds the limit of {limit_bytes}: "
+        "split the chunk along T, or ask for less in return",
+        limit_bytes=limit_bytes,
+        size_bytes=size_bytes,
+    )
+
+
+def draining() -> Unavailable:
+    """Make the refusal of a call that comes while the server stops."""
+    return Unavailable(
+        "DRAINING", "this replica is about to stop: send the same to another", retry_after_s=0.0
+    )
+
+
+def idle_stream(idle_s: float) -> DeadlineExceeded:
+    """Make the end of a stream on which nothing comes."""
+    return DeadlineExceeded(
+        "IDLE_STREAM", f"nothing came for {idle_s:g} s: open another stream", retry_after_s=0.0
+    )
+
+
+def _told(error: BaseException, method: str) -> DomainError:
+    if isinstance(error, DomainError) and _code_for(type(error)):
+        return error
+    if isinstance(error, TimeoutError):
+        return DeadlineExceeded(
+            "DEADLINE_EXCEEDED",
+            "not done in time; whether it was applied is unknown: send the same again",
+        )
+    if isinstance(error, asyncio.CancelledError):
+        return Unavailable(
+            "UNKNOWN_OUTCOME",
+            "interrupted; whether it was applied is unknown: send the same again",
+            retry_after_s=0.1,
+        )
+    if isinstance(error, MemoryError):
+        return overloaded("memory", "is used up")
+    error_id = secrets.token_hex(8)
+    _LOGGER.error("internal error %s in %s", error_id, method, exc_info=error)
+    return Bug("BUG", f"internal error, id {error_id}", id=error_id)
+
+
+def _code_for(kind: type[BaseException]) -> grpc.StatusCode | None:
+    return next((_CODES[each] for each in kind.__mro__ if each in _CODES), None)
+
+
+def _status(error: DomainError) -> status_pb2.Status:
+    code = _code_for(type(error)) or grpc.StatusCode.INTERNAL
+    status = status_pb2.Status(code=code.value[0], message=_cut(error.message, MAX_MESSAGE_CHARS))
+    details: list[Message] = [_error_info(error)]
+    if error.retry_after_s is not None:
+        delay = Duration()
+        delay.FromMilliseconds(round(error.retry_after_s * 1000))
+        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+    if error.field:
+        details.append(_bad_request(error, status.message))
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        details.append(_quota_failure(error, status.message))
+    for detail in details:
+        status.details.add().Pack(detail)
+        if status.ByteSize() > MAX_DETAILS_BYTES:
+            del status.details[-1]
+    return status
+
+
+def _error_info(error: DomainError) -> error_details_pb2.ErrorInfo:
+    metadata = {
+        key: _cut(value, MAX_METADATA_VALUE_CHARS)
+        for key, value in list(error.metadata.items())[:8]
+    }
+    return error_details_pb2.ErrorInfo(reason=error.reason, domain=ERROR_DOMAIN, metadata=metadata)
+
+
+def _bad_request(error: DomainError, message: str) -> error_details_pb2.BadRequest:
+    violation = error_details_pb2.BadRequest.FieldViolation(
+        field=_cut(error.field, MAX_METADATA_VALUE_CHARS), description=message
+    )
+    return error_details_pb2.BadRequest(field_violations=[violation])
+
+
+def _quota_failure(error: DomainError, message: str) -> error_details_pb2.QuotaFailure:
+    violation = error_details_pb2.QuotaFailure.Violation(subject=error.reason, description=message)
+    return error_details_pb2.QuotaFailure(violations=[violation])
+
+
+def _cut(text: str, limit: int) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -1,0 +1,74 @@
+"""grpc.health.v1: whether this replica should be sent calls.
+
+The servicer that comes with gRPC writes to a watcher while it holds the lock that a change of status
+needs; one watcher that reads nothing would then stop the server from telling anybody. Here a watcher
+waits for an event of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Final
+
+import grpc
+from grpc_health.v1 import health_pb2
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterable
+
+    from service.rpc.gate import Call
+
+_SERVING: Final = health_pb2.HealthCheckResponse.SERVING
+_NOT_SERVING: Final = health_pb2.HealthCheckResponse.NOT_SERVING
+_SERVICE_UNKNOWN: Final = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+
+
+class Health:
+    """Tells one status for the server and each of its services.
+
+    Attributes:
+        is_serving: The status; NOT_SERVING until set.
+    """
+
+    def __init__(self, service_names: Iterable[str]) -> None:
+        self._names = frozenset(service_names) | {""}
+        self._watchers: set[asyncio.Event] = set()
+        self.is_serving = False
+
+    def set_serving(self, is_serving: bool) -> None:  # noqa: FBT001 - a setter
+        """Change the status and wake who watches."""
+        if is_serving == self.is_serving:
+            return
+        self.is_serving = is_serving
+        for changed in self._watchers:
+            changed.set()
+
+    async def check(
+        self, call: Call, request: health_pb2.HealthCheckRequest
+    ) -> health_pb2.HealthCheckResponse:
+        """Return the status now."""
+        if request.service not in self._names:
+            await call.context.abort(grpc.StatusCode.NOT_FOUND, "unknown service")
+        return self._response(request.service)
+
+    async def watch(
+        self,
+        call: Call,  # noqa: ARG002 - the gate's signature
+        request: health_pb2.HealthCheckRequest,
+    ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
+        """Yield the status now and each time it changes."""
+        changed = asyncio.Event()
+        self._watchers.add(changed)
+        try:
+            while True:
+                changed.clear()
+                yield self._response(request.service)
+                await changed.wait()
+        finally:
+            self._watchers.discard(changed)
+
+    def _response(self, service: str) -> health_pb2.HealthCheckResponse:
+        if service not in self._names:
+            return health_pb2.HealthCheckResponse(status=_SERVICE_UNKNOWN)
+        status = _SERVING if self.is_serving else _NOT_SERVING
+        return health_pb2.HealthCheckResponse(status=status)

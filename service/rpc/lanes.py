@@ -1,0 +1,111 @@
+"""The order of a stream's operations: those of one session wait for each other, others do not."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Sequence
+
+    from timernn.v1 import time_rnn_service_pb2 as pb
+
+
+class StreamOperation:
+    """One operation from the moment it was read until it is answered.
+
+    Attributes:
+        tag: The client's.
+        kind: Which field of `Operation` it came in; empty for none.
+        request: What came in it.
+        lanes: The sessions that it belongs to.
+        waiting_for: In how many lanes another is before it.
+        size_bytes: Its part of the message it came in.
+        refusal: Why it is not even tried.
+        future: The domain's answer to come.
+        started_at: When it was started, in the loop's seconds.
+        is_overdue: Whether it was given up for its deadline.
+    """
+
+    __slots__ = (
+        "future",
+        "is_overdue",
+        "kind",
+        "lanes",
+        "refusal",
+        "request",
+        "size_bytes",
+        "started_at",
+        "tag",
+        "waiting_for",
+    )
+
+    def __init__(self, operation: pb.Operation, size_bytes: int) -> None:
+        kind = operation.WhichOneof("operation")
+        self.tag = operation.tag
+        self.kind = kind or ""
+        self.request: Any = getattr(operation, kind) if kind else None
+        self.lanes = _lanes_of(self.kind, self.request)
+        self.waiting_for = 0
+        self.size_bytes = size_bytes
+        self.refusal: Exception | None = None
+        self.future: asyncio.Future[Any] | None = None
+        self.started_at = 0.0
+        self.is_overdue = False
+
+
+class Lanes:
+    """Queues of operations, one a session.
+
+    An operation that belongs to several sessions stands in the queue of each and is ready once it is
+    first in all of them. It can wait for no later one, so nothing ever waits in a circle.
+    """
+
+    __slots__ = ("_queues",)
+
+    def __init__(self) -> None:
+        self._queues: dict[str, deque[StreamOperation]] = {}
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._queues
+
+    def add(self, operation: StreamOperation) -> bool:
+        """Put an operation last; tell whether it is ready."""
+        for name in operation.lanes:
+            queue = self._queues.get(name)
+            if queue is None:
+                self._queues[name] = deque((operation,))
+            else:
+                queue.append(operation)
+                operation.waiting_for += 1
+        return not operation.waiting_for
+
+    def remove(self, operation: StreamOperation) -> list[StreamOperation]:
+        """Take out an operation that was ready; return those that are ready now."""
+        ready = []
+        for name in operation.lanes:
+            queue = self._queues[name]
+            queue.popleft()
+            if not queue:
+                del self._queues[name]
+                continue
+            following = queue[0]
+            following.waiting_for -= 1
+            if not following.waiting_for:
+                ready.append(following)
+        return ready
+
+
+def _lanes_of(kind: str, request: Any) -> Sequence[str]:
+    if kind == "forward":
+        return (request.session_id,) if request.session_id else ()
+    if kind == "backward":
+        names = {request.session_id}
+        names.update(each.session_id for each in request.update.contributions)
+        return tuple(names)
+    if kind in ("update", "discard_gradients"):
+        named = {each.session_id for each in request.contributions}
+        # A colon is in no session's name.
+        return tuple(named) or (f"model:{request.model_id}",)
+    return ()

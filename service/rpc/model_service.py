@@ -1,0 +1,193 @@
+"""timernn.v1.ModelService."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from service.domain.errors import bad_field
+from service.rpc.errors import message_too_large
+from service.rpc.fields import check_id, check_page, check_request_id, check_size
+from service.rpc.model_messages import (
+    checkpoint_to_proto,
+    expected_version,
+    initial_weights_from_proto,
+    model_to_proto,
+    optional_version,
+    spec_from_proto,
+    time_to_proto,
+    weights_parts,
+)
+from service.rpc.server_info import limits_to_proto
+from service.rpc.tensors import version_to_proto
+from timernn.v1 import model_service_pb2 as pb
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from service.domain.models import Models
+    from service.rpc.gate import Call
+    from service.rpc.server_info import ServerInfo
+
+PART_BYTES: Final = 1 << 20
+_PART_OVERHEAD_BYTES: Final = 64  # version, size and the field's own header
+
+
+@dataclass(frozen=True, slots=True)
+class ModelService:
+    """Decodes, checks, calls `Models`, encodes."""
+
+    models: Models
+    info: ServerInfo
+
+    async def create_model(
+        self, call: Call, request: pb.CreateModelRequest
+    ) -> pb.CreateModelResponse:
+        """Create a model."""
+        limits = self.info.limits
+        spec = spec_from_proto(request.spec, limits)
+        weights = initial_weights_from_proto(request, limits)
+        request_id = check_request_id("request_id", request.request_id)
+        view, replayed = await self.models.create(call.tenant, spec, weights, request_id)
+        return pb.CreateModelResponse(model=model_to_proto(view), replayed=replayed)
+
+    async def get_model(self, call: Call, request: pb.GetModelRequest) -> pb.GetModelResponse:
+        """Return one model."""
+        model_id = check_id("model_id", request.model_id)
+        return pb.GetModelResponse(
+            model=model_to_proto(await self.models.get(call.tenant, model_id))
+        )
+
+    async def list_models(self, call: Call, request: pb.ListModelsRequest) -> pb.ListModelsResponse:
+        """Return a page of models."""
+        page = check_page(request.page_size, request.page_token)
+        views, next_token = await self.models.list_page(call.tenant, *page)
+        return pb.ListModelsResponse(models=map(model_to_proto, views), next_page_token=next_token)
+
+    async def delete_model(
+        self, call: Call, request: pb.DeleteModelRequest
+    ) -> pb.DeleteModelResponse:
+        """Delete a model with all that belongs to it."""
+        model_id = check_id("model_id", request.model_id)
+        deleted = await self.models.delete(
+            call.tenant, model_id, allow_missing=request.allow_missing
+        )
+        return pb.DeleteModelResponse(deleted=deleted)
+
+    async def get_weights(
+        self, call: Call, request: pb.GetWeightsRequest
+    ) -> AsyncIterator[pb.GetWeightsResponse]:
+        """Yield one version's file in parts."""
+        model_id = check_id("model_id", request.model_id)
+        version, data = await self.models.read_weights(
+            call.tenant,
+            model_id,
+            optional_version("version", request),
+            include_moments=request.include_moments,
+        )
+        call.ticket.reserve(len(data))
+        part_bytes = min(PART_BYTES, self.info.limits.message_bytes - _PART_OVERHEAD_BYTES)
+        for part in weights_parts(version, data, part_bytes):
+            yield part
+
+    async def put_weights(
+        self, call: Call, requests: AsyncIterator[pb.PutWeightsRequest]
+    ) -> pb.PutWeightsResponse:
+        """Make a file the model's next version."""
+        header = await _header(requests)
+        model_id = check_id("model_id", header.model_id)
+        expected = expected_version(header)
+        request_id = check_request_id("request_id", header.request_id, required=True)
+        total_bytes = check_size("total_bytes", header.total_bytes, 1 << 62)
+        limit = await self.models.upload_limit(call.tenant, model_id)
+        if total_bytes > limit:
+            raise message_too_large("weights file", total_bytes, limit)
+        call.ticket.reserve(total_bytes)
+        data = await _collect(requests, total_bytes)
+        version, replayed = await self.models.put_weights(
+            call.tenant, model_id, expected, request_id, data
+        )
+        return pb.PutWeightsResponse(version=version_to_proto(version), replayed=replayed)
+
+    async def create_checkpoint(
+        self, call: Call, request: pb.CreateCheckpointRequest
+    ) -> pb.CreateCheckpointResponse:
+        """Keep a version under a name."""
+        checkpoint = await self.models.create_checkpoint(
+            call.tenant,
+            check_id("model_id", request.model_id),
+            check_id("checkpoint_id", request.checkpoint_id),
+            optional_version("version", request),
+        )
+        return pb.CreateCheckpointResponse(checkpoint=checkpoint_to_proto(checkpoint))
+
+    async def list_checkpoints(
+        self, call: Call, request: pb.ListCheckpointsRequest
+    ) -> pb.ListCheckpointsResponse:
+        """Return a model's checkpoints."""
+        model_id = check_id("model_id", request.model_id)
+        checkpoints = await self.models.list_checkpoints(call.tenant, model_id)
+        return pb.ListCheckpointsResponse(checkpoints=map(checkpoint_to_proto, checkpoints))
+
+    async def restore_checkpoint(
+        self, call: Call, request: pb.RestoreCheckpointRequest
+    ) -> pb.RestoreCheckpointResponse:
+        """Make a checkpoint the model's next version."""
+        version, replayed = await self.models.restore_checkpoint(
+            call.tenant,
+            check_id("model_id", request.model_id),
+            check_id("checkpoint_id", request.checkpoint_id),
+            expected_version(request),
+            check_request_id("request_id", request.request_id, required=True),
+        )
+        return pb.RestoreCheckpointResponse(version=version_to_proto(version), replayed=replayed)
+
+    async def delete_checkpoint(
+        self, call: Call, request: pb.DeleteCheckpointRequest
+    ) -> pb.DeleteCheckpointResponse:
+        """Delete a checkpoint's name."""
+        deleted = await self.models.delete_checkpoint(
+            call.tenant,
+            check_id("model_id", request.model_id),
+            check_id("checkpoint_id", request.checkpoint_id),
+            allow_missing=request.allow_missing,
+        )
+        return pb.DeleteCheckpointResponse(deleted=deleted)
+
+    async def get_server_info(
+        self,
+        call: Call,  # noqa: ARG002 - the gate's signature
+        request: pb.GetServerInfoRequest,  # noqa: ARG002
+    ) -> pb.GetServerInfoResponse:
+        """Return limits, build and replica."""
+        return pb.GetServerInfoResponse(
+            server_version=self.info.server_version,
+            replica_id=self.info.replica_id,
+            start_time=time_to_proto(self.info.start_time_ms),
+            limits=limits_to_proto(self.info.limits),
+            durability=self.info.durability,
+        )
+
+
+async def _header(requests: AsyncIterator[pb.PutWeightsRequest]) -> pb.PutWeightsHeader:
+    first = await anext(requests, None)
+    if first is None or not first.HasField("header"):
+        raise bad_field("header", "required in the first message")
+    return first.header
+
+
+async def _collect(requests: AsyncIterator[pb.PutWeightsRequest], total_bytes: int) -> bytes:
+    """Return the file from the parts that follow the header."""
+    parts: list[bytes] = []
+    size = 0
+    async for request in requests:
+        if not request.HasField("data"):
+            raise bad_field("data", "required in every message after the first")
+        parts.append(request.data)
+        size += len(request.data)
+        if size > total_bytes:
+            break
+    if size != total_bytes:
+        came = f"{size} or more" if size > total_bytes else str(size)
+        raise bad_field("total_bytes", f"is {total_bytes}, but {came} bytes came")
+    return b"".join(parts)

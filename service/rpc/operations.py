@@ -1,0 +1,56 @@
+"""A stream's operations, handed to the domain as futures."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+from service.domain.errors import bad_field
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+    from service.domain.recurrence import Recurrence
+    from service.domain.training import Training
+    from service.rpc.histories import Histories
+    from service.rpc.lanes import StreamOperation
+    from service.rpc.time_rnn_messages import OperationReader
+
+
+class Operations:
+    """Starts operations of one tenant."""
+
+    __slots__ = ("_reader", "_recurrence", "_tenant", "_training")
+
+    def __init__(
+        self, tenant: str, reader: OperationReader, recurrence: Recurrence, training: Training
+    ) -> None:
+        self._tenant = tenant
+        self._reader = reader
+        self._recurrence = recurrence
+        self._training = training
+
+    def submit(self, operation: StreamOperation, histories: Histories) -> asyncio.Future[Any]:
+        """Check an operation and start it; raise a DomainError when it is refused."""
+        request = operation.request
+        match operation.kind:
+            case "forward":
+                return self._forward(request, histories)
+            case "backward":
+                wanted = self._reader.backward(request)
+                return _task(self._training.backward(self._tenant, wanted))
+            case "update":
+                return _task(self._training.update(self._tenant, self._reader.update(request)))
+            case "discard_gradients":
+                return _task(self._training.discard(self._tenant, self._reader.discard(request)))
+        raise bad_field("operation", "required")
+
+    def _forward(self, request: Any, histories: Histories) -> asyncio.Future[Any]:
+        token = b""
+        if not request.previous_token and request.session_id:
+            token = histories.previous_token(request.session_id, request.epoch, request.chunk_seq)
+        return self._recurrence.submit_forward(self._tenant, self._reader.forward(request, token))
+
+
+def _task(coroutine: Coroutine[Any, Any, Any]) -> asyncio.Future[Any]:
+    return asyncio.get_running_loop().create_task(coroutine)

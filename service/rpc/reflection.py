@@ -1,0 +1,33 @@
+"""grpc.reflection.v1alpha: what the services look like, for tools such as grpcurl."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import grpc.aio
+from grpc_reflection.v1alpha import reflection_pb2
+from grpc_reflection.v1alpha.reflection import aio
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterable
+
+    from service.rpc.auth import Context
+    from service.rpc.gate import Call, Gate
+
+
+class Reflection:
+    """Puts gRPC's own servicer behind the gate."""
+
+    def __init__(self, service_names: Iterable[str], gate: Gate) -> None:
+        self._servicer: Any = aio.ReflectionServicer(service_names)
+        self._gate = gate
+
+    async def server_reflection_info(self, call: Call) -> None:
+        """Answer one question after another."""
+        questions = self._read(call.context)
+        async for answer in self._servicer.ServerReflectionInfo(questions, call.context):
+            await call.context.write(self._gate.serialize(answer))
+
+    async def _read(self, context: Context) -> AsyncIterator[Any]:
+        while (raw := await context.read()) is not grpc.aio.EOF:
+            yield self._gate.parse(reflection_pb2.ServerReflectionRequest, raw)

@@ -1,0 +1,157 @@
+"""The gRPC server: options, services, health and reflection."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import grpc.aio
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection_pb2
+
+from service.rpc.admission import Admission
+from service.rpc.auth import AllowAll
+from service.rpc.gate import Gate
+from service.rpc.health import Health
+from service.rpc.model_service import ModelService
+from service.rpc.reflection import Reflection
+from service.rpc.session_service import SessionService
+from service.rpc.stream import StreamRules
+from service.rpc.time_rnn_service import TimeRnnService
+from timernn.v1 import model_service_pb2, session_service_pb2, time_rnn_service_pb2
+
+if TYPE_CHECKING:
+    from service.domain.models import Models
+    from service.domain.recurrence import Recurrence
+    from service.domain.sessions import Sessions
+    from service.domain.training import Training
+    from service.rpc.auth import Authenticator
+    from service.rpc.server_info import ServerInfo
+
+# Beyond the limit on messages, so that one a little too large is refused by us, with a reason.
+_MESSAGE_MARGIN_BYTES: Final = 64 << 10
+_CONNECTION_AGE_S: Final = 300
+
+_SERVICES: Final = {
+    name: module.DESCRIPTOR.services_by_name[name]
+    for module, name in (
+        (model_service_pb2, "ModelService"),
+        (session_service_pb2, "SessionService"),
+        (time_rnn_service_pb2, "TimeRnnService"),
+        (health_pb2, "Health"),
+        (reflection_pb2, "ServerReflection"),
+    )
+}
+SERVICE_NAMES: Final = tuple(service.full_name for service in _SERVICES.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Domain:
+    """What the services call."""
+
+    models: Models
+    sessions: Sessions
+    recurrence: Recurrence
+    training: Training
+
+
+class RpcServer:
+    """Serves the contract on one port.
+
+    Attributes:
+        health: NOT_SERVING until told otherwise.
+        admission: What is in work.
+    """
+
+    def __init__(
+        self,
+        domain: Domain,
+        info: ServerInfo,
+        *,
+        authenticator: Authenticator | None = None,
+        rules: StreamRules | None = None,
+        reuse_port: bool = False,
+    ) -> None:
+        limits = info.limits
+        deadline_s = limits.default_deadline_ms / 1000
+        rules = rules or StreamRules(deadline_s=deadline_s)
+        self.admission = Admission(limits.operations_in_flight, limits.request_bytes_in_flight)
+        self.health = Health(SERVICE_NAMES)
+        self._gate = Gate(
+            authenticator or AllowAll(),
+            self.admission,
+            message_bytes=limits.message_bytes,
+            default_deadline_s=deadline_s,
+        )
+        self._streams = TimeRnnService(
+            domain.recurrence, domain.training, self._gate, limits, rules
+        )
+        self._server = grpc.aio.server(
+            options=_options(limits.message_bytes, rules, reuse_port=reuse_port)
+        )
+        self._add_services(domain, info)
+
+    async def start(self, listen: str) -> str:
+        """Open the port and begin to serve; return the address with the port that was taken.
+
+        Raises:
+            OSError: If the address cannot be bound.
+        """
+        try:
+            port = self._server.add_insecure_port(listen)
+        except RuntimeError as error:
+            raise OSError(f"cannot listen on {listen}") from error
+        await self._server.start()
+        if listen.startswith("unix:"):
+            return listen
+        host, _, _ = listen.rpartition(":")
+        return f"{host}:{port}"
+
+    async def drain(self, grace_s: float) -> None:
+        """Take nothing more; finish what was accepted within grace_s, then cut it off.
+
+        A second call with less grace hastens the first.
+        """
+        self.health.set_serving(False)
+        self._gate.is_draining = True
+        self._streams.drain()
+        await self._server.stop(grace_s)
+
+    def _add_services(self, domain: Domain, info: ServerInfo) -> None:
+        gate = self._gate
+        names = ("ModelService", "SessionService", "TimeRnnService")
+        servicers = (
+            ModelService(domain.models, info),
+            SessionService(domain.sessions, info.limits),
+            self._streams,
+        )
+        handlers = [
+            gate.wrap(_SERVICES[name], servicer)
+            for name, servicer in zip(names, servicers, strict=True)
+        ]
+        handlers += [
+            gate.wrap(_SERVICES["Health"], self.health, is_open=True),
+            gate.wrap(_SERVICES["ServerReflection"], Reflection(SERVICE_NAMES, gate), is_open=True),
+        ]
+        self._server.add_generic_rpc_handlers(handlers)
+
+
+def _options(message_bytes: int, rules: StreamRules, *, reuse_port: bool) -> list[tuple[str, int]]:
+    largest = message_bytes + _MESSAGE_MARGIN_BYTES
+    # No connection is cut while a stream that began on it may still live its own age out.
+    grace_s = rules.age_s + 60
+    return [
+        ("grpc.max_receive_message_length", largest),
+        ("grpc.max_send_message_length", largest),
+        ("grpc.max_concurrent_streams", 100),
+        ("grpc.so_reuseport", int(reuse_port)),
+        # Identity only: a compressed message is refused before it is unpacked.
+        ("grpc.compression_enabled_algorithms_bitset", 1),
+        ("grpc.keepalive_time_ms", 60_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+        ("grpc.server_handshake_timeout_ms", 20_000),
+        ("grpc.max_connection_age_ms", _CONNECTION_AGE_S * 1000),
+        ("grpc.max_connection_age_grace_ms", int(grace_s * 1000)),
+    ]

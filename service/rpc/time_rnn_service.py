@@ -1,0 +1,87 @@
+"""timernn.v1.TimeRnnService."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from service.rpc.operations import Operations
+from service.rpc.stream import OperationStream, StreamRules
+from service.rpc.time_rnn_messages import (
+    OperationReader,
+    fill_backward,
+    fill_discard,
+    fill_forward,
+    fill_update,
+)
+from timernn.v1 import time_rnn_service_pb2 as pb
+
+if TYPE_CHECKING:
+    from service.domain.recurrence import Recurrence
+    from service.domain.training import Training
+    from service.rpc.gate import Call, Gate
+    from service.settings import Limits
+
+
+class TimeRnnService:
+    """Decodes, checks, calls `Recurrence` and `Training`, encodes."""
+
+    def __init__(
+        self,
+        recurrence: Recurrence,
+        training: Training,
+        gate: Gate,
+        limits: Limits,
+        rules: StreamRules | None = None,
+    ) -> None:
+        self._recurrence = recurrence
+        self._training = training
+        self._gate = gate
+        self._limits = limits
+        self._rules = rules or StreamRules(deadline_s=limits.default_deadline_ms / 1000)
+        self._reader = OperationReader(limits)
+        self._streams: set[OperationStream] = set()
+
+    async def forward(self, call: Call, request: pb.ForwardRequest) -> pb.ForwardResponse:
+        """Apply one chunk."""
+        wanted = self._reader.forward(request)
+        response = pb.ForwardResponse()
+        fill_forward(response, await self._recurrence.forward(call.tenant, wanted))
+        return response
+
+    async def backward(self, call: Call, request: pb.BackwardRequest) -> pb.BackwardResponse:
+        """Leave one contribution."""
+        wanted = self._reader.backward(request)
+        response = pb.BackwardResponse()
+        fill_backward(response, await self._training.backward(call.tenant, wanted))
+        return response
+
+    async def update(self, call: Call, request: pb.UpdateRequest) -> pb.UpdateResponse:
+        """Make one optimizer step."""
+        wanted = self._reader.update(request)
+        response = pb.UpdateResponse()
+        fill_update(response, await self._training.update(call.tenant, wanted))
+        return response
+
+    async def discard_gradients(
+        self, call: Call, request: pb.DiscardGradientsRequest
+    ) -> pb.DiscardGradientsResponse:
+        """Drop contributions and tapes."""
+        wanted = self._reader.discard(request)
+        response = pb.DiscardGradientsResponse()
+        fill_discard(response, await self._training.discard(call.tenant, wanted))
+        return response
+
+    async def stream(self, call: Call) -> None:
+        """Serve one stream of operations."""
+        operations = Operations(call.tenant, self._reader, self._recurrence, self._training)
+        stream = OperationStream(call.context, operations, self._gate, self._limits, self._rules)
+        self._streams.add(stream)
+        try:
+            await stream.run()
+        finally:
+            self._streams.discard(stream)
+
+    def drain(self) -> None:
+        """Ask every stream to end once it has answered what it accepted."""
+        for stream in list(self._streams):
+            stream.drain()
