@@ -1,0 +1,1 @@
+"""The contract as generated from proto/timernn/v1: messages, stubs and servicers."""
