@@ -1,0 +1,139 @@
+"""Joins chunks that wait for the same weights into one forward.
+
+A chunk never waits for company: what has queued while the engine was busy is the next batch. Each set
+of weights has its own queue, so one model's long work does not hold up another's. INFER chunks of a
+batch run as one ragged forward; a TRAIN chunk runs by itself, in its own matrix shapes, so that its
+result does not depend on who else is there, bit for bit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from rnn_engine import Tape, rnn_forward, rnn_forward_many
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from rnn_engine import Array, Params
+
+# Below this many multiply-adds a thread costs more than it frees the loop for (about 0.2 ms).
+INLINE_WORK = 1 << 20
+
+Result = TypeVar("Result")
+
+
+@dataclass(slots=True)
+class Chunk:
+    """A chunk to compute: xs (N, T, D) from h0 (N, H); `alone`: not joined with others.
+
+    When `deliver` is called, either `tape` or `error` is set.
+    """
+
+    params: Params
+    xs: Array
+    h0: Array
+    alone: bool
+    deliver: Callable[[Chunk], None]
+    tape: Tape | None = None
+    error: Exception | None = None
+
+    @property
+    def work(self) -> int:
+        """Multiply-adds, roughly."""
+        n, t, _ = self.xs.shape
+        d, h = self.params.input_size, self.params.hidden_size
+        return int(n * t * h * (d + h))
+
+
+@dataclass(slots=True)
+class _Queue:
+    waiting: deque[Chunk] = field(default_factory=deque)
+    is_busy: bool = False
+
+
+class Scheduler:
+    """Runs arithmetic for one event loop."""
+
+    def __init__(self, max_batch_rows: int, threads: int = 2) -> None:
+        """Bound the rows of a joined forward and the threads that compute."""
+        self._max_rows = max_batch_rows
+        self._queues: dict[int, _Queue] = {}
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="compute")
+
+    def submit(self, chunk: Chunk) -> None:
+        """Queue a chunk; its `deliver` is called on the loop when it is computed."""
+        queue = self._queues.get(id(chunk.params))
+        if queue is None:
+            queue = self._queues[id(chunk.params)] = _Queue()
+        queue.waiting.append(chunk)
+        if not queue.is_busy:
+            queue.is_busy = True
+            asyncio.get_running_loop().call_soon(self._run_next, queue)
+
+    async def run(self, work: int, function: Callable[..., Result], *arguments: Any) -> Result:
+        """Run other arithmetic: inline when it is small, else in a thread."""
+        if work <= INLINE_WORK:
+            return function(*arguments)
+        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
+
+    def close(self) -> None:
+        """Let running work finish and take no more."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _run_next(self, queue: _Queue) -> None:
+        batch = self._take_batch(queue)
+        if sum(chunk.work for chunk in batch) <= INLINE_WORK:
+            _compute(batch)
+            self._finish(queue, batch)
+            return
+        computing = asyncio.get_running_loop().run_in_executor(self._pool, _compute, batch)
+        computing.add_done_callback(lambda _done: self._finish(queue, batch))
+
+    def _take_batch(self, queue: _Queue) -> list[Chunk]:
+        batch, rows = [queue.waiting.popleft()], 0
+        rows = batch[0].xs.shape[0]
+        while queue.waiting and rows + queue.waiting[0].xs.shape[0] <= self._max_rows:
+            batch.append(queue.waiting.popleft())
+            rows += batch[-1].xs.shape[0]
+        return batch
+
+    def _finish(self, queue: _Queue, batch: Sequence[Chunk]) -> None:
+        if queue.waiting:
+            asyncio.get_running_loop().call_soon(self._run_next, queue)
+        else:
+            queue.is_busy = False
+            del self._queues[id(batch[0].params)]
+        for chunk in batch:
+            chunk.deliver(chunk)
+
+
+def _compute(batch: Sequence[Chunk]) -> None:
+    joined = [chunk for chunk in batch if not chunk.alone]
+    try:
+        if len(joined) > 1:
+            _compute_joined(joined)
+        else:
+            _compute_each(joined)
+    except Exception:  # noqa: BLE001 - whatever one chunk brought on, the others must not pay for it
+        _compute_each(joined)
+    _compute_each([chunk for chunk in batch if chunk.alone])
+
+
+def _compute_joined(chunks: Sequence[Chunk]) -> None:
+    params = chunks[0].params
+    results = rnn_forward_many(params, [c.xs for c in chunks], [c.h0 for c in chunks])
+    for chunk, hs in zip(chunks, results, strict=True):
+        chunk.tape = Tape(chunk.xs, chunk.h0, hs)
+
+
+def _compute_each(chunks: Sequence[Chunk]) -> None:
+    for chunk in chunks:
+        try:
+            chunk.tape = rnn_forward(chunk.params, chunk.xs, chunk.h0)
+        except Exception as error:  # noqa: BLE001 - it becomes the answer of this chunk alone
+            chunk.error = error

@@ -1,0 +1,246 @@
+"""The models that this replica has seen: their heads for a moment, their weights while they are used.
+
+A head is served for at most `head_max_age_ms`; weights are immutable, so they are kept by name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from service.domain.errors import FailedPrecondition, NotFound, quoted
+from service.domain.weights import (
+    moments_from_bytes,
+    params_from_bytes,
+    spec_bytes,
+    spec_from_bytes,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rnn_engine import Moments, Params
+    from service.domain.ports import ModelRecord, ModelStore
+    from service.domain.types import ModelSpec, Version
+
+    WeightsName = tuple[bytes, Version]
+
+
+@dataclass(frozen=True, slots=True)
+class KnownModel:
+    """A model as this replica last read it."""
+
+    tenant: str
+    spec: ModelSpec
+    incarnation: bytes
+    head: Version
+    record: ModelRecord
+    read_at: float  # by the catalog's clock, taken before the read
+
+
+class Catalog:
+    """Answers which weights a chunk runs with, mostly without asking the store."""
+
+    def __init__(
+        self,
+        store: ModelStore,
+        head_max_age_ms: int,
+        weights_limit_bytes: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Keep weights up to the limit and heads up to their age."""
+        self._store = store
+        self._max_age_s = head_max_age_ms / 1000
+        self._limit_bytes = weights_limit_bytes
+        self._clock = clock
+        self._models: OrderedDict[tuple[str, str], KnownModel] = OrderedDict()
+        self._reading: dict[tuple[str, str], asyncio.Task[KnownModel]] = {}
+        self._weights: OrderedDict[WeightsName, Params] = OrderedDict()
+        self._weights_bytes = 0
+        self._head_moments: dict[tuple[str, str], tuple[Version, Moments]] = {}
+
+    def peek(self, tenant: str, model_id: str) -> KnownModel | None:
+        """Return a model whose head is fresh enough to serve; read ahead when it is half worn."""
+        model = self._models.get((tenant, model_id))
+        if model is None:
+            return None
+        age_s = self._clock() - model.read_at
+        if age_s > self._max_age_s:
+            return None
+        if age_s > self._max_age_s / 2:
+            self._start_reading(tenant, model_id)
+        return model
+
+    async def get(self, tenant: str, model_id: str, *, fresh: bool = False) -> KnownModel:
+        """Return a model; `fresh` means read after this call began.
+
+        Raises:
+            NotFound: MODEL_NOT_FOUND.
+        """
+        if not fresh:
+            model = self.peek(tenant, model_id)
+            if model is not None:
+                return model
+            return await asyncio.shield(self._start_reading(tenant, model_id))
+        return await self._read(tenant, model_id)
+
+    async def get_life(self, tenant: str, model_id: str, incarnation: bytes) -> KnownModel:
+        """Return the model in the life that a session was opened in.
+
+        Raises:
+            NotFound: MODEL_NOT_FOUND, also when the name has a new life.
+        """
+        model = await self.get(tenant, model_id)
+        if model.incarnation != incarnation:
+            model = await self.get(tenant, model_id, fresh=True)
+        if model.incarnation != incarnation:
+            raise model_not_found(model_id, "it was deleted and created again meanwhile")
+        return model
+
+    async def head_at_least(self, model: KnownModel, minimum: Version) -> KnownModel:
+        """Return the model with a head that is the minimum or later, read again if need be.
+
+        Raises:
+            NotFound: VERSION_GONE if the true head is older.
+            FailedPrecondition: WEIGHTS_FORKED if the head has that number and other content.
+        """
+        if not is_at_least(model.head, minimum):
+            model = await self.get(model.tenant, model.spec.model_id, fresh=True)
+        if model.head.number < minimum.number:
+            raise version_gone(minimum, model.head)
+        if not is_at_least(model.head, minimum):
+            raise weights_forked(minimum, model.head)
+        return model
+
+    def cached_params(self, incarnation: bytes, version: Version) -> Params | None:
+        """Return weights that this process holds."""
+        return self._weights.get((incarnation, version))
+
+    async def params(self, model: KnownModel, version: Version) -> tuple[Version, Params]:
+        """Return a version's full name and weights; its digest may be left empty.
+
+        Raises:
+            NotFound: VERSION_GONE.
+            FailedPrecondition: WEIGHTS_FORKED if the number has other content.
+        """
+        cached = self._weights.get((model.incarnation, version))
+        if cached is not None:
+            self._weights.move_to_end((model.incarnation, version))
+            return version, cached
+        model_id = model.spec.model_id
+        found = await self._store.find_version(model.tenant, model_id, version.number)
+        if found is None:
+            raise version_gone(version, model.head)
+        if not version.names(found):
+            raise weights_forked(version, found)
+        data = await self._store.read_weights(model.tenant, model_id, model.incarnation, found)
+        if data is None:
+            raise version_gone(version, model.head)
+        params = params_from_bytes(model.spec, data)
+        self._keep(model, found, params)
+        return found, params
+
+    async def moments(self, model: KnownModel, version: Version, params: Params) -> Moments:
+        """Return a version's moments; zero where they were not kept."""
+        known = self._head_moments.get((model.tenant, model.spec.model_id))
+        if known is not None and known[0] == version:
+            return known[1]
+        data = await self._store.read_moments(
+            model.tenant, model.spec.model_id, model.incarnation, version
+        )
+        return moments_from_bytes(model.spec, params, data)
+
+    def note_head(
+        self, model: KnownModel, version: Version, params: Params, moments: Moments
+    ) -> None:
+        """Learn of a head that this process has made."""
+        key = (model.tenant, model.spec.model_id)
+        self._keep(model, version, params)
+        self._head_moments[key] = (version, moments)
+        self._learn(replace(model, head=version, read_at=self._clock()))
+
+    def forget(self, tenant: str, model_id: str) -> None:
+        """Forget a model that was deleted."""
+        self._models.pop((tenant, model_id), None)
+        self._head_moments.pop((tenant, model_id), None)
+
+    def _start_reading(self, tenant: str, model_id: str) -> asyncio.Task[KnownModel]:
+        """Read a model once for all who wait for it."""
+        key = (tenant, model_id)
+        reading = self._reading.get(key)
+        if reading is None:
+            reading = asyncio.create_task(self._read(tenant, model_id))
+            self._reading[key] = reading
+            reading.add_done_callback(lambda done: self._stop_reading(key, done))
+        return reading
+
+    def _stop_reading(self, key: tuple[str, str], done: asyncio.Task[KnownModel]) -> None:
+        del self._reading[key]
+        if not done.cancelled():
+            done.exception()  # told to those who wait; a read ahead has nobody to tell
+
+    async def _read(self, tenant: str, model_id: str) -> KnownModel:
+        read_at = self._clock()
+        record = await self._store.read_model(tenant, model_id)
+        if record is None:
+            self.forget(tenant, model_id)
+            raise model_not_found(model_id)
+        known = self._models.get((tenant, model_id))
+        if known is not None and known.incarnation == record.incarnation:
+            spec = known.spec
+        else:
+            spec = spec_from_bytes(record.spec)
+        model = KnownModel(tenant, spec, record.incarnation, record.head, record, read_at)
+        self._learn(model)
+        return model
+
+    def _learn(self, model: KnownModel) -> None:
+        key = (model.tenant, model.spec.model_id)
+        known = self._models.get(key)
+        if known is not None and known.read_at > model.read_at:
+            return
+        self._models[key] = model
+        self._models.move_to_end(key)
+        while len(self._models) > 4096:
+            oldest, _ = self._models.popitem(last=False)
+            self._head_moments.pop(oldest, None)
+
+    def _keep(self, model: KnownModel, version: Version, params: Params) -> None:
+        name = (model.incarnation, version)
+        if name not in self._weights:
+            self._weights_bytes += spec_bytes(model.spec)
+        self._weights[name] = params
+        self._weights.move_to_end(name)
+        while self._weights_bytes > self._limit_bytes and len(self._weights) > 1:
+            _, oldest = self._weights.popitem(last=False)
+            self._weights_bytes -= oldest.Wx.nbytes + oldest.Wh.nbytes + oldest.b.nbytes
+
+
+def is_at_least(head: Version, minimum: Version) -> bool:
+    """Tell whether a head is the minimum itself or has a higher number."""
+    return head.number > minimum.number or minimum.names(head)
+
+
+def model_not_found(model_id: str, why: str = "no such model") -> NotFound:
+    """Make the refusal of an unknown model."""
+    return NotFound("MODEL_NOT_FOUND", f"model {quoted(model_id)}: {why}", model_id=model_id)
+
+
+def version_gone(version: Version, head: Version) -> NotFound:
+    """Make the refusal of a version that is not there."""
+    text = f"weights version {version.number} is not there; the head is {head.number}"
+    return NotFound(
+        "VERSION_GONE", text, version=version.number, head=head.number, head_digest=head.digest
+    )
+
+
+def weights_forked(version: Version, found: Version) -> FailedPrecondition:
+    """Make the refusal of a version whose number has other content."""
+    text = (
+        f"weights version {version.number} has other content than the one named "
+        f"({version.digest.hex()} was named, {found.digest.hex()} is there)"
+    )
+    return FailedPrecondition("WEIGHTS_FORKED", text, version=version.number, digest=found.digest)

@@ -1,0 +1,78 @@
+"""Names made from content: equal content has equal names, on any replica and after any loss."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import struct
+from typing import TYPE_CHECKING
+
+from service.domain.types import DIGEST_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from rnn_engine import Array
+    from service.domain.types import Backward, Update, Version
+
+_NUMBER = struct.Struct(">Q")
+_SHAPE = struct.Struct(">cccQQQ")
+
+
+def chunk_digest(xs: Array, *, train: bool) -> bytes:
+    """Return the 16 bytes that stand for a chunk's content: mode, dtype, shape and elements."""
+    head = _SHAPE.pack(b"T" if train else b"I", b"f", xs.dtype.char.encode(), *xs.shape)
+    made = hashlib.sha256(head)
+    made.update(xs.data if xs.flags.c_contiguous else xs.tobytes())
+    return made.digest()[:DIGEST_BYTES]
+
+
+def next_token(before: bytes, digest: bytes, version: Version) -> bytes:
+    """Return the state token after a chunk: a chain over all that made the state."""
+    link = before + digest + _NUMBER.pack(version.number) + version.digest
+    return hashlib.sha256(link).digest()[:DIGEST_BYTES]
+
+
+def first_token(state: bytes) -> bytes:
+    """Return the token with which an epoch's chain begins."""
+    return hashlib.sha256(b"state" + state).digest()[:DIGEST_BYTES]
+
+
+def request_name(request_id: str) -> bytes:
+    """Return the 16 bytes that stand for a request id; without one, bytes that nobody else has.
+
+    A name of its own lets even a request without an id be sent to the store twice safely.
+    """
+    if not request_id:
+        return secrets.token_bytes(DIGEST_BYTES)
+    return hashlib.sha256(b"request" + request_id.encode()).digest()[:DIGEST_BYTES]
+
+
+def content_digest(*parts: bytes | memoryview) -> bytes:
+    """Return the 16 bytes that stand for a sequence of byte strings."""
+    made = hashlib.sha256()
+    for part in parts:
+        made.update(_NUMBER.pack(len(part)))
+        made.update(part)
+    return made.digest()[:DIGEST_BYTES]
+
+
+def gradient_digest(op: Backward) -> bytes:
+    """Return the 16 bytes that stand for what a Backward was given, its chunk included."""
+    arriving = b"" if op.dh_next is None else op.dh_next.tobytes()
+    return content_digest(op.token, op.dhs.tobytes(), arriving)
+
+
+def update_digest(op: Update) -> bytes:
+    """Return the 16 bytes that stand for what an Update was asked to do."""
+    expected = (op.expected.number, op.expected.digest) if op.expected else None
+    selectors = sorted((s.session_id, s.epoch, s.chunk_seqs) for s in op.selectors)
+    facts: Iterable[object] = (
+        op.model_id,
+        selectors,
+        op.reduction.value,
+        op.learning_rate,
+        op.clip_norm,
+        expected,
+    )
+    return content_digest(*(repr(fact).encode() for fact in facts))

@@ -1,0 +1,228 @@
+"""Makes a model's next version: one decision, once, whatever is sent again.
+
+The request id, the head and the contributions are read in one look; the version is computed and written
+under its own name; one script then flips the head if all is still as it was looked at. A request that
+was carried out is answered from what is remembered of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from service.domain import weights
+from service.domain.catalog import model_not_found
+from service.domain.digests import request_name
+from service.domain.errors import Aborted, AlreadyExists, FailedPrecondition, Unavailable
+from service.domain.ports import FlipOutcome, HeadFlip, NewVersion
+from service.domain.types import Version
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+    from rnn_engine import Moments, Params
+    from service.compute.scheduler import Scheduler
+    from service.domain.catalog import Catalog, KnownModel
+    from service.domain.ports import ModelStore, UpdateLook
+
+    MakeHead = Callable[[KnownModel, UpdateLook], Awaitable["NextHead | None"]]
+
+_TRIES = 16
+_ANSWER = struct.Struct(">Q16sd?I")
+
+
+@dataclass(frozen=True, slots=True)
+class NextHead:
+    """What the next version holds and how it was made."""
+
+    params: Params
+    moments: Moments
+    names: Sequence[bytes] = ()
+    gradient_norm: float = 0.0
+    clipped: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StepAnswer:
+    """What is answered, and remembered, of a step."""
+
+    version: Version
+    gradient_norm: float
+    clipped: bool
+    contribution_count: int
+    replayed: bool = False
+
+    def to_bytes(self) -> bytes:
+        """Lay out the answer for the store."""
+        version = self.version
+        return _ANSWER.pack(
+            version.number,
+            version.digest,
+            self.gradient_norm,
+            self.clipped,
+            self.contribution_count,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class HeadRequest:
+    """Who asks for a next version, and under which condition."""
+
+    tenant: str
+    model_id: str
+    request_id: str
+    content_digest: bytes
+    expected: Version | None
+    selectors: Sequence[bytes] = ()
+
+
+class HeadMaker:
+    """Makes next versions; steps of one model in this process go one after another."""
+
+    def __init__(self, store: ModelStore, catalog: Catalog, scheduler: Scheduler) -> None:
+        """Keep the parts that a step uses."""
+        self._store = store
+        self._catalog = catalog
+        self._scheduler = scheduler
+        self._turns: dict[tuple[str, str], asyncio.Lock] = {}
+
+    async def install(
+        self,
+        model: KnownModel,
+        expected: Version | None,
+        request_id: str,
+        content_digest: bytes,
+        made: NextHead,
+    ) -> tuple[Version, bool]:
+        """Make given weights the next version; tell whether an earlier try had done so."""
+
+        async def give(_model: KnownModel, _look: UpdateLook) -> NextHead:
+            return made
+
+        request = HeadRequest(
+            model.tenant, model.spec.model_id, request_id, content_digest, expected
+        )
+        answer = await self.advance(request, give)
+        return answer.version, answer.replayed
+
+    async def advance(self, request: HeadRequest, make: MakeHead) -> StepAnswer:
+        """Make the next version by `make`, which returns None when what it needs went away.
+
+        Raises:
+            DomainError: MODEL_NOT_FOUND, REQUEST_ID_REUSED, VERSION_CONFLICT, NON_FINITE_RESULT.
+        """
+        # Only to spare work: two steps from one head would make one of them compute again.
+        turn = self._turns.setdefault((request.tenant, request.model_id), asyncio.Lock())
+        try:
+            async with turn:
+                return await self._advance(request, make)
+        finally:
+            if not turn.locked():
+                self._turns.pop((request.tenant, request.model_id), None)
+
+    async def _advance(self, request: HeadRequest, make: MakeHead) -> StepAnswer:
+        name = request_name(request.request_id)
+        for _ in range(_TRIES):
+            look = await self._store.look_update(
+                request.tenant, request.model_id, name, request.selectors
+            )
+            if look is None:
+                self._catalog.forget(request.tenant, request.model_id)
+                raise model_not_found(request.model_id)
+            if look.remembered:
+                return _remembered(look.remembered, request.content_digest)
+            if request.expected is not None and not request.expected.names(look.head):
+                raise version_conflict(request.expected, look.head)
+            model = await self._model_at(request, look)
+            made = None if model is None else await make(model, look)
+            if model is None or made is None:
+                continue
+            answer = await self._flip(request, name, model, look, made)
+            if answer is not None:
+                return answer
+        text = "other writers were faster each time; send the same call again"
+        raise Unavailable("UNKNOWN_OUTCOME", text, retry_after_s=0.05)
+
+    async def _model_at(self, request: HeadRequest, look: UpdateLook) -> KnownModel | None:
+        model = await self._catalog.get(request.tenant, request.model_id)
+        if model.incarnation != look.incarnation:
+            model = await self._catalog.get(request.tenant, request.model_id, fresh=True)
+        return model if model.incarnation == look.incarnation else None
+
+    async def _flip(
+        self,
+        request: HeadRequest,
+        name: bytes,
+        model: KnownModel,
+        look: UpdateLook,
+        made: NextHead,
+    ) -> StepAnswer | None:
+        size = weights.spec_bytes(model.spec)
+        data, moments, digest = await self._scheduler.run(size, _laid_out, made)
+        version = Version(look.head.number + 1, digest)
+        answer = StepAnswer(version, made.gradient_norm, made.clipped, len(made.names))
+        flip = HeadFlip(
+            incarnation=look.incarnation,
+            base=look.head,
+            new=NewVersion(version, data, moments),
+            request=name,
+            content_digest=request.content_digest,
+            answer=answer.to_bytes(),
+            names=made.names,
+        )
+        outcome, known = await self._store.flip_head(request.tenant, request.model_id, flip)
+        if outcome is FlipOutcome.FLIPPED:
+            self._catalog.note_head(model, version, made.params, made.moments)
+            return answer
+        if outcome is FlipOutcome.REPLAYED:
+            return _remembered(request.content_digest + known, request.content_digest)
+        if outcome is FlipOutcome.REUSED:
+            raise request_id_reused()
+        if outcome is FlipOutcome.GONE:
+            self._catalog.forget(request.tenant, request.model_id)
+            raise model_not_found(request.model_id)
+        return None
+
+
+def _laid_out(made: NextHead) -> tuple[bytes, bytes, bytes]:
+    """Lay out weights and moments for the store and name them.
+
+    Raises:
+        FailedPrecondition: NON_FINITE_RESULT; nothing has been written then.
+    """
+    params = made.params
+    bad = sum(a.size - int(np.isfinite(a).sum()) for a in (params.Wx, params.Wh, params.b))
+    if bad:
+        text = f"the step would make {bad} weights non-finite; nothing was changed"
+        raise FailedPrecondition("NON_FINITE_RESULT", text, count=bad)
+    data = weights.params_to_bytes(params)
+    moments = weights.moments_to_bytes(made.moments)
+    return data, moments, weights.version_digest(data, moments)
+
+
+def _remembered(known: bytes, content_digest: bytes) -> StepAnswer:
+    if known[: len(content_digest)] != content_digest:
+        raise request_id_reused()
+    answer = known[len(content_digest) :]
+    if not answer:  # the id was used to create the model
+        raise request_id_reused()
+    number, digest, norm, clipped, count = _ANSWER.unpack(answer)
+    return replace(StepAnswer(Version(number, digest), norm, clipped, count), replayed=True)
+
+
+def request_id_reused() -> AlreadyExists:
+    """Make the refusal of a request id that was used with other content."""
+    text = "request_id: it was used for a request with other content"
+    return AlreadyExists("REQUEST_ID_REUSED", text, field="request_id")
+
+
+def version_conflict(expected: Version, head: Version) -> Aborted:
+    """Make the refusal of a step from another head than the present one."""
+    text = f"expected the head to be version {expected.number}, it is {head.number}"
+    if expected.number == head.number:
+        text = f"version {head.number} is the head, but with other content than expected"
+    return Aborted("VERSION_CONFLICT", text, head=head.number, head_digest=head.digest)

@@ -1,0 +1,284 @@
+"""Creates and deletes models, moves weights in and out, keeps checkpoints."""
+
+from __future__ import annotations
+
+import secrets
+from typing import TYPE_CHECKING
+
+from rnn_engine import init_moments
+from service.domain import pages, weights
+from service.domain.catalog import model_not_found, version_gone, weights_forked
+from service.domain.digests import content_digest, request_name
+from service.domain.errors import (
+    AlreadyExists,
+    NotFound,
+    ResourceExhausted,
+    Unavailable,
+    bad_field,
+    bad_tensor,
+    quoted,
+)
+from service.domain.heads import NextHead
+from service.domain.ports import (
+    CheckpointOutcome,
+    CreateOutcome,
+    ModelRecord,
+    NewVersion,
+)
+from service.domain.types import (
+    DIGEST_BYTES,
+    ModelView,
+    Version,
+)
+
+if TYPE_CHECKING:
+    from rnn_engine import Params
+    from service.compute.scheduler import Scheduler
+    from service.domain.catalog import Catalog, KnownModel
+    from service.domain.heads import HeadMaker
+    from service.domain.ports import ModelStore
+    from service.domain.types import (
+        Checkpoint,
+        InitialWeights,
+        ModelSpec,
+    )
+    from service.settings import Limits
+
+_TRIES = 8
+
+
+class Models:
+    """The model operations."""
+
+    def __init__(
+        self,
+        store: ModelStore,
+        catalog: Catalog,
+        heads: HeadMaker,
+        scheduler: Scheduler,
+        limits: Limits,
+    ) -> None:
+        """Keep the parts that the operations use."""
+        self._store = store
+        self._catalog = catalog
+        self._heads = heads
+        self._scheduler = scheduler
+        self._limits = limits
+
+    async def create(
+        self, tenant: str, spec: ModelSpec, first: InitialWeights, request_id: str
+    ) -> tuple[ModelView, bool]:
+        """Create a model; tell whether an earlier try of this request had created it."""
+        size = weights.spec_bytes(spec)
+        if size > self._limits.weights_bytes:
+            text = f"the weights would need {size} bytes, over the limit of {self._limits.weights_bytes}"
+            raise bad_field("spec.hidden_size", text)
+        work = size  # bytes drawn or checked stand for the work
+        params = await self._scheduler.run(work, _first_params, spec, first)
+        data = weights.params_to_bytes(params)
+        moments = weights.moments_to_bytes(init_moments(spec.optimizer, params))
+        version = Version(1, weights.version_digest(data, moments))
+        incarnation = secrets.token_bytes(DIGEST_BYTES)
+        stored_spec = weights.spec_to_bytes(spec)
+        record = ModelRecord(incarnation, stored_spec, version, 0, 0, 0)
+        outcome = await self._store.create_model(
+            tenant,
+            spec.model_id,
+            record,
+            NewVersion(version, data, moments),
+            request_name(request_id),
+            content_digest(stored_spec, version.digest),
+        )
+        self._refuse_creation(spec.model_id, outcome)
+        model = await self._catalog.get(tenant, spec.model_id, fresh=True)
+        return _view(model), outcome is CreateOutcome.REPLAYED
+
+    async def get(self, tenant: str, model_id: str) -> ModelView:
+        """Return one model."""
+        return _view(await self._catalog.get(tenant, model_id, fresh=True))
+
+    async def list_page(
+        self, tenant: str, page_size: int, page_token: str
+    ) -> tuple[list[ModelView], str]:
+        """Return a page of models, sorted by name, and the token of the next page."""
+        after, _ = pages.position_from_token(page_token) or ("", "")
+        names = await self._store.list_models(tenant, after, page_size)
+        views = []
+        for name in names:
+            try:
+                views.append(await self.get(tenant, name))
+            except NotFound:  # deleted meanwhile, or its creation was never finished
+                continue
+        return views, pages.token_from_position((names[-1], "")) if len(names) == page_size else ""
+
+    async def delete(self, tenant: str, model_id: str, *, allow_missing: bool) -> bool:
+        """Delete a model; tell whether this call did."""
+        try:
+            model = await self._catalog.get(tenant, model_id, fresh=True)
+        except NotFound:
+            if allow_missing:
+                return False
+            raise
+        self._catalog.forget(tenant, model_id)
+        return await self._store.delete_model(tenant, model_id, model.incarnation)
+
+    async def read_weights(
+        self, tenant: str, model_id: str, version: Version | None, *, include_moments: bool
+    ) -> tuple[Version, bytes]:
+        """Return a version as a safetensors file."""
+        for _ in range(_TRIES):
+            model = await self._catalog.get(tenant, model_id, fresh=True)
+            try:
+                found, params = await self._catalog.params(model, version or model.head)
+            except NotFound:
+                if version is not None:
+                    raise
+                continue  # the head went on meanwhile
+            moments = None
+            if include_moments:
+                moments = await self._catalog.moments(model, found, params)
+            return found, weights.to_safetensors(params, moments)
+        raise _overtaken()
+
+    async def upload_limit(self, tenant: str, model_id: str) -> int:
+        """Return the most bytes that an upload for this model can need."""
+        model = await self._catalog.get(tenant, model_id)
+        return weights.file_bytes_limit(model.spec)
+
+    async def put_weights(
+        self, tenant: str, model_id: str, expected: Version | None, request_id: str, data: bytes
+    ) -> tuple[Version, bool]:
+        """Make a safetensors file the model's next version."""
+        model = await self._catalog.get(tenant, model_id, fresh=True)
+        params, moments = await self._scheduler.run(
+            len(data), weights.from_safetensors, model.spec, data
+        )
+        made = NextHead(params, moments)
+        digest = content_digest(b"put", data, _expected_bytes(expected))
+        return await self._heads.install(model, expected, request_id, digest, made)
+
+    async def create_checkpoint(
+        self, tenant: str, model_id: str, checkpoint_id: str, version: Version | None
+    ) -> Checkpoint:
+        """Keep a version under a name."""
+        model = await self._catalog.get(tenant, model_id, fresh=True)
+        if version is not None and not version.digest:
+            found = await self._store.find_version(tenant, model_id, version.number)
+            if found is None:
+                raise version_gone(version, model.head)
+            version = found
+        outcome, kept = await self._store.create_checkpoint(
+            tenant, model_id, model.incarnation, checkpoint_id, version
+        )
+        if kept is not None:
+            return kept
+        raise self._checkpoint_refusal(outcome, model, checkpoint_id, version or model.head)
+
+    async def list_checkpoints(self, tenant: str, model_id: str) -> list[Checkpoint]:
+        """Return a model's checkpoints, sorted by name."""
+        await self._catalog.get(tenant, model_id, fresh=True)
+        return await self._store.list_checkpoints(tenant, model_id)
+
+    async def restore_checkpoint(
+        self,
+        tenant: str,
+        model_id: str,
+        checkpoint_id: str,
+        expected: Version | None,
+        request_id: str,
+    ) -> tuple[Version, bool]:
+        """Make a checkpoint's weights and moments the model's next version."""
+        model = await self._catalog.get(tenant, model_id, fresh=True)
+        kept = {c.checkpoint_id: c for c in await self._store.list_checkpoints(tenant, model_id)}
+        if checkpoint_id not in kept:
+            raise _checkpoint_not_found(checkpoint_id)
+        version, params = await self._catalog.params(model, kept[checkpoint_id].version)
+        moments = await self._catalog.moments(model, version, params)
+        digest = content_digest(b"restore", checkpoint_id.encode(), _expected_bytes(expected))
+        made = NextHead(params, moments)
+        return await self._heads.install(model, expected, request_id, digest, made)
+
+    async def delete_checkpoint(
+        self, tenant: str, model_id: str, checkpoint_id: str, *, allow_missing: bool
+    ) -> bool:
+        """Take a checkpoint's name away; tell whether this call did."""
+        model = await self._catalog.get(tenant, model_id, fresh=True)
+        deleted = await self._store.delete_checkpoint(
+            tenant, model_id, model.incarnation, checkpoint_id
+        )
+        if not deleted and not allow_missing:
+            raise _checkpoint_not_found(checkpoint_id)
+        return deleted
+
+    def _refuse_creation(self, model_id: str, outcome: CreateOutcome) -> None:
+        if outcome is CreateOutcome.EXISTS:
+            text = f"model {quoted(model_id)} exists"
+            raise AlreadyExists("MODEL_EXISTS", text, model_id=model_id)
+        if outcome is CreateOutcome.REUSED:
+            text = "request_id: it was used for a model with other content"
+            raise AlreadyExists("REQUEST_ID_REUSED", text, field="request_id")
+        if outcome is CreateOutcome.QUOTA:
+            limit = self._limits.models_per_tenant
+            text = f"{limit} models exist, the most there may be; delete some"
+            raise ResourceExhausted("MAX_MODELS", text, quota="models_per_tenant", limit=limit)
+        if outcome is CreateOutcome.STALE:
+            raise _overtaken()
+
+    def _checkpoint_refusal(
+        self, outcome: CheckpointOutcome, model: KnownModel, checkpoint_id: str, version: Version
+    ) -> Exception:
+        if outcome is CheckpointOutcome.EXISTS:
+            text = f"checkpoint {quoted(checkpoint_id)} keeps another version"
+            return AlreadyExists("CHECKPOINT_EXISTS", text, checkpoint_id=checkpoint_id)
+        if outcome is CheckpointOutcome.VERSION_GONE:
+            return version_gone(version, model.head)
+        if outcome is CheckpointOutcome.FORKED:
+            return weights_forked(version, model.head)
+        if outcome is CheckpointOutcome.QUOTA:
+            limit = self._limits.checkpoints_per_model
+            text = f"{limit} checkpoints exist, the most there may be; delete some"
+            quota = "checkpoints_per_model"
+            return ResourceExhausted("MAX_CHECKPOINTS", text, quota=quota, limit=limit)
+        return model_not_found(model.spec.model_id)
+
+
+def _first_params(spec: ModelSpec, first: InitialWeights) -> Params:
+    if first.given is None:
+        return weights.draw_params(spec, first.seed)
+    given = first.given
+    d, h = spec.input_size, spec.hidden_size
+    for name, array, shape in (
+        ("given.wx", given.Wx, (d, h)),
+        ("given.wh", given.Wh, (h, h)),
+        ("given.b", given.b, (h,)),
+    ):
+        if array.dtype != spec.dtype or array.shape != shape:
+            text = f"expected {spec.dtype} {shape}, got {array.dtype} {array.shape}"
+            raise bad_tensor(name, text)
+    return given
+
+
+def _view(model: KnownModel) -> ModelView:
+    record = model.record
+    return ModelView(
+        spec=model.spec,
+        head=model.head,
+        incarnation=model.incarnation.hex(),
+        create_time_ms=record.create_time_ms,
+        waiting_count=record.waiting_count,
+        waiting_bytes=record.waiting_bytes,
+    )
+
+
+def _expected_bytes(expected: Version | None) -> bytes:
+    return b"" if expected is None else expected.number.to_bytes(8, "big") + expected.digest
+
+
+def _checkpoint_not_found(checkpoint_id: str) -> NotFound:
+    text = f"checkpoint {quoted(checkpoint_id)}: no such checkpoint"
+    return NotFound("CHECKPOINT_NOT_FOUND", text, checkpoint_id=checkpoint_id)
+
+
+def _overtaken() -> Exception:
+    text = "other writers were faster each time; send the same call again"
+    return Unavailable("UNKNOWN_OUTCOME", text, retry_after_s=0.05)

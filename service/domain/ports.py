@@ -1,0 +1,366 @@
+"""What the domain asks of a store, in the domain's words.
+
+Each method is one atomic look or one atomic decision in one hash slot. Methods raise Unavailable
+(STORE_DOWN, UNKNOWN_OUTCOME) or ResourceExhausted (STORE_FULL) and nothing else of a store's own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from service.domain.types import Checkpoint, Version
+
+Bytes = bytes | memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class StoredState:
+    """A state that the ring holds: what made it, and h as bytes."""
+
+    chunk_seq: int
+    digest: bytes
+    token: bytes
+    version: Version
+    h: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SessionHead:
+    """The numbers of a session's record."""
+
+    model_id: str
+    incarnation: bytes
+    dtype: str
+    batch_size: int
+    epoch: int
+    chunk_seq: int
+    ttl_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class SessionSnapshot:
+    """A session in one look; `before` and `at` are the states around the chunk asked for."""
+
+    head: SessionHead
+    expire_time_ms: int
+    last: StoredState
+    before: StoredState | None = None
+    at: StoredState | None = None
+
+
+class Absence(Enum):
+    """Why a session is not there."""
+
+    NEVER = "SESSION_NOT_FOUND"
+    EXPIRED = "SESSION_EXPIRED"
+    CLOSED = "SESSION_CLOSED"
+
+
+@dataclass(frozen=True, slots=True)
+class AbsentSession:
+    """A session that is not there, and its last epoch (0: unknown)."""
+
+    why: Absence
+    epoch: int = 0
+
+
+class EpochOutcome(Enum):
+    """What came of beginning an epoch."""
+
+    BEGUN = "BEGUN"
+    REPLAYED = "REPLAYED"
+    RESUMED = "RESUMED"
+    EXISTS = "EXISTS"
+    ABSENT = "ABSENT"
+    FENCED = "FENCED"
+    GAP = "GAP"
+
+
+@dataclass(frozen=True, slots=True)
+class EpochStart:
+    """An epoch to begin; `mode` says what to do with a live session: fail, resume, reset or live."""
+
+    mode: str
+    head: SessionHead  # epoch and chunk_seq are not used
+    first: StoredState
+    request: bytes  # 16 bytes, or empty
+    expected_epoch: int = 0
+    expected_chunk_seq: int = -1
+    restored_epoch: int = 0
+
+
+class ChunkOutcome(Enum):
+    """What came of a chunk's commit."""
+
+    OK = "OK"
+    TOUCH = "TOUCH"  # OK, and the tenant's list is to be told that the session lives on
+    STALE = "STALE"
+    QUOTA = "QUOTA"
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkCommit:
+    """A chunk to apply to the state that `base_token` names; `tape` only for a TRAIN chunk."""
+
+    tenant: str
+    session_id: str
+    epoch: int
+    base_token: bytes
+    state: StoredState
+    acknowledged_seq: int
+    tape: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TapeLook:
+    """A tape with where its session stands; `data` is None when there is no such tape."""
+
+    session: SessionHead | AbsentSession
+    token: bytes
+    data: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRecord:
+    """A model's record; `spec` is the stored form of its specification."""
+
+    incarnation: bytes
+    spec: bytes
+    head: Version
+    create_time_ms: int
+    waiting_bytes: int
+    waiting_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class NewVersion:
+    """Weights and moments to be written under a version's name."""
+
+    version: Version
+    weights: Bytes
+    moments: Bytes
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateLook:
+    """What an Update decides from, in one look.
+
+    Attributes:
+        remembered: What is known of its request id: digest of the content and answer; else empty.
+        waiting: Name (32 bytes) and digest (16) of each contribution that waits, sorted.
+    """
+
+    incarnation: bytes
+    spec: bytes
+    head: Version
+    remembered: bytes
+    waiting: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class HeadFlip:
+    """A new head made from an older one and from contributions."""
+
+    incarnation: bytes
+    base: Version
+    new: NewVersion
+    request: bytes
+    content_digest: bytes
+    answer: bytes
+    names: Sequence[bytes] = field(default=())
+
+
+class FlipOutcome(Enum):
+    """What came of a head's flip."""
+
+    FLIPPED = "FLIPPED"
+    REPLAYED = "REPLAYED"
+    REUSED = "REUSED"
+    STALE = "STALE"
+    GONE = "GONE"
+
+
+class CountOutcome(Enum):
+    """What came of counting a contribution."""
+
+    COUNTED = "COUNTED"
+    REPLAYED = "REPLAYED"
+    REUSED = "REUSED"
+    GONE = "GONE"
+    QUOTA = "QUOTA"
+    FULL = "FULL"
+
+
+class CreateOutcome(Enum):
+    """What came of a model's creation."""
+
+    CREATED = "CREATED"
+    REPLAYED = "REPLAYED"
+    EXISTS = "EXISTS"
+    REUSED = "REUSED"
+    STALE = "STALE"
+    QUOTA = "QUOTA"
+
+
+class CheckpointOutcome(Enum):
+    """What came of a checkpoint's creation."""
+
+    CREATED = "CREATED"
+    KNOWN = "KNOWN"
+    EXISTS = "EXISTS"
+    VERSION_GONE = "VERSION_GONE"
+    FORKED = "FORKED"
+    QUOTA = "QUOTA"
+    GONE = "GONE"
+
+
+class SessionStore(Protocol):
+    """Sessions, their tapes, and each tenant's list of them."""
+
+    async def read_session(
+        self, tenant: str, session_id: str, chunk_seq: int = 0
+    ) -> SessionSnapshot | AbsentSession:
+        """Read a session, with the states around a chunk when one is named."""
+
+    async def begin_epoch(
+        self, tenant: str, session_id: str, start: EpochStart
+    ) -> tuple[EpochOutcome, int]:
+        """Begin an epoch; the number is the epoch in force, or for GAP the last chunk."""
+
+    async def commit_chunks(self, commits: Sequence[ChunkCommit]) -> list[ChunkOutcome | Exception]:
+        """Apply chunks of different sessions, each by itself, in one round trip."""
+
+    async def extend_session(self, tenant: str, session_id: str, epoch: int) -> ChunkOutcome:
+        """Let the time to live start again; STALE when the epoch is not there any more."""
+
+    async def close_session(
+        self, tenant: str, session_id: str, expected_epoch: int
+    ) -> tuple[str, int, Absence]:
+        """End a session: CLOSED, ABSENT (and why) or FENCED, with the epoch."""
+
+    async def read_tape(self, tenant: str, session_id: str, epoch: int, chunk_seq: int) -> TapeLook:
+        """Read one tape with where its session stands."""
+
+    async def settle_tape(
+        self, tenant: str, session_id: str, epoch: int, chunk_seq: int, token: bytes
+    ) -> None:
+        """Note that the contribution of a tape was counted."""
+
+    async def discard_tapes(
+        self, tenant: str, session_id: str, epoch: int, chunk_seqs: Sequence[int]
+    ) -> int:
+        """Drop tapes that wait for their Backward; epoch 0: any, no chunks: all."""
+
+    async def reserve_session(self, tenant: str, session_id: str, ttl_ms: int) -> bool:
+        """Note a session in the tenant's list unless it is full."""
+
+    async def touch_session(self, tenant: str, session_id: str, ttl_ms: int) -> None:
+        """Tell the tenant's list that a session lives on."""
+
+    async def release_session(self, tenant: str, session_id: str) -> None:
+        """Take a session off the tenant's list."""
+
+    async def list_sessions(
+        self, tenant: str, after: tuple[str, str] | None, page_size: int
+    ) -> list[tuple[str, str]]:
+        """Read a page of (session_id, position) of the tenant's list."""
+
+
+class ModelStore(Protocol):
+    """Models, their versions, contributions, checkpoints and remembered requests."""
+
+    async def create_model(
+        self,
+        tenant: str,
+        model_id: str,
+        record: ModelRecord,
+        first: NewVersion,
+        request: bytes,
+        content_digest: bytes,
+    ) -> CreateOutcome:
+        """Create a model with its first version."""
+
+    async def read_model(self, tenant: str, model_id: str) -> ModelRecord | None:
+        """Read a model's record."""
+
+    async def list_models(self, tenant: str, after: str, page_size: int) -> list[str]:
+        """Read a page of model names, sorted, after the one named."""
+
+    async def delete_model(self, tenant: str, model_id: str, incarnation: bytes) -> bool:
+        """Delete a model with everything in its slot."""
+
+    async def find_version(self, tenant: str, model_id: str, number: int) -> Version | None:
+        """Return the version stored under a number."""
+
+    async def read_weights(
+        self, tenant: str, model_id: str, incarnation: bytes, version: Version
+    ) -> bytes | None:
+        """Read a version's weights."""
+
+    async def read_moments(
+        self, tenant: str, model_id: str, incarnation: bytes, version: Version
+    ) -> bytes | None:
+        """Read a version's moments."""
+
+    async def count_contribution(
+        self,
+        tenant: str,
+        model_id: str,
+        incarnation: bytes,
+        name: bytes,
+        digest: bytes,
+        gradient: bytes,
+    ) -> CountOutcome:
+        """Count a contribution once."""
+
+    async def is_counted(self, tenant: str, model_id: str, name: bytes) -> bool:
+        """Tell whether a contribution of this name was counted."""
+
+    async def look_update(
+        self, tenant: str, model_id: str, request: bytes, selectors: Sequence[bytes]
+    ) -> UpdateLook | None:
+        """Read what an Update decides from."""
+
+    async def read_gradients(
+        self, tenant: str, model_id: str, names: Sequence[bytes]
+    ) -> list[bytes] | None:
+        """Read waiting gradients; None when one has gone."""
+
+    async def flip_head(
+        self, tenant: str, model_id: str, flip: HeadFlip
+    ) -> tuple[FlipOutcome, bytes]:
+        """Write a version and make it the head; REPLAYED comes with the remembered answer."""
+
+    async def discard_contributions(
+        self, tenant: str, model_id: str, incarnation: bytes, selectors: Sequence[bytes]
+    ) -> int | None:
+        """Drop waiting contributions; None when the model has gone."""
+
+    async def create_checkpoint(
+        self,
+        tenant: str,
+        model_id: str,
+        incarnation: bytes,
+        checkpoint_id: str,
+        version: Version | None,
+    ) -> tuple[CheckpointOutcome, Checkpoint | None]:
+        """Keep a version under a name."""
+
+    async def list_checkpoints(self, tenant: str, model_id: str) -> list[Checkpoint]:
+        """Read a model's checkpoints, sorted by name."""
+
+    async def delete_checkpoint(
+        self, tenant: str, model_id: str, incarnation: bytes, checkpoint_id: str
+    ) -> bool:
+        """Take a checkpoint's name away."""
+
+    def contribution_name(self, tenant: str, session_id: str, epoch: int, chunk_seq: int) -> bytes:
+        """Return the name of a contribution; names sort by session, epoch, chunk."""
+
+    def contribution_prefix(self, tenant: str, session_id: str, epoch: int) -> bytes:
+        """Return what the names of a session's contributions begin with; epoch 0: of any."""

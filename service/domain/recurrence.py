@@ -1,0 +1,497 @@
+"""Applies chunks: exactly once, in order, by whichever replica.
+
+The way of a chunk: find the state it continues (in hand, else read), compute, commit. The commit
+compares the token of the state that was computed from; when it does not match, the session is read
+again and the rules below decide from what is there. A chunk that had been applied before is computed
+again from the state before it with the weights it used the first time.
+
+One session's chunks run one after another in the order they were submitted. Nobody's cancellation
+reaches a chunk once it runs: a commit that was begun is carried to its end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from service.compute.scheduler import Chunk
+from service.domain.catalog import is_at_least
+from service.domain.commits import Committer
+from service.domain.digests import chunk_digest, next_token
+from service.domain.errors import (
+    Aborted,
+    AlreadyExists,
+    FailedPrecondition,
+    NotFound,
+    ResourceExhausted,
+    Unavailable,
+    bad_field,
+    bad_tensor,
+    quoted,
+)
+from service.domain.live import live_from_snapshot, state_from_bytes
+from service.domain.ports import (
+    Absence,
+    AbsentSession,
+    ChunkCommit,
+    ChunkOutcome,
+    StoredState,
+)
+from service.domain.tapes import StoredTape, tape_to_bytes
+from service.domain.types import ForwardResult, ReturnHs
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+    from rnn_engine import Array, Params, Tape
+    from service.compute.scheduler import Scheduler
+    from service.domain.catalog import Catalog, KnownModel
+    from service.domain.live import LiveSession, LiveSessions, SessionKey
+    from service.domain.ports import (
+        SessionSnapshot,
+        SessionStore,
+    )
+    from service.domain.tapes import RecentTapes
+    from service.domain.types import Forward, ModelSpec, Version
+    from service.settings import Limits
+
+MAX_TRIES = 5
+_RESPONSE_OVERHEAD = 1024  # bytes of an answer beside its tensors, at most
+_BIG_CHUNK_BYTES = 1 << 20  # hashed in a thread
+
+
+@dataclass(slots=True, eq=False)
+class _Call:
+    """A chunk on its way."""
+
+    key: SessionKey
+    op: Forward
+    answer: asyncio.Future[ForwardResult]
+    digest: bytes = b""
+    base: LiveSession | None = None
+    version: Version | None = None
+    token: bytes = b""
+    tape: Tape | None = None
+    h: Array | None = None
+    tries: int = 0
+
+
+class Recurrence:
+    """The Forward operation."""
+
+    def __init__(
+        self,
+        store: SessionStore,
+        catalog: Catalog,
+        live: LiveSessions,
+        tapes: RecentTapes,
+        scheduler: Scheduler,
+        limits: Limits,
+    ) -> None:
+        """Keep the parts that a chunk passes through."""
+        self._store = store
+        self._catalog = catalog
+        self._live = live
+        self._tapes = tapes
+        self._scheduler = scheduler
+        self._limits = limits
+        self._committer = Committer(store)
+        self._lanes: dict[SessionKey, deque[_Call]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._idle = asyncio.Event()
+
+    async def forward(self, tenant: str, op: Forward) -> ForwardResult:
+        """Apply one chunk, or run one without a session.
+
+        Raises:
+            DomainError: As the table of errors says.
+        """
+        return await self.submit_forward(tenant, op)
+
+    def submit_forward(self, tenant: str, op: Forward) -> asyncio.Future[ForwardResult]:
+        """Begin to apply a chunk; chunks of a session are applied in the order of submission."""
+        call = _Call((tenant, op.session_id), op, asyncio.get_running_loop().create_future())
+        if not op.session_id:
+            self._spawn(call, self._run_stateless(call))
+            return call.answer
+        lane = self._lanes.get(call.key)
+        if lane is None:
+            self._lanes[call.key] = deque()
+            self._start(call)
+        else:
+            lane.append(call)
+        return call.answer
+
+    async def drain(self) -> None:
+        """Wait until every chunk submitted has its answer."""
+        while self._lanes or self._tasks:
+            self._idle.clear()
+            await self._idle.wait()
+        await self._committer.drain()
+
+    # --- the way of a chunk -------------------------------------------------------------------
+
+    def _start(self, call: _Call) -> None:
+        """Compute at once when all that is needed is in hand; else fetch it first."""
+        try:
+            is_ready = self._start_in_hand(call)
+        except Exception as error:  # noqa: BLE001 - it becomes the answer
+            self._end(call, error)
+            return
+        if not is_ready:
+            self._spawn(call, self._fetch(call))
+
+    def _start_in_hand(self, call: _Call) -> bool:
+        op, live = call.op, self._live.get(call.key)
+        if live is None or not _is_next(op, live):
+            return False
+        model = self._catalog.peek(call.key[0], live.model_id)
+        if model is None or model.incarnation != live.incarnation:
+            return False
+        params = self._catalog.cached_params(model.incarnation, model.head)
+        if params is None or (op.minimum and not is_at_least(model.head, op.minimum)):
+            return False
+        self._check_chunk(op, model.spec, live.h.shape[0])
+        call.digest = chunk_digest(op.xs, train=op.train)
+        self._compute(call, live, model.head, params)
+        return True
+
+    async def _fetch(self, call: _Call) -> None:
+        """Read the session and decide: continue, replay, or refuse."""
+        op, (tenant, session_id) = call.op, call.key
+        snapshot = await self._store.read_session(tenant, session_id, op.chunk_seq)
+        if isinstance(snapshot, AbsentSession):
+            self._live.drop(call.key)
+            raise session_absent(session_id, snapshot)
+        check_epoch(op.epoch, snapshot.head.epoch, snapshot.head.chunk_seq)
+        model = await self._catalog.get_life(
+            tenant, snapshot.head.model_id, snapshot.head.incarnation
+        )
+        if op.model_id and op.model_id != model.spec.model_id:
+            raise bad_field("model_id", f"the session runs {quoted(model.spec.model_id)}")
+        self._check_chunk(op, model.spec, snapshot.head.batch_size)
+        call.digest = await self._scheduler.run(op.xs.nbytes, _digest, op)
+        live = live_from_snapshot(snapshot)
+        self._live.put(call.key, live)
+        if op.chunk_seq <= live.chunk_seq:
+            await self._replay(call, snapshot, model)
+            return
+        if op.chunk_seq > live.chunk_seq + 1:
+            raise seq_gap(live.chunk_seq, live.epoch)
+        if op.previous_token not in (b"", live.token):
+            raise history_forked(op.chunk_seq - 1)
+        version, params = await self._choose_weights(op, model)
+        self._compute(call, live, version, params)
+
+    async def _choose_weights(self, op: Forward, model: KnownModel) -> tuple[Version, Params]:
+        if op.pinned is not None:
+            return await self._catalog.params(model, op.pinned)
+        if op.minimum is not None:
+            model = await self._catalog.head_at_least(model, op.minimum)
+        try:
+            return await self._catalog.params(model, model.head)
+        except (
+            NotFound,
+            FailedPrecondition,
+        ):  # the head went on, or came back otherwise, meanwhile
+            model = await self._catalog.get(model.tenant, model.spec.model_id, fresh=True)
+            return await self._catalog.params(model, model.head)
+
+    def _compute(self, call: _Call, base: LiveSession, version: Version, params: Params) -> None:
+        call.base, call.version = base, version
+        call.token = next_token(base.token, call.digest, version)
+        self._scheduler.submit(
+            Chunk(params, call.op.xs, base.h, call.op.train, lambda done: self._commit(call, done))
+        )
+
+    def _commit(self, call: _Call, done: Chunk) -> None:
+        if done.tape is None or call.base is None or call.version is None:
+            self._end(call, done.error or RuntimeError("a chunk was not computed"))
+            return
+        call.tape = done.tape
+        call.h = np.ascontiguousarray(done.tape.hs[:, -1])
+        op, (tenant, session_id) = call.op, call.key
+        state = StoredState(op.chunk_seq, call.digest, call.token, call.version, call.h.tobytes())
+        commit = ChunkCommit(
+            tenant,
+            session_id,
+            op.epoch,
+            call.base.token,
+            state,
+            min(op.acknowledged_seq, op.chunk_seq - 1),
+            tape_to_bytes(call.version, done.tape) if op.train else None,
+        )
+        self._committer.submit(commit, lambda outcome: self._committed(call, outcome))
+
+    def _committed(self, call: _Call, outcome: ChunkOutcome | Exception) -> None:
+        if outcome is ChunkOutcome.OK or outcome is ChunkOutcome.TOUCH:
+            self._applied(call, is_touch_due=outcome is ChunkOutcome.TOUCH)
+            return
+        self._live.drop(call.key)
+        if outcome is ChunkOutcome.QUOTA:
+            self._end(call, tape_quota(self._limits.tapes_per_session))
+        elif isinstance(outcome, Exception):
+            self._end(call, unknown_outcome(outcome))
+        elif call.tries < MAX_TRIES:
+            call.tries += 1
+            self._spawn(call, self._fetch(call))
+        else:
+            self._end(call, contended())
+
+    def _applied(self, call: _Call, *, is_touch_due: bool) -> None:
+        base, op = call.base, call.op
+        assert base is not None and call.h is not None and call.tape is not None  # noqa: S101, PT018
+        assert call.version is not None  # noqa: S101
+        self._live.put(call.key, replace(base, chunk_seq=op.chunk_seq, token=call.token, h=call.h))
+        if op.train:
+            self._tapes.put(call.token, StoredTape(call.version, call.tape))
+        if is_touch_due:
+            self._touch(call.key, base.ttl_ms)
+        result = self._result(op, call.tape.hs, call.h, call.version, call.token, replayed=False)
+        self._end(call, result)
+
+    # --- a chunk that was applied before ----------------------------------------------------------
+
+    async def _replay(self, call: _Call, snapshot: SessionSnapshot, model: KnownModel) -> None:
+        """Answer again: h as committed, hs computed again from the state before."""
+        op, at, before = call.op, snapshot.at, snapshot.before
+        if at is None:
+            raise replay_window_passed(op.chunk_seq)
+        if at.digest != call.digest:
+            raise seq_reused(op.chunk_seq)
+        if op.previous_token and next_token(op.previous_token, at.digest, at.version) != at.token:
+            raise history_forked(op.chunk_seq - 1)
+        h = state_from_bytes(at.h, snapshot.head.dtype, snapshot.head.batch_size)
+        hs: Array | None = None
+        if op.return_hs is ReturnHs.ALL:
+            if before is None:
+                raise replay_window_passed(op.chunk_seq)
+            h0 = state_from_bytes(before.h, snapshot.head.dtype, snapshot.head.batch_size)
+            hs = await self._recompute(op, model, at.version, h0)
+            hs[:, -1] = h
+        await self._extend(call.key, snapshot.head.epoch, snapshot.head.ttl_ms)
+        shown = h[:, None] if hs is None else hs
+        self._end(call, self._result(op, shown, h, at.version, at.token, replayed=True))
+
+    async def _recompute(
+        self, op: Forward, model: KnownModel, version: Version, h0: Array
+    ) -> Array:
+        try:
+            _, params = await self._catalog.params(model, version)
+        except (NotFound, FailedPrecondition) as error:
+            raise replay_window_passed(op.chunk_seq) from error
+        return np.array((await self._run_alone(params, op.xs, h0)).hs)
+
+    async def _run_alone(self, params: Params, xs: Array, h0: Array) -> Tape:
+        computed: asyncio.Future[Chunk] = asyncio.get_running_loop().create_future()
+        self._scheduler.submit(Chunk(params, xs, h0, alone=True, deliver=computed.set_result))
+        done = await computed
+        if done.tape is None:
+            raise done.error or RuntimeError("a chunk was not computed")
+        return done.tape
+
+    async def _extend(self, key: SessionKey, epoch: int, ttl_ms: int) -> None:
+        if await self._store.extend_session(*key, epoch) is ChunkOutcome.TOUCH:
+            self._touch(key, ttl_ms)
+
+    # --- without a session --------------------------------------------------------------------------
+
+    async def _run_stateless(self, call: _Call) -> None:
+        op, tenant = call.op, call.key[0]
+        model = await self._catalog.get(tenant, op.model_id)
+        n, h = op.xs.shape[0], model.spec.hidden_size
+        self._check_chunk(op, model.spec, n)
+        h0 = np.zeros((n, h), model.spec.dtype) if op.h0 is None else op.h0
+        check_tensor("h0", h0, (n, h), model.spec.dtype)
+        version, params = await self._choose_weights(op, model)
+        tape = await self._run_alone(params, op.xs, h0)
+        last = np.ascontiguousarray(tape.hs[:, -1])
+        self._end(call, self._result(op, tape.hs, last, version, b"", replayed=False))
+
+    # --- common -------------------------------------------------------------------------------------
+
+    def _result(
+        self, op: Forward, hs: Array, h: Array, version: Version, token: bytes, *, replayed: bool
+    ) -> ForwardResult:
+        shown = hs if op.return_hs is ReturnHs.ALL else None
+        if op.return_hs is ReturnHs.LAST:
+            shown = h[:, None]
+        return ForwardResult(
+            op.session_id, op.epoch, op.chunk_seq, shown, h, version, token, replayed
+        )
+
+    def _check_chunk(self, op: Forward, spec: ModelSpec, batch_size: int) -> None:
+        n, t, d = op.xs.shape
+        if op.xs.dtype != spec.dtype:
+            raise bad_tensor("xs.dtype", f"expected {spec.dtype}, got {op.xs.dtype}")
+        if d != spec.input_size:
+            raise bad_tensor("xs.shape[2]", f"expected D={spec.input_size}, got {d}")
+        if n != batch_size:
+            raise bad_tensor("xs.shape[0]", f"expected N={batch_size}, got {n}")
+        rows = t + 1 if op.return_hs is ReturnHs.ALL else 2
+        size = n * rows * spec.hidden_size * op.xs.itemsize + _RESPONSE_OVERHEAD
+        if size > self._limits.message_bytes:
+            raise answer_too_large(size, self._limits.message_bytes)
+
+    def _touch(self, key: SessionKey, ttl_ms: int) -> None:
+        async def touch() -> None:
+            # When it fails the next quarter of the time to live brings another try.
+            try:
+                await self._store.touch_session(*key, ttl_ms)
+            except (Unavailable, ResourceExhausted):
+                return
+
+        task = asyncio.get_running_loop().create_task(touch())
+        self._tasks.add(task)
+        task.add_done_callback(self._forget)
+
+    def _spawn(self, call: _Call, steps: Coroutine[None, None, None]) -> None:
+        async def run() -> None:
+            try:
+                await steps
+            except Exception as error:  # noqa: BLE001 - it becomes the answer
+                self._end(call, error)
+
+        task = asyncio.get_running_loop().create_task(run())
+        self._tasks.add(task)
+        task.add_done_callback(self._forget)
+
+    def _forget(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self._idle.set()
+
+    def _end(self, call: _Call, outcome: ForwardResult | Exception) -> None:
+        """Give the answer, if anyone still waits, and let the session's next chunk start."""
+        if not call.answer.done():
+            if isinstance(outcome, Exception):
+                call.answer.set_exception(outcome)
+            else:
+                call.answer.set_result(outcome)
+        lane = self._lanes.get(call.key)
+        if lane is None:
+            return
+        if lane:
+            self._start(lane.popleft())
+        else:
+            del self._lanes[call.key]
+            self._idle.set()
+
+
+def _is_next(op: Forward, live: LiveSession) -> bool:
+    """Tell whether a chunk continues a state in hand, with the head's weights."""
+    return (
+        live.epoch == op.epoch
+        and live.chunk_seq + 1 == op.chunk_seq
+        and op.pinned is None
+        and op.previous_token in (b"", live.token)
+        and op.xs.nbytes <= _BIG_CHUNK_BYTES
+    )
+
+
+def _digest(op: Forward) -> bytes:
+    return chunk_digest(op.xs, train=op.train)
+
+
+def check_tensor(field: str, array: Array, shape: tuple[int, ...], dtype: str) -> None:
+    """Raise BAD_TENSOR unless an array has this shape and dtype."""
+    if array.dtype != dtype:
+        raise bad_tensor(f"{field}.dtype", f"expected {dtype}, got {array.dtype}")
+    if array.shape != shape:
+        raise bad_tensor(f"{field}.shape", f"expected {shape}, got {array.shape}")
+
+
+def check_epoch(named: int, present: int, chunk_seq: int) -> None:
+    """Raise unless a request names the present epoch.
+
+    Raises:
+        Aborted: EPOCH_FENCED for an older one; SEQ_GAP for a newer one: its beginning was lost.
+    """
+    if named < present:
+        text = (
+            f"epoch {named} was ended by a reset, set_state or new open; the present is {present}"
+        )
+        raise Aborted("EPOCH_FENCED", text, epoch=present, chunk_seq=chunk_seq)
+    if named > present:
+        text = f"epoch {named} has not begun; the present is {present}, with chunk {chunk_seq}"
+        raise Aborted("SEQ_GAP", text, epoch=present, expected_seq=chunk_seq + 1)
+
+
+def session_absent(session_id: str, absent: AbsentSession) -> NotFound:
+    """Make the refusal of a session that is not there."""
+    texts = {
+        Absence.NEVER: "no such session",
+        Absence.EXPIRED: "the session has expired",
+        Absence.CLOSED: "the session was closed",
+    }
+    return NotFound(
+        absent.why.value,
+        f"session {quoted(session_id)}: {texts[absent.why]}",
+        session_id=session_id,
+    )
+
+
+def seq_gap(last: int, epoch: int) -> Aborted:
+    """Make the refusal of a chunk that leaves a hole."""
+    return Aborted(
+        "SEQ_GAP",
+        f"the last chunk is {last}: expected chunk_seq {last + 1}",
+        expected_seq=last + 1,
+        epoch=epoch,
+    )
+
+
+def seq_reused(chunk_seq: int) -> AlreadyExists:
+    """Make the refusal of other content under a number that was used."""
+    return AlreadyExists(
+        "SEQ_REUSED",
+        f"chunk {chunk_seq} was already applied with different content",
+        chunk_seq=chunk_seq,
+    )
+
+
+def history_forked(chunk_seq: int) -> Aborted:
+    """Make the refusal of a request that follows another history."""
+    text = (
+        f"the state after chunk {chunk_seq} is not the one that the token names: "
+        "another writer used this number, or writes were lost"
+    )
+    return Aborted("HISTORY_FORKED", text, chunk_seq=chunk_seq)
+
+
+def replay_window_passed(chunk_seq: int) -> FailedPrecondition:
+    """Make the refusal to answer again a chunk that was applied long ago."""
+    text = f"chunk {chunk_seq} was applied, but what its answer needs is not kept any more"
+    return FailedPrecondition("REPLAY_WINDOW_PASSED", text, applied=True, chunk_seq=chunk_seq)
+
+
+def tape_quota(limit: int) -> ResourceExhausted:
+    """Make the refusal of a TRAIN chunk beside too many that wait for their Backward."""
+    text = (
+        f"{limit} tapes of this session wait for their Backward, the most there may be; "
+        "send Backward or DiscardGradients, or use INFER"
+    )
+    return ResourceExhausted("TAPE_QUOTA", text, quota="tapes_per_session", limit=limit)
+
+
+def answer_too_large(size: int, limit: int) -> ResourceExhausted:
+    """Make the refusal of a chunk whose answer would not fit into a message."""
+    text = f"the answer would need {size} bytes, over the limit of {limit}: split along T, or ask for LAST"
+    return ResourceExhausted("MESSAGE_TOO_LARGE", text, limit=limit, size=size)
+
+
+def unknown_outcome(error: Exception) -> Exception:
+    """Turn the loss of a commit's answer into what the client can rely on."""
+    if not isinstance(error, Unavailable):
+        return error
+    text = "the store did not answer: the chunk may or may not be applied; send it again as it is"
+    return Unavailable("UNKNOWN_OUTCOME", text, retry_after_s=error.retry_after_s)
+
+
+def contended() -> Unavailable:
+    """Make the refusal of a chunk that others overtook too often."""
+    text = "other writers were faster each time; send the same call again"
+    return Unavailable("UNKNOWN_OUTCOME", text, retry_after_s=0.05)

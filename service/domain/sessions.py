@@ -1,0 +1,272 @@
+"""Opens, inspects, moves and closes sessions."""
+
+from __future__ import annotations
+
+import secrets
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from service.domain import pages
+from service.domain.digests import first_token, request_name
+from service.domain.errors import (
+    Aborted,
+    AlreadyExists,
+    FailedPrecondition,
+    ResourceExhausted,
+    Unavailable,
+    bad_field,
+    quoted,
+)
+from service.domain.live import live_from_snapshot, state_from_bytes
+from service.domain.ports import (
+    Absence,
+    AbsentSession,
+    ChunkOutcome,
+    EpochOutcome,
+    EpochStart,
+    SessionHead,
+    SessionSnapshot,
+    StoredState,
+)
+from service.domain.recurrence import check_tensor, session_absent
+from service.domain.types import (
+    DIGEST_BYTES,
+    OnExists,
+    OpenedSession,
+    SessionView,
+    Version,
+)
+
+if TYPE_CHECKING:
+    from rnn_engine import Array
+    from service.domain.catalog import Catalog
+    from service.domain.live import LiveSessions
+    from service.domain.ports import SessionStore
+    from service.domain.types import (
+        ForkSession,
+        ModelSpec,
+        NewEpoch,
+        OpenSession,
+    )
+    from service.settings import Limits
+
+SERVER_ID_BYTES = 16
+_NO_VERSION = Version(0, bytes(DIGEST_BYTES))
+_ANSWER_OVERHEAD = 1024
+
+
+class Sessions:
+    """The session operations."""
+
+    def __init__(
+        self, store: SessionStore, catalog: Catalog, live: LiveSessions, limits: Limits
+    ) -> None:
+        """Keep the parts that the operations use."""
+        self._store = store
+        self._catalog = catalog
+        self._live = live
+        self._limits = limits
+
+    async def open(self, tenant: str, op: OpenSession) -> OpenedSession:
+        """Open a session, or go on with or begin again a live one."""
+        model = await self._catalog.get(tenant, op.model_id, fresh=True)
+        session_id = op.session_id or new_session_id()
+        state = self._first_state(model.spec, op.batch_size, op.initial_state, "initial_state")
+        ttl_ms = op.ttl_ms or self._limits.default_ttl_ms
+        await self._reserve(tenant, session_id, ttl_ms)
+        start = EpochStart(
+            mode=op.on_exists.value,
+            head=SessionHead(
+                op.model_id, model.incarnation, model.spec.dtype, op.batch_size, 0, 0, ttl_ms
+            ),
+            first=_first(state),
+            request=request_name(op.request_id),
+            restored_epoch=op.restored_epoch,
+        )
+        return await self._begin(tenant, session_id, start)
+
+    async def get(self, tenant: str, session_id: str) -> SessionView:
+        """Return one session."""
+        return _view(session_id, await self._read(tenant, session_id))
+
+    async def list_page(
+        self, tenant: str, model_id: str, page_size: int, page_token: str
+    ) -> tuple[list[SessionView], str]:
+        """Return a page of live sessions and the token of the next page."""
+        after = pages.position_from_token(page_token)
+        listed = await self._store.list_sessions(tenant, after, page_size)
+        views = []
+        for session_id, _ in listed:
+            found = await self._store.read_session(tenant, session_id)
+            if isinstance(found, SessionSnapshot) and model_id in ("", found.head.model_id):
+                views.append(_view(session_id, found))
+        return views, pages.token_from_position(listed[-1]) if len(listed) == page_size else ""
+
+    async def get_state(self, tenant: str, session_id: str, *, extend_ttl: bool) -> OpenedSession:
+        """Return a session with its state; extend its time to live only when asked."""
+        snapshot = await self._read(tenant, session_id)
+        if extend_ttl:
+            head = snapshot.head
+            outcome = await self._store.extend_session(tenant, session_id, head.epoch)
+            if outcome is ChunkOutcome.TOUCH:
+                await self._store.touch_session(tenant, session_id, head.ttl_ms)
+            snapshot = await self._read(tenant, session_id)
+        return _opened(session_id, snapshot, resumed=False, replayed=False)
+
+    async def begin_epoch(self, tenant: str, op: NewEpoch) -> tuple[SessionView, bool]:
+        """Give a live session a new state and fence off the writers of the old epoch."""
+        snapshot = await self._read(tenant, op.session_id)
+        head = snapshot.head
+        model = await self._catalog.get_life(tenant, head.model_id, head.incarnation)
+        state = self._first_state(model.spec, head.batch_size, op.state, "state")
+        expected_seq = -1 if op.expected_chunk_seq is None else op.expected_chunk_seq
+        start = EpochStart(
+            mode="live",
+            head=head,
+            first=_first(state),
+            request=request_name(op.request_id),
+            expected_epoch=op.expected_epoch,
+            expected_chunk_seq=expected_seq,
+            restored_epoch=op.restored_epoch,
+        )
+        opened = await self._begin(tenant, op.session_id, start)
+        return opened.session, opened.replayed
+
+    async def fork(self, tenant: str, op: ForkSession) -> OpenedSession:
+        """Open another session from this one's present state."""
+        source = await self._read(tenant, op.session_id)
+        head = source.head
+        model = await self._catalog.get_life(tenant, head.model_id, head.incarnation)
+        new_id = op.new_session_id or new_session_id()
+        ttl_ms = op.ttl_ms or head.ttl_ms
+        await self._reserve(tenant, new_id, ttl_ms)
+        start = EpochStart(
+            mode=OnExists.FAIL.value,
+            head=SessionHead(
+                head.model_id, model.incarnation, head.dtype, head.batch_size, 0, 0, ttl_ms
+            ),
+            first=StoredState(
+                0, bytes(DIGEST_BYTES), first_token(source.last.h), _NO_VERSION, source.last.h
+            ),
+            request=request_name(op.request_id),
+        )
+        return await self._begin(tenant, new_id, start)
+
+    async def close(self, tenant: str, session_id: str, expected_epoch: int) -> bool:
+        """End a session; tell whether this call ended it."""
+        outcome, epoch, why = await self._store.close_session(tenant, session_id, expected_epoch)
+        self._live.drop((tenant, session_id))
+        if outcome == "FENCED":
+            text = f"expected epoch {expected_epoch}, the present is {epoch}"
+            raise Aborted("EPOCH_FENCED", text, epoch=epoch)
+        if outcome == "ABSENT" and why is Absence.NEVER:
+            raise session_absent(session_id, AbsentSession(why))
+        await self._store.release_session(tenant, session_id)
+        return outcome == "CLOSED"
+
+    async def _begin(self, tenant: str, session_id: str, start: EpochStart) -> OpenedSession:
+        outcome, number = await self._store.begin_epoch(tenant, session_id, start)
+        self._live.drop((tenant, session_id))
+        self._refuse(session_id, start, outcome, number)
+        snapshot = await self._read(tenant, session_id)
+        resumed = outcome is EpochOutcome.RESUMED
+        if resumed:
+            _check_resumable(snapshot.head, start.head)
+            await self._store.touch_session(tenant, session_id, snapshot.head.ttl_ms)
+        self._live.put((tenant, session_id), live_from_snapshot(snapshot))
+        replayed = outcome is EpochOutcome.REPLAYED
+        return _opened(session_id, snapshot, resumed=resumed, replayed=replayed)
+
+    def _refuse(
+        self, session_id: str, start: EpochStart, outcome: EpochOutcome, number: int
+    ) -> None:
+        """Raise unless an epoch has begun, or goes on."""
+        if outcome is EpochOutcome.EXISTS:
+            text = f"session {quoted(session_id)} is live; use RESUME or RESET"
+            raise AlreadyExists("SESSION_EXISTS", text, session_id=session_id, epoch=number)
+        if outcome is EpochOutcome.FENCED:
+            asked = start.restored_epoch or start.expected_epoch
+            text = f"expected epoch {asked}, the present or last one is {number}"
+            raise Aborted("EPOCH_FENCED", text, epoch=number)
+        if outcome is EpochOutcome.GAP:
+            text = f"expected the last chunk to be {start.expected_chunk_seq}, it is {number}"
+            raise Aborted("SEQ_GAP", text, expected_seq=number + 1)
+        if outcome is EpochOutcome.ABSENT:
+            text = f"session {quoted(session_id)} ended meanwhile; send the same call again"
+            raise Unavailable("UNKNOWN_OUTCOME", text, retry_after_s=0.05)
+
+    async def _read(self, tenant: str, session_id: str) -> SessionSnapshot:
+        found = await self._store.read_session(tenant, session_id)
+        if isinstance(found, AbsentSession):
+            self._live.drop((tenant, session_id))
+            raise session_absent(session_id, found)
+        return found
+
+    async def _reserve(self, tenant: str, session_id: str, ttl_ms: int) -> None:
+        if await self._store.reserve_session(tenant, session_id, ttl_ms):
+            return
+        limit = self._limits.sessions_per_tenant
+        text = f"{limit} sessions are open, the most there may be; close some or let them expire"
+        raise ResourceExhausted(
+            "MAX_SESSIONS", text, retry_after_s=1.0, quota="sessions_per_tenant", limit=limit
+        )
+
+    def _first_state(
+        self, spec: ModelSpec, batch_size: int, given: Array | None, field: str
+    ) -> Array:
+        shape = (batch_size, spec.hidden_size)
+        size = batch_size * spec.hidden_size * np.dtype(spec.dtype).itemsize
+        if 2 * size + _ANSWER_OVERHEAD > self._limits.message_bytes:
+            text = f"a state of {size} bytes does not fit twice into a message of at most "
+            raise bad_field("batch_size", f"{text}{self._limits.message_bytes}")
+        if given is None:
+            return np.zeros(shape, spec.dtype)
+        check_tensor(field, given, shape, spec.dtype)
+        return given
+
+
+def new_session_id() -> str:
+    """Make a session's name from 128 random bits; it begins with a letter or digit."""
+    while True:
+        name = secrets.token_urlsafe(SERVER_ID_BYTES)
+        if name[0] not in "-_":
+            return name
+
+
+def _first(state: Array) -> StoredState:
+    h = state.tobytes()
+    return StoredState(0, bytes(DIGEST_BYTES), first_token(h), _NO_VERSION, h)
+
+
+def _check_resumable(live: SessionHead, asked: SessionHead) -> None:
+    if (live.model_id, live.incarnation) != (asked.model_id, asked.incarnation):
+        text = f"the live session runs {quoted(live.model_id)}"
+        raise FailedPrecondition("SESSION_MISMATCH", f"model_id: {text}", field="model_id")
+    if live.batch_size != asked.batch_size:
+        raise bad_field(
+            "batch_size", f"the live session has N={live.batch_size}, got {asked.batch_size}"
+        )
+
+
+def _view(session_id: str, snapshot: SessionSnapshot) -> SessionView:
+    head, last = snapshot.head, snapshot.last
+    return SessionView(
+        session_id=session_id,
+        model_id=head.model_id,
+        epoch=head.epoch,
+        chunk_seq=head.chunk_seq,
+        token=last.token,
+        batch_size=head.batch_size,
+        ttl_ms=head.ttl_ms,
+        expire_time_ms=snapshot.expire_time_ms,
+        version=last.version if head.chunk_seq else None,
+    )
+
+
+def _opened(
+    session_id: str, snapshot: SessionSnapshot, *, resumed: bool, replayed: bool
+) -> OpenedSession:
+    head = snapshot.head
+    state = state_from_bytes(snapshot.last.h, head.dtype, head.batch_size)
+    return OpenedSession(_view(session_id, snapshot), state, resumed, replayed)

@@ -1,0 +1,404 @@
+"""Trains: contributions from tapes, optimizer steps from contributions, each exactly once.
+
+A Backward leaves one contribution, named by session, epoch and chunk, in its model's slot. An Update
+takes contributions by name and makes one step from their sum, in the order of their names, so that the
+same contributions give the same weights bit for bit, on whichever replica.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from rnn_engine import (
+    apply_update,
+    clip_by_global_norm,
+    global_norm,
+    rnn_backward,
+    scale_grads,
+    sum_grads,
+)
+from service.domain.catalog import model_not_found
+from service.domain.digests import gradient_digest, update_digest
+from service.domain.errors import (
+    Aborted,
+    AlreadyExists,
+    DomainError,
+    FailedPrecondition,
+    NotFound,
+    ResourceExhausted,
+)
+from service.domain.heads import HeadRequest, NextHead
+from service.domain.ports import AbsentSession, CountOutcome
+from service.domain.recurrence import (
+    answer_too_large,
+    check_epoch,
+    check_tensor,
+    history_forked,
+    session_absent,
+)
+from service.domain.tapes import tape_from_bytes
+from service.domain.types import (
+    BackwardResult,
+    DiscardResult,
+    Reduction,
+    Selector,
+    UpdateResult,
+)
+from service.domain.weights import grads_from_bytes, grads_to_bytes
+
+if TYPE_CHECKING:
+    from rnn_engine import (
+        Backward as Gradients,
+    )
+    from rnn_engine import Grads, Moments, Params
+    from service.compute.scheduler import Scheduler
+    from service.domain.catalog import Catalog, KnownModel
+    from service.domain.heads import HeadMaker, StepAnswer
+    from service.domain.ports import ModelStore, SessionHead, SessionStore, TapeLook, UpdateLook
+    from service.domain.tapes import RecentTapes, StoredTape
+    from service.domain.types import (
+        Backward,
+        DiscardGradients,
+        Update,
+    )
+    from service.settings import Limits
+
+_ANSWER_OVERHEAD = 2048
+
+
+class Training:
+    """The Backward, Update and DiscardGradients operations."""
+
+    def __init__(
+        self,
+        sessions: SessionStore,
+        models: ModelStore,
+        catalog: Catalog,
+        tapes: RecentTapes,
+        heads: HeadMaker,
+        scheduler: Scheduler,
+        limits: Limits,
+    ) -> None:
+        """Keep the parts that the operations use."""
+        self._sessions = sessions
+        self._models = models
+        self._catalog = catalog
+        self._tapes = tapes
+        self._heads = heads
+        self._scheduler = scheduler
+        self._limits = limits
+        self._recent_grads = _RecentGrads(limits.contribution_bytes_per_model // 4)
+
+    async def backward(self, tenant: str, op: Backward) -> BackwardResult:
+        """Compute a chunk's gradients and count them once; make a step right after if asked."""
+        head, stored = await self._find_tape(tenant, op)
+        model = await self._catalog.get_life(tenant, head.model_id, head.incarnation)
+        self._check_backward(op, stored, model)
+        params = await self._tape_params(model, stored, op.chunk_seq)
+        made = await self._scheduler.run(
+            _work(stored), rnn_backward, params, stored.tape, op.dhs, op.dh_next
+        )
+        norm = _finite_norm(made)
+        replayed = await self._count(tenant, op, model, made.grads)
+        result = BackwardResult(
+            session_id=op.session_id,
+            epoch=op.epoch,
+            chunk_seq=op.chunk_seq,
+            dxs=made.dxs if op.return_dxs else None,
+            dh0=made.dh0,
+            grads=made.grads if op.return_gradients else None,
+            gradient_norm=norm,
+            version=stored.version,
+            replayed=replayed,
+        )
+        if op.update is None:
+            return result
+        return replace(result, update=await self.update(tenant, self._inline(op, model)))
+
+    async def update(self, tenant: str, op: Update) -> UpdateResult:
+        """Make one optimizer step from waiting contributions."""
+
+        async def step(model: KnownModel, look: UpdateLook) -> NextHead | None:
+            return await self._step(tenant, op, model, look)
+
+        request = HeadRequest(
+            tenant,
+            op.model_id,
+            op.request_id,
+            update_digest(op),
+            op.expected,
+            self._names(tenant, op.selectors),
+        )
+        answer = await self._heads.advance(request, step)
+        return _update_result(op.model_id, answer)
+
+    async def discard(self, tenant: str, op: DiscardGradients) -> DiscardResult:
+        """Drop waiting contributions, and the waiting tapes of the sessions named."""
+        model = await self._catalog.get(tenant, op.model_id, fresh=True)
+        tapes = 0
+        for selector in op.selectors:
+            tapes += await self._sessions.discard_tapes(
+                tenant, selector.session_id, selector.epoch, selector.chunk_seqs
+            )
+        dropped = await self._models.discard_contributions(
+            tenant, op.model_id, model.incarnation, self._names(tenant, op.selectors)
+        )
+        if dropped is None:
+            raise model_not_found(op.model_id)
+        return DiscardResult(dropped, tapes)
+
+    # --- tapes ------------------------------------------------------------------------------------
+
+    async def _find_tape(self, tenant: str, op: Backward) -> tuple[SessionHead, StoredTape]:
+        look = await self._sessions.read_tape(tenant, op.session_id, op.epoch, op.chunk_seq)
+        head = look.session
+        if isinstance(head, AbsentSession):
+            raise session_absent(op.session_id, head)
+        if op.epoch > head.epoch or (op.epoch == head.epoch and op.chunk_seq > head.chunk_seq):
+            raise _chunk_not_applied(op, head)
+        if look.data is None or (op.epoch < head.epoch and not op.resent):
+            await self._refuse_tape(tenant, op, head, look)
+        if look.data is None or look.token != op.token:
+            raise history_forked(op.chunk_seq)
+        stored = self._tapes.get(op.token)
+        return head, stored or tape_from_bytes(look.data, head.dtype)
+
+    async def _refuse_tape(
+        self, tenant: str, op: Backward, head: SessionHead, look: TapeLook
+    ) -> None:
+        """Tell why there is no tape, unless the chunk is an old one that was counted already."""
+        name = self._models.contribution_name(tenant, op.session_id, op.epoch, op.chunk_seq)
+        counted = await self._models.is_counted(tenant, head.model_id, name)
+        if not counted and not op.resent:
+            check_epoch(op.epoch, head.epoch, head.chunk_seq)
+        if look.data is None:
+            raise _tape_missing(op, counted=counted)
+
+    async def _tape_params(self, model: KnownModel, stored: StoredTape, chunk_seq: int) -> Params:
+        try:
+            _, params = await self._catalog.params(model, stored.version)
+        except NotFound as error:
+            text = f"{error.message}: the tape's version is not kept any more"
+            raise FailedPrecondition(
+                error.reason, text, version=stored.version.number, chunk_seq=chunk_seq
+            ) from error
+        return params
+
+    def _check_backward(self, op: Backward, stored: StoredTape, model: KnownModel) -> None:
+        dtype, tape = model.spec.dtype, stored.tape
+        check_tensor("dhs", op.dhs, tape.hs.shape, dtype)
+        if op.dh_next is not None:
+            check_tensor("dh_next", op.dh_next, tape.h0.shape, dtype)
+        size = tape.h0.nbytes + _ANSWER_OVERHEAD
+        size += tape.xs.nbytes if op.return_dxs else 0
+        d, h = model.spec.input_size, model.spec.hidden_size
+        size += (d * h + h * h + h) * tape.h0.itemsize if op.return_gradients else 0
+        if size > self._limits.message_bytes:
+            raise answer_too_large(size, self._limits.message_bytes)
+
+    # --- contributions ------------------------------------------------------------------------------
+
+    async def _count(self, tenant: str, op: Backward, model: KnownModel, grads: Grads) -> bool:
+        """Count a contribution, and note in the session's slot that its tape waits no more."""
+        name = self._models.contribution_name(tenant, op.session_id, op.epoch, op.chunk_seq)
+        digest = gradient_digest(op)
+        outcome = await self._models.count_contribution(
+            tenant,
+            model.spec.model_id,
+            model.incarnation,
+            name,
+            digest,
+            grads_to_bytes(grads),
+        )
+        self._refuse_contribution(op, model, outcome)
+        self._recent_grads.put((model.incarnation, name + digest), grads)
+        await self._sessions.settle_tape(tenant, op.session_id, op.epoch, op.chunk_seq, op.token)
+        return outcome is CountOutcome.REPLAYED
+
+    def _refuse_contribution(self, op: Backward, model: KnownModel, outcome: CountOutcome) -> None:
+        if outcome is CountOutcome.REUSED:
+            text = f"a gradient of chunk {op.chunk_seq} was counted with different content"
+            raise AlreadyExists("SEQ_REUSED", text, chunk_seq=op.chunk_seq)
+        if outcome is CountOutcome.GONE:
+            raise model_not_found(model.spec.model_id)
+        if outcome is CountOutcome.QUOTA:
+            limits = self._limits
+            text = (
+                f"the contributions that wait for an Update have reached {limits.contributions_per_model} "
+                f"or {limits.contribution_bytes_per_model} bytes; send Update or DiscardGradients"
+            )
+            raise ResourceExhausted("TAPE_QUOTA", text, quota="contributions_per_model")
+        if outcome is CountOutcome.FULL:
+            text = (
+                "too many contributions were counted lately to remember one more; try again later"
+            )
+            raise ResourceExhausted(
+                "TAPE_QUOTA", text, retry_after_s=30.0, quota="remembered_contributions_per_model"
+            )
+
+    def _names(self, tenant: str, selectors: tuple[Selector, ...]) -> list[bytes]:
+        """Turn selectors into names, what names begin with, or nothing for all that wait."""
+        names: list[bytes] = []
+        for one in selectors:
+            session_id, epoch = one.session_id, one.epoch
+            if one.chunk_seqs:
+                names += [
+                    self._models.contribution_name(tenant, session_id, epoch, seq)
+                    for seq in one.chunk_seqs
+                ]
+            else:
+                names.append(self._models.contribution_prefix(tenant, session_id, epoch))
+        return names or [b""]
+
+    # --- steps --------------------------------------------------------------------------------------
+
+    def _inline(self, op: Backward, model: KnownModel) -> Update:
+        assert op.update is not None  # noqa: S101 - asked for by the caller
+        own = (Selector(op.session_id, op.epoch, (op.chunk_seq,)),)
+        update = op.update
+        return replace(
+            update,
+            model_id=update.model_id or model.spec.model_id,
+            selectors=update.selectors or own,
+        )
+
+    async def _step(
+        self, tenant: str, op: Update, model: KnownModel, look: UpdateLook
+    ) -> NextHead | None:
+        _check_names(op, look)
+        grads = await self._gradients(tenant, model, look.waiting)
+        if grads is None:
+            return None
+        try:
+            _, params = await self._catalog.params(model, look.head)
+        except DomainError:  # the head went on meanwhile
+            return None
+        moments = await self._catalog.moments(model, look.head, params)
+        work = len(grads) * params.Wh.size
+        return await self._scheduler.run(
+            4 * work,
+            _make_step,
+            op,
+            model,
+            params,
+            moments,
+            grads,
+            tuple(entry[:32] for entry in look.waiting),
+        )
+
+    async def _gradients(
+        self, tenant: str, model: KnownModel, waiting: tuple[bytes, ...]
+    ) -> list[Grads] | None:
+        known = {one: self._recent_grads.get((model.incarnation, one)) for one in waiting}
+        missing = [one for one in waiting if known[one] is None]
+        if missing:
+            found = await self._models.read_gradients(
+                tenant, model.spec.model_id, [one[:32] for one in missing]
+            )
+            if found is None:
+                return None
+            for one, data in zip(missing, found, strict=True):
+                known[one] = grads_from_bytes(model.spec, data)
+        return [grads for one in waiting if (grads := known[one]) is not None]
+
+
+class _RecentGrads:
+    """The gradients that this process counted last, so that an Update need not read them back."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._grads: OrderedDict[tuple[bytes, bytes], Grads] = OrderedDict()
+        self._limit = limit_bytes
+        self._bytes = 0
+
+    def put(self, name: tuple[bytes, bytes], grads: Grads) -> None:
+        if name in self._grads:
+            return
+        self._grads[name] = grads
+        self._bytes += _grads_bytes(grads)
+        while self._bytes > self._limit:
+            _, oldest = self._grads.popitem(last=False)
+            self._bytes -= _grads_bytes(oldest)
+
+    def get(self, name: tuple[bytes, bytes]) -> Grads | None:
+        return self._grads.get(name)
+
+
+def _grads_bytes(grads: Grads) -> int:
+    return sum(array.nbytes for array in grads.arrays) + 512
+
+
+def _make_step(
+    op: Update,
+    model: KnownModel,
+    params: Params,
+    moments: Moments,
+    grads: list[Grads],
+    names: tuple[bytes, ...],
+) -> NextHead:
+    joined = sum_grads(grads)
+    if op.reduction is Reduction.MEAN:
+        joined = scale_grads(joined, 1.0 / len(grads))
+    joined, norm, clipped = clip_by_global_norm(joined, op.clip_norm)
+    optimizer = model.spec.optimizer
+    if op.learning_rate is not None:
+        optimizer = replace(optimizer, lr=op.learning_rate)
+    after, later = apply_update(optimizer, params, joined, moments)
+    return NextHead(after, later, names, norm, clipped)
+
+
+def _check_names(op: Update, look: UpdateLook) -> None:
+    expected = sum(len(selector.chunk_seqs) for selector in op.selectors)
+    is_exact = all(selector.chunk_seqs for selector in op.selectors) and op.selectors
+    found = len(look.waiting)
+    if found == 0 or found < expected:
+        wanted = str(expected) if is_exact else "at least 1"
+        text = f"expected {wanted} waiting contributions, found {found}"
+        raise FailedPrecondition("NO_GRADIENTS", text, found=found, expected=expected or 1)
+
+
+def _chunk_not_applied(op: Backward, head: SessionHead) -> Aborted:
+    text = (
+        f"chunk {op.chunk_seq} of epoch {op.epoch} was not applied; "
+        f"the session is at chunk {head.chunk_seq} of epoch {head.epoch}"
+    )
+    return Aborted("SEQ_GAP", text, expected_seq=head.chunk_seq + 1, epoch=head.epoch)
+
+
+def _tape_missing(op: Backward, *, counted: bool) -> FailedPrecondition:
+    if counted:
+        text = f"the gradient of chunk {op.chunk_seq} was counted; its tape is not kept any more"
+    else:
+        text = (
+            f"chunk {op.chunk_seq} has no tape: it ran in INFER mode, or its tape has expired, "
+            "was discarded or pushed out"
+        )
+    return FailedPrecondition("TAPE_MISSING", text, counted=counted, chunk_seq=op.chunk_seq)
+
+
+def _finite_norm(made: Gradients) -> float:
+    norm = global_norm(made.grads)
+    total = float(made.dxs.sum()) + float(made.dh0.sum())
+    if not (math.isfinite(norm) and math.isfinite(total)):
+        text = "the gradients are not finite; nothing was counted"
+        raise FailedPrecondition("NON_FINITE_RESULT", text)
+    return norm
+
+
+def _work(stored: StoredTape) -> int:
+    n, t, d = stored.tape.xs.shape
+    h = stored.tape.h0.shape[1]
+    return int(3 * n * t * h * (d + h))
+
+
+def _update_result(model_id: str, answer: StepAnswer) -> UpdateResult:
+    return UpdateResult(
+        model_id,
+        answer.version,
+        answer.gradient_norm,
+        answer.clipped,
+        answer.contribution_count,
+        answer.replayed,
+    )

@@ -1,0 +1,268 @@
+"""The values that pass between rpc, domain and store.
+
+Letters as in the engine: N rows, T steps, D inputs, H hidden units. Arrays are C-ordered and have
+the model's dtype.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum, IntEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rnn_engine import Array, Grads, Params
+    from rnn_engine.optimizers import Optimizer
+
+DIGEST_BYTES = 16
+NO_TOKEN = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """The name of immutable weights; an empty digest in a request means any content."""
+
+    number: int
+    digest: bytes = b""
+
+    def names(self, other: Version) -> bool:
+        """Tell whether this name, digest optional, is the other's."""
+        return self.number == other.number and self.digest in (b"", other.digest)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """What a model is, apart from its weights."""
+
+    model_id: str
+    input_size: int
+    hidden_size: int
+    dtype: str  # "float32" or "float64"
+    optimizer: Optimizer
+
+
+@dataclass(frozen=True, slots=True)
+class ModelView:
+    """A model as it stands."""
+
+    spec: ModelSpec
+    head: Version
+    incarnation: str
+    create_time_ms: int
+    waiting_count: int
+    waiting_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A version kept under a name."""
+
+    checkpoint_id: str
+    version: Version
+    create_time_ms: int
+
+
+class OnExists(Enum):
+    """What opening a live session does."""
+
+    FAIL = "fail"
+    RESUME = "resume"
+    RESET = "reset"
+
+
+@dataclass(frozen=True, slots=True)
+class SessionView:
+    """A session as it stands, without its state."""
+
+    session_id: str
+    model_id: str
+    epoch: int
+    chunk_seq: int
+    token: bytes
+    batch_size: int
+    ttl_ms: int
+    expire_time_ms: int
+    version: Version | None
+
+
+@dataclass(frozen=True, slots=True)
+class OpenSession:
+    """Open, resume or reset a session; `initial_state` is (N, H) or None for zero."""
+
+    model_id: str
+    session_id: str
+    batch_size: int
+    initial_state: Array | None
+    ttl_ms: int  # 0: the default
+    on_exists: OnExists
+    request_id: str
+    restored_epoch: int  # 0: a new one
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedSession:
+    """What opening or forking gave; `state` is (N, H)."""
+
+    session: SessionView
+    state: Array
+    resumed: bool
+    replayed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class NewEpoch:
+    """Begin a new epoch of a live session; `state` is (N, H) or None for zero."""
+
+    session_id: str
+    state: Array | None
+    expected_epoch: int  # 0: any
+    expected_chunk_seq: int | None
+    request_id: str
+    restored_epoch: int  # 0: a new one
+
+
+@dataclass(frozen=True, slots=True)
+class ForkSession:
+    """Open another session from this one's present state."""
+
+    session_id: str
+    new_session_id: str
+    ttl_ms: int  # 0: the source's
+    request_id: str
+
+
+class ReturnHs(IntEnum):
+    """Which hidden states a Forward returns."""
+
+    ALL = 1
+    LAST = 2
+    NONE = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """Apply one chunk, xs (N, T, D); without a session_id run it from h0 (N, H)."""
+
+    session_id: str
+    epoch: int
+    chunk_seq: int
+    previous_token: bytes
+    xs: Array
+    train: bool = False
+    pinned: Version | None = None
+    minimum: Version | None = None
+    return_hs: ReturnHs = ReturnHs.ALL
+    acknowledged_seq: int = 0
+    model_id: str = ""
+    h0: Array | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardResult:
+    """A chunk applied: hs (N, T, H), (N, 1, H) or None, and h (N, H)."""
+
+    session_id: str
+    epoch: int
+    chunk_seq: int
+    hs: Array | None
+    h: Array
+    version: Version
+    token: bytes
+    replayed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Backward:
+    """Compute one contribution from dhs (N, T, H) and dh_next (N, H) or None."""
+
+    session_id: str
+    epoch: int
+    chunk_seq: int
+    token: bytes
+    dhs: Array
+    dh_next: Array | None = None
+    return_dxs: bool = False
+    return_gradients: bool = False
+    update: Update | None = None
+    resent: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class BackwardResult:
+    """The gradients of a chunk: dxs (N, T, D) or None, dh0 (N, H)."""
+
+    session_id: str
+    epoch: int
+    chunk_seq: int
+    dxs: Array | None
+    dh0: Array
+    grads: Grads | None
+    gradient_norm: float
+    version: Version
+    replayed: bool
+    update: UpdateResult | None = None
+
+
+class Reduction(Enum):
+    """How contributions are joined."""
+
+    SUM = "sum"
+    MEAN = "mean"
+
+
+@dataclass(frozen=True, slots=True)
+class Selector:
+    """Contributions of one session: of any epoch (0), of one, or exactly these chunks of it."""
+
+    session_id: str
+    epoch: int = 0
+    chunk_seqs: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """Make one optimizer step from the contributions named, or from all that wait."""
+
+    model_id: str
+    selectors: tuple[Selector, ...]
+    reduction: Reduction
+    learning_rate: float | None
+    clip_norm: float  # 0: off
+    expected: Version | None
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateResult:
+    """The step made."""
+
+    model_id: str
+    version: Version
+    gradient_norm: float
+    clipped: bool
+    contribution_count: int
+    replayed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DiscardGradients:
+    """Drop waiting contributions, and the waiting tapes of the sessions named."""
+
+    model_id: str
+    selectors: tuple[Selector, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DiscardResult:
+    """How many were dropped."""
+
+    contribution_count: int
+    tape_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class InitialWeights:
+    """Where a new model's weights come from: given, or drawn from the seed."""
+
+    seed: int = 0
+    given: Params | None = field(default=None)

@@ -1,0 +1,236 @@
+"""Weights, moments and gradients as bytes: the stored form, and safetensors for clients.
+
+The stored form of weights and gradients is Wx, Wh, b, one after another, little-endian, in C order;
+of moments: the number of steps (8 bytes), then the slots' arrays in the optimizer's order.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from rnn_engine import (
+    OPTIMIZERS,
+    Grads,
+    Params,
+    init_moments,
+    moments_from_arrays,
+    moments_to_arrays,
+)
+from service.domain.digests import content_digest
+from service.domain.errors import InvalidArgument
+from service.domain.types import ModelSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rnn_engine import (
+        Array,
+        Moments,
+        Optimizer,
+    )
+
+SPEC_LAYOUT = 1
+HEADER_BYTES = 64 * 1024  # of a safetensors file; ours need a few hundred
+_STEP = struct.Struct(">Q")
+_NAMES = ("Wx", "Wh", "b")
+_OPTIMIZERS = {kind.__name__: kind for kind in OPTIMIZERS}
+
+
+def spec_to_bytes(spec: ModelSpec) -> bytes:
+    """Lay out a specification for the store."""
+    optimizer = {"kind": type(spec.optimizer).__name__, **asdict(cast("Any", spec.optimizer))}
+    facts = {
+        "layout": SPEC_LAYOUT,
+        "cell": "tanh",
+        "model_id": spec.model_id,
+        "input_size": spec.input_size,
+        "hidden_size": spec.hidden_size,
+        "dtype": spec.dtype,
+        "optimizer": optimizer,
+    }
+    return json.dumps(facts, sort_keys=True).encode()
+
+
+def spec_from_bytes(data: bytes) -> ModelSpec:
+    """Read a specification from the store."""
+    facts = json.loads(data)
+    hyperparameters = facts["optimizer"]
+    kind = _OPTIMIZERS[hyperparameters.pop("kind")]
+    return ModelSpec(
+        facts["model_id"],
+        facts["input_size"],
+        facts["hidden_size"],
+        facts["dtype"],
+        kind(**hyperparameters),
+    )
+
+
+def draw_params(spec: ModelSpec, seed: int) -> Params:
+    """Draw first weights: normal, scaled by 1/sqrt(D) and 1/sqrt(H); b is zero."""
+    rng = np.random.default_rng(seed)
+    d, h = spec.input_size, spec.hidden_size
+    Wx = rng.standard_normal((d, h)) / np.sqrt(d)
+    Wh = rng.standard_normal((h, h)) / np.sqrt(h)
+    return Params(Wx.astype(spec.dtype), Wh.astype(spec.dtype), np.zeros(h, spec.dtype))
+
+
+def params_to_bytes(params: Params) -> bytes:
+    """Lay out weights for the store."""
+    return b"".join(array.tobytes() for array in (params.Wx, params.Wh, params.b))
+
+
+def params_from_bytes(spec: ModelSpec, data: bytes) -> Params:
+    """Read weights from the store; the arrays are read-only views."""
+    return Params(*_split(spec, data))
+
+
+def grads_to_bytes(grads: Grads) -> bytes:
+    """Lay out gradients for the store."""
+    return b"".join(array.tobytes() for array in grads.arrays)
+
+
+def grads_from_bytes(spec: ModelSpec, data: bytes) -> Grads:
+    """Read gradients from the store; the arrays are read-only views."""
+    return Grads(*_split(spec, data))
+
+
+def moments_to_bytes(moments: Moments) -> bytes:
+    """Lay out moments for the store."""
+    arrays = moments_to_arrays(moments).values()
+    return _STEP.pack(moments.step) + b"".join(array.tobytes() for array in arrays)
+
+
+def moments_from_bytes(spec: ModelSpec, params: Params, data: bytes | None) -> Moments:
+    """Read moments from the store; where they were not kept the optimizer starts anew."""
+    if not data:
+        return init_moments(spec.optimizer, params)
+    slots = spec.optimizer.slot_names
+    size = spec_bytes(spec)
+    arrays: dict[str, Array] = {}
+    for i, slot in enumerate(slots):
+        start = _STEP.size + i * size
+        three = _split(spec, data[start : start + size])
+        arrays |= {f"{slot}.{name}": array for name, array in zip(_NAMES, three, strict=True)}
+    (step,) = _STEP.unpack_from(data)
+    return moments_from_arrays(spec.optimizer, step, arrays, params)
+
+
+def version_digest(weights: bytes, moments: bytes) -> bytes:
+    """Return the digest that names weights and moments."""
+    return content_digest(weights, moments)
+
+
+def spec_bytes(spec: ModelSpec) -> int:
+    """Return the bytes of a specification's weights."""
+    d, h = spec.input_size, spec.hidden_size
+    return (d * h + h * h + h) * np.dtype(spec.dtype).itemsize
+
+
+def file_bytes_limit(spec: ModelSpec) -> int:
+    """Return the most bytes that a safetensors file for this specification can need."""
+    return spec_bytes(spec) * (1 + len(spec.optimizer.slot_names)) + HEADER_BYTES + 8
+
+
+def to_safetensors(params: Params, moments: Moments | None) -> bytes:
+    """Return a safetensors file with Wx, Wh, b and, where given, the moments."""
+    tensors: dict[str, Array] = {"Wx": params.Wx, "Wh": params.Wh, "b": params.b}
+    metadata = {"format": "timernn"}
+    if moments is not None:
+        tensors |= moments_to_arrays(moments)
+        metadata["step"] = str(moments.step)
+    contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    return save(contiguous, metadata=metadata)
+
+
+def from_safetensors(spec: ModelSpec, data: bytes) -> tuple[Params, Moments]:
+    """Read a client's safetensors file.
+
+    Raises:
+        InvalidArgument: BAD_WEIGHTS if it is not such a file with exactly the tensors that the
+            specification asks for; NON_FINITE if one holds NaN or Inf.
+    """
+    step = _check_header(data)
+    try:
+        tensors = load(data)
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise _bad_weights("the file is not valid safetensors") from error
+    params = Params(*_take_three(spec, tensors, ""))
+    slots = spec.optimizer.slot_names if step is not None else ()
+    arrays: dict[str, Array] = {}
+    for slot in slots:
+        three = _take_three(spec, tensors, f"{slot}.")
+        arrays |= {f"{slot}.{name}": array for name, array in zip(_NAMES, three, strict=True)}
+    if tensors:
+        raise _bad_weights(f"unexpected tensor {min(tensors)[:64]!r}")
+    if step is None:
+        return params, init_moments(spec.optimizer, params)
+    return params, moments_from_arrays(spec.optimizer, step, arrays, params)
+
+
+def check_finite(name: str, array: Array) -> None:
+    """Raise NON_FINITE with the first index if an array holds NaN or Inf."""
+    finite = np.isfinite(array)
+    if finite.all():
+        return
+    index = np.unravel_index(int(np.argmin(finite)), array.shape)
+    what = "NaN" if np.isnan(array[index]) else "Inf"
+    where = ",".join(str(int(i)) for i in index)
+    raise InvalidArgument("NON_FINITE", f"{name}[{where}] is {what}", field=name)
+
+
+def _check_header(data: bytes) -> int | None:
+    """Bound the header before anything parses it; return the step where moments are included."""
+    if len(data) < 8:
+        raise _bad_weights(f"expected a safetensors file, got {len(data)} bytes")
+    length = int.from_bytes(data[:8], "little")
+    if length > min(HEADER_BYTES, len(data) - 8):
+        raise _bad_weights("expected a safetensors file: the header's length is wrong")
+    try:
+        metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+        step = metadata.get("step")
+        return None if step is None else _step_number(step)
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise _bad_weights("expected a safetensors file: the header is not valid") from error
+
+
+def _step_number(text: str) -> int:
+    step = int(text)
+    if not 0 <= step < 1 << 53:
+        raise ValueError(text)
+    return step
+
+
+def _take_three(spec: ModelSpec, tensors: dict[str, Any], prefix: str) -> list[Array]:
+    d, h = spec.input_size, spec.hidden_size
+    taken = []
+    for name, shape in zip(_NAMES, ((d, h), (h, h), (h,)), strict=True):
+        array = tensors.pop(prefix + name, None)
+        if array is None:
+            raise _bad_weights(f"tensor {prefix}{name} is missing")
+        if array.shape != shape or array.dtype != spec.dtype:
+            text = f"{prefix}{name}: expected {spec.dtype} {shape}, got {array.dtype} {array.shape}"
+            raise _bad_weights(text)
+        check_finite(prefix + name, array)
+        taken.append(array)
+    return taken
+
+
+def _bad_weights(message: str) -> InvalidArgument:
+    return InvalidArgument("BAD_WEIGHTS", f"data: {message}", field="data")
+
+
+def _split(spec: ModelSpec, data: bytes) -> Sequence[Array]:
+    d, h = spec.input_size, spec.hidden_size
+    flat: Array = np.frombuffer(data, spec.dtype)
+    return (
+        flat[: d * h].reshape(d, h),
+        flat[d * h : d * h + h * h].reshape(h, h),
+        flat[d * h + h * h :],
+    )

@@ -1,0 +1,67 @@
+"""Everything an operator can set, with its default and unit.
+
+`Limits` bounds what a request can make grow; GetServerInfo tells it to clients.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+MIB = 1 << 20
+MINUTE_MS = 60_000
+HOUR_MS = 60 * MINUTE_MS
+DAY_MS = 24 * HOUR_MS
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds on requests and on what they leave behind."""
+
+    batch_size: int = 1024
+    chunk_steps: int = 4096
+    input_size: int = 4096
+    hidden_size: int = 4096
+    message_bytes: int = 16 * MIB
+    operations_per_message: int = 256
+    stream_operations_in_flight: int = 1024
+    operations_in_flight: int = 4096
+    request_bytes_in_flight: int = 512 * MIB
+    sessions_per_tenant: int = 100_000
+    models_per_tenant: int = 1_000
+    weights_bytes: int = 256 * MIB
+    tapes_per_session: int = 8
+    counted_tapes_per_session: int = 32
+    counted_tape_bytes_per_session: int = 16 * MIB
+    contributions_per_model: int = 10_000
+    contribution_bytes_per_model: int = 256 * MIB
+    superseded_bytes_per_model: int = 256 * MIB
+    checkpoints_per_model: int = 100
+    remembered_requests_per_model: int = 100_000
+    remembered_contributions_per_model: int = 500_000
+    replay_window: int = 4
+    min_ttl_ms: int = 1_000
+    max_ttl_ms: int = 7 * DAY_MS
+    default_ttl_ms: int = HOUR_MS
+    tape_ttl_ms: int = 15 * MINUTE_MS
+    contribution_ttl_ms: int = DAY_MS
+    head_max_age_ms: int = 50
+    default_deadline_ms: int = 60_000
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How one server process runs."""
+
+    listen: str = "127.0.0.1:50051"
+    redis_url: str = ""  # empty: the embedded store in data_dir
+    data_dir: Path = Path("timernn-data")
+    drain_s: float = 20.0  # how long calls in flight may take after SIGTERM
+    drain_notice_s: float = 0.0  # how long NOT_SERVING is told before calls are refused
+    session_cache_bytes: int = 256 * MIB
+    weights_cache_bytes: int = 1024 * MIB
+    max_batch_rows: int = 1024  # rows of one joined forward
+    store_connections: int = 32
+    store_timeout_ms: int = 500
+    log_level: str = "info"
+    limits: Limits = field(default_factory=Limits)

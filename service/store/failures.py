@@ -1,0 +1,39 @@
+"""What a store's failures mean to the domain. Its texts go to the log, never to a client."""
+
+from __future__ import annotations
+
+import logging
+
+from redis import exceptions as redis_errors
+
+from service.domain.errors import DomainError, ResourceExhausted, Unavailable
+
+_log = logging.getLogger(__name__)
+RETRY_AFTER_S = 0.2
+
+
+def as_domain_error(error: Exception) -> Exception:
+    """Turn a store's failure into the domain's word for it; other exceptions pass unchanged."""
+    if isinstance(error, DomainError) or not isinstance(error, (redis_errors.RedisError, OSError)):
+        return error
+    if isinstance(error, redis_errors.OutOfMemoryError) or str(error).startswith("OOM"):
+        _log.warning("the store is full: %s", error)
+        return ResourceExhausted(
+            "STORE_FULL", "the store is full; nothing was changed", retry_after_s=1.0
+        )
+    _log.warning("the store failed: %s: %s", type(error).__name__, error)
+    return Unavailable(
+        "STORE_DOWN",
+        "the store cannot be reached now; send the same call again",
+        retry_after_s=RETRY_AFTER_S,
+    )
+
+
+def is_lost_connection(error: object) -> bool:
+    """Tell whether a command may or may not have been carried out."""
+    return isinstance(error, (redis_errors.ConnectionError, redis_errors.TimeoutError, OSError))
+
+
+def is_missing_script(error: object) -> bool:
+    """Tell whether the server does not know a script: restarted, promoted or flushed."""
+    return isinstance(error, redis_errors.NoScriptError)

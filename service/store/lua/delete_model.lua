@@ -1,0 +1,17 @@
+#!lua flags=allow-oom
+-- Delete a model with everything in its slot.
+-- KEYS[1] model  KEYS[2] versions  KEYS[3] superseded  KEYS[4] checkpoints  KEYS[5] contributions
+-- KEYS[6] waiting  KEYS[7] expiry  KEYS[8] requests  KEYS[9] request times
+-- ARGV[1] incarnation  ARGV[2] prefix of weights  ARGV[3] prefix of moments  ARGV[4] prefix of gradients
+-- Returns DELETED or ABSENT
+if redis.call('HGET', KEYS[1], 'incarnation') ~= ARGV[1] then return 'ABSENT' end
+local versions = redis.call('HGETALL', KEYS[2])
+for i = 1, #versions, 2 do
+  local parts, moment_parts = struct.unpack('>I2I2', versions[i + 1], 25)
+  local name = string.sub(versions[i + 1], 1, 16) .. versions[i]
+  for part = 0, parts - 1 do redis.call('UNLINK', ARGV[2] .. name .. struct.pack('>I2', part)) end
+  for part = 0, moment_parts - 1 do redis.call('UNLINK', ARGV[3] .. name .. struct.pack('>I2', part)) end
+end
+for _, name in ipairs(redis.call('ZRANGE', KEYS[6], 0, -1)) do redis.call('UNLINK', ARGV[4] .. name) end
+for _, key in ipairs(KEYS) do redis.call('UNLINK', key) end
+return 'DELETED'

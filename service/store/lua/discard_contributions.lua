@@ -1,0 +1,29 @@
+#!lua flags=allow-oom
+-- Drop waiting contributions. Their names stay counted, so a late Backward cannot bring them back.
+-- KEYS[1] model  KEYS[2] contributions  KEYS[3] waiting  KEYS[4] expiry
+-- ARGV[1] incarnation  ARGV[2] prefix of gradients  ARGV[3] time for which a name is remembered (ms)
+-- ARGV[4…] each a name (32), what names begin with (16 or 24), or '' for all that wait
+-- Returns their number, or -1 without this model
+if redis.call('HGET', KEYS[1], 'incarnation') ~= ARGV[1] then return -1 end
+local time = redis.call('TIME')
+local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
+local dropped = 0
+local function drop(name)
+  local entry = redis.call('HGET', KEYS[2], name)
+  if not entry or string.sub(entry, 1, 1) ~= 'W' then return end
+  redis.call('HSET', KEYS[2], name, 'C' .. string.sub(entry, 2, 17))
+  redis.call('ZREM', KEYS[3], name)
+  redis.call('ZADD', KEYS[4], now + tonumber(ARGV[3]), name)
+  redis.call('UNLINK', ARGV[2] .. name)
+  redis.call('HINCRBY', KEYS[1], 'waiting', string.format('%.0f', -struct.unpack('>I8', entry, 18)))
+  dropped = dropped + 1
+end
+for i = 4, #ARGV do
+  if #ARGV[i] == 32 then drop(ARGV[i])
+  else
+    local from = ARGV[i] == '' and '-' or '[' .. ARGV[i]
+    local to = ARGV[i] == '' and '+' or '[' .. ARGV[i] .. string.rep('\255', 17)
+    for _, name in ipairs(redis.call('ZRANGEBYLEX', KEYS[3], from, to)) do drop(name) end
+  end
+end
+return dropped

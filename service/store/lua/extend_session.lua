@@ -1,0 +1,16 @@
+#!lua flags=allow-oom
+-- Let a session's time to live start again, as a chunk does.
+-- KEYS[1] record  KEYS[2] marker
+-- ARGV[1] epoch  ARGV[2] time for which the marker outlives the session (ms)
+-- Returns OK; TOUCH: OK, and a quarter of the ttl has passed since the tenant's list was told; ABSENT
+local head = redis.call('GETRANGE', KEYS[1], 0, 79)
+if head == '' then return 'ABSENT' end
+local _, _, _, _, epoch, _, ttl, touched = struct.unpack('>I1I1I2I4I8I8I8I8', head)
+if epoch ~= tonumber(ARGV[1]) then return 'ABSENT' end
+local time = redis.call('TIME')
+local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
+redis.call('PEXPIRE', KEYS[1], ttl)
+if now - touched < ttl / 4 then return 'OK' end
+redis.call('SETRANGE', KEYS[1], 32, struct.pack('>I8', now))
+redis.call('PEXPIRE', KEYS[2], ttl + math.floor(ttl / 4) + tonumber(ARGV[2]))
+return 'TOUCH'

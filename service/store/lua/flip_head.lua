@@ -1,0 +1,94 @@
+#!lua
+-- Make a version whose weights and moments have been written under their names the model's head, and
+-- consume the contributions that it was made from: one decision.
+-- KEYS[1] model  KEYS[2] versions  KEYS[3] superseded  KEYS[4] contributions  KEYS[5] waiting  KEYS[6] expiry
+-- KEYS[7] requests  KEYS[8] request times
+-- ARGV[1] incarnation  ARGV[2] head that it was made from (24)  ARGV[3] new head: number (8) and digest (16)
+-- ARGV[4] 16 bytes that name the request  ARGV[5] digest of its content (16) and its answer
+-- ARGV[6] names of the contributions, 32 bytes each
+-- ARGV[7] entry of the version: digest (16) bytes (8) parts (2) moments' parts (2) pins (2)
+-- ARGV[8] prefix of weights  ARGV[9] prefix of moments  ARGV[10] prefix of gradients
+-- ARGV[11] time for which a counted name is remembered (ms)  ARGV[12] … a superseded version is kept (ms)
+-- ARGV[13] most bytes of superseded versions  ARGV[14] most requests remembered
+-- Returns {FLIPPED} | {REPLAYED, answer} | {REUSED} | {STALE} | {GONE}
+local model = redis.call('HMGET', KEYS[1], 'incarnation', 'head')
+if model[1] ~= ARGV[1] then return {'GONE'} end
+local known = redis.call('HGET', KEYS[7], ARGV[4])
+if known then
+  if string.sub(known, 1, 16) ~= string.sub(ARGV[5], 1, 16) then return {'REUSED'} end
+  return {'REPLAYED', string.sub(known, 17)}
+end
+if model[2] ~= ARGV[2] then return {'STALE'} end
+for at = 1, #ARGV[6], 32 do
+  local entry = redis.call('HGET', KEYS[4], string.sub(ARGV[6], at, at + 31))
+  if not entry or string.sub(entry, 1, 1) ~= 'W' then return {'STALE'} end
+end
+local time = redis.call('TIME')
+local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
+local charge = 4096 -- what a version costs beside its bytes, so that tiny ones are bounded in number too
+
+local function blobs(command, number, entry, prefix, at)
+  local found = 0
+  for part = 0, struct.unpack('>I2', entry, at) - 1 do
+    local key = prefix .. string.sub(entry, 1, 16) .. number .. struct.pack('>I2', part)
+    found = found + redis.call('EXISTS', key)
+    redis.call(command, key)
+  end
+  return found == struct.unpack('>I2', entry, at)
+end
+local number = string.sub(ARGV[3], 1, 8)
+if not blobs('PERSIST', number, ARGV[7], ARGV[8], 25) or not blobs('PERSIST', number, ARGV[7], ARGV[9], 27) then
+  return {'STALE'}
+end
+
+local freed = 0
+for at = 1, #ARGV[6], 32 do
+  local name = string.sub(ARGV[6], at, at + 31)
+  local entry = redis.call('HGET', KEYS[4], name)
+  freed = freed + struct.unpack('>I8', entry, 18)
+  redis.call('HSET', KEYS[4], name, 'C' .. string.sub(entry, 2, 17))
+  redis.call('ZREM', KEYS[5], name)
+  redis.call('ZADD', KEYS[6], now + tonumber(ARGV[11]), name)
+  redis.call('UNLINK', ARGV[10] .. name)
+end
+if freed > 0 then redis.call('HINCRBY', KEYS[1], 'waiting', string.format('%.0f', -freed)) end
+
+local old_number = string.sub(ARGV[2], 1, 8)
+local old = redis.call('HGET', KEYS[2], old_number)
+if old and struct.unpack('>I2', old, 29) == 0 then
+  blobs('UNLINK', old_number, old, ARGV[9], 27)
+  redis.call('HSET', KEYS[2], old_number, string.sub(old, 1, 26) .. '\0\0\0\0')
+  redis.call('ZADD', KEYS[3], now, old_number)
+  redis.call('HINCRBY', KEYS[1], 'superseded', string.format('%.0f', struct.unpack('>I8', old, 17) + charge))
+end
+redis.call('HSET', KEYS[2], number, ARGV[7])
+redis.call('HSET', KEYS[1], 'head', ARGV[3])
+
+for _ = 1, 16 do
+  if redis.call('ZCARD', KEYS[3]) <= 4 then break end
+  local oldest = redis.call('ZRANGE', KEYS[3], 0, 0, 'WITHSCORES')
+  local bytes = tonumber(redis.call('HGET', KEYS[1], 'superseded'))
+  if tonumber(oldest[2]) + tonumber(ARGV[12]) > now and bytes <= tonumber(ARGV[13]) then break end
+  local entry = redis.call('HGET', KEYS[2], oldest[1])
+  blobs('UNLINK', oldest[1], entry, ARGV[8], 25)
+  redis.call('HDEL', KEYS[2], oldest[1])
+  redis.call('ZREM', KEYS[3], oldest[1])
+  redis.call('HINCRBY', KEYS[1], 'superseded', string.format('%.0f', -struct.unpack('>I8', entry, 17) - charge))
+end
+
+redis.call('HSET', KEYS[7], ARGV[4], ARGV[5])
+redis.call('ZADD', KEYS[8], now, ARGV[4])
+for _ = 1, 16 do
+  local oldest = redis.call('ZRANGE', KEYS[8], 0, 0, 'WITHSCORES')
+  if tonumber(oldest[2]) + tonumber(ARGV[11]) > now and redis.call('ZCARD', KEYS[8]) <= tonumber(ARGV[14]) then break end
+  redis.call('HDEL', KEYS[7], oldest[1])
+  redis.call('ZREM', KEYS[8], oldest[1])
+end
+for _, name in ipairs(redis.call('ZRANGEBYSCORE', KEYS[6], '-inf', now, 'LIMIT', 0, 16)) do
+  local entry = redis.call('HGET', KEYS[4], name)
+  if entry and string.sub(entry, 1, 1) == 'C' then
+    redis.call('HDEL', KEYS[4], name)
+    redis.call('ZREM', KEYS[6], name)
+  end
+end
+return {'FLIPPED'}

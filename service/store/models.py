@@ -1,0 +1,384 @@
+"""Models in Redis: weights under immutable names, small scripts that decide.
+
+Weights, moments and gradients are written before the script that makes them count. Until then they
+carry a time to live, so that what a dead writer left goes by itself.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from service.domain.ports import (
+    CheckpointOutcome,
+    CountOutcome,
+    CreateOutcome,
+    FlipOutcome,
+    ModelRecord,
+    UpdateLook,
+)
+from service.domain.types import Checkpoint, Version
+from service.settings import MIB, MINUTE_MS
+from service.store import keys, layouts
+from service.store.scripts import Call, load_script
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from service.domain.ports import (
+        Bytes,
+        HeadFlip,
+        NewVersion,
+    )
+    from service.settings import Limits
+    from service.store.scripts import Argument, ScriptRunner
+
+PART_BYTES = 4 * MIB  # a larger single value would hold up everybody's commands
+ORPHAN_MS = 10 * MINUTE_MS  # how long a version's parts wait for the script that makes them count
+
+_CREATE = load_script("create_model")
+_DELETE = load_script("delete_model")
+_COUNT = load_script("count_contribution")
+_LOOK = load_script("look_update")
+_FLIP = load_script("flip_head")
+_DISCARD = load_script("discard_contributions")
+_CREATE_CHECKPOINT = load_script("create_checkpoint")
+_DELETE_CHECKPOINT = load_script("delete_checkpoint")
+_RESERVE = load_script("reserve_model")
+
+
+class RedisModelStore:
+    """The ModelStore port over a Redis or Valkey server."""
+
+    def __init__(self, runner: ScriptRunner, limits: Limits) -> None:
+        """Keep what the scripts are told."""
+        self._runner = runner
+        self._limits = limits
+
+    async def create_model(
+        self,
+        tenant: str,
+        model_id: str,
+        record: ModelRecord,
+        first: NewVersion,
+        request: bytes,
+        content_digest: bytes,
+    ) -> CreateOutcome:
+        """Create a model with its first version."""
+        tag = keys.model_tag(tenant, model_id)
+        names = keys.tenant_models_key(tenant)
+        reserve = Call(_RESERVE, (names,), (model_id, self._limits.models_per_tenant))
+        if await self._runner.run(reserve) == b"FULL":
+            return CreateOutcome.QUOTA
+        await self._write_version(tag, record.incarnation, first)
+        slot = (
+            keys.model_key(tag),
+            keys.versions_key(tag),
+            keys.requests_key(tag),
+            keys.request_times_key(tag),
+        )
+        arguments = (
+            record.incarnation,
+            record.spec,
+            layouts.version_to_bytes(first.version),
+            request,
+            content_digest,
+            _version_entry(first),
+            keys.weights_prefix(tag, record.incarnation),
+            keys.moments_prefix(tag, record.incarnation),
+        )
+        answer = await self._runner.run(Call(_CREATE, slot, arguments))
+        return CreateOutcome(answer.decode())
+
+    async def read_model(self, tenant: str, model_id: str) -> ModelRecord | None:
+        """Read a model's record."""
+        tag = keys.model_tag(tenant, model_id)
+        fields = ("incarnation", "spec", "head", "created", "waiting")
+        found, count = await self._runner.run_commands(
+            [("HMGET", keys.model_key(tag), *fields), ("ZCARD", keys.waiting_key(tag))]
+        )
+        incarnation, spec, head, created, waiting = found
+        if incarnation is None:
+            return None
+        version = layouts.version_from_bytes(head)
+        return ModelRecord(incarnation, spec, version, int(created), int(waiting), int(count))
+
+    async def list_models(self, tenant: str, after: str, page_size: int) -> list[str]:
+        """Read a page of model names, sorted, after the one named."""
+        start = f"({after}" if after else "-"
+        (names,) = await self._runner.run_commands(
+            [("ZRANGEBYLEX", keys.tenant_models_key(tenant), start, "+", "LIMIT", 0, page_size)]
+        )
+        return [name.decode() for name in names]
+
+    async def forget_model_name(self, tenant: str, model_id: str) -> None:
+        """Take a name off the tenant's list of models."""
+        await self._runner.run_commands([("ZREM", keys.tenant_models_key(tenant), model_id)])
+
+    async def delete_model(self, tenant: str, model_id: str, incarnation: bytes) -> bool:
+        """Delete a model with everything in its slot."""
+        tag = keys.model_tag(tenant, model_id)
+        slot = (
+            keys.model_key(tag),
+            keys.versions_key(tag),
+            keys.superseded_key(tag),
+            keys.checkpoints_key(tag),
+            keys.contributions_key(tag),
+            keys.waiting_key(tag),
+            keys.expiry_key(tag),
+            keys.requests_key(tag),
+            keys.request_times_key(tag),
+        )
+        prefixes = (
+            keys.weights_prefix(tag, incarnation),
+            keys.moments_prefix(tag, incarnation),
+            keys.gradient_prefix(tag),
+        )
+        answer = await self._runner.run(Call(_DELETE, slot, (incarnation, *prefixes)))
+        await self.forget_model_name(tenant, model_id)
+        return bool(answer == b"DELETED")
+
+    async def find_version(self, tenant: str, model_id: str, number: int) -> Version | None:
+        """Return the version stored under a number."""
+        tag = keys.model_tag(tenant, model_id)
+        (entry,) = await self._runner.run_commands(
+            [("HGET", keys.versions_key(tag), number.to_bytes(8, "big"))]
+        )
+        return Version(number, entry[:16]) if entry else None
+
+    async def read_weights(
+        self, tenant: str, model_id: str, incarnation: bytes, version: Version
+    ) -> bytes | None:
+        """Read a version's weights."""
+        tag = keys.model_tag(tenant, model_id)
+        return await self._read_parts(tag, keys.weights_prefix(tag, incarnation), version, 2)
+
+    async def read_moments(
+        self, tenant: str, model_id: str, incarnation: bytes, version: Version
+    ) -> bytes | None:
+        """Read a version's moments."""
+        tag = keys.model_tag(tenant, model_id)
+        return await self._read_parts(tag, keys.moments_prefix(tag, incarnation), version, 3)
+
+    async def count_contribution(
+        self,
+        tenant: str,
+        model_id: str,
+        incarnation: bytes,
+        name: bytes,
+        digest: bytes,
+        gradient: bytes,
+    ) -> CountOutcome:
+        """Count a contribution once."""
+        tag, limits = keys.model_tag(tenant, model_id), self._limits
+        slot = (
+            keys.model_key(tag),
+            keys.contributions_key(tag),
+            keys.waiting_key(tag),
+            keys.expiry_key(tag),
+            keys.gradient_prefix(tag) + name,
+        )
+        arguments = (
+            incarnation,
+            name,
+            digest,
+            gradient,
+            limits.contribution_ttl_ms,
+            limits.contributions_per_model,
+            limits.contribution_bytes_per_model,
+            limits.remembered_contributions_per_model,
+            keys.gradient_prefix(tag),
+        )
+        answer = await self._runner.run(Call(_COUNT, slot, arguments))
+        return CountOutcome(answer.decode())
+
+    async def is_counted(self, tenant: str, model_id: str, name: bytes) -> bool:
+        """Tell whether a contribution of this name was counted."""
+        tag = keys.model_tag(tenant, model_id)
+        (found,) = await self._runner.run_commands([("HEXISTS", keys.contributions_key(tag), name)])
+        return bool(found)
+
+    async def look_update(
+        self, tenant: str, model_id: str, request: bytes, selectors: Sequence[bytes]
+    ) -> UpdateLook | None:
+        """Read what an Update decides from."""
+        tag = keys.model_tag(tenant, model_id)
+        slot = (
+            keys.model_key(tag),
+            keys.contributions_key(tag),
+            keys.waiting_key(tag),
+            keys.requests_key(tag),
+        )
+        answer = await self._runner.run(Call(_LOOK, slot, (request, *selectors)))
+        if not answer:
+            return None
+        incarnation, spec, head, remembered, *found = answer
+        version = layouts.version_from_bytes(head)
+        return UpdateLook(incarnation, spec, version, remembered, tuple(sorted(set(found))))
+
+    async def read_gradients(
+        self, tenant: str, model_id: str, names: Sequence[bytes]
+    ) -> list[bytes] | None:
+        """Read waiting gradients; None when one has gone."""
+        prefix = keys.gradient_prefix(keys.model_tag(tenant, model_id))
+        found = await self._runner.run_commands([("GET", prefix + name) for name in names])
+        return None if None in found else found
+
+    async def flip_head(
+        self, tenant: str, model_id: str, flip: HeadFlip
+    ) -> tuple[FlipOutcome, bytes]:
+        """Write a version and make it the head; REPLAYED comes with the remembered answer."""
+        tag, limits = keys.model_tag(tenant, model_id), self._limits
+        await self._write_version(tag, flip.incarnation, flip.new)
+        slot = (
+            keys.model_key(tag),
+            keys.versions_key(tag),
+            keys.superseded_key(tag),
+            keys.contributions_key(tag),
+            keys.waiting_key(tag),
+            keys.expiry_key(tag),
+            keys.requests_key(tag),
+            keys.request_times_key(tag),
+        )
+        arguments = (
+            flip.incarnation,
+            layouts.version_to_bytes(flip.base),
+            layouts.version_to_bytes(flip.new.version),
+            flip.request,
+            flip.content_digest + flip.answer,
+            b"".join(flip.names),
+            _version_entry(flip.new),
+            keys.weights_prefix(tag, flip.incarnation),
+            keys.moments_prefix(tag, flip.incarnation),
+            keys.gradient_prefix(tag),
+            2 * limits.tape_ttl_ms,
+            limits.tape_ttl_ms,
+            limits.superseded_bytes_per_model,
+            limits.remembered_requests_per_model,
+        )
+        outcome, *answer = await self._runner.run(Call(_FLIP, slot, arguments))
+        return FlipOutcome(outcome.decode()), answer[0] if answer else b""
+
+    async def discard_contributions(
+        self, tenant: str, model_id: str, incarnation: bytes, selectors: Sequence[bytes]
+    ) -> int | None:
+        """Drop waiting contributions; None when the model has gone."""
+        tag = keys.model_tag(tenant, model_id)
+        slot = (
+            keys.model_key(tag),
+            keys.contributions_key(tag),
+            keys.waiting_key(tag),
+            keys.expiry_key(tag),
+        )
+        remembered_ms = 2 * self._limits.tape_ttl_ms
+        prefix = keys.gradient_prefix(tag)
+        arguments: list[Argument] = [incarnation, prefix, remembered_ms, *selectors]
+        dropped = int(await self._runner.run(Call(_DISCARD, slot, arguments)))
+        return None if dropped < 0 else dropped
+
+    async def create_checkpoint(
+        self,
+        tenant: str,
+        model_id: str,
+        incarnation: bytes,
+        checkpoint_id: str,
+        version: Version | None,
+    ) -> tuple[CheckpointOutcome, Checkpoint | None]:
+        """Keep a version under a name."""
+        tag = keys.model_tag(tenant, model_id)
+        slot = (
+            keys.model_key(tag),
+            keys.versions_key(tag),
+            keys.superseded_key(tag),
+            keys.checkpoints_key(tag),
+        )
+        named = layouts.version_to_bytes(version) if version else b""
+        arguments = (incarnation, checkpoint_id, named, self._limits.checkpoints_per_model)
+        outcome, *entry = await self._runner.run(Call(_CREATE_CHECKPOINT, slot, arguments))
+        kept = _checkpoint(checkpoint_id, entry[0]) if entry else None
+        return CheckpointOutcome(outcome.decode()), kept
+
+    async def list_checkpoints(self, tenant: str, model_id: str) -> list[Checkpoint]:
+        """Read a model's checkpoints, sorted by name."""
+        tag = keys.model_tag(tenant, model_id)
+        (flat,) = await self._runner.run_commands([("HGETALL", keys.checkpoints_key(tag))])
+        entries = (
+            flat.items() if isinstance(flat, dict) else zip(flat[::2], flat[1::2], strict=True)
+        )
+        return [_checkpoint(name.decode(), entry) for name, entry in sorted(entries)]
+
+    async def delete_checkpoint(
+        self, tenant: str, model_id: str, incarnation: bytes, checkpoint_id: str
+    ) -> bool:
+        """Take a checkpoint's name away."""
+        tag = keys.model_tag(tenant, model_id)
+        slot = (
+            keys.model_key(tag),
+            keys.versions_key(tag),
+            keys.superseded_key(tag),
+            keys.checkpoints_key(tag),
+        )
+        arguments = (incarnation, checkpoint_id, keys.moments_prefix(tag, incarnation))
+        answer = await self._runner.run(Call(_DELETE_CHECKPOINT, slot, arguments))
+        return bool(answer == b"DELETED")
+
+    def contribution_name(self, tenant: str, session_id: str, epoch: int, chunk_seq: int) -> bytes:
+        """Return the name of a contribution; names sort by session, epoch, chunk."""
+        session = keys.session_digest(tenant, session_id)
+        return layouts.CONTRIBUTION_NAME.pack(session, epoch, chunk_seq)
+
+    def contribution_prefix(self, tenant: str, session_id: str, epoch: int) -> bytes:
+        """Return what the names of a session's contributions begin with; epoch 0: of any."""
+        session = keys.session_digest(tenant, session_id)
+        return session + epoch.to_bytes(8, "big") if epoch else session
+
+    async def _write_version(self, tag: bytes, incarnation: bytes, new: NewVersion) -> None:
+        """Write parts that are not there yet; a name always has the same content."""
+        version = new.version
+        named = [
+            *_parts(keys.weights_prefix(tag, incarnation), version, new.weights),
+            *_parts(keys.moments_prefix(tag, incarnation), version, new.moments),
+        ]
+        await self._runner.run_commands(
+            [("SET", key, part, "PX", ORPHAN_MS, "NX") for key, part in named]
+        )
+
+    async def _read_parts(
+        self, tag: bytes, prefix: bytes, version: Version, which: int
+    ) -> bytes | None:
+        number = version.number.to_bytes(8, "big")
+        (entry,) = await self._runner.run_commands([("HGET", keys.versions_key(tag), number)])
+        if not entry or entry[:16] != version.digest:
+            return None
+        count = layouts.VERSION_ENTRY.unpack(entry)[which]
+        commands: list[tuple[Any, ...]] = [
+            ("GET", _part_key(prefix, version, part)) for part in range(count)
+        ]
+        parts = await self._runner.run_commands(commands) if commands else []
+        return None if None in parts else b"".join(parts)
+
+
+def _parts(prefix: bytes, version: Version, data: Bytes) -> list[tuple[bytes, memoryview]]:
+    view = memoryview(data)
+    return [
+        (_part_key(prefix, version, part), view[part * PART_BYTES : (part + 1) * PART_BYTES])
+        for part in range(_part_count(data))
+    ]
+
+
+def _part_key(prefix: bytes, version: Version, part: int) -> bytes:
+    return prefix + version.digest + version.number.to_bytes(8, "big") + part.to_bytes(2, "big")
+
+
+def _part_count(data: Bytes) -> int:
+    return -(-len(data) // PART_BYTES)
+
+
+def _version_entry(new: NewVersion) -> bytes:
+    parts, moment_parts = _part_count(new.weights), _part_count(new.moments)
+    size = len(new.weights) + len(new.moments)
+    return layouts.VERSION_ENTRY.pack(new.version.digest, size, parts, moment_parts, 0)
+
+
+def _checkpoint(name: str, entry: bytes) -> Checkpoint:
+    number, digest, created = layouts.CHECKPOINT.unpack(entry)
+    return Checkpoint(name, Version(number, digest), created)

@@ -1,0 +1,108 @@
+"""Runs the Lua scripts: one file each in `lua/`, named as the method that calls it."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+from service.store.failures import as_domain_error, is_lost_connection, is_missing_script
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from redis.asyncio import Redis
+
+Argument = bytes | memoryview | str | int
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """A script's text and the digest by which the server knows it."""
+
+    name: str
+    text: str
+    sha: str
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of a script."""
+
+    script: Script
+    keys: Sequence[bytes]
+    arguments: Sequence[Argument]
+
+    @property
+    def by_digest(self) -> tuple[Any, ...]:
+        """The command that names the script by its digest."""
+        return ("EVALSHA", self.script.sha, len(self.keys), *self.keys, *self.arguments)
+
+    @property
+    def by_text(self) -> tuple[Any, ...]:
+        """The command that carries the script."""
+        return ("EVAL", self.script.text, len(self.keys), *self.keys, *self.arguments)
+
+
+def load_script(name: str) -> Script:
+    """Read a script of this package."""
+    text = resources.files("service.store").joinpath("lua", f"{name}.lua").read_text("utf-8")
+    return Script(name, text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
+
+
+class ScriptRunner:
+    """Sends scripts to the server, one by one or many in a round trip.
+
+    Every script decides by what it finds, so one whose answer was lost is sent once more: it finds
+    its own work and says so. The server may forget scripts at any time; then the text is sent.
+    """
+
+    def __init__(self, client: Redis, timeout_retries: int = 1) -> None:
+        """Use this client, whose own retries are off."""
+        self._client = client
+        self._retries = timeout_retries
+
+    async def run(self, call: Call) -> Any:
+        """Run one script.
+
+        Raises:
+            Unavailable: If the server cannot be reached.
+            ResourceExhausted: If its memory is full.
+        """
+        (answer,) = await self.run_many([call])
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    async def run_many(self, calls: Sequence[Call]) -> list[Any]:
+        """Run scripts in one round trip; a failure stands in its script's place."""
+        answers = await self._send([call.by_digest for call in calls])
+        for attempt in range(self._retries + 1):
+            again = [i for i, a in enumerate(answers) if self._is_worth_resending(a, attempt)]
+            if not again:
+                break
+            resent = await self._send([calls[i].by_text for i in again])
+            for i, answer in zip(again, resent, strict=True):
+                answers[i] = answer
+        return [as_domain_error(a) if isinstance(a, Exception) else a for a in answers]
+
+    async def run_commands(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """Run plain commands in one round trip; the first failure is raised."""
+        answers = await self._send(commands)
+        for answer in answers:
+            if isinstance(answer, Exception):
+                raise as_domain_error(answer)
+        return answers
+
+    def _is_worth_resending(self, answer: object, attempt: int) -> bool:
+        return is_missing_script(answer) or (is_lost_connection(answer) and attempt < self._retries)
+
+    async def _send(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
+        pipeline = self._client.pipeline(transaction=False)
+        for command in commands:
+            pipeline.execute_command(*command)
+        try:
+            return await pipeline.execute(raise_on_error=False)
+        except Exception as error:  # noqa: BLE001 - every failure becomes the answer of each command
+            return [error] * len(commands)

@@ -1,0 +1,202 @@
+"""Sessions in Redis: each method is one script or one command in one hash slot."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from service.domain.ports import (
+    ChunkOutcome,
+    EpochOutcome,
+    SessionSnapshot,
+    TapeLook,
+)
+from service.settings import DAY_MS
+from service.store import keys, layouts
+from service.store.scripts import Call, load_script
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from service.domain.ports import (
+        Absence,
+        AbsentSession,
+        ChunkCommit,
+        EpochStart,
+    )
+    from service.settings import Limits
+    from service.store.scripts import ScriptRunner
+
+MARKER_MS = DAY_MS  # how much longer than its session a marker lives
+
+_READ = load_script("read_session")
+_BEGIN = load_script("begin_epoch")
+_COMMIT = load_script("commit_chunk")
+_EXTEND = load_script("extend_session")
+_CLOSE = load_script("close_session")
+_READ_TAPE = load_script("read_tape")
+_SETTLE = load_script("settle_tape")
+_DISCARD = load_script("discard_tapes")
+_RESERVE = load_script("reserve_session")
+_LIST = load_script("list_sessions")
+
+_CHUNK_OUTCOMES = {outcome.value.encode(): outcome for outcome in ChunkOutcome}
+
+
+class CorruptRecordError(Exception):
+    """A session's record does not hold its own last state."""
+
+
+class RedisSessionStore:
+    """The SessionStore port over a Redis or Valkey server."""
+
+    def __init__(self, runner: ScriptRunner, limits: Limits) -> None:
+        """Keep what the scripts are told."""
+        self._runner = runner
+        self._limits = limits
+
+    async def read_session(
+        self, tenant: str, session_id: str, chunk_seq: int = 0
+    ) -> SessionSnapshot | AbsentSession:
+        """Read a session, with the states around a chunk when one is named."""
+        tag = keys.session_tag(tenant, session_id)
+        call = Call(_READ, (keys.record_key(tag), keys.marker_key(tag)), (chunk_seq,))
+        answer = await self._runner.run(call)
+        if len(answer) == 1:
+            return layouts.absence_from_marker(answer[0])
+        head, expires, last, before, at = answer
+        stored = layouts.state_from_bytes(last)
+        if stored is None:
+            raise CorruptRecordError(session_id)
+        return SessionSnapshot(
+            head=layouts.head_from_bytes(head),
+            expire_time_ms=int(expires),
+            last=stored,
+            before=layouts.state_from_bytes(before),
+            at=layouts.state_from_bytes(at),
+        )
+
+    async def begin_epoch(
+        self, tenant: str, session_id: str, start: EpochStart
+    ) -> tuple[EpochOutcome, int]:
+        """Begin an epoch; the number is the epoch in force, or for GAP the last chunk."""
+        tag = keys.session_tag(tenant, session_id)
+        arguments = (
+            start.mode,
+            start.expected_epoch,
+            start.expected_chunk_seq,
+            start.restored_epoch,
+            start.request or bytes(16),
+            start.head.ttl_ms,
+            MARKER_MS,
+            layouts.epoch_tail_to_bytes(start),
+            layouts.state_to_bytes(start.first),
+            len(start.head.model_id.encode()),
+        )
+        slot = (keys.record_key(tag), keys.marker_key(tag), keys.tape_index_key(tag))
+        outcome, number = await self._runner.run(Call(_BEGIN, slot, arguments))
+        return EpochOutcome(outcome.decode()), int(number)
+
+    async def commit_chunks(self, commits: Sequence[ChunkCommit]) -> list[ChunkOutcome | Exception]:
+        """Apply chunks of different sessions, each by itself, in one round trip."""
+        answers = await self._runner.run_many([self._commit_call(commit) for commit in commits])
+        return [a if isinstance(a, Exception) else _CHUNK_OUTCOMES[a] for a in answers]
+
+    async def extend_session(self, tenant: str, session_id: str, epoch: int) -> ChunkOutcome:
+        """Let the time to live start again; STALE when the epoch is not there any more."""
+        tag = keys.session_tag(tenant, session_id)
+        slot = (keys.record_key(tag), keys.marker_key(tag))
+        answer = await self._runner.run(Call(_EXTEND, slot, (epoch, MARKER_MS)))
+        return ChunkOutcome.STALE if answer == b"ABSENT" else _CHUNK_OUTCOMES[answer]
+
+    async def close_session(
+        self, tenant: str, session_id: str, expected_epoch: int
+    ) -> tuple[str, int, Absence]:
+        """End a session: CLOSED, ABSENT (and why) or FENCED, with the epoch."""
+        tag = keys.session_tag(tenant, session_id)
+        slot = (keys.record_key(tag), keys.marker_key(tag), keys.tape_index_key(tag))
+        outcome, epoch, marker = await self._runner.run(
+            Call(_CLOSE, slot, (expected_epoch, MARKER_MS))
+        )
+        return outcome.decode(), int(epoch), layouts.absence_from_marker(marker).why
+
+    async def read_tape(self, tenant: str, session_id: str, epoch: int, chunk_seq: int) -> TapeLook:
+        """Read one tape with where its session stands."""
+        tag = keys.session_tag(tenant, session_id)
+        name = layouts.TAPE_NAME.pack(epoch, chunk_seq)
+        slot = (
+            keys.record_key(tag),
+            keys.marker_key(tag),
+            keys.tape_index_key(tag),
+            keys.tape_key(tag, name),
+        )
+        head, marker, entry, tape = await self._runner.run(Call(_READ_TAPE, slot, (name,)))
+        return TapeLook(
+            session=layouts.head_from_bytes(head) if head else layouts.absence_from_marker(marker),
+            token=entry[17:33],
+            data=tape if entry and tape else None,
+        )
+
+    async def settle_tape(
+        self, tenant: str, session_id: str, epoch: int, chunk_seq: int, token: bytes
+    ) -> None:
+        """Note that the contribution of a tape was counted."""
+        tag = keys.session_tag(tenant, session_id)
+        name = layouts.TAPE_NAME.pack(epoch, chunk_seq)
+        await self._runner.run(Call(_SETTLE, (keys.tape_index_key(tag),), (name, token)))
+
+    async def discard_tapes(
+        self, tenant: str, session_id: str, epoch: int, chunk_seqs: Sequence[int]
+    ) -> int:
+        """Drop tapes that wait for their Backward; epoch 0: any, no chunks: all."""
+        tag = keys.session_tag(tenant, session_id)
+        chunks = b"".join(seq.to_bytes(8, "big") for seq in chunk_seqs)
+        named = epoch.to_bytes(8, "big") if epoch else b""
+        call = Call(_DISCARD, (keys.tape_index_key(tag),), (named, chunks))
+        return int(await self._runner.run(call))
+
+    async def reserve_session(self, tenant: str, session_id: str, ttl_ms: int) -> bool:
+        """Note a session in the tenant's list unless it is full."""
+        arguments = (session_id, ttl_ms + ttl_ms // 4, self._limits.sessions_per_tenant)
+        call = Call(_RESERVE, (keys.tenant_sessions_key(tenant),), arguments)
+        return bool(await self._runner.run(call) == b"OK")
+
+    async def touch_session(self, tenant: str, session_id: str, ttl_ms: int) -> None:
+        """Tell the tenant's list that a session lives on."""
+        most = 1 << 53  # a session that lives already is never refused
+        call = Call(
+            _RESERVE, (keys.tenant_sessions_key(tenant),), (session_id, ttl_ms + ttl_ms // 4, most)
+        )
+        await self._runner.run(call)
+
+    async def release_session(self, tenant: str, session_id: str) -> None:
+        """Take a session off the tenant's list."""
+        await self._runner.run_commands([("ZREM", keys.tenant_sessions_key(tenant), session_id)])
+
+    async def list_sessions(
+        self, tenant: str, after: tuple[str, str] | None, page_size: int
+    ) -> list[tuple[str, str]]:
+        """Read a page of (session_id, position) of the tenant's list."""
+        name, position = after or ("", "")
+        call = Call(_LIST, (keys.tenant_sessions_key(tenant),), (position, name, page_size))
+        flat = [part.decode() for part in await self._runner.run(call)]
+        return list(zip(flat[::2], flat[1::2], strict=True))
+
+    def _commit_call(self, commit: ChunkCommit) -> Call:
+        limits = self._limits
+        tag = keys.session_tag(commit.tenant, commit.session_id)
+        fixed = layouts.commit_to_bytes(commit, limits.replay_window, MARKER_MS)
+        record, marker = keys.record_key(tag), keys.marker_key(tag)
+        if commit.tape is None:
+            return Call(_COMMIT, (record, marker), (fixed, commit.state.h))
+        name = layouts.TAPE_NAME.pack(commit.epoch, commit.state.chunk_seq)
+        slot = (record, marker, keys.tape_index_key(tag), keys.tape_key(tag, name))
+        arguments: tuple[Any, ...] = (
+            fixed,
+            commit.state.h,
+            commit.tape,
+            limits.tape_ttl_ms,
+            limits.tapes_per_session,
+            limits.counted_tapes_per_session,
+            limits.counted_tape_bytes_per_session,
+        )
+        return Call(_COMMIT, slot, arguments)
