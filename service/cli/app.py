@@ -3,38 +3,50 @@
 from __future__ import annotations
 
 import os
-import sys
+import traceback
+from importlib.metadata import version
 from typing import Annotated
 
 import typer
 
+from service.cli import models, sessions
 from service.cli.output import fail
+from service.cli.ping import ping
 from service.cli.serve import serve
 
-# Click's UsageError, which Typer has under another module from release to release.
+# Click's UsageError, which Typer keeps in another module from release to release.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 app = typer.Typer(
     name="timernn",
     help="A stateful recurrent-network service: stream and train a TimeRNN over gRPC.",
-    epilog="Every option can also be set by the environment variable named beside it.",
-    context_settings={"auto_envvar_prefix": "TIMERNN", "help_option_names": ["-h", "--help"]},
+    epilog="Each option can also be set by the environment variable named beside it.",
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-app.command("serve")(serve)
+app.command()(serve)
+app.command()(ping)
+app.add_typer(models.app, name="models")
+app.add_typer(sessions.app, name="sessions")
 
 
-@app.callback(invoke_without_command=True)
-def _root(
-    context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-) -> None:
-    if version:
-        print("v")
+def _print_version(value: bool) -> None:  # noqa: FBT001 - Typer's callback
+    if value:
+        print(f"timernn {version('timernn')}")
         raise typer.Exit
-    if context.invoked_subcommand is None:
-        print(context.get_help())
-        raise typer.Exit(2)
+
+
+@app.callback(no_args_is_help=True)
+def _root(
+    *,
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_print_version, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    pass
 
 
 def run(arguments: list[str]) -> int:
@@ -42,6 +54,28 @@ def run(arguments: list[str]) -> int:
     try:
         code = app(arguments, prog_name="timernn", standalone_mode=False)
     except UsageError as error:
-        fail(error.format_message())
+        if message := str(error.format_message()):  # none where the help was printed instead
+            fail(message)
         return 2
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:  # noqa: BLE001 - whatever it is, people get a line and no traceback
+        if os.environ.get("TIMERNN_TRACEBACK"):
+            traceback.print_exc()
+        fail(explain(error))
+        return 1
     return code if isinstance(code, int) else 0
+
+
+def explain(error: Exception) -> str:
+    """Return what to tell a person of an error that ended a command."""
+    from timernn import Error, Unavailable  # noqa: PLC0415 - most commands end without an error
+
+    if isinstance(error, Unavailable) and not error.reason:
+        return f"no server answers: {error.message}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    expected = isinstance(error, Error | OSError) or type(error).__module__.startswith("service.")
+    if expected and str(error):
+        return str(error)
+    return f"{type(error).__name__}: {error} (TIMERNN_TRACEBACK=1 shows where it came from)"

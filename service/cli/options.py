@@ -54,11 +54,15 @@ LIMITS_HELP = {
     "models_per_tenant": "Models of a tenant.",
     "weights_bytes": "Largest weights version, without the optimizer's moments.",
     "tapes_per_session": "Forward passes of one session that may wait for their backward pass.",
+    "counted_tapes_per_session": "The same after their backward pass, kept for a retry of it.",
+    "counted_tape_bytes_per_session": "Bytes of those.",
     "contributions_per_model": "Gradients of one model that may wait for an update.",
     "contribution_bytes_per_model": "Bytes of gradients of one model that may wait for an update.",
     "superseded_bytes_per_model": "Bytes of superseded weights versions kept a model.",
     "checkpoints_per_model": "Checkpoints of a model.",
-    "remembered_requests_per_model": "Request ids and counted gradients remembered a model.",
+    "remembered_requests_per_model": "Request ids of updates remembered a model.",
+    "remembered_contributions_per_model": "Counted gradients remembered a model, so that none"
+    " counts twice.",
     "replay_window": "Chunks of one session that may be unacknowledged.",
     "min_ttl_ms": "Shortest time to live of a session, in milliseconds.",
     "max_ttl_ms": "Longest time to live of a session, in milliseconds.",
@@ -98,7 +102,7 @@ def parse_address(text: str) -> str:
         typer.BadParameter: If it is not one.
     """
     found = re.fullmatch(r"(\[[0-9A-Fa-f:.%]+\]|[^\s:\[\]]+):(\d{1,5})", text)
-    if not found or int(found[2]) > 65535:  # noqa: PLR2004 - the last port
+    if not found or int(found[2]) > 65535:
         raise typer.BadParameter(f"expected HOST:PORT, such as 127.0.0.1:50051, got {text!r}")
     return text
 

@@ -1,0 +1,36 @@
+"""`timernn ping`: is there a server, and which?"""
+
+# No postponed annotations here: Typer reads them when a command is made.
+from datetime import UTC, datetime
+
+import typer
+
+from service.cli.describe import format_span, server_json
+from service.cli.output import fail, print_json
+from service.cli.remote import DEFAULT_SERVER, AsJson, Server, Timeout, connected
+
+
+def ping(*, server: Server = DEFAULT_SERVER, timeout: Timeout = 5.0, json: AsJson = False) -> None:
+    """Ask a server whether it is ready; exit code 0 if it is, 1 if not.
+
+    With --json it also tells the server's limits.
+
+    Examples:
+      timernn ping
+      timernn ping --server 10.0.0.7:50051 --timeout 2
+      timernn ping --json
+    """
+    with connected(server, timeout) as client:
+        answer = client.ping()
+        if not answer.serving:
+            fail(f"the server at {answer.address} is not ready")
+            raise typer.Exit(1)
+        info = client.server_info()
+    if json:
+        print_json(server_json(info, answer))
+        return
+    print(
+        f"{answer.address} is ready: timernn {info.server_version}, replica {info.replica_id},"
+        f" up {format_span(datetime.now(UTC) - info.start_time)},"
+        f" answered in {answer.latency_s * 1000:.1f} ms"
+    )

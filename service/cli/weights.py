@@ -1,0 +1,75 @@
+"""Weights on their way between a server and a safetensors file."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import timernn
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+
+def write_weights(
+    client: timernn.Client, model_id: str, file: Path, *, version: int | None, moments: bool
+) -> tuple[timernn.Version, int]:
+    """Fetch a version and write it to a file, which is whole or not there.
+
+    Args:
+        client: The connection.
+        model_id: The model.
+        file: Where to; overwritten if it exists.
+        version: Its number; None for the newest.
+        moments: With the optimizer's state.
+
+    Returns:
+        The version, and the file's size in bytes.
+    """
+    data = io.BytesIO()
+    named = None if version is None else timernn.Version(version)
+    with _bar(f"fetching {model_id}"):
+        got = client.export_weights(model_id, data, version=named, include_moments=moments)
+    partial = file.with_name(f".{file.name}.{os.getpid()}.part")
+    try:
+        partial.write_bytes(data.getbuffer())
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
+    return got, data.getbuffer().nbytes
+
+
+def read_weights(
+    client: timernn.Client, model_id: str, file: Path, *, expected_version: int | None
+) -> timernn.Version:
+    """Send a file's weights; they become the model's next version.
+
+    Args:
+        client: The connection.
+        model_id: The model.
+        file: Where from.
+        expected_version: Refuse unless the newest version has this number; None for any.
+    """
+    named = None if expected_version is None else timernn.Version(expected_version)
+    with _bar(f"sending {file.stat().st_size:,} bytes to {model_id}"):
+        return client.import_weights(model_id, file, expected_version=named)
+
+
+@contextmanager
+def _bar(what: str) -> Iterator[None]:
+    """Show on a terminal that something is under way, and for how long."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    # Rich comes with Typer. Only here: it takes longer to import than most commands take to run.
+    from rich.console import Console  # noqa: PLC0415
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: PLC0415
+
+    columns = (TextColumn("{task.description}"), BarColumn(24), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        progress.add_task(what, total=None)
+        yield
