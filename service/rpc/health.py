@@ -13,10 +13,15 @@ from typing import TYPE_CHECKING, Final
 import grpc
 from grpc_health.v1 import health_pb2
 
+from service.rpc.errors import draining
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
 
     from service.rpc.gate import Call
+
+LIVENESS: Final = "liveness"
+"""A name that is SERVING as long as the process answers, whatever the store does."""
 
 _SERVING: Final = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING: Final = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -24,24 +29,29 @@ _SERVICE_UNKNOWN: Final = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
 
 
 class Health:
-    """Tells one status for the server and each of its services.
+    """Tells one status for the server and each of its services, and that the process lives.
 
     Attributes:
         is_serving: The status; NOT_SERVING until set.
     """
 
     def __init__(self, service_names: Iterable[str]) -> None:
-        self._names = frozenset(service_names) | {""}
+        self._names = frozenset(service_names) | {"", LIVENESS}
         self._watchers: set[asyncio.Event] = set()
+        self._is_ended = False
         self.is_serving = False
 
     def set_serving(self, is_serving: bool) -> None:  # noqa: FBT001 - a setter
         """Change the status and wake who watches."""
-        if is_serving == self.is_serving:
-            return
-        self.is_serving = is_serving
-        for changed in self._watchers:
-            changed.set()
+        if is_serving != self.is_serving:
+            self.is_serving = is_serving
+            self._wake_watchers()
+
+    def end(self) -> None:
+        """Tell NOT_SERVING to who watches and send them away, so that none holds up a stop."""
+        self.is_serving = False
+        self._is_ended = True
+        self._wake_watchers()
 
     async def check(
         self, call: Call, request: health_pb2.HealthCheckRequest
@@ -60,15 +70,22 @@ class Health:
         changed = asyncio.Event()
         self._watchers.add(changed)
         try:
-            while True:
+            yield self._response(request.service)
+            while not self._is_ended:
+                await changed.wait()
                 changed.clear()
                 yield self._response(request.service)
-                await changed.wait()
         finally:
             self._watchers.discard(changed)
+        raise draining()
+
+    def _wake_watchers(self) -> None:
+        for changed in self._watchers:
+            changed.set()
 
     def _response(self, service: str) -> health_pb2.HealthCheckResponse:
         if service not in self._names:
             return health_pb2.HealthCheckResponse(status=_SERVICE_UNKNOWN)
-        status = _SERVING if self.is_serving else _NOT_SERVING
+        is_serving = self.is_serving or service == LIVENESS
+        status = _SERVING if is_serving else _NOT_SERVING
         return health_pb2.HealthCheckResponse(status=status)

@@ -112,7 +112,7 @@ class RpcServer:
 
         A second call with less grace hastens the first.
         """
-        self.health.set_serving(False)
+        self.health.end()
         self._gate.is_draining = True
         self._streams.drain()
         await self._server.stop(grace_s)

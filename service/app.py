@@ -1,0 +1,279 @@
+"""Builds a server out of its parts, runs it, and takes it down again in the right order.
+
+The only module that knows every layer. On the way down: health says NOT_SERVING, load balancers get
+their notice, streams are told to move, calls in flight end, then the domain, the store's connections
+and last the embedded store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+import os
+import secrets
+import signal
+import socket
+import sys
+import time
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Final
+from urllib.parse import urlsplit
+
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # has no stubs
+
+from service.compute.scheduler import Scheduler
+from service.domain.catalog import Catalog
+from service.domain.errors import Unavailable
+from service.domain.heads import HeadMaker
+from service.domain.live import LiveSessions
+from service.domain.models import Models
+from service.domain.recurrence import Recurrence
+from service.domain.sessions import Sessions
+from service.domain.tapes import RecentTapes
+from service.domain.training import Training
+from service.rpc.server import Domain, RpcServer
+from service.rpc.server_info import ServerInfo
+from service.store.connect import UnfitStoreError, open_store
+from service.store.embedded import EmbeddedStore, EmbeddedStoreError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from service.settings import Settings
+    from service.store.connect import Store
+
+DURABILITY: Final = "primary"  # an answer follows the acknowledgement of the store's primary
+CHECK_S: Final = 1.0  # between two looks at the store
+
+_LOGGER = logging.getLogger(__name__)
+
+
+class StartError(Exception):
+    """The server cannot start; one line that tells an operator what to do."""
+
+
+async def serve(settings: Settings, on_ready: Callable[[str], None]) -> int:
+    """Serve until SIGTERM or SIGINT, drain, and return the exit code.
+
+    A second signal cuts the calls in flight off.
+
+    Args:
+        settings: How to run.
+        on_ready: Called once with the address, when calls are answered.
+
+    Returns:
+        0; 1 when a second signal cut the drain short.
+
+    Raises:
+        StartError: If a port, the data directory or the store cannot be used.
+    """
+    _log_to_stderr(settings.log_level)
+    signals = _Signals()
+    async with contextlib.AsyncExitStack() as stack:
+        stack.enter_context(signals)
+        # Results must not depend on how many cores there are.
+        stack.enter_context(threadpool_limits(1, "blas"))
+        embedded = await _start_embedded(settings, stack)
+        store = await _open_store(settings, embedded, stack)
+        server = await _build(settings, store, stack)
+        if signals.is_stopping:
+            return 0
+        address = await _listen(server, settings.listen)
+        stack.push_async_callback(server.drain, 0)
+        gc.freeze()  # what was built lives as long as the process: never look through it again
+        server.health.set_serving(True)
+        watching = asyncio.create_task(_watch_store(server, store, embedded))
+        on_ready(address)
+        await signals.stop.wait()
+        watching.cancel()
+        await _drain(server, settings, signals)
+    return int(signals.hasten.is_set())
+
+
+class _Signals:
+    """SIGTERM and SIGINT: the first one asks for a stop, the second for haste.
+
+    The third ends the process where it stands, and so does the second while it is still starting.
+    """
+
+    def __init__(self) -> None:
+        self.stop = asyncio.Event()
+        self.hasten = asyncio.Event()
+        self.is_draining = False
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether a stop was asked for."""
+        return self.stop.is_set()
+
+    def __enter__(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+
+    def __exit__(self, *_exc: object) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+
+    def _on_signal(self) -> None:
+        if not self.stop.is_set():
+            self.stop.set()
+        elif self.is_draining and not self.hasten.is_set():
+            self.hasten.set()
+        else:
+            os._exit(1)
+
+
+async def _start_embedded(
+    settings: Settings, stack: contextlib.AsyncExitStack
+) -> EmbeddedStore | None:
+    if settings.redis_url:
+        return None
+    embedded = EmbeddedStore(settings.data_dir)
+    stack.push_async_callback(asyncio.to_thread, embedded.stop)
+    try:
+        await asyncio.to_thread(embedded.start)
+    except EmbeddedStoreError as error:
+        raise StartError(str(error)) from error
+    return embedded
+
+
+async def _open_store(
+    settings: Settings, embedded: EmbeddedStore | None, stack: contextlib.AsyncExitStack
+) -> Store:
+    url = embedded.url if embedded else settings.redis_url
+    shown = f"the store at {_without_credentials(url)}"
+    try:
+        store = await open_store(url, settings)
+        stack.push_async_callback(store.close)
+        with _quiet():
+            await store.check()
+    except ValueError as error:
+        raise StartError(f"--redis-url: {error}") from error
+    except Unavailable as error:
+        raise StartError(f"{shown} cannot be reached: {error.__cause__ or error}") from error
+    except UnfitStoreError as error:
+        raise StartError(f"{shown} cannot be used: {error}") from error
+    return store
+
+
+async def _build(settings: Settings, store: Store, stack: contextlib.AsyncExitStack) -> RpcServer:
+    """Wire every layer; what holds work is closed by the stack, the last built first."""
+    limits = settings.limits
+    scheduler = Scheduler(settings.max_batch_rows)
+    stack.push_async_callback(asyncio.to_thread, scheduler.close)
+    catalog = Catalog(store.models, limits.head_max_age_ms, settings.weights_cache_bytes)
+    live = LiveSessions(settings.session_cache_bytes)
+    tapes = RecentTapes(settings.session_cache_bytes)
+    heads = HeadMaker(store.models, catalog, scheduler)
+    recurrence = Recurrence(store.sessions, catalog, live, tapes, scheduler, limits)
+    stack.push_async_callback(_finish, recurrence, settings.drain_s)
+    domain = Domain(
+        models=Models(store.models, catalog, heads, scheduler, limits),
+        sessions=Sessions(store.sessions, catalog, live, limits),
+        recurrence=recurrence,
+        training=Training(store.sessions, store.models, catalog, tapes, heads, scheduler, limits),
+    )
+    info = ServerInfo(
+        server_version=version("timernn"),
+        replica_id=secrets.token_hex(8),
+        start_time_ms=int(time.time() * 1000),
+        limits=limits,
+        durability=DURABILITY,
+    )
+    return RpcServer(domain, info)
+
+
+async def _listen(server: RpcServer, listen: str) -> str:
+    """Open the port; say in one line why it cannot be opened."""
+    try:
+        _try_to_bind(listen)
+        return await server.start(listen)
+    except OSError as error:
+        reason = error.strerror or "the address cannot be bound"
+        raise StartError(f"cannot listen on {listen}: {reason}") from error
+
+
+def _try_to_bind(listen: str) -> None:
+    """Bind and let go again: gRPC itself tells no reason, and fills the log with where it failed."""
+    if listen.startswith("unix:"):
+        return
+    host, _, port = listen.rpartition(":")
+    host = host.strip("[]")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise StartError(f"--listen: expected HOST:PORT, got {listen!r}")
+    for family, kind, number, _, address in socket.getaddrinfo(
+        host, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    ):
+        with socket.socket(family, kind, number) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+
+
+async def _watch_store(server: RpcServer, store: Store, embedded: EmbeddedStore | None) -> None:
+    """Keep health true to whether the store can be used; start the embedded one again if it died."""
+    while True:
+        await asyncio.sleep(CHECK_S)
+        try:
+            if embedded and not embedded.is_running:
+                _LOGGER.error("the embedded store ended: starting it again")
+                await asyncio.to_thread(embedded.start)
+            await store.check()
+        except Exception as error:  # noqa: BLE001 - whatever it is, the store cannot be used now
+            if server.health.is_serving:
+                _LOGGER.error("not serving: %s", error)  # noqa: TRY400 - a line a change, no traceback
+            server.health.set_serving(False)
+        else:
+            if not server.health.is_serving:
+                _LOGGER.warning("serving again")
+            server.health.set_serving(True)
+
+
+async def _drain(server: RpcServer, settings: Settings, signals: _Signals) -> None:
+    signals.is_draining = True
+    _LOGGER.info("draining")
+    server.health.set_serving(False)
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(signals.hasten.wait(), settings.drain_notice_s)
+    draining = asyncio.create_task(server.drain(settings.drain_s))
+    hastening = asyncio.create_task(signals.hasten.wait())
+    await asyncio.wait({draining, hastening}, return_when=asyncio.FIRST_COMPLETED)
+    if signals.hasten.is_set():
+        await server.drain(0)
+    hastening.cancel()
+    await draining
+
+
+async def _finish(recurrence: Recurrence, limit_s: float) -> None:
+    """Let commits that were begun land."""
+    try:
+        await asyncio.wait_for(recurrence.drain(), limit_s)
+    except TimeoutError:
+        _LOGGER.warning("some commits did not end in time")
+
+
+def _without_credentials(url: str) -> str:
+    parts = urlsplit(url)
+    host = parts.netloc.rpartition("@")[2]
+    return f"{parts.scheme}://{host}{parts.path}"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave the telling of a failure to the one line that ends the start."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _log_to_stderr(level: str) -> None:
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
