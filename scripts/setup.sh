@@ -46,10 +46,11 @@ state=$({
 [[ -f $stamp && $(<"$stamp") == "$state" ]] && exit 0
 
 echo "Installing requirements/$lock.lock into $venv" >&2
-pip=("$venv/bin/python" -m pip --disable-pip-version-check --quiet)
+pip=("$venv/bin/python" -m pip --disable-pip-version-check -qq)
 # uv takes seconds where pip takes a minute; pip is the way out where uv has no wheel or no route.
 install() {
-  VIRTUAL_ENV=$PWD/$venv "$venv/bin/uv" pip install --quiet "$@" 2>/dev/null ||
+  # The machine's own certificates, as pip is told to use them behind a company's proxy.
+  VIRTUAL_ENV=$PWD/$venv UV_SYSTEM_CERTS=1 "$venv/bin/uv" pip install --quiet "$@" 2>/dev/null ||
     "${pip[@]}" install "$@"
 }
 "${pip[@]}" install --require-hashes -r requirements/bootstrap.lock

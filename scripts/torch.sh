@@ -31,7 +31,7 @@ if [[ -f $stamp && $(head -n 1 "$stamp") == "$state" ]]; then
 fi
 [[ ${TORCH:-} == no ]] && skip "TORCH=no"
 
-pip=("$python" -m pip --disable-pip-version-check --quiet)
+pip=("$python" -m pip --disable-pip-version-check -qq)
 read -ra extra <<<"${TORCH_PIP_ARGS:-}"
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
