@@ -1,0 +1,105 @@
+"""What the core asks of the outside world, and the two ports that carry it out."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeAlias, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from timernn._core.contract import Rpc
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Send one request, wait for one response; an `Error` is thrown in when it fails."""
+
+    rpc: Rpc[Any, Any]
+    request: Any
+    address: int
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Download:
+    """Send one request, wait for all its responses, as a list."""
+
+    rpc: Rpc[Any, Any]
+    request: Any
+    address: int
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """Send several requests, wait for one response."""
+
+    rpc: Rpc[Any, Any]
+    requests: Sequence[Any]
+    address: int
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class OpenStream:
+    """Begin a bidirectional call that may last for the given time; its outcome is a `StreamHandle`."""
+
+    rpc: Rpc[Any, Any]
+    address: int
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """Send a message on a stream."""
+
+    stream: StreamHandle
+    message: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """Wait for a stream's next message; None at its end; an `Error` is thrown in when it breaks."""
+
+    stream: StreamHandle
+
+
+@dataclass(frozen=True, slots=True)
+class Pull:
+    """Take the caller's next item: `END` when there is none, `NOT_YET` when none is ready.
+
+    Without `block` it may still wait where the source is an iterator that cannot be asked.
+    """
+
+    source: Any
+    block: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Sleep:
+    """Wait this long."""
+
+    seconds: float
+
+
+class StreamHandle(Protocol):
+    """An open bidirectional call."""
+
+    def close(self) -> None:
+        """Cancel the call; never waits, may be repeated."""
+
+
+class Mark(Generic[R]):
+    """A value that no item of the caller can be."""
+
+
+END: Mark[Any] = Mark()
+NOT_YET: Mark[Any] = Mark()
+
+Effect = Call | Download | Upload | OpenStream | Write | Read | Pull | Sleep
+Op: TypeAlias = Generator[Effect, Any, R]
+"""A piece of the client's logic that ends in an R."""

@@ -1,0 +1,194 @@
+"""Frames: chunks of many sessions in one message, over one stream that stays open."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from timernn import errors
+from timernn._core.contract import STREAM
+from timernn._core.effects import OpenStream, Read, Write
+from timernn._core.journal import Healing
+from timernn._core.retry import Patience, is_refusal, is_worth_retrying
+from timernn._core.status import error_from_status
+from timernn._core.stream import LIFE_S
+from timernn.v1 import time_rnn_service_pb2 as rnn_pb
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    import numpy.typing as npt
+
+    from timernn._core.client import ClientCore
+    from timernn._core.effects import Op, StreamHandle
+    from timernn._core.intents import ForwardIntent
+    from timernn._core.session import SessionCore
+    from timernn.types import Array, ReturnHs
+
+_MESSAGE_OVERHEAD_BYTES = 4096
+
+
+@dataclass(slots=True, eq=False)
+class _Item:
+    """One sequence of a frame, and what has come of it."""
+
+    session: SessionCore
+    intent: ForwardIntent | None
+    error: errors.Error | None
+    healing: Healing
+    is_over: bool = field(default=False)
+
+    def fail(self, error: errors.Error) -> None:
+        """End with an error; unless it was refused, the session keeps it in doubt."""
+        self.error, self.is_over = error, True
+        if self.intent is not None and not is_refusal(error):
+            self.session.doubt = self.intent
+
+    def outcome(self) -> Array | errors.Error:
+        """Return the hidden states, or the error in their place."""
+        if self.error is not None or self.intent is None:
+            return self.error or errors.Internal("a frame's item ended without an answer")
+        return self.intent.hs()
+
+
+class Frames:
+    """The stream for frames: kept between calls, left when it is old or breaks."""
+
+    def __init__(self, client: ClientCore) -> None:
+        self._client = client
+        self._handle: StreamHandle | None = None
+        self._address = 0
+        self._fresh_until = 0.0
+
+    def close(self) -> None:
+        """Leave the stream."""
+        if self._handle is not None:
+            self._handle.close()
+            self._handle = None
+
+    def forward(
+        self, chunks: Iterable[tuple[SessionCore, npt.ArrayLike]], return_hs: ReturnHs
+    ) -> Op[list[Array | errors.Error]]:
+        """Apply one sequence to each session; a failure stands in its own place alone."""
+        items = []
+        for session, xs in chunks:
+            items.append((yield from self._item(session, xs, return_hs)))
+        patience, deadline = Patience(self._client.caller), self._client.caller.deadline()
+        try:
+            while waiting := _first_of_each_session(items):
+                yield from self._round(waiting, patience, deadline)
+        except BaseException as error:
+            self.close()
+            for item in (i for i in items if not i.is_over):
+                if item.intent is not None and item.intent.requests[item.intent.done].chunk_seq:
+                    item.session.doubt = item.intent
+            if not isinstance(error, errors.Error):
+                raise
+            for item in (i for i in items if not i.is_over):
+                item.fail(error)
+        return [item.outcome() for item in items]
+
+    def _item(self, session: SessionCore, xs: npt.ArrayLike, return_hs: ReturnHs) -> Op[_Item]:
+        healing = Healing(self._client.caller, session.scope())
+        try:
+            session.require_idle()
+            yield from session.settle()
+            intent = session.forward_intent(xs, return_hs, train=session.train)
+        except errors.Error as error:
+            return _Item(session, None, error, healing, is_over=True)
+        return _Item(session, intent, None, healing)
+
+    def _round(self, items: list[_Item], patience: Patience, deadline: float) -> Op[None]:
+        """Send each item's next chunk, take the answers, put right what failed."""
+        try:
+            failures = yield from self._exchange(items)
+        except errors.Error as error:
+            self.close()
+            yield from patience.after(error, self._address)
+            return
+        retry: errors.Error | None = None
+        for item, failure in failures:
+            if is_worth_retrying(failure):
+                retry = failure
+                continue
+            try:
+                yield from self._client.heal(item.healing, failure, item.session.scope(), deadline)
+            except errors.Error as final:
+                item.fail(final)
+        if retry is not None:
+            yield from patience.after(retry, self._address)
+
+    def _exchange(self, items: list[_Item]) -> Op[list[tuple[_Item, errors.Error]]]:
+        handle = yield from self._stream()
+        count = 0
+        for message in self._messages(items):
+            yield Write(handle, message)
+            count += len(message.operations)
+        failures: list[tuple[_Item, errors.Error]] = []
+        while count:
+            answer: rnn_pb.StreamResponse | None = yield Read(handle)
+            if answer is None:
+                raise errors.Unavailable("the server ended the stream")
+            for result in answer.results:
+                count -= 1
+                failures += _take(items[result.tag], result)
+            if answer.draining:
+                self._fresh_until = 0.0
+                if count:
+                    raise errors.Draining("the server is about to stop")
+        return failures
+
+    def _stream(self) -> Op[StreamHandle]:
+        caller = self._client.caller
+        if self._handle is not None and caller.clock() < self._fresh_until:
+            return self._handle
+        self.close()
+        self._address = caller.address
+        # Half of its life is kept for the answers of a frame that begins at the last moment.
+        self._fresh_until = caller.clock() + LIFE_S / 2
+        self._handle = yield OpenStream(STREAM, self._address, LIFE_S)
+        return self._handle
+
+    def _messages(self, items: list[_Item]) -> Iterator[rnn_pb.StreamRequest]:
+        """Write the next chunk of each item, in as few messages as the limits allow."""
+        message, size = rnn_pb.StreamRequest(), _MESSAGE_OVERHEAD_BYTES
+        for tag, item in enumerate(items):
+            if item.intent is None:
+                continue
+            request = item.intent.prepare()
+            bounds, item_size = item.session.bounds, _size(request, item.session)
+            is_full = len(message.operations) >= bounds.operations_per_message
+            if message.operations and (is_full or size + item_size > bounds.message_bytes):
+                yield message
+                message, size = rnn_pb.StreamRequest(), _MESSAGE_OVERHEAD_BYTES
+            message.operations.add(tag=tag).forward.CopyFrom(request)
+            size += item_size
+        if message.operations:
+            yield message
+
+
+def _first_of_each_session(items: list[_Item]) -> list[_Item]:
+    first: dict[int, _Item] = {}
+    for item in items:
+        if not item.is_over:
+            first.setdefault(id(item.session), item)
+    return list(first.values())
+
+
+def _take(item: _Item, result: rnn_pb.OperationResult) -> list[tuple[_Item, errors.Error]]:
+    if result.HasField("error"):
+        return [(item, error_from_status(result.error))]
+    if item.intent is None:
+        return []
+    item.intent.accept(result.forward)
+    item.is_over = item.intent.is_done
+    return []
+
+
+def _size(request: rnn_pb.ForwardRequest, session: SessionCore) -> int:
+    """Return the larger of a chunk's two sides, in bytes, about."""
+    model = session.model
+    itemsize = 8 if model.dtype == "float64" else 4
+    rows, steps = request.xs.shape[0], request.xs.shape[1]
+    returned = steps + 1 if request.return_hs == rnn_pb.RETURN_HS_ALL else 2
+    return int(max(len(request.xs.data), rows * returned * model.hidden_size * itemsize)) + 512

@@ -1,0 +1,204 @@
+"""Trying again: with the same content, on the next address, within a deadline and a budget."""
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from timernn import errors
+from timernn._core.effects import Call, Sleep
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from timernn._core.contract import Rpc
+    from timernn._core.effects import Effect, Op
+
+Q = TypeVar("Q")
+A = TypeVar("A")
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """How failed calls are tried again.
+
+    Attributes:
+        initial_backoff_s: Wait before the first retry.
+        multiplier: Each further wait is this much longer.
+        max_backoff_s: The longest wait.
+        jitter: Share of each wait that is left to chance, so that clients do not come in step.
+        attempt_timeout_s: How long one attempt may take before the next address is tried; doubled
+            after each attempt that took so long.
+        budget: Retries that may be made in a burst over the whole client.
+        budget_per_s: Retries that may be made per second for long; beyond that they wait.
+    """
+
+    initial_backoff_s: float = 0.05
+    multiplier: float = 2.0
+    max_backoff_s: float = 2.0
+    jitter: float = 0.5
+    attempt_timeout_s: float = 15.0
+    budget: float = 100.0
+    budget_per_s: float = 20.0
+
+    def backoff_s(self, retries: int, chance: float) -> float:
+        """Return the wait before retry number `retries`, counted from 0, in seconds."""
+        # The exponent is capped: 2.0 ** 1100 is an OverflowError, not a long wait.
+        longest = self.initial_backoff_s * self.multiplier ** min(retries, 60)
+        return min(self.max_backoff_s, longest) * (1.0 - self.jitter * chance)
+
+
+def is_worth_retrying(error: errors.Error) -> bool:
+    """Tell whether the same request may succeed when it is simply sent again."""
+    if isinstance(error, errors.Unavailable | errors.DeadlineExceeded | errors.Cancelled):
+        return True
+    # An ABORTED without a reason of ours asks for the same again; with one, it decides.
+    return isinstance(error, errors.Overloaded) or (
+        isinstance(error, errors.Aborted) and not error.reason
+    )
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Tell whether a failed request is certain not to be carried out, now or later.
+
+    A refusal for its content or its place counts also after attempts of unknown outcome: they
+    carried the same content to the same place.
+    """
+    if isinstance(error, errors.Overloaded):
+        return not error.is_outcome_unknown
+    return isinstance(error, errors.Error) and not is_worth_retrying(error)
+
+
+class Budget:
+    """A bucket of retries for the whole client: it drains with each retry and fills with time."""
+
+    def __init__(self, policy: RetryPolicy, clock: Callable[[], float]) -> None:
+        self._policy, self._clock = policy, clock
+        self._tokens, self._filled = policy.budget, clock()
+
+    def spend(self) -> float:
+        """Take one retry; return how long to wait until it is covered, in seconds."""
+        now = self._clock()
+        gained = (now - self._filled) * self._policy.budget_per_s
+        self._tokens = min(self._policy.budget, self._tokens + gained) - 1.0
+        self._filled = now
+        return max(0.0, -self._tokens / self._policy.budget_per_s)
+
+
+class Caller:
+    """Makes calls that survive lost replies, restarts and moves to another replica.
+
+    The address in use is kept until it fails: a replica that knows a session answers faster.
+
+    Args:
+        addresses: Targets by name; effects name them by index.
+        timeout_s: For a whole call with all its attempts.
+        connect_timeout_s: The same until something has answered for the first time, so that a
+            mistyped address is told soon.
+        policy: How to retry.
+        clock: Monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        addresses: list[str],
+        timeout_s: float,
+        connect_timeout_s: float,
+        policy: RetryPolicy,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.addresses, self.policy, self.clock = addresses, policy, clock
+        self.timeout_s = timeout_s
+        self.address = 0
+        self._connect_timeout_s = connect_timeout_s
+        self._has_answered = False
+        self._budget = Budget(policy, clock)
+        # Jitter only: nothing here has to be unpredictable.
+        self._random = random.Random()  # noqa: S311
+
+    def deadline(self) -> float:
+        """Return when a call that begins now has to be over, on the clock."""
+        return self.clock() + self.timeout_s
+
+    def call(self, rpc: Rpc[Q, A], request: Q, deadline: float | None = None) -> Op[A]:
+        """Make a unary call; raises the last attempt's error."""
+        return self.attempts(
+            lambda address, timeout: Call(rpc, request, address, timeout), deadline
+        )
+
+    def attempts(
+        self, effect: Callable[[int, float], Effect], deadline: float | None = None
+    ) -> Op[Any]:
+        """Carry out an effect, given its address and timeout, until it answers or time is over."""
+        patience = Patience(self, deadline)
+        while True:
+            address = self.address
+            try:
+                answer = yield effect(address, patience.attempt_timeout_s())
+            except errors.Error as error:
+                yield from patience.after(error, address)
+            else:
+                self._has_answered = True
+                return answer
+
+    def move_on(self, failed: int) -> None:
+        """Turn to the next address unless another call has done so already."""
+        if self.address == failed:
+            self.address = (failed + 1) % len(self.addresses)
+
+    def delay_s(self, retries: int, error: errors.Error) -> float:
+        """Return how long to wait before a retry, in seconds, and charge the budget."""
+        wait = self.policy.backoff_s(retries, self._random.random())
+        return max(wait, error.retry_after_s or 0.0, self._budget.spend())
+
+    def note(self, error: errors.Error) -> None:
+        """Take a typed answer as a sign of life."""
+        self._has_answered = self._has_answered or bool(error.reason)
+
+    def latest(self, deadline: float, started: float) -> float:
+        """Return the deadline that counts while nothing has answered yet."""
+        return deadline if self._has_answered else min(deadline, started + self._connect_timeout_s)
+
+
+class Patience:
+    """How long and how often one request is tried: the memory of a retry loop."""
+
+    def __init__(self, caller: Caller, deadline: float | None = None) -> None:
+        self._caller = caller
+        self._started = caller.clock()
+        self._deadline = caller.deadline() if deadline is None else deadline
+        self._attempt_s = caller.policy.attempt_timeout_s
+        self._is_outcome_unknown = False
+        self._failures = 0
+        self._retries = 0
+
+    def attempt_timeout_s(self) -> float:
+        """Return how long the next attempt may take, in seconds."""
+        left = self._caller.latest(self._deadline, self._started) - self._caller.clock()
+        return max(0.001, min(left, self._attempt_s))
+
+    def succeeded(self) -> None:
+        """Start again from full patience: something has answered."""
+        self._started, self._deadline = self._caller.clock(), self._caller.deadline()
+        self._retries = 0
+
+    def after(self, error: errors.Error, address: int) -> Op[None]:
+        """Wait before the next attempt elsewhere, or raise the error when there is to be none."""
+        caller = self._caller
+        caller.note(error)
+        self._failures += 1
+        self._is_outcome_unknown |= not is_refusal(error)
+        error.attempts, error.is_outcome_unknown = self._failures, self._is_outcome_unknown
+        if not is_worth_retrying(error):
+            raise error
+        if isinstance(error, errors.DeadlineExceeded):
+            self._attempt_s *= 2
+        wait = caller.delay_s(self._retries, error)
+        latest = caller.latest(self._deadline, self._started)
+        if caller.clock() + wait >= latest:
+            raise error
+        caller.move_on(address)
+        self._retries += 1
+        yield Sleep(wait)

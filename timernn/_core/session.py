@@ -1,0 +1,586 @@
+"""One session: its place in its history, and what can be done with it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from timernn import errors
+from timernn._core.contract import (
+    CLOSE_SESSION,
+    DISCARD_GRADIENTS,
+    FORK_SESSION,
+    GET_SESSION,
+    GET_STATE,
+)
+from timernn._core.convert import (
+    array_from_caller,
+    duration_to_proto,
+    session_from_proto,
+    tensor_from_proto,
+    tensor_to_proto,
+    version_from_proto,
+    version_to_proto,
+)
+from timernn._core.ids import new_request_id, new_session_id
+from timernn._core.intents import (
+    BackwardIntent,
+    EpochIntent,
+    ForwardIntent,
+    require_finite,
+)
+from timernn._core.journal import (
+    Healing,
+    Journal,
+    Scope,
+    backward_entry,
+    begin_entry,
+    forward_entry,
+)
+from timernn._core.retry import is_refusal
+from timernn._core.splitting import split_steps
+from timernn.types import Contributions, Discarded, Step
+from timernn.v1 import session_service_pb2 as session_pb
+from timernn.v1 import time_rnn_service_pb2 as rnn_pb
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from datetime import timedelta
+
+    import numpy.typing as npt
+
+    from timernn._core.client import ClientCore
+    from timernn._core.effects import Op
+    from timernn._core.intents import (
+        Intent,
+        Taped,
+    )
+    from timernn._core.splitting import Bounds
+    from timernn.types import (
+        Array,
+        Gradients,
+        ModelInfo,
+        ReturnHs,
+        SessionInfo,
+        UpdateResult,
+        Version,
+    )
+    from timernn.v1.tensor_pb2 import Tensor
+
+_I = TypeVar("_I", bound="Intent[Any]")
+
+RETURN_HS: dict[str, rnn_pb.ReturnHs.ValueType] = {
+    "all": rnn_pb.RETURN_HS_ALL,
+    "last": rnn_pb.RETURN_HS_LAST,
+    "none": rnn_pb.RETURN_HS_NONE,
+}
+
+
+class SessionCore:
+    """A session as this client sees it.
+
+    Args:
+        client: Whose connection, log limits and known versions it uses.
+        model: The model's sizes and dtype.
+        bounds: The server's limits.
+        train: Whether `forward` leaves tapes.
+
+    Attributes:
+        tapes: What `backward` can still be called for, the newest last.
+        dh: Gradient of the state before the last backward's chunk, shape (N, H); None before.
+        gradients: Gradients of the weights of the last backward, if they were asked for.
+        gradient_norm: Their global norm; None where a backward was split along T and the gradients
+            were not asked for.
+        version: The weights version of the last answer; None before the first.
+        last_update: What the last step over this session did.
+        is_streaming: Whether a `stream()` uses the numbers now.
+    """
+
+    def __init__(
+        self, client: ClientCore, model: ModelInfo, bounds: Bounds, *, train: bool
+    ) -> None:
+        self._client, self.model, self.bounds, self.train = client, model, bounds, train
+        self.training = client.training(model.model_id)
+        options = client.options
+        self.journal = (
+            self.training.journal if train else Journal(options.log_limit, options.log_bytes)
+        )
+        if train:
+            self.training.join(self)
+        self.session_id, self.epoch, self.chunk_seq, self.state_token = "", 0, 0, b""
+        self.batch_size = 1
+        self._ttl = duration_to_proto(0)
+        self._h: Tensor | None = None
+        self._waiting: dict[tuple[int, int], None] = {}
+        self.doubt: Intent[Any] | None = None
+        self.tapes: list[Taped] = []
+        self.dh: Array | None = None
+        self.gradients: Gradients | None = None
+        self.gradient_norm: float | None = None
+        self.version: Version | None = None
+        self.last_update: UpdateResult | None = None
+        self.is_streaming = False
+
+    # -- where the session stands ------------------------------------------------------------------
+
+    @property
+    def h(self) -> Array:
+        """The hidden state as of the last answer, shape (N, H); no call is made."""
+        return self._zeros() if self._h is None else tensor_from_proto(self._h)
+
+    @property
+    def in_doubt(self) -> bool:
+        """Whether the outcome of the last call is unknown; `settle()` finds out."""
+        return self.doubt is not None
+
+    def begin(self, session: session_pb.Session, state: Tensor | None) -> None:
+        """Take over an epoch's beginning, or a session that goes on.
+
+        Args:
+            session: As the server told it.
+            state: Its hidden state (N, H); None: zero.
+        """
+        self.session_id, self.epoch = session.session_id, session.epoch
+        self.chunk_seq, self.state_token = session.chunk_seq, session.state_token
+        self.batch_size, self._ttl, self._h = session.batch_size, session.ttl, state
+        if session.HasField("weights_version"):
+            self.version = version_from_proto(session.weights_version)
+        if not session.chunk_seq:  # a history that the log can tell from its beginning
+            self.journal.append(begin_entry(self._restoring_request()))
+
+    def number(self, request: rnn_pb.ForwardRequest, ahead: int = 0) -> None:
+        """Write a chunk's place into its request, `ahead` chunks after the next."""
+        request.session_id, request.epoch = self.session_id, self.epoch
+        request.chunk_seq = self.chunk_seq + 1 + ahead
+        request.previous_token = b"" if ahead else self.state_token
+        request.acknowledged_seq = self.chunk_seq
+        known = self._client.known(self.model.model_id)
+        if known is not None:
+            request.minimum_version.CopyFrom(version_to_proto(known))
+
+    def advance(self, request: rnn_pb.ForwardRequest, answer: rnn_pb.ForwardResponse) -> None:
+        """Move on to an answered chunk."""
+        if (answer.epoch, answer.chunk_seq) != (request.epoch, request.chunk_seq):
+            raise errors.Internal(f"chunk {request.chunk_seq} got the answer of {answer.chunk_seq}")
+        self.chunk_seq, self.state_token, self._h = answer.chunk_seq, answer.state_token, answer.h
+        self.version = version_from_proto(answer.weights_version)
+        self._client.note_version(self.model.model_id, self.version)
+        self.journal.append(forward_entry(request, answer))
+
+    def contributed(self, request: rnn_pb.BackwardRequest) -> None:
+        """Note a contribution that waits for the next update."""
+        self._waiting[request.epoch, request.chunk_seq] = None
+        if len(self._waiting) > self.bounds.contributions_per_model:
+            del self._waiting[next(iter(self._waiting))]
+        self.journal.append(backward_entry(request))
+
+    def waiting(self) -> list[Contributions]:
+        """Name this session's contributions since the last update, by epoch."""
+        by_epoch: dict[int, list[int]] = {}
+        for epoch, chunk_seq in self._waiting:
+            by_epoch.setdefault(epoch, []).append(chunk_seq)
+        return [
+            Contributions(self.session_id, epoch, tuple(sorted(chunks)))
+            for epoch, chunks in by_epoch.items()
+        ]
+
+    def consumed(self, named: Sequence[Contributions] | None) -> None:
+        """Forget contributions that an update took; None: all."""
+        for epoch, chunk_seq in list(self._waiting):
+            if named is None or any(self._is_named(n, epoch, chunk_seq) for n in named):
+                del self._waiting[epoch, chunk_seq]
+
+    def _is_named(self, name: Contributions, epoch: int, chunk_seq: int) -> bool:
+        return (
+            name.session_id == self.session_id
+            and name.epoch in (0, epoch)
+            and (not name.chunk_seqs or chunk_seq in name.chunk_seqs)
+        )
+
+    # -- operations --------------------------------------------------------------------------------
+
+    def forward(
+        self, xs: npt.ArrayLike, *, return_hs: ReturnHs = "all", train: bool = True
+    ) -> Op[Array]:
+        """Apply the next time steps to the session's state.
+
+        A sequence too long for one message is cut along T into several chunks, with the same
+        result. A call whose outcome is unknown (time over, cancelled) is finished by calling
+        again with the same data; with other data, the earlier chunk is applied first.
+
+        Args:
+            xs: Inputs, shape (N, T, D), of any real type; cast to the model's dtype.
+            return_hs: "all" hidden states, the "last" alone, or "none".
+            train: False: leave no tape for `backward`, on a session that was opened to train.
+
+        Returns:
+            The hidden states, shape (N, T, H), (N, 1, H) or (N, 0, H), the caller's own memory.
+        """
+        intent = yield from self._carry_out(
+            lambda: self.forward_intent(xs, return_hs, train=self.train and train)
+        )
+        return intent.hs()
+
+    def backward(
+        self,
+        dhs: npt.ArrayLike,
+        dh_next: npt.ArrayLike | None = None,
+        *,
+        return_dxs: bool = True,
+        return_gradients: bool = False,
+        update: Step | None = None,
+    ) -> Op[Array]:
+        """Compute the gradients of the newest `forward` that has none yet.
+
+        They are left on the server as a contribution for the next `update`. `dh` is the gradient
+        of the state before the chunk afterwards, `gradient_norm` that of the weights' gradients.
+
+        Args:
+            dhs: Gradient of the loss with respect to hs, shape (N, T, H); shape (N, 1, H) after
+                a forward with return_hs="last".
+            dh_next: Gradient arriving at the last hidden state, shape (N, H): the `dh` of the
+                chunk after this one for BPTT over chunks; None truncates.
+            return_dxs: Return the gradient of the inputs.
+            return_gradients: Fetch the weights' gradients too, into `gradients`.
+            update: Make an optimizer step in the same call, over all that waits of this session.
+
+        Returns:
+            The gradient of the inputs, shape (N, T, D); (N, 0, D) when not asked for.
+
+        Raises:
+            TapeMissing: If no forward in training mode waits.
+        """
+        intent = yield from self._carry_out(
+            lambda: self._backward_intent(
+                dhs, dh_next, update, return_dxs=return_dxs, return_gradients=return_gradients
+            )
+        )
+        return intent.dxs()
+
+    def update(
+        self,
+        *,
+        lr: float | None = None,
+        clip_norm: float = 0.0,
+        reduction: str = "sum",
+        exclusive: bool = True,
+    ) -> Op[Version]:
+        """Make an optimizer step of what this session contributed since the last one.
+
+        Args:
+            lr: Learning rate of this step only; None: the optimizer's.
+            clip_norm: Scale the joined gradient down to this global norm; 0: off.
+            reduction: "sum" or "mean" over the contributions.
+            exclusive: Refuse with VersionConflict if anybody else has made a step meanwhile.
+
+        Returns:
+            The new version; `last_update` tells the rest.
+
+        Raises:
+            NoGradients: If nothing waits.
+        """
+        step = Step(lr, clip_norm, reduction)  # type: ignore[arg-type]  # checked where it is used
+        self.require_idle()
+        self.last_update = yield from self.training.update([self], step, expect_known=exclusive)
+        self.version = self.last_update.version
+        return self.version
+
+    def discard_gradients(self) -> Op[Discarded]:
+        """Drop the contributions and tapes of this session that wait."""
+        self.require_idle()
+        deadline = self._client.caller.deadline()
+        yield from self.settle(deadline)
+        request = rnn_pb.DiscardGradientsRequest(
+            model_id=self.model.model_id,
+            contributions=[rnn_pb.ContributionSelector(session_id=self.session_id)],
+        )
+        answer = yield from self._client.caller.call(DISCARD_GRADIENTS, request, deadline)
+        self.journal.drop_contributions(self.session_id, dict(self._waiting))
+        self._waiting.clear()
+        self.tapes.clear()
+        return Discarded(answer.contribution_count, answer.tape_count)
+
+    def get_state(self, *, extend_ttl: bool = False) -> Op[Array]:
+        """Read the hidden state from the server, shape (N, H).
+
+        Args:
+            extend_ttl: Let the time to live start again.
+        """
+        deadline = self._client.caller.deadline()
+        if not self.is_streaming:
+            yield from self.settle(deadline)
+        request = session_pb.GetStateRequest(session_id=self.session_id, extend_ttl=extend_ttl)
+        answer = yield from self._read(GET_STATE, request, deadline)
+        return tensor_from_proto(answer.state)
+
+    def get_info(self) -> Op[SessionInfo]:
+        """Read where the session stands on the server."""
+        request = session_pb.GetSessionRequest(session_id=self.session_id)
+        answer = yield from self._client.caller.call(GET_SESSION, request)
+        return session_from_proto(answer.session)
+
+    def set_state(self, h: npt.ArrayLike) -> Op[None]:
+        """Replace the hidden state; a new epoch begins.
+
+        Args:
+            h: The new state, shape (N, H).
+        """
+        shape = (self.batch_size, self.model.hidden_size)
+        state = tensor_to_proto(array_from_caller(h, "h", self.model.dtype, shape))
+        yield from self._carry_out(
+            lambda: EpochIntent(
+                self,
+                session_pb.SetStateRequest(
+                    session_id=self.session_id, state=state, request_id=new_request_id()
+                ),
+            )
+        )
+
+    def reset_state(self) -> Op[None]:
+        """Set the hidden state to zero; a new epoch begins."""
+        yield from self._carry_out(
+            lambda: EpochIntent(
+                self,
+                session_pb.ResetStateRequest(
+                    session_id=self.session_id, request_id=new_request_id()
+                ),
+            )
+        )
+
+    def fork(
+        self, new_id: str | None = None, *, ttl: float | timedelta | None = None
+    ) -> Op[SessionCore]:
+        """Open another session from this one's present state.
+
+        Args:
+            new_id: The new session's name; None: one of 128 random bits.
+            ttl: Its time to live in seconds; None: this one's.
+        """
+        self.require_idle()
+        deadline = self._client.caller.deadline()
+        yield from self.settle(deadline)
+        # A state that a lost write has set back must not be copied: look, and heal, first.
+        look = session_pb.GetSessionRequest(session_id=self.session_id)
+        yield from self._read(GET_SESSION, look, deadline)
+        request = session_pb.ForkSessionRequest(
+            session_id=self.session_id,
+            new_session_id=new_session_id() if new_id is None else new_id,
+            ttl=None if ttl is None else duration_to_proto(ttl),
+            request_id=new_request_id(),
+        )
+        answer = yield from self._client.caller.call(FORK_SESSION, request, deadline)
+        fork = SessionCore(self._client, self.model, self.bounds, train=self.train)
+        fork.begin(answer.session, answer.state)
+        return fork
+
+    def close(self) -> Op[bool]:
+        """End the session on the server; closing again is no error.
+
+        Returns:
+            Whether this call ended it.
+        """
+        self.require_idle()
+        request = session_pb.CloseSessionRequest(
+            session_id=self.session_id, expected_epoch=self.epoch
+        )
+        self.doubt = None
+        try:
+            answer = yield from self._client.caller.call(CLOSE_SESSION, request)
+        except errors.EpochFenced as error:
+            if int(error.metadata.get("epoch", self.epoch)) >= self.epoch:
+                raise
+            # The store lost our epoch: what is left of the session is ours all the same.
+            request.expected_epoch = 0
+            answer = yield from self._client.caller.call(CLOSE_SESSION, request)
+        except errors.SessionNotFound:
+            return False
+        self.training.leave(self)
+        return answer.closed
+
+    def settle(self, deadline: float | None = None) -> Op[None]:
+        """Send again what is in doubt, so that its outcome is known; does nothing otherwise."""
+        until = self._client.caller.deadline() if deadline is None else deadline
+        if self.doubt is not None:
+            yield from self._finish(self.doubt, until)
+        yield from self.training.settle(until)
+
+    # -- the making of requests --------------------------------------------------------------------
+
+    def forward_intent(
+        self, xs: npt.ArrayLike, return_hs: ReturnHs, *, train: bool
+    ) -> ForwardIntent:
+        """Cut a sequence into the requests of its chunks, not numbered yet."""
+        if return_hs not in RETURN_HS:
+            raise errors.BadField(f"return_hs: expected 'all', 'last' or 'none', got {return_hs!r}")
+        model = self.model
+        array = array_from_caller(xs, "xs", model.dtype, (self.batch_size, None, model.input_size))
+        pieces = self._split(array)
+        if train and len(pieces) > self.bounds.tapes_per_session:
+            raise errors.MessageTooLarge(
+                f"xs: {array.shape[1]} steps take {len(pieces)} messages, but the server keeps "
+                f"{self.bounds.tapes_per_session} tapes of a session: use shorter chunks"
+            )
+        if len(pieces) > 1:
+            require_finite(array, "xs")  # else the pieces before it would be applied
+        wanted, mode = RETURN_HS[return_hs], rnn_pb.FORWARD_MODE_INFER
+        if train:
+            mode = rnn_pb.FORWARD_MODE_TRAIN
+        between = wanted if return_hs == "all" else rnn_pb.RETURN_HS_NONE
+        returns = [between] * (len(pieces) - 1) + [wanted]
+        requests = [
+            rnn_pb.ForwardRequest(xs=tensor_to_proto(array[:, cut]), mode=mode, return_hs=returned)
+            for cut, returned in zip(pieces, returns, strict=True)
+        ]
+        return ForwardIntent(self, requests)
+
+    def _split(self, array: Array) -> list[slice]:
+        row_bytes = self.batch_size * array.itemsize
+        widest = max(self.model.input_size, self.model.hidden_size)
+        state_bytes = row_bytes * self.model.hidden_size
+        return split_steps(array.shape[1], row_bytes * widest, state_bytes, self.bounds)
+
+    def _backward_intent(
+        self,
+        dhs: npt.ArrayLike,
+        dh_next: npt.ArrayLike | None,
+        step: Step | None,
+        *,
+        return_dxs: bool,
+        return_gradients: bool,
+    ) -> BackwardIntent:
+        if not self.tapes:
+            raise errors.TapeMissing(
+                f"session {self.session_id!r}: no forward in training mode waits for its backward"
+                + ("" if self.train else "; open the session with train=True")
+            )
+        taped = self.tapes[-1]
+        array = self._whole_dhs(dhs, taped)
+        if len(taped.chunks) > 1:
+            require_finite(array, "dhs")
+        ends = np.cumsum([chunk.steps for chunk in taped.chunks])
+        requests = [
+            rnn_pb.BackwardRequest(
+                session_id=self.session_id,
+                epoch=chunk.epoch,
+                chunk_seq=chunk.chunk_seq,
+                state_token=chunk.token,
+                dhs=tensor_to_proto(array[:, end - chunk.steps : end]),
+                return_dxs=return_dxs,
+                return_gradients=return_gradients,
+            )
+            for chunk, end in reversed(list(zip(taped.chunks, ends, strict=True)))
+        ]
+        if dh_next is not None:
+            shape = (self.batch_size, self.model.hidden_size)
+            state = array_from_caller(dh_next, "dh_next", self.model.dtype, shape)
+            requests[0].dh_next.CopyFrom(tensor_to_proto(state))
+        if step is not None:
+            requests[-1].update.CopyFrom(self._inline_update(taped, step))
+        return BackwardIntent(self, taped, requests, step)
+
+    def _whole_dhs(self, dhs: npt.ArrayLike, taped: Taped) -> Array:
+        model, steps = self.model, taped.steps
+        array = array_from_caller(
+            dhs, "dhs", model.dtype, (self.batch_size, None, model.hidden_size)
+        )
+        if taped.has_last_only and array.shape[1] == 1 and steps > 1:
+            whole = np.zeros((self.batch_size, steps, model.hidden_size), array.dtype)
+            whole[:, -1] = array[:, 0]
+            return whole
+        return array_from_caller(array, "dhs", model.dtype, (array.shape[0], steps, None))
+
+    def _inline_update(self, taped: Taped, step: Step) -> rnn_pb.UpdateRequest:
+        """Name what waits and what this backward is about to contribute."""
+        before = dict(self._waiting)
+        for chunk in taped.chunks:
+            self._waiting[chunk.epoch, chunk.chunk_seq] = None
+        try:
+            return self.training.request(self.waiting(), step)
+        finally:
+            self._waiting = before
+
+    # -- the sending -------------------------------------------------------------------------------
+
+    def require_idle(self) -> None:
+        """Refuse while a stream uses the session's numbers.
+
+        Raises:
+            SessionBusy: If one does.
+        """
+        if self.is_streaming:
+            raise errors.SessionBusy(
+                f"session {self.session_id!r} is in use by a stream(); finish or close it first"
+            )
+
+    def scope(self) -> Scope:
+        """Return what this session's operations depend on."""
+        shared = self.training.journal
+        journals = (shared,) if self.journal is shared else (shared, self.journal)
+        return Scope(self.model.model_id, journals, self.epoch)
+
+    def _carry_out(self, make: Callable[[], _I]) -> Op[_I]:
+        """Carry out an intent; finish an earlier one first unless this is the same again."""
+        self.require_idle()
+        deadline = self._client.caller.deadline()
+        doubt = self.doubt
+        if doubt is not None:
+            intent = self._unless_impossible(make)
+            if intent is not None and doubt.is_same(intent):
+                yield from self._finish(doubt, deadline)
+                return doubt  # type: ignore[return-value]  # is_same() compares the class
+        yield from self.settle(deadline)
+        intent = make()
+        yield from self._finish(intent, deadline)
+        return intent
+
+    def _unless_impossible(self, make: Callable[[], _I]) -> _I | None:
+        try:
+            return make()
+        except errors.TapeMissing:  # its forward may be what is in doubt
+            return None
+
+    def _finish(self, intent: Intent[Any], deadline: float) -> Op[None]:
+        try:
+            yield from self._client.carry_out(intent, self.scope(), deadline)
+        except BaseException as error:
+            self.doubt = None if is_refusal(error) else intent
+            raise
+        self.doubt = None
+
+    def _read(self, rpc: Any, request: Any, deadline: float) -> Op[Any]:
+        """Make a call that tells where the session stands, and heal it if it has gone back."""
+        healing = Healing(self._client.caller, self.scope())
+        while True:
+            try:
+                answer = yield from self._client.caller.call(rpc, request, deadline)
+                self._check_place(answer.session)
+            except errors.Error as error:
+                yield from healing.after(error, deadline)
+            else:
+                return answer
+
+    def _check_place(self, session: session_pb.Session) -> None:
+        stored, mine = (session.epoch, session.chunk_seq), (self.epoch, self.chunk_seq)
+        if stored < mine:
+            raise errors.SeqGap(
+                f"the store is at chunk {stored[1]} of epoch {stored[0]}, "
+                f"this client at {mine[1]} of {mine[0]}",
+                metadata={"epoch": str(stored[0]), "expected_seq": str(stored[1] + 1)},
+            )
+        if stored == mine and session.state_token != self.state_token:
+            raise errors.HistoryForked("another writer has applied other chunks to this session")
+
+    def _restoring_request(self) -> session_pb.OpenSessionRequest:
+        return session_pb.OpenSessionRequest(
+            model_id=self.model.model_id,
+            session_id=self.session_id,
+            batch_size=self.batch_size,
+            initial_state=self._h,
+            ttl=self._ttl,
+            on_exists=session_pb.ON_EXISTS_RESET,
+            restored_epoch=self.epoch,
+        )
+
+    def _zeros(self) -> Array:
+        return np.zeros((self.batch_size, self.model.hidden_size), self.model.dtype)

@@ -1,0 +1,65 @@
+"""From a failed gRPC call, or a status inside a stream, to a typed exception."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import grpc
+from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]  # has no stubs
+
+from timernn import errors
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+_DOMAIN = "timernn"
+_DETAILS_KEY = "grpc-status-details-bin"
+_CODES = {code.value[0]: code for code in grpc.StatusCode}
+# What a connection that breaks under a call leaves behind, beside UNAVAILABLE (seen of grpcio).
+_BROKEN_CONNECTION = ("Stream removed", "RST_STREAM", "Connection reset", "Socket closed", "GOAWAY")
+
+
+def error_from_rpc(failure: Any) -> errors.Error:
+    """Turn a grpc.RpcError of either kind of channel into the tree's exception."""
+    code, text = failure.code(), failure.details() or ""
+    details = _details(failure.trailing_metadata() or ())
+    if details is not None:
+        return _error(code, details.message or text, details)
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in text:
+        # gRPC's own check, before any handler of ours: no ErrorInfo.
+        hint = "; split the sequence along T, or ask for less in one answer"
+        return errors.MessageTooLarge(text + hint, code=code)
+    if code in {grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL} and _is_broken(text):
+        return errors.Unavailable(f"the connection broke: {text}", code=code)
+    return errors.BY_CODE.get(code, errors.Error)(text, code=code)
+
+
+def error_from_status(status: status_pb2.Status) -> errors.Error:
+    """Turn the status of one operation on a stream into the tree's exception."""
+    code = _CODES.get(status.code, grpc.StatusCode.UNKNOWN)
+    return _error(code, status.message, status)
+
+
+def _is_broken(text: str) -> bool:
+    return any(sign in text for sign in _BROKEN_CONNECTION)
+
+
+def _details(trailing: Iterable[tuple[str, str | bytes]]) -> status_pb2.Status | None:
+    for key, value in trailing:
+        if key == _DETAILS_KEY and isinstance(value, bytes):
+            return status_pb2.Status.FromString(value)
+    return None
+
+
+def _error(code: grpc.StatusCode, text: str, status: status_pb2.Status) -> errors.Error:
+    info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+    retry_after_s = None
+    for detail in status.details:
+        if detail.Is(info.DESCRIPTOR):
+            detail.Unpack(info)
+        elif detail.Is(retry.DESCRIPTOR):
+            detail.Unpack(retry)
+            retry_after_s = retry.retry_delay.seconds + retry.retry_delay.nanos / 1e9
+    reason = info.reason if info.domain == _DOMAIN else ""
+    kind = errors.BY_REASON.get(reason) or errors.BY_CODE.get(code, errors.Error)
+    return kind(text, reason=reason, metadata=info.metadata, code=code, retry_after_s=retry_after_s)

@@ -1,0 +1,125 @@
+"""One model as this client trains it: the shared log, and the exact updates over its sessions."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING
+
+from timernn import errors
+from timernn._core.convert import (
+    reduction_to_proto,
+    selectors_to_proto,
+    version_from_proto,
+    version_to_proto,
+)
+from timernn._core.ids import new_request_id
+from timernn._core.intents import UpdateIntent
+from timernn._core.journal import Journal, Scope, update_entry
+from timernn._core.retry import is_refusal
+from timernn.types import Contributions
+from timernn.v1 import time_rnn_service_pb2 as rnn_pb
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from timernn._core.client import ClientCore
+    from timernn._core.effects import Op
+    from timernn._core.session import SessionCore
+    from timernn.types import Step, UpdateResult
+
+
+class Training:
+    """What the training sessions of one model share in one client.
+
+    An Update may join contributions of several sessions, and the next Forward of any of them may
+    use its version: so they have one log, in the order of the answers.
+    """
+
+    def __init__(self, client: ClientCore, model_id: str) -> None:
+        self._client, self._model_id = client, model_id
+        options = client.options
+        self.journal = Journal(options.log_limit, options.log_bytes)
+        self.doubt: UpdateIntent | None = None
+        self._sessions: weakref.WeakSet[SessionCore] = weakref.WeakSet()
+
+    def join(self, session: SessionCore) -> None:
+        """Add a session that writes the shared log."""
+        self._sessions.add(session)
+        self.journal.writer_count = len(self._sessions)
+
+    def leave(self, session: SessionCore) -> None:
+        """Take a closed session out; what it logged stays."""
+        self._sessions.discard(session)
+        self.journal.writer_count = max(1, len(self._sessions))
+
+    def scope(self) -> Scope:
+        """Return what an Update depends on."""
+        return Scope(self._model_id, (self.journal,))
+
+    def request(
+        self, named: Sequence[Contributions], step: Step, *, expect_known: bool = True
+    ) -> rnn_pb.UpdateRequest:
+        """Write an Update of exactly these contributions.
+
+        Raises:
+            NoGradients: If there are none; an Update that names none would take all that wait.
+        """
+        if not named:
+            raise errors.NoGradients(
+                f"model {self._model_id!r}: no backward() since the last update()"
+            )
+        known = self._client.known(self._model_id) if expect_known else None
+        return rnn_pb.UpdateRequest(
+            model_id=self._model_id,
+            contributions=selectors_to_proto(named),
+            reduction=reduction_to_proto(step.reduction),
+            learning_rate=step.lr,
+            clip_norm=step.clip_norm,
+            expected_version=None if known is None else version_to_proto(known),
+            request_id=new_request_id(),
+        )
+
+    def update(
+        self, sessions: Sequence[SessionCore], step: Step, *, expect_known: bool
+    ) -> Op[UpdateResult]:
+        """Take what these sessions contributed since their last update into one step."""
+        deadline = self._client.caller.deadline()
+        for session in sessions:
+            yield from session.settle(deadline)
+        named = [names for session in sessions for names in session.waiting()]
+        intent = UpdateIntent(self, self.request(named, step, expect_known=expect_known))
+        if self.doubt is not None and self.doubt.is_same(intent):
+            intent = self.doubt
+        else:
+            yield from self.settle(deadline)
+        yield from self._finish(intent, deadline)
+        if intent.result is None:
+            raise errors.Internal("an update ended without a result")
+        return intent.result
+
+    def settle(self, deadline: float) -> Op[None]:
+        """Send an update again whose outcome is not known."""
+        if self.doubt is not None:
+            yield from self._finish(self.doubt, deadline)
+
+    def stepped(self, request: rnn_pb.UpdateRequest, answer: rnn_pb.UpdateResponse) -> None:
+        """Note a step that was made: the new head, and that its contributions are consumed."""
+        self._client.set_known(self._model_id, version_from_proto(answer.version))
+        self.consumed(
+            Contributions(c.session_id, c.epoch, tuple(c.chunk_seqs)) for c in request.contributions
+        )
+        self.journal.append(update_entry(request, answer))
+
+    def consumed(self, named: Iterable[Contributions] | None) -> None:
+        """Forget contributions that an update took; None: all."""
+        taken = None if named is None else list(named)
+        for session in list(self._sessions):
+            session.consumed(taken)
+
+    def _finish(self, intent: UpdateIntent, deadline: float) -> Op[None]:
+        try:
+            yield from self._client.carry_out(intent, self.scope(), deadline)
+        except BaseException as error:
+            self.doubt = None if is_refusal(error) else intent
+            raise
+        self.doubt = None

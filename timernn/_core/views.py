@@ -1,0 +1,84 @@
+"""What both kinds of session show without a call."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from timernn._core.session import SessionCore
+    from timernn.types import Array, Gradients, UpdateResult, Version
+
+
+class SessionView:
+    """A session's place and last results, as of the last answer."""
+
+    _core: SessionCore
+
+    @property
+    def session_id(self) -> str:
+        """Its name."""
+        return self._core.session_id
+
+    @property
+    def model_id(self) -> str:
+        """The model it runs."""
+        return self._core.model.model_id
+
+    @property
+    def batch_size(self) -> int:
+        """N."""
+        return self._core.batch_size
+
+    @property
+    def epoch(self) -> int:
+        """Grows at each reset_state and set_state."""
+        return self._core.epoch
+
+    @property
+    def chunk_seq(self) -> int:
+        """The last chunk answered in this epoch."""
+        return self._core.chunk_seq
+
+    @property
+    def version(self) -> Version | None:
+        """The weights version that the last forward used or the last update made."""
+        return self._core.version
+
+    @property
+    def h(self) -> Array:
+        """The hidden state as of the last answer, shape (N, H); no call is made."""
+        return self._core.h
+
+    @property
+    def dh(self) -> Array | None:
+        """The gradient of the state before the last backward's chunk, shape (N, H)."""
+        return self._core.dh
+
+    @property
+    def gradients(self) -> Gradients | None:
+        """The weights' gradients of the last backward, if it asked for them."""
+        return self._core.gradients
+
+    @property
+    def gradient_norm(self) -> float | None:
+        """The global norm of the weights' gradients of the last backward.
+
+        None before the first, and after one that was split along T and did not ask for them.
+        """
+        return self._core.gradient_norm
+
+    @property
+    def last_update(self) -> UpdateResult | None:
+        """What the last step over this session did."""
+        return self._core.last_update
+
+    @property
+    def in_doubt(self) -> bool:
+        """Whether the outcome of the last call is unknown; the next call finds out first."""
+        return self._core.in_doubt
+
+    def __repr__(self) -> str:
+        return (
+            f"<{type(self).__name__} {self.session_id!r} of {self.model_id!r}: "
+            f"epoch {self.epoch}, chunk {self.chunk_seq}>"
+        )

@@ -1,0 +1,513 @@
+"""The asyncio face: the same names as `timernn`, to be awaited.
+
+async with timernn.aio.connect("localhost:50051") as client:
+    async with client.session("weather", session_id="device-7") as session:
+        hs = await session.forward(xs)
+        async for hs in session.stream(chunks):
+            ...
+        h = await session.state
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterable, AsyncIterator
+from contextlib import AsyncExitStack
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
+
+import grpc
+import grpc.aio
+
+from timernn import errors
+from timernn._core.channels import addresses_of, channel_options
+from timernn._core.client import ClientCore, Options
+from timernn._core.effects import (
+    END,
+    NOT_YET,
+    Call,
+    Download,
+    OpenStream,
+    Pull,
+    Read,
+    Sleep,
+    Upload,
+    Write,
+)
+from timernn._core.faces import documented_by
+from timernn._core.retry import RetryPolicy
+from timernn._core.session import SessionCore
+from timernn._core.status import error_from_rpc
+from timernn._core.stream import StreamCore
+from timernn._core.views import SessionView
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Generator, Iterable, Sequence
+    from datetime import timedelta
+    from types import TracebackType
+
+    import numpy.typing as npt
+
+    from timernn._core.contract import Rpc
+    from timernn._core.effects import (
+        Effect,
+        Op,
+    )
+    from timernn.types import (
+        Array,
+        Contributions,
+        ModelInfo,
+        OnExists,
+        Reduction,
+        ReturnHs,
+        SessionInfo,
+        UpdateResult,
+        Version,
+    )
+
+__all__ = ["Client", "Session", "connect"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def connect(
+    target: str | Sequence[str],
+    *,
+    timeout: float = 60.0,  # the same argument as the blocking connect's
+    connect_timeout: float = 10.0,
+    retry: RetryPolicy | None = None,
+    log_limit: int = 64,
+    log_bytes: int = 16 << 20,
+    max_message_bytes: int = 16 << 20,
+) -> Client:
+    """Make a client; the first call connects. The arguments are those of `timernn.connect`."""
+    options = Options(
+        timeout_s=timeout,
+        connect_timeout_s=connect_timeout,
+        retry=retry or RetryPolicy(),
+        log_limit=log_limit,
+        log_bytes=log_bytes,
+        max_message_bytes=max_message_bytes,
+    )
+    return Client(addresses_of(target), options)
+
+
+class _Stream:
+    """A bidirectional call."""
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+
+    async def write(self, message: Any) -> None:
+        try:
+            await self._call.write(message)
+        except asyncio.InvalidStateError as error:
+            raise errors.Unavailable("the server ended the stream") from error
+
+    async def read(self) -> Any:
+        message = await self._call.read()
+        return None if message is grpc.aio.EOF else message
+
+    def close(self) -> None:
+        self._call.cancel()
+
+
+class _Transport:
+    """Carries out effects over one channel an address, on the loop that runs at the first call."""
+
+    def __init__(self, addresses: Sequence[str], max_message_bytes: int) -> None:
+        self._addresses, self._options = addresses, channel_options(max_message_bytes)
+        self._channels: dict[int, grpc.aio.Channel] = {}
+        self._methods: dict[tuple[int, str], Any] = {}
+
+    async def run(self, op: Op[R]) -> R:
+        """Drive a generator of the core to its end."""
+        try:
+            effect = next(op)
+            while True:
+                try:
+                    outcome = await self._perform(effect)
+                except BaseException as error:  # noqa: BLE001  # a cancellation too is the core's to see
+                    effect = op.throw(error)
+                else:
+                    effect = op.send(outcome)
+        except StopIteration as stop:
+            return stop.value  # type: ignore[no-any-return]
+
+    async def close(self) -> None:
+        for channel in self._channels.values():
+            await channel.close()
+
+    async def _perform(self, effect: Effect) -> Any:
+        try:
+            return await self._unmapped(effect)
+        except grpc.RpcError as error:
+            raise error_from_rpc(error) from error
+
+    async def _unmapped(self, effect: Effect) -> Any:  # noqa: PLR0911  # a table
+        match effect:
+            case Call(rpc, request, address, timeout_s):
+                return await self._method("unary_unary", address, rpc)(request, timeout=timeout_s)
+            case Write(stream, message):
+                return await stream.write(message)  # type: ignore[attr-defined]
+            case Read(stream):
+                return await stream.read()  # type: ignore[attr-defined]
+            case Pull(source, block):
+                return await source.pull(block)
+            case Sleep(seconds):
+                return await asyncio.sleep(seconds)
+            case OpenStream(rpc, address, timeout_s):
+                return _Stream(self._method("stream_stream", address, rpc)(timeout=timeout_s))
+            case Download(rpc, request, address, timeout_s):
+                call = self._method("unary_stream", address, rpc)(request, timeout=timeout_s)
+                return [message async for message in call]
+            case Upload(rpc, requests, address, timeout_s):
+                start = self._method("stream_unary", address, rpc)
+                return await start(iter(requests), timeout=timeout_s)
+
+    def _method(self, kind: str, address: int, rpc: Rpc[Any, Any]) -> Any:
+        key = (address, rpc.path)
+        if key not in self._methods:
+            make = getattr(self._channel(address), kind)
+            self._methods[key] = make(
+                rpc.path, request_serializer=rpc.serialize, response_deserializer=rpc.deserialize
+            )
+        return self._methods[key]
+
+    def _channel(self, address: int) -> grpc.aio.Channel:
+        if address not in self._channels:
+            # Not before the first call: a channel belongs to the loop it is made in.
+            target = self._addresses[address]
+            self._channels[address] = grpc.aio.insecure_channel(target, self._options)
+        return self._channels[address]
+
+
+def _of_client(
+    op: Callable[Concatenate[ClientCore, P], Op[R]],
+) -> Callable[Concatenate[Client, P], Coroutine[Any, Any, R]]:
+    """Make a coroutine method of a generator of the client's core."""
+
+    @wraps(op)
+    async def method(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        return await self._transport.run(op(self._core, *args, **kwargs))
+
+    return method
+
+
+def _of_session(
+    op: Callable[Concatenate[SessionCore, P], Op[R]],
+) -> Callable[Concatenate[Session, P], Coroutine[Any, Any, R]]:
+    """Make a coroutine method of a generator of the session's core: one at a time."""
+
+    @wraps(op)
+    async def method(self: Session, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        async with self._lock:
+            return await self._transport.run(op(self._core, *args, **kwargs))
+
+    return method
+
+
+class Client:
+    """A connection to the service, for the tasks of one event loop. Made by `connect`."""
+
+    def __init__(self, addresses: list[str], options: Options) -> None:
+        self._core = ClientCore(addresses, options)
+        self._transport = _Transport(addresses, options.max_message_bytes)
+        self._frame_lock = asyncio.Lock()
+
+    create_model = _of_client(ClientCore.create_model)
+    get_model = _of_client(ClientCore.get_model)
+    delete_model = _of_client(ClientCore.delete_model)
+    get_weights = _of_client(ClientCore.get_weights)
+    put_weights = _of_client(ClientCore.put_weights)
+    export_weights = _of_client(ClientCore.export_weights)
+    import_weights = _of_client(ClientCore.import_weights)
+    create_checkpoint = _of_client(ClientCore.create_checkpoint)
+    list_checkpoints = _of_client(ClientCore.list_checkpoints)
+    restore_checkpoint = _of_client(ClientCore.restore_checkpoint)
+    delete_checkpoint = _of_client(ClientCore.delete_checkpoint)
+    get_session = _of_client(ClientCore.get_session)
+    close_session = _of_client(ClientCore.close_session)
+    discard_gradients = _of_client(ClientCore.discard_gradients)
+    forward = _of_client(ClientCore.forward)
+    server_info = _of_client(ClientCore.server_info)
+    ping = _of_client(ClientCore.ping)
+
+    @documented_by(ClientCore.open_session)
+    def session(  # noqa: D102  # the core's
+        self,
+        model_id: str,
+        session_id: str | None = None,
+        *,
+        batch_size: int = 1,
+        train: bool = False,
+        initial_state: npt.ArrayLike | None = None,
+        ttl: float | timedelta | None = None,
+        on_exists: OnExists = "resume",
+    ) -> Session:
+        return Session(
+            self,
+            self._core.open_session(
+                model_id,
+                session_id,
+                batch_size=batch_size,
+                train=train,
+                initial_state=initial_state,
+                ttl=ttl,
+                on_exists=on_exists,
+            ),
+        )
+
+    @documented_by(ClientCore.update)
+    async def update(  # noqa: D102  # the core's
+        self,
+        model_id: str,
+        contributions: Iterable[Contributions | str] | None = None,
+        *,
+        sessions: Sequence[Session] | None = None,
+        lr: float | None = None,
+        clip_norm: float = 0.0,
+        reduction: Reduction = "sum",
+        expected_version: Version | None = None,
+    ) -> UpdateResult:
+        op = self._core.update(
+            model_id,
+            contributions,
+            sessions=sessions,
+            lr=lr,
+            clip_norm=clip_norm,
+            reduction=reduction,
+            expected_version=expected_version,
+        )
+        async with AsyncExitStack() as stack:
+            await _take_locks(stack, sessions or ())
+            return await self._transport.run(op)
+
+    @documented_by(ClientCore.frame)
+    async def frame(  # noqa: D102  # the core's
+        self,
+        chunks: Iterable[tuple[Session, npt.ArrayLike]],
+        *,
+        return_hs: ReturnHs = "all",
+    ) -> list[Array | errors.Error]:
+        items = list(chunks)
+        async with AsyncExitStack() as stack:
+            await _take_locks(stack, [session for session, _ in items])
+            await stack.enter_async_context(self._frame_lock)
+            return await self._transport.run(self._core.frame(items, return_hs=return_hs))
+
+    async def list_models(self, *, page_size: int = 100) -> AsyncIterator[ModelInfo]:
+        """Go through all models by name, a page at a time."""
+        token = ""
+        while True:
+            models, token = await self._transport.run(self._core.models_page(page_size, token))
+            for model in models:
+                yield model
+            if not token:
+                return
+
+    async def list_sessions(
+        self, model_id: str | None = None, *, page_size: int = 100
+    ) -> AsyncIterator[SessionInfo]:
+        """Go through all live sessions, the next to expire first, a page at a time.
+
+        Args:
+            model_id: Only those of this model.
+            page_size: Sessions a call, 1 to 1000.
+        """
+        token = ""
+        while True:
+            sessions, token = await self._transport.run(
+                self._core.sessions_page(model_id, page_size, token)
+            )
+            for session in sessions:
+                yield session
+            if not token:
+                return
+
+    async def close(self) -> None:
+        """Close the connections; sessions stay on the server."""
+        self._core.frames.close()
+        await self._transport.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+
+class Session(SessionView):
+    """One sequence whose hidden state the service holds. Made by `client.session`.
+
+    `async with client.session(...)` and `await client.session(...)` both open it. Leaving the
+    block leaves the session on the server, where it can be resumed by its name; `close` ends it.
+    Several tasks may share one: their calls take turns.
+    """
+
+    def __init__(self, client: Client, opening: Op[SessionCore] | None) -> None:
+        self._client, self._opening = client, opening
+        self._transport, self._lock = client._transport, asyncio.Lock()  # noqa: SLF001
+
+    forward = _of_session(SessionCore.forward)
+    backward = _of_session(SessionCore.backward)
+    update = _of_session(SessionCore.update)
+    discard_gradients = _of_session(SessionCore.discard_gradients)
+    get_state = _of_session(SessionCore.get_state)
+    set_state = _of_session(SessionCore.set_state)
+    reset_state = _of_session(SessionCore.reset_state)
+    get_info = _of_session(SessionCore.get_info)
+    settle = _of_session(SessionCore.settle)
+    close = _of_session(SessionCore.close)
+
+    @property
+    def state(self) -> Coroutine[Any, Any, Array]:
+        """The hidden state, read from the server when awaited, shape (N, H)."""
+        return self.get_state()
+
+    @documented_by(SessionCore.fork)
+    async def fork(  # noqa: D102  # the core's
+        self, new_id: str | None = None, *, ttl: float | timedelta | None = None
+    ) -> Session:
+        async with self._lock:
+            core = await self._transport.run(self._core.fork(new_id, ttl=ttl))
+        fork = Session(self._client, None)
+        fork._core = core  # of its own class
+        return fork
+
+    def stream(
+        self,
+        chunks: Iterable[npt.ArrayLike] | AsyncIterable[npt.ArrayLike],
+        *,
+        in_flight: int = 4,
+        return_hs: ReturnHs = "all",
+    ) -> AsyncIterator[Array]:
+        """Apply chunk after chunk without waiting for each answer; yields in the same order.
+
+        No tapes are left. A chunk that is refused raises in its turn, after the answers of those
+        before it. Leaving the loop early leaves the session in order: chunks that were sent count.
+
+        Args:
+            chunks: Inputs (N, T, D), T may vary. An asynchronous source holds no answer back.
+            in_flight: Chunks sent and not answered, at most; with 1 each answer comes before the
+                next chunk is read. The server's replay window bounds it.
+            return_hs: "all" hidden states of each chunk, the "last" alone, or "none".
+        """
+        source = _AsyncSource(chunks) if isinstance(chunks, AsyncIterable) else _Source(chunks)
+        core = StreamCore(self._client._core, self._core, source, in_flight, return_hs)  # noqa: SLF001
+        return _Answers(self._transport, self._lock, core, source)
+
+    async def _open(self) -> Session:
+        if self._opening is not None:
+            opening, self._opening = self._opening, None
+            self._core = await self._transport.run(opening)
+        return self
+
+    def __await__(self) -> Generator[Any, None, Session]:
+        return self._open().__await__()
+
+    async def __aenter__(self) -> Self:
+        await self._open()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        return
+
+
+async def _take_locks(stack: AsyncExitStack, sessions: Sequence[Session]) -> None:
+    """Take the locks of several sessions, always in the same order."""
+    for session in sorted(set(sessions), key=id):
+        await stack.enter_async_context(session._lock)  # noqa: SLF001
+
+
+class _Source:
+    """Reads the caller's chunks from an ordinary iterable."""
+
+    def __init__(self, chunks: Iterable[npt.ArrayLike]) -> None:
+        self._chunks = iter(chunks)
+
+    async def pull(self, block: bool) -> Any:  # noqa: ARG002, FBT001  # it cannot know without waiting
+        return next(self._chunks, END)
+
+    def close(self) -> None:
+        pass
+
+
+class _AsyncSource:
+    """Reads the caller's chunks from an asynchronous iterable, the next one in the background."""
+
+    def __init__(self, chunks: AsyncIterable[npt.ArrayLike]) -> None:
+        self._chunks = aiter(chunks)
+        self._next: asyncio.Future[Any] | None = None
+
+    async def pull(self, block: bool) -> Any:  # noqa: FBT001
+        if self._next is None:
+            self._next = asyncio.ensure_future(self._read())
+        if not block:
+            await asyncio.sleep(0)  # a source that has its chunk ready needs one turn of the loop
+            if not self._next.done():
+                return NOT_YET
+        item, self._next = await self._next, None
+        return item
+
+    def close(self) -> None:
+        if self._next is not None:
+            self._next.cancel()
+
+    async def _read(self) -> Any:
+        return await anext(self._chunks, END)
+
+
+class _Answers(AsyncIterator["Array"]):
+    """What `stream` gives back.
+
+    A class and not an asynchronous generator: one that a loop leaves early is finalized only some
+    turns of the event loop later, and until then the session would be in use.
+    """
+
+    def __init__(
+        self, transport: _Transport, lock: asyncio.Lock, core: StreamCore, source: Any
+    ) -> None:
+        self._transport, self._lock, self._core, self._source = transport, lock, core, source
+        self._is_open = self._is_over = False
+
+    async def __anext__(self) -> Array:
+        if self._is_over:
+            raise StopAsyncIteration
+        try:
+            if not self._is_open:
+                async with self._lock:
+                    await self._transport.run(self._core.open())
+                self._is_open = True
+            hs = await self._transport.run(self._core.step())
+        except BaseException:
+            self._close()
+            raise
+        if hs is END:
+            self._close()
+            raise StopAsyncIteration
+        return hs  # type: ignore[return-value]  # all but END is an array
+
+    async def aclose(self) -> None:
+        """Leave the stream."""
+        self._close()
+
+    def __del__(self) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if not self._is_over:
+            self._is_over = True
+            self._source.close()
+            self._core.close()

@@ -1,0 +1,116 @@
+"""The optimizers that a model can have; a value left out is the server's default."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+from timernn.v1 import model_service_pb2 as model_pb
+
+__all__ = [
+    "SGD",
+    "AdaGrad",
+    "Adam",
+    "AdamW",
+    "Momentum",
+    "Nesterov",
+    "Optimizer",
+    "RMSprop",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class SGD:
+    """Plain gradient descent: learning rate (0.01)."""
+
+    KIND: ClassVar[str] = "sgd"
+    lr: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Momentum:
+    """Gradient descent with momentum: learning rate (0.01), momentum factor (0.9)."""
+
+    KIND: ClassVar[str] = "momentum"
+    lr: float | None = None
+    momentum: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Nesterov:
+    """Gradient descent with Nesterov's momentum: learning rate (0.01), factor (0.9)."""
+
+    KIND: ClassVar[str] = "nesterov"
+    lr: float | None = None
+    momentum: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AdaGrad:
+    """AdaGrad: learning rate (0.01), eps in the denominator (1e-10)."""
+
+    KIND: ClassVar[str] = "ada_grad"
+    lr: float | None = None
+    eps: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RMSprop:
+    """RMSprop: learning rate (0.01), smoothing factor (0.99), eps (1e-8)."""
+
+    KIND: ClassVar[str] = "rms_prop"
+    lr: float | None = None
+    alpha: float | None = None
+    eps: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Adam:
+    """Adam: learning rate (0.001), decays of the moments (0.9, 0.999), eps (1e-8)."""
+
+    KIND: ClassVar[str] = "adam"
+    lr: float | None = None
+    beta1: float | None = None
+    beta2: float | None = None
+    eps: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AdamW:
+    """Adam with decoupled weight decay (0.01); the rest as Adam."""
+
+    KIND: ClassVar[str] = "adam_w"
+    lr: float | None = None
+    beta1: float | None = None
+    beta2: float | None = None
+    eps: float | None = None
+    weight_decay: float | None = None
+
+
+Optimizer = SGD | Momentum | Nesterov | AdaGrad | RMSprop | Adam | AdamW
+
+_KINDS: dict[str, type[Optimizer]] = {
+    kind.KIND: kind for kind in (SGD, Momentum, Nesterov, AdaGrad, RMSprop, Adam, AdamW)
+}
+
+
+def optimizer_to_proto(optimizer: Optimizer) -> model_pb.Optimizer:
+    """Write an optimizer as the contract's message."""
+    given = {f.name: getattr(optimizer, f.name) for f in fields(optimizer)}
+    message = model_pb.Optimizer()
+    part = getattr(message, optimizer.KIND)
+    part.SetInParent()
+    for name, value in given.items():
+        if value is not None:
+            setattr(part, name, float(value))
+    return message
+
+
+def optimizer_from_proto(message: model_pb.Optimizer) -> Optimizer:
+    """Read the contract's message; plain gradient descent when nothing is set."""
+    name = message.WhichOneof("kind")
+    if name is None:
+        return SGD()
+    part, kind = getattr(message, name), _KINDS[name]
+    given = {f.name: getattr(part, f.name) for f in fields(kind) if part.HasField(f.name)}
+    return kind(**given)
