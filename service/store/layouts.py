@@ -57,7 +57,7 @@ VERSION_ENTRY = struct.Struct(">16sQHHH")
 CHECKPOINT = struct.Struct(">Q16sQ")
 TAPE_NAME = struct.Struct(">QQ")
 CONTRIBUTION_NAME = struct.Struct(">16sQQ")
-_COMMIT = struct.Struct(">QQBQ16sQ16s16sQ16s")
+_COMMIT = struct.Struct(">QQ16sQ16s16sQ16sII")
 _EPOCH_TAIL = struct.Struct(">16sIBxxx16s")
 
 DTYPES = {"float32": 1, "float64": 2}
@@ -105,21 +105,22 @@ def state_to_bytes(state: StoredState) -> bytes:
     return head + state.h
 
 
-def commit_to_bytes(commit: ChunkCommit, window: int, marker_extra_ms: int) -> bytes:
-    """Lay out the fixed part of a chunk's commit, as commit_chunk.lua reads it."""
-    state = commit.state
-    return _COMMIT.pack(
+def commit_to_parts(commit: ChunkCommit) -> tuple[bytes, bytes, bytes]:
+    """Lay out a chunk's commit, as commit_chunks.lua reads it."""
+    state, tape = commit.state, commit.tape or b""
+    fixed = _COMMIT.pack(
         commit.epoch,
         commit.acknowledged_seq,
-        window,
-        marker_extra_ms,
         commit.base_token,
         state.chunk_seq,
         state.digest,
         state.token,
         state.version.number,
         state.version.digest,
+        len(state.h),
+        len(tape),
     )
+    return fixed, state.h, tape
 
 
 def absence_from_marker(marker: bytes) -> AbsentSession:

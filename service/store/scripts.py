@@ -61,6 +61,7 @@ class ScriptRunner:
     def __init__(self, client: Redis, timeout_retries: int = 1) -> None:
         """Use this client, whose own retries are off."""
         self._client = client
+        self.is_cluster = False  # whether a script may see one hash slot only
         self._retries = timeout_retries
 
     async def run(self, call: Call) -> Any:

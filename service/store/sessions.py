@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from service.domain.ports import (
     ChunkOutcome,
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
         EpochStart,
     )
     from service.settings import Limits
-    from service.store.scripts import ScriptRunner
+    from service.store.scripts import Argument, ScriptRunner
 
 MARKER_MS = DAY_MS  # how much longer than its session a marker lives
 
 _READ = load_script("read_session")
 _BEGIN = load_script("begin_epoch")
-_COMMIT = load_script("commit_chunk")
+_COMMIT = load_script("commit_chunks")
 _EXTEND = load_script("extend_session")
 _CLOSE = load_script("close_session")
 _READ_TAPE = load_script("read_tape")
@@ -98,8 +98,14 @@ class RedisSessionStore:
 
     async def commit_chunks(self, commits: Sequence[ChunkCommit]) -> list[ChunkOutcome | Exception]:
         """Apply chunks of different sessions, each by itself, in one round trip."""
-        answers = await self._runner.run_many([self._commit_call(commit) for commit in commits])
-        return [a if isinstance(a, Exception) else _CHUNK_OUTCOMES[a] for a in answers]
+        calls = [self._commit_call(some) for some in self._grouped(commits)]
+        answers: list[ChunkOutcome | Exception] = []
+        for call, answer in zip(calls, await self._runner.run_many(calls), strict=True):
+            if isinstance(answer, Exception):
+                answers += [answer] * len(call.keys)
+            else:
+                answers += [_CHUNK_OUTCOMES[outcome] for outcome in answer]
+        return answers
 
     async def extend_session(self, tenant: str, session_id: str, epoch: int) -> ChunkOutcome:
         """Let the time to live start again; STALE when the epoch is not there any more."""
@@ -181,22 +187,22 @@ class RedisSessionStore:
         flat = [part.decode() for part in await self._runner.run(call)]
         return list(zip(flat[::2], flat[1::2], strict=True))
 
-    def _commit_call(self, commit: ChunkCommit) -> Call:
+    def _grouped(self, commits: Sequence[ChunkCommit]) -> list[Sequence[ChunkCommit]]:
+        """Tell which commits go in one call: all, unless one script may see one slot only."""
+        if self._runner.is_cluster:
+            return [[commit] for commit in commits]
+        return [commits]
+
+    def _commit_call(self, commits: Sequence[ChunkCommit]) -> Call:
         limits = self._limits
-        tag = keys.session_tag(commit.tenant, commit.session_id)
-        fixed = layouts.commit_to_bytes(commit, limits.replay_window, MARKER_MS)
-        record, marker = keys.record_key(tag), keys.marker_key(tag)
-        if commit.tape is None:
-            return Call(_COMMIT, (record, marker), (fixed, commit.state.h))
-        name = layouts.TAPE_NAME.pack(commit.epoch, commit.state.chunk_seq)
-        slot = (record, marker, keys.tape_index_key(tag), keys.tape_key(tag, name))
-        arguments: tuple[Any, ...] = (
-            fixed,
-            commit.state.h,
-            commit.tape,
+        records = [keys.record_key(keys.session_tag(c.tenant, c.session_id)) for c in commits]
+        arguments: tuple[Argument, ...] = (
+            limits.replay_window,
+            MARKER_MS,
             limits.tape_ttl_ms,
             limits.tapes_per_session,
             limits.counted_tapes_per_session,
             limits.counted_tape_bytes_per_session,
+            b"".join(part for commit in commits for part in layouts.commit_to_parts(commit)),
         )
-        return Call(_COMMIT, slot, arguments)
+        return Call(_COMMIT, records, arguments)

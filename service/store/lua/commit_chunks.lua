@@ -1,0 +1,94 @@
+#!lua
+-- Apply chunks of different sessions, each if its session still stands where its state was computed from.
+-- Closes the race between reading h and writing the next h on two replicas. Anything but a match is
+-- STALE: the caller reads again and decides from what is there.
+-- KEYS the sessions' records, one a chunk; a session's other keys are built from its record's. In a
+-- cluster one call carries one chunk; elsewhere many, which saves most of what a call costs.
+-- ARGV[1] window: the ring holds one state more  ARGV[2] marker's extra time (ms)  ARGV[3] tape_ttl (ms)
+-- ARGV[4] waiting tapes  ARGV[5] counted tapes  ARGV[6] bytes of counted tapes, at most
+-- ARGV[7] for each chunk: epoch (8) acknowledged seq (8) token of the base (16), the new slot's head: seq (8)
+--         digest (16) token (16) version number (8) version digest (16), bytes of h (4), bytes of the tape
+--         (4; 0: none), h, tape
+-- Returns for each chunk OK; TOUCH: OK, and a quarter of the ttl has passed since the tenant's list was told;
+-- STALE; QUOTA: too many tapes wait
+local window, extra = tonumber(ARGV[1]), tonumber(ARGV[2])
+local time = redis.call('TIME')
+local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
+
+-- Make room for a tape and write it; false when too many wait.
+local function keep_tape(index_key, name, token, tape, ttl)
+  local waiting, counted, counted_bytes, oldest = 0, 0, 0, {}
+  local index = redis.call('HGETALL', index_key)
+  for i = 1, #index, 2 do
+    local expires, bytes, state = struct.unpack('>I8I8c1', index[i + 1])
+    if expires <= now then redis.call('HDEL', index_key, index[i])
+    elseif state == 'W' then waiting = waiting + 1
+    else
+      counted, counted_bytes = counted + 1, counted_bytes + bytes
+      oldest[counted] = {expires, index[i], bytes}
+    end
+  end
+  if waiting >= tonumber(ARGV[4]) then return false end
+  table.sort(oldest, function(a, b) if a[1] ~= b[1] then return a[1] < b[1] end return a[2] < b[2] end)
+  for i = 1, counted do
+    if counted - i + 1 <= tonumber(ARGV[5]) and counted_bytes <= tonumber(ARGV[6]) then break end
+    redis.call('HDEL', index_key, oldest[i][2])
+    redis.call('UNLINK', index_key .. oldest[i][2])
+    counted_bytes = counted_bytes - oldest[i][3]
+  end
+  local tape_ttl = math.min(tonumber(ARGV[3]), ttl)
+  redis.call('SET', index_key .. name, tape, 'PX', tape_ttl)
+  redis.call('HSET', index_key, name, struct.pack('>I8I8c1', now + tape_ttl, #tape, 'W') .. token)
+  redis.call('PEXPIRE', index_key, tape_ttl)
+  return true
+end
+
+-- Lay a record's ring out anew with all its slots.
+local function widen(key, layout, slots, first, size, seq)
+  local ring = {}
+  for i = 0, window do ring[i + 1] = string.rep('\255', 64 + size) end
+  for k = math.max(0, seq - slots + 1), seq do
+    local at = first + (k % slots) * (64 + size)
+    ring[k % (window + 1) + 1] = redis.call('GETRANGE', key, at, at + 63 + size)
+  end
+  redis.call('SET', key, struct.pack('>I1I1', layout, window + 1) .. redis.call('GETRANGE', key, 2, first - 1)
+    .. table.concat(ring), 'KEEPTTL')
+end
+
+local function commit(key, at, h, tape)
+  local record = redis.call('GETRANGE', key, 0, 79)
+  if record == '' then return 'STALE' end
+  local layout, slots, tail, size, epoch, seq, ttl, touched = struct.unpack('>I1I1I2I4I8I8I8I8', record)
+  local want_epoch, acknowledged = struct.unpack('>I8I8', ARGV[7], at)
+  local next_seq = struct.unpack('>I8', ARGV[7], at + 32)
+  if epoch ~= want_epoch or seq + 1 ~= next_seq or #h ~= size then return 'STALE' end
+  local first = 80 + tail
+  local base = first + (seq % slots) * (64 + size)
+  if redis.call('GETRANGE', key, base + 24, base + 39) ~= string.sub(ARGV[7], at + 16, at + 31) then return 'STALE' end
+  if tape ~= '' then
+    local name = string.sub(ARGV[7], at, at + 7) .. string.sub(ARGV[7], at + 32, at + 39)
+    if not keep_tape(key .. 't', name, string.sub(ARGV[7], at + 56, at + 71), tape, ttl) then return 'QUOTA' end
+  end
+  local lost = next_seq - slots
+  if slots <= window and lost >= 0 and lost >= acknowledged then
+    widen(key, layout, slots, first, size, seq) -- else a state that may be asked for would be overwritten
+    slots = window + 1
+  end
+  redis.call('SETRANGE', key, first + (next_seq % slots) * (64 + size), string.sub(ARGV[7], at + 32, at + 95) .. h)
+  local due = now - touched >= ttl / 4
+  redis.call('SETRANGE', key, 16, struct.pack('>I8I8I8', next_seq, ttl, due and now or touched))
+  redis.call('PEXPIRE', key, ttl)
+  if not due then return 'OK' end
+  redis.call('PEXPIRE', key .. 'e', ttl + math.floor(ttl / 4) + extra)
+  return 'TOUCH'
+end
+
+local answers, at = {}, 1
+for i = 1, #KEYS do
+  local h_bytes, tape_bytes = struct.unpack('>I4I4', ARGV[7], at + 96)
+  local h_at = at + 104
+  local tape_at = h_at + h_bytes
+  answers[i] = commit(KEYS[i], at, string.sub(ARGV[7], h_at, tape_at - 1), string.sub(ARGV[7], tape_at, tape_at + tape_bytes - 1))
+  at = tape_at + tape_bytes
+end
+return answers
