@@ -1154,6 +1154,9 @@ class Limits(_message.Message):
     CONTRIBUTION_TTL_FIELD_NUMBER: _builtins.int
     HEAD_MAX_AGE_FIELD_NUMBER: _builtins.int
     DEFAULT_DEADLINE_FIELD_NUMBER: _builtins.int
+    COUNTED_TAPES_PER_SESSION_FIELD_NUMBER: _builtins.int
+    COUNTED_TAPE_BYTES_PER_SESSION_FIELD_NUMBER: _builtins.int
+    REMEMBERED_CONTRIBUTIONS_PER_MODEL_FIELD_NUMBER: _builtins.int
     batch_size: _builtins.int
     """Output only. Largest N."""
     chunk_steps: _builtins.int
@@ -1189,11 +1192,15 @@ class Limits(_message.Message):
     checkpoints_per_model: _builtins.int
     """Output only. Checkpoints of one model."""
     remembered_requests_per_model: _builtins.int
-    """Output only. Request ids remembered a model, the oldest go first; and contributions remembered a
-    model, counted ones included, more are refused.
-    """
+    """Output only. Request ids remembered a model; the oldest go first."""
     replay_window: _builtins.int
     """Output only. Chunks of one session that may be unacknowledged: a re-sent one of them is replayed."""
+    counted_tapes_per_session: _builtins.int
+    """Output only. Tapes of one session kept for a retry after their contribution was counted."""
+    counted_tape_bytes_per_session: _builtins.int
+    """Output only. Bytes of such tapes of one session."""
+    remembered_contributions_per_model: _builtins.int
+    """Output only. Contributions of one model remembered, counted ones included; more are refused."""
     @_builtins.property
     def min_ttl(self) -> _duration_pb2.Duration:
         """Output only. Shortest time to live of a session."""
@@ -1251,10 +1258,13 @@ class Limits(_message.Message):
         contribution_ttl: _duration_pb2.Duration | None = ...,
         head_max_age: _duration_pb2.Duration | None = ...,
         default_deadline: _duration_pb2.Duration | None = ...,
+        counted_tapes_per_session: _builtins.int = ...,
+        counted_tape_bytes_per_session: _builtins.int = ...,
+        remembered_contributions_per_model: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["contribution_ttl", b"contribution_ttl", "default_deadline", b"default_deadline", "default_ttl", b"default_ttl", "head_max_age", b"head_max_age", "max_ttl", b"max_ttl", "min_ttl", b"min_ttl", "tape_ttl", b"tape_ttl"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "checkpoints_per_model", b"checkpoints_per_model", "chunk_steps", b"chunk_steps", "contribution_bytes_per_model", b"contribution_bytes_per_model", "contribution_ttl", b"contribution_ttl", "contributions_per_model", b"contributions_per_model", "default_deadline", b"default_deadline", "default_ttl", b"default_ttl", "head_max_age", b"head_max_age", "hidden_size", b"hidden_size", "input_size", b"input_size", "max_ttl", b"max_ttl", "message_bytes", b"message_bytes", "min_ttl", b"min_ttl", "models_per_tenant", b"models_per_tenant", "operations_in_flight", b"operations_in_flight", "operations_per_message", b"operations_per_message", "remembered_requests_per_model", b"remembered_requests_per_model", "replay_window", b"replay_window", "request_bytes_in_flight", b"request_bytes_in_flight", "sessions_per_tenant", b"sessions_per_tenant", "stream_operations_in_flight", b"stream_operations_in_flight", "superseded_bytes_per_model", b"superseded_bytes_per_model", "tape_ttl", b"tape_ttl", "tapes_per_session", b"tapes_per_session", "weights_bytes", b"weights_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "checkpoints_per_model", b"checkpoints_per_model", "chunk_steps", b"chunk_steps", "contribution_bytes_per_model", b"contribution_bytes_per_model", "contribution_ttl", b"contribution_ttl", "contributions_per_model", b"contributions_per_model", "counted_tape_bytes_per_session", b"counted_tape_bytes_per_session", "counted_tapes_per_session", b"counted_tapes_per_session", "default_deadline", b"default_deadline", "default_ttl", b"default_ttl", "head_max_age", b"head_max_age", "hidden_size", b"hidden_size", "input_size", b"input_size", "max_ttl", b"max_ttl", "message_bytes", b"message_bytes", "min_ttl", b"min_ttl", "models_per_tenant", b"models_per_tenant", "operations_in_flight", b"operations_in_flight", "operations_per_message", b"operations_per_message", "remembered_contributions_per_model", b"remembered_contributions_per_model", "remembered_requests_per_model", b"remembered_requests_per_model", "replay_window", b"replay_window", "request_bytes_in_flight", b"request_bytes_in_flight", "sessions_per_tenant", b"sessions_per_tenant", "stream_operations_in_flight", b"stream_operations_in_flight", "superseded_bytes_per_model", b"superseded_bytes_per_model", "tape_ttl", b"tape_ttl", "tapes_per_session", b"tapes_per_session", "weights_bytes", b"weights_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
