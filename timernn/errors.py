@@ -15,10 +15,12 @@ Error:
     │   ├── SeqGap, EpochFenced, HistoryForked, VersionConflict
     ├── FailedPrecondition
     │   ├── TapeMissing, WeightsForked, NoGradients, ReplayWindowPassed, NonFiniteResult
+    │   ├── SessionMismatch
     │   ├── HistoryLost      (the client's own: its log does not reach back to what was lost)
     │   └── SessionBusy      (the client's own: a stream is using the session)
     ├── ResourceExhausted
-    │   ├── MaxSessions, TapeQuota, MessageTooLarge, StoreFull, Overloaded
+    │   ├── MaxSessions, MaxModels, MaxCheckpoints
+    │   ├── TapeQuota, MessageTooLarge, StoreFull, Overloaded
     ├── Unauthenticated
     │   └── BadCredentials
     ├── PermissionDenied
@@ -65,6 +67,8 @@ __all__ = [
     "Internal",
     "InvalidArgument",
     "Malformed",
+    "MaxCheckpoints",
+    "MaxModels",
     "MaxSessions",
     "MessageTooLarge",
     "ModelExists",
@@ -85,6 +89,7 @@ __all__ = [
     "SessionClosed",
     "SessionExists",
     "SessionExpired",
+    "SessionMismatch",
     "SessionNotFound",
     "StoreDown",
     "StoreFull",
@@ -320,6 +325,12 @@ class NonFiniteResult(FailedPrecondition):
     REASON = "NON_FINITE_RESULT"
 
 
+class SessionMismatch(FailedPrecondition):
+    """The live session of this name runs another model."""
+
+    REASON = "SESSION_MISMATCH"
+
+
 class HistoryLost(FailedPrecondition):
     """The store lost writes from before this client's log begins; the log cannot heal them."""
 
@@ -342,6 +353,18 @@ class MaxSessions(ResourceExhausted):
     """The tenant has as many live sessions as it may have."""
 
     REASON = "MAX_SESSIONS"
+
+
+class MaxModels(ResourceExhausted):
+    """The tenant has as many models as it may have."""
+
+    REASON = "MAX_MODELS"
+
+
+class MaxCheckpoints(ResourceExhausted):
+    """The model has as many checkpoints as it may have."""
+
+    REASON = "MAX_CHECKPOINTS"
 
 
 class TapeQuota(ResourceExhausted):

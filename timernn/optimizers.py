@@ -21,7 +21,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class SGD:
-    """Plain gradient descent: learning rate (0.01)."""
+    """Plain gradient descent: learning rate (0.001)."""
 
     KIND: ClassVar[str] = "sgd"
     lr: float | None = None
@@ -29,7 +29,7 @@ class SGD:
 
 @dataclass(frozen=True, slots=True)
 class Momentum:
-    """Gradient descent with momentum: learning rate (0.01), momentum factor (0.9)."""
+    """Gradient descent with momentum: learning rate (0.001), momentum factor (0.9)."""
 
     KIND: ClassVar[str] = "momentum"
     lr: float | None = None
@@ -38,7 +38,7 @@ class Momentum:
 
 @dataclass(frozen=True, slots=True)
 class Nesterov:
-    """Gradient descent with Nesterov's momentum: learning rate (0.01), factor (0.9)."""
+    """Gradient descent with Nesterov's momentum: learning rate (0.001), factor (0.9)."""
 
     KIND: ClassVar[str] = "nesterov"
     lr: float | None = None

@@ -112,6 +112,7 @@ class ForwardIntent(Intent[rnn_pb.ForwardRequest]):
     def __init__(self, session: SessionCore, requests: list[rnn_pb.ForwardRequest]) -> None:
         super().__init__(requests)
         self._session = session
+        self._returns = [request.return_hs for request in requests]
         self._hs: list[Array] = []
         self._taped: list[TapedChunk] = []
 
@@ -141,15 +142,15 @@ class ForwardIntent(Intent[rnn_pb.ForwardRequest]):
             chunk = TapedChunk(answer.epoch, answer.chunk_seq, answer.state_token, steps)
             self._taped.append(chunk)
             if self.is_done:
-                has_last_only = request.return_hs == rnn_pb.RETURN_HS_LAST
+                has_last_only = self._returns[-1] == rnn_pb.RETURN_HS_LAST
                 self._session.tapes.append(Taped(tuple(self._taped), has_last_only))
 
     def is_same(self, other: Intent[Any]) -> bool:
         """Compare mode, what is returned and every input bit."""
-        if not isinstance(other, ForwardIntent) or len(self.requests) != len(other.requests):
+        if not isinstance(other, ForwardIntent) or self._returns != other._returns:  # noqa: SLF001
             return False
         return all(
-            (mine.mode, mine.return_hs, mine.xs) == (theirs.mode, theirs.return_hs, theirs.xs)
+            (mine.mode, mine.xs) == (theirs.mode, theirs.xs)
             for mine, theirs in zip(self.requests, other.requests, strict=True)
         )
 

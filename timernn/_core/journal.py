@@ -17,6 +17,7 @@ from timernn import errors
 from timernn._core.contract import BACKWARD, FORWARD, OPEN_SESSION, UPDATE
 from timernn._core.effects import Sleep
 from timernn.types import Version
+from timernn.v1 import time_rnn_service_pb2 as rnn_pb
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from timernn._core.effects import Op
     from timernn._core.retry import Caller
     from timernn.v1 import session_service_pb2 as session_pb
-    from timernn.v1 import time_rnn_service_pb2 as rnn_pb
 
 # What a store answers that has lost something of ours. Each of them can be the truth as well: then
 # healing changes nothing, and the error is raised.
@@ -100,6 +100,7 @@ def forward_entry(request: rnn_pb.ForwardRequest, answer: rnn_pb.ForwardResponse
     """Log a Forward; from now on it asks for the version that its answer named."""
     request.ClearField("minimum_version")
     request.pinned_version.CopyFrom(answer.weights_version)
+    request.return_hs = rnn_pb.RETURN_HS_NONE
     # The states before it must be there again after it was healed.
     request.acknowledged_seq = 0
     return Entry(
@@ -116,6 +117,8 @@ def backward_entry(request: rnn_pb.BackwardRequest) -> Entry:
     """Log a Backward, of which only the contribution is wanted again."""
     request.ClearField("update")
     request.return_dxs = request.return_gradients = False
+    # Its epoch may have ended since; its contribution may still be due.
+    request.resent = True
     size = len(request.dhs.data) + len(request.dh_next.data) + _ENTRY_OVERHEAD_BYTES
     return Entry(
         session_id=request.session_id,

@@ -144,6 +144,7 @@ class SessionCore:
         self.session_id, self.epoch = session.session_id, session.epoch
         self.chunk_seq, self.state_token = session.chunk_seq, session.state_token
         self.batch_size, self._ttl, self._h = session.batch_size, session.ttl, state
+        self.tapes.clear()  # a chunk of an epoch that has ended has no Backward
         if session.HasField("weights_version"):
             self.version = version_from_proto(session.weights_version)
         if not session.chunk_seq:  # a history that the log can tell from its beginning

@@ -66,6 +66,7 @@ class StreamCore:
         self._to_send: deque[Chunk] = deque()
         self._handle: StreamHandle | None = None
         self._address = 0
+        self._fresh_until = 0.0
         self._refused: errors.Error | None = None
         self._is_exhausted = False
         self._renew_memory()
@@ -120,10 +121,15 @@ class StreamCore:
 
     def _exchange(self) -> Op[None]:
         """Send what may be sent, take what comes next."""
+        caller = self._client.caller
+        is_old = caller.clock() > self._fresh_until
+        if is_old and not self._sent:
+            self._leave()
         if self._handle is None:
-            self._address = self._client.caller.address
+            self._address, is_old = caller.address, False
+            self._fresh_until = caller.clock() + LIFE_S / 2
             self._handle = yield OpenStream(STREAM, self._address, LIFE_S)
-        while self._to_send and len(self._sent) < self._in_flight:
+        while self._to_send and len(self._sent) < self._in_flight and not is_old:
             chunk = self._to_send[0]
             self._number(chunk[1])
             yield Write(self._handle, _message(chunk[1]))
