@@ -56,17 +56,25 @@ def rnn_backward(params: Params, tape: Tape, dhs: Array, dh_next: Array | None =
     n, t, d = tape.xs.shape
     h = params.hidden_size
     hs = tape.hs.swapaxes(0, 1)
+    dzs = np.square(hs, order="C")
+    np.subtract(1, dzs, dzs)
+    dh0 = np.zeros((n, h), params.dtype) if dh_next is None else np.array(dh_next, order="C")
+    if n == 1:
+        _recur_back_vector(params.Wh, dhs[0], dzs[:, 0], dh0[0])
+    else:
+        _recur_back_batch(params.Wh, dhs.swapaxes(0, 1), dzs, dh0)
+    dzs = dzs.reshape(t * n, h)
+    # Copied whatever its layout was: the same numbers give the same bits, from memory or from a store.
     h_prev = np.empty((t, n, h), params.dtype)
     h_prev[0] = tape.h0
     h_prev[1:] = hs[:-1]
-    slope = np.square(hs, order="C")
-    np.subtract(1, slope, slope)
-    dzs = np.empty((t, n, h), params.dtype)
-    dh0 = _recur_back(params.Wh, slope, dhs.swapaxes(0, 1), dzs, dh_next)
-    dzs = dzs.reshape(t * n, h)
-    xs = tape.xs.swapaxes(0, 1).reshape(t * n, d)
-    grads = Grads(np.dot(xs.T, dzs), np.dot(h_prev.reshape(t * n, h).T, dzs), dzs.sum(axis=0))
-    dxs = np.dot(dzs, params.Wx.T).reshape(t, n, d).swapaxes(0, 1)
+    rows = tape.xs.swapaxes(0, 1).reshape(t * n, d)
+    grads = Grads(
+        dWx=rows.T.dot(dzs),
+        dWh=h_prev.reshape(t * n, h).T.dot(dzs),
+        db=np.ones(t * n, params.dtype).dot(dzs),
+    )
+    dxs = dzs.dot(params.Wx.T).reshape(t, n, d).swapaxes(0, 1)
     return Backward(dxs, dh0, grads)
 
 
@@ -86,12 +94,22 @@ def _check_gradients(params: Params, tape: Tape, dhs: Array, dh_next: Array | No
         raise DTypeError("dh_next", f"{params.dtype} like the weights", dh_next.dtype)
 
 
-def _recur_back(Wh: Array, slope: Array, dhs: Array, dzs: Array, dh_next: Array | None) -> Array:
-    """Fill dzs (T, N, H) from the last step to the first and return dh0 (N, H)."""
-    dh = np.zeros_like(dzs[0]) if dh_next is None else np.array(dh_next, order="C")
-    WhT = Wh.T
-    for dh_t, slope_t, dz in zip(dhs[::-1], slope[::-1], dzs[::-1], strict=True):
-        np.add(dh, dh_t, dz)
-        np.multiply(dz, slope_t, dz)
-        np.dot(dz, WhT, dh)
-    return dh
+def _recur_back_vector(Wh: Array, dhs: Array, dzs: Array, dh: Array) -> None:
+    """Turn dzs (T, H) from 1 - h_t^2 into dz_t and dh (H,) into dh0, in place."""
+    add, multiply = np.add, np.multiply
+    times_WhT = Wh.dot
+    for dh_t, dz in zip(dhs[::-1], dzs[::-1], strict=True):
+        add(dh, dh_t, dh)
+        multiply(dz, dh, dz)
+        times_WhT(dz, dh)
+
+
+def _recur_back_batch(Wh: Array, dhs: Array, dzs: Array, dh: Array) -> None:
+    """Turn dzs (T, N, H) from 1 - h_t^2 into dz_t and dh (N, H) into dh0, in place."""
+    add, multiply = np.add, np.multiply
+    # BLAS multiplies by a plain matrix 1.1-1.8 times as fast as by a transposed one.
+    WhT = np.ascontiguousarray(Wh.T)
+    for dh_t, dz in zip(dhs[::-1], dzs[::-1], strict=True):
+        add(dh, dh_t, dh)
+        multiply(dz, dh, dz)
+        dz.dot(WhT, dh)

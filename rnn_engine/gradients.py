@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,15 +29,14 @@ def sum_grads(parts: Sequence[Grads]) -> Grads:
     """
     if not parts:
         raise EngineError("parts: expected at least one gradient, got none")
-    for first, other in pairwise(parts):
-        if other.dWx.shape != first.dWx.shape:
-            raise ShapeError("parts", f"dWx {first.dWx.shape} in each", other.dWx.shape)
-        if other.dWx.dtype != first.dWx.dtype:
-            raise DTypeError("parts", f"{first.dWx.dtype} in each", other.dWx.dtype)
     total = [array.copy() for array in parts[0].arrays]
     for part in parts[1:]:
-        for target, array in zip(total, part.arrays, strict=True):
-            target += array
+        for name, target, array in zip(("dWx", "dWh", "db"), total, part.arrays, strict=True):
+            if array.shape != target.shape:
+                raise ShapeError(name, f"{target.shape} like the first", array.shape)
+            if array.dtype != target.dtype:
+                raise DTypeError(name, f"{target.dtype} like the first", array.dtype)
+            np.add(target, array, target)
     return Grads(*total)
 
 

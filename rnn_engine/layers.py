@@ -9,40 +9,38 @@ import numpy as np
 from rnn_engine.backward import rnn_backward
 from rnn_engine.errors import DTypeError, EngineError, ShapeError
 from rnn_engine.forward import rnn_forward
-from rnn_engine.params import Params
+from rnn_engine.params import MATRIX_NDIM, Params
 
 if TYPE_CHECKING:
+    from rnn_engine.backward import Backward
     from rnn_engine.forward import Tape
-    from rnn_engine.params import Array, Grads
+    from rnn_engine.params import Array
 
 
 class _Layer:
     """Weights and gradients as two lists in the order Wx, Wh, b.
 
-    An optimizer may write into `params`, or put other arrays of the same shape there; each backward
-    pass overwrites the arrays in `grads` in place, so a reference to one stays good.
+    An optimizer may write into the arrays of `params`, or put others of the same shapes there. Each
+    backward pass overwrites the arrays in `grads` in place, so a reference to one stays good.
     """
 
     def __init__(self, Wx: Array, Wh: Array, b: Array) -> None:
-        Params(Wx, Wh, b)
+        Params(Wx, Wh, b)  # Refuses what does not fit together.
         self.params = [Wx, Wh, b]
         self.grads = [np.zeros_like(Wx), np.zeros_like(Wh), np.zeros_like(b)]
         self._tape: Tape | None = None
-        self._tape_params: Params | None = None
 
     def _run(self, xs: Array, h0: Array) -> Tape:
-        self._tape_params = Params(*self.params)
-        self._tape = rnn_forward(self._tape_params, xs, h0)
+        self._tape = rnn_forward(Params(*self.params), xs, h0)
         return self._tape
 
-    def _recorded(self) -> tuple[Params, Tape]:
-        if self._tape is None or self._tape_params is None:
+    def _run_back(self, dhs: Array) -> Backward:
+        if self._tape is None:
             raise EngineError("backward: expected a forward pass before it, got none")
-        return self._tape_params, self._tape
-
-    def _overwrite_grads(self, grads: Grads) -> None:
-        for target, gradient in zip(self.grads, grads.arrays, strict=True):
+        result = rnn_backward(Params(*self.params), self._tape, dhs)
+        for target, gradient in zip(self.grads, result.grads.arrays, strict=True):
             target[...] = gradient
+        return result
 
 
 class RNN(_Layer):
@@ -67,7 +65,7 @@ class RNN(_Layer):
             ShapeError: If N, D or H disagree.
             DTypeError: If x or h_prev has another type than the weights.
         """
-        if x.ndim != 2:
+        if x.ndim != MATRIX_NDIM:
             raise ShapeError("x", f"(N, {self.params[0].shape[0]})", x.shape)
         return self._run(x[:, None], h_prev).hs[:, 0]
 
@@ -84,11 +82,9 @@ class RNN(_Layer):
             ShapeError: If dh_next does not have the shape of the last step's state.
             EngineError: If no forward pass came before.
         """
-        params, tape = self._recorded()
-        if dh_next.ndim != 2:
-            raise ShapeError("dh_next", "(N, H) of the last step", dh_next.shape)
-        result = rnn_backward(params, tape, dh_next[:, None])
-        self._overwrite_grads(result.grads)
+        if dh_next.ndim != MATRIX_NDIM:
+            raise ShapeError("dh_next", f"(N, {self.params[1].shape[0]})", dh_next.shape)
+        result = self._run_back(dh_next[:, None])
         return result.dxs[:, 0], result.dh0
 
 
@@ -103,8 +99,13 @@ class TimeRNN(_Layer):
         dh: Gradient of the state before the last chunk, shape (N, H); None before a backward pass.
     """
 
-    def __init__(self, Wx: Array, Wh: Array, b: Array, stateful: bool = False) -> None:  # noqa: FBT001, FBT002
-        """Keep the weights, which are not copied, and start without a state."""
+    def __init__(
+        self,
+        Wx: Array,
+        Wh: Array,
+        b: Array,
+        stateful: bool = False,  # noqa: FBT001, FBT002 - the classic signature
+    ) -> None:
         super().__init__(Wx, Wh, b)
         self.stateful = stateful
         self.h: Array | None = None
@@ -123,12 +124,10 @@ class TimeRNN(_Layer):
             ShapeError: If D disagrees with the weights or N with the kept state.
             DTypeError: If xs or the kept state has another type than the weights.
         """
-        if not self.stateful or self.h is None:
-            start = np.zeros(
-                (len(xs) if xs.ndim else 0, self.params[1].shape[0]), self.params[1].dtype
-            )
-        else:
-            start = self.h
+        start = self.h if self.stateful else None
+        if start is None:
+            Wh = self.params[1]
+            start = np.zeros((*xs.shape[:1], Wh.shape[0]), Wh.dtype)
         hs = self._run(xs, start).hs
         self.h = hs[:, -1].copy()
         return hs
@@ -146,8 +145,7 @@ class TimeRNN(_Layer):
             ShapeError: If dhs does not have the shape of the last chunk's hidden states.
             EngineError: If no forward pass came before.
         """
-        result = rnn_backward(*self._recorded(), dhs)
-        self._overwrite_grads(result.grads)
+        result = self._run_back(dhs)
         self.dh = result.dh0
         return result.dxs
 
@@ -159,7 +157,7 @@ class TimeRNN(_Layer):
             DTypeError: If h has another type than the weights.
         """
         Wh = self.params[1]
-        if h.ndim != 2 or h.shape[1] != Wh.shape[0]:
+        if h.ndim != MATRIX_NDIM or h.shape[1] != Wh.shape[0]:
             raise ShapeError("h", f"(N, {Wh.shape[0]})", h.shape)
         if h.dtype != Wh.dtype:
             raise DTypeError("h", f"{Wh.dtype} like the weights", h.dtype)

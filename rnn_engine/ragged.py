@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from rnn_engine.params import Array, Params
 
+    Index = NDArray[np.intp]
+
 
 def rnn_forward_many(params: Params, xs: Sequence[Array], h0: Sequence[Array]) -> list[Array]:
     """Run the recurrence over many sequences at once, each from its own state.
@@ -41,58 +43,83 @@ def rnn_forward_many(params: Params, xs: Sequence[Array], h0: Sequence[Array]) -
         raise ShapeError("h0", f"{len(xs)} arrays", (len(h0),))
     for x, state in zip(xs, h0, strict=True):
         check_sequence(params, x, state)
-    if len(xs) < 2:
-        return [
-            np.ascontiguousarray(rnn_forward(params, x, state).hs)
-            for x, state in zip(xs, h0, strict=True)
-        ]
-    d, h = params.Wx.shape
-    lengths = np.repeat([x.shape[1] for x in xs], [x.shape[0] for x in xs])
-    order = np.argsort(-lengths, kind="stable")
-    steps, active = _time_major(lengths, order)
-    rows = np.concatenate([x.reshape(-1, d) for x in xs])
-    packed = np.dot(rows[steps], params.Wx)
+    if len(xs) == 0:
+        return []
+    counts = [x.shape[:2] for x in xs]
+    if len({t for _, t in counts}) == 1:
+        return _forward_equal(params, xs, h0, counts)
+    order, active, to_packed, to_sequences = _pack(counts)
+    packed = _join_rows(xs).take(to_packed, axis=0).dot(params.Wx)
     packed += params.b
-    _recur_packed(params.Wh, np.concatenate(h0)[order], packed, active)
-    hs = np.empty_like(packed)
-    hs[steps] = packed
-    return _split(hs, xs, h)
+    _recur_packed(params.Wh, np.concatenate(h0).take(order, axis=0), packed, active)
+    return _split(packed.take(to_sequences, axis=0), counts)
 
 
-def _time_major(
-    lengths: NDArray[np.intp], order: NDArray[np.intp]
-) -> tuple[NDArray[np.intp], list[int]]:
-    """Return the index that sorts all steps by time, and the active rows at each time.
+def _forward_equal(
+    params: Params, xs: Sequence[Array], h0: Sequence[Array], counts: list[tuple[int, int]]
+) -> list[Array]:
+    """Run sequences of one length as the rows of one batch; one alone as it is."""
+    if len(xs) == 1:
+        return [np.ascontiguousarray(rnn_forward(params, xs[0], h0[0]).hs)]
+    hs = rnn_forward(params, np.concatenate(xs), np.concatenate(h0)).hs
+    return _split(hs.reshape(-1, hs.shape[2]), counts)
 
-    Row i of the concatenated batch owns the steps starts[i] .. starts[i] + lengths[i] - 1.
+
+def _join_rows(xs: Sequence[Array]) -> Array:
+    """Return the steps of all rows of all sequences under one another, shape (sum N_i T_i, D)."""
+    # A sequence of one row, the common one, needs no reshaping.
+    joined = [x if len(x) == 1 else x.reshape(1, -1, x.shape[2]) for x in xs]
+    rows: Array = np.concatenate(joined, axis=1)[0]
+    return rows
+
+
+def _pack(counts: list[tuple[int, int]]) -> tuple[Index, list[int], Index, Index]:
+    """Lay the steps of all rows out by time, the longest row first at each time.
+
+    Args:
+        counts: (N_i, T_i) a sequence.
+
+    Returns:
+        The rows by falling length; how many of them have a step t, for t = 1 .. max T_i; for each packed
+        step its place in the sequences; for each step of the sequences its place when packed.
     """
-    starts = (np.cumsum(lengths) - lengths)[order]
-    lengths = lengths[order]
-    time = np.arange(lengths[0])[:, None]
-    exists = time < lengths
-    return (starts + time)[exists], exists.sum(axis=1).tolist()
+    lengths = np.array([t for n, t in counts for _ in range(n)])
+    order = (-lengths).argsort(kind="stable")
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    # How many rows are at least 1, 2, .. steps long.
+    active = np.bincount(lengths)[:0:-1].cumsum()[::-1]
+    steps = np.arange(lengths.sum())
+    time = steps - (lengths.cumsum() - lengths).repeat(lengths)
+    to_sequences = (active.cumsum() - active)[time] + rank.repeat(lengths)
+    to_packed = np.empty_like(steps)
+    to_packed[to_sequences] = steps
+    return order, active.tolist(), to_packed, to_sequences
 
 
 def _recur_packed(Wh: Array, h: Array, packed: Array, active: list[int]) -> None:
-    """Turn packed rows from x Wx + b into hidden states, in place, step after step."""
+    """Turn packed rows from x Wx + b into the hidden states after h, in place."""
+    add, tanh = np.add, np.tanh
     z = np.empty_like(h)
     start = 0
     for count in active:
         rows = packed[start : start + count]
         product = z[:count]
-        np.dot(h[:count], Wh, product)
-        np.add(rows, product, rows)
-        np.tanh(rows, rows)
+        h[:count].dot(Wh, product)
+        add(rows, product, rows)
+        tanh(rows, rows)
         h = rows
         start += count
 
 
-def _split(hs: Array, xs: Sequence[Array], h: int) -> list[Array]:
+def _split(hs: Array, counts: list[tuple[int, int]]) -> list[Array]:
+    """Cut rows in the order of the sequences into one (N_i, T_i, H) array a sequence."""
+    batch = hs[None]
     parts = []
     start = 0
-    for x in xs:
-        n, t, _ = x.shape
+    for n, t in counts:
         stop = start + n * t
-        parts.append(hs[start:stop].reshape(n, t, h))
+        part = batch[:, start:stop]
+        parts.append(part if n == 1 else part.reshape(n, t, -1))
         start = stop
     return parts
