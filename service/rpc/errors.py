@@ -33,10 +33,12 @@ if TYPE_CHECKING:
 ERROR_DOMAIN: Final = "timernn"
 DETAILS_KEY: Final = "grpc-status-details-bin"
 
-# Trailers are cut off at 8 KiB, which would hide the code itself; base64 adds a third.
+# Trailers are cut off at 8 KiB, which would hide the code itself, and base64 adds a third: the parts
+# below keep a status under 4 KiB.
 MAX_DETAILS_BYTES: Final = 4096
-MAX_MESSAGE_CHARS: Final = 512
-MAX_METADATA_VALUE_CHARS: Final = 256
+MAX_MESSAGE_BYTES: Final = 512
+MAX_METADATA_BYTES: Final = 1024
+MAX_FIELD_BYTES: Final = 128
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -145,7 +147,7 @@ def _code_for(kind: type[BaseException]) -> grpc.StatusCode | None:
 
 def _status(error: DomainError) -> status_pb2.Status:
     code = _code_for(type(error)) or grpc.StatusCode.INTERNAL
-    status = status_pb2.Status(code=code.value[0], message=_cut(error.message, MAX_MESSAGE_CHARS))
+    status = status_pb2.Status(code=code.value[0], message=_cut(error.message, MAX_MESSAGE_BYTES))
     details: list[Message] = [_error_info(error)]
     if error.retry_after_s is not None:
         delay = Duration()
@@ -157,22 +159,22 @@ def _status(error: DomainError) -> status_pb2.Status:
         details.append(_quota_failure(error, status.message))
     for detail in details:
         status.details.add().Pack(detail)
-        if status.ByteSize() > MAX_DETAILS_BYTES:
-            del status.details[-1]
     return status
 
 
 def _error_info(error: DomainError) -> error_details_pb2.ErrorInfo:
-    metadata = {
-        key: _cut(value, MAX_METADATA_VALUE_CHARS)
-        for key, value in list(error.metadata.items())[:8]
-    }
-    return error_details_pb2.ErrorInfo(reason=error.reason, domain=ERROR_DOMAIN, metadata=metadata)
+    info = error_details_pb2.ErrorInfo(reason=error.reason, domain=ERROR_DOMAIN)
+    room = MAX_METADATA_BYTES
+    for key, value in error.metadata.items():
+        room -= len(key) + len(value.encode())
+        if room >= 0:
+            info.metadata[key] = value
+    return info
 
 
 def _bad_request(error: DomainError, message: str) -> error_details_pb2.BadRequest:
     violation = error_details_pb2.BadRequest.FieldViolation(
-        field=_cut(error.field, MAX_METADATA_VALUE_CHARS), description=message
+        field=_cut(error.field, MAX_FIELD_BYTES), description=message
     )
     return error_details_pb2.BadRequest(field_violations=[violation])
 
@@ -182,5 +184,8 @@ def _quota_failure(error: DomainError, message: str) -> error_details_pb2.QuotaF
     return error_details_pb2.QuotaFailure(violations=[violation])
 
 
-def _cut(text: str, limit: int) -> str:
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+def _cut(text: str, limit_bytes: int) -> str:
+    raw = text.encode()
+    if len(raw) <= limit_bytes:
+        return text
+    return raw[: limit_bytes - 3].decode(errors="ignore") + "..."

@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Final
 import grpc
 from grpc_health.v1 import health_pb2
 
-from service.rpc.errors import draining
-
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
 
@@ -48,7 +46,10 @@ class Health:
             self._wake_watchers()
 
     def end(self) -> None:
-        """Tell NOT_SERVING to who watches and send them away, so that none holds up a stop."""
+        """Tell NOT_SERVING to who watches and send them away, so that none holds up a stop.
+
+        They leave with OK: with an error, gRPC would drop the last word before it.
+        """
         self.is_serving = False
         self._is_ended = True
         self._wake_watchers()
@@ -77,7 +78,6 @@ class Health:
                 yield self._response(request.service)
         finally:
             self._watchers.discard(changed)
-        raise draining()
 
     def _wake_watchers(self) -> None:
         for changed in self._watchers:

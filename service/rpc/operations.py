@@ -35,7 +35,7 @@ class Operations:
         request = operation.request
         match operation.kind:
             case "forward":
-                return self._forward(request, histories)
+                return self._forward(operation, histories)
             case "backward":
                 wanted = self._reader.backward(request)
                 return _task(self._training.backward(self._tenant, wanted))
@@ -45,10 +45,11 @@ class Operations:
                 return _task(self._training.discard(self._tenant, self._reader.discard(request)))
         raise bad_field("operation", "required")
 
-    def _forward(self, request: Any, histories: Histories) -> asyncio.Future[Any]:
-        token = b""
-        if not request.previous_token and request.session_id:
-            token = histories.previous_token(request.session_id, request.epoch, request.chunk_seq)
+    def _forward(self, operation: StreamOperation, histories: Histories) -> asyncio.Future[Any]:
+        request, token = operation.request, b""
+        if operation.lanes and not request.previous_token:
+            (session_id,) = operation.lanes
+            token = histories.previous_token(session_id, request.epoch, request.chunk_seq)
         return self._recurrence.submit_forward(self._tenant, self._reader.forward(request, token))
 
 

@@ -314,24 +314,24 @@ async def test_nothing_is_read_beyond_the_bound_of_operations(
 async def test_a_client_that_does_not_read_costs_bounded_memory(
     serve: Serve, chunk: MakeChunk, until: Until
 ) -> None:
-    """Once a message's worth of answers waits, nothing more is started."""
-    served = await serve(limits=Limits(message_bytes=1 << 20))
+    """Once a message's worth of answers waits, nothing more is started or read."""
+    limit = 1 << 20
+    served = await serve(limits=Limits(message_bytes=limit))
     served.domain.hidden_size = 1 << 12
     call = served.rnn.Stream()
 
     async def send_all() -> None:
-        for index in range(200):
+        for index in range(400):
             await send(call, chunk(f"s{index}", 1, steps=16, tag=index))
 
     sending = asyncio.ensure_future(send_all())
-    await until(lambda: len(served.domain.asked) > 1)
-    before = 0
-    while before != len(served.domain.asked):
-        before = len(served.domain.asked)
-        await asyncio.sleep(0.2)
-    assert before < 30
-    results = await read_results(call, 200)
-    assert len({result.tag for result in results}) == 200
+    await until(lambda: served.server.admission.operations == 0 and served.domain.asked)
+    (stream,) = served.server._streams._streams
+    await until(lambda: stream._answer_bytes >= limit)
+    assert stream._answer_bytes < 2 * limit
+    assert len(served.domain.asked) < 400
+    results = await read_results(call, 400)
+    assert len({result.tag for result in results}) == 400
     await sending
 
 
