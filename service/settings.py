@@ -63,5 +63,7 @@ class Settings:
     max_batch_rows: int = 1024  # rows of one joined forward
     store_connections: int = 32
     store_timeout_ms: int = 500
+    durability: str = "primary"  # or "replica": an answer waits until a replica has its writes
+    durability_timeout_ms: int = 200  # how long it waits; must be less than store_timeout_ms
     log_level: str = "info"
     limits: Limits = field(default_factory=Limits)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from redis import exceptions as redis_errors
-from redis.asyncio import BlockingConnectionPool, Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
+from redis.asyncio import RedisCluster
 
 from service.store.failures import as_domain_error
 from service.store.models import RedisModelStore
 from service.store.scripts import ScriptRunner
 from service.store.sessions import RedisSessionStore
+from service.store.urls import connect
 
 if TYPE_CHECKING:
+    from redis.asyncio import Redis
+
     from service.settings import Settings
 
 
@@ -29,55 +30,73 @@ class Store:
 
     sessions: RedisSessionStore
     models: RedisModelStore
-    _client: Redis
+    _client: Redis | RedisCluster
 
     async def check(self) -> None:
-        """Make sure that the store takes writes and evicts nothing.
+        """Make sure that every primary takes writes and evicts nothing.
 
         Raises:
             UnfitStoreError: If it may drop sessions by itself, or is a read-only replica.
             Unavailable: If it cannot be reached.
         """
         try:
-            info = await self._client.info("memory")
-            role = await self._client.info("replication")
+            infos = await self._primaries()
         except (redis_errors.RedisError, OSError) as error:
             raise as_domain_error(error) from error
-        policy = info.get("maxmemory_policy", "noeviction")
-        if policy != "noeviction":
-            text = f"maxmemory-policy is {policy}: sessions would be lost silently; set noeviction"
-            raise UnfitStoreError(text)
-        if role.get("role") != "master":
-            text = "the server is a read-only replica; name the master"
-            raise UnfitStoreError(text)
+        for info in infos:
+            _check_primary(info)
 
     async def close(self) -> None:
         """Close all connections."""
         await self._client.aclose()
-        await self._client.connection_pool.disconnect()
+
+    async def _primaries(self) -> list[dict[str, Any]]:
+        """Read what each primary tells of its memory and its role."""
+        client = self._client
+        sections = ("memory", "replication")
+        if not isinstance(client, RedisCluster):
+            return [await client.info(*sections)]
+        await client.initialize()
+        nodes = client.get_primaries()
+        return [await client.info(*sections, target_nodes=node) for node in nodes]
 
 
 async def open_store(url: str, settings: Settings) -> Store:
-    """Open the store that `url` names: redis://, rediss:// or unix://.
-
-    The client's own retries are off: a commit is sent again by its number, never blindly.
+    """Open the store that a URL names, as service.store.urls tells.
 
     Raises:
-        ValueError: If the URL is none of these.
+        ValueError: If the URL has another form, or the durability cannot be had with it.
     """
-    timeout_s = settings.store_timeout_ms / 1000
-    pool = BlockingConnectionPool.from_url(
-        url,
-        max_connections=settings.store_connections,
-        timeout=timeout_s,
-        socket_timeout=timeout_s,
-        socket_connect_timeout=timeout_s,
-        health_check_interval=0,
-        retry=Retry(NoBackoff(), 0),
-        protocol=3,
+    client = connect(url, settings)
+    is_cluster = isinstance(client, RedisCluster)
+    if is_cluster:
+        await _initialize(client)
+    if settings.durability == "replica" and is_cluster:
+        await client.aclose()
+        raise ValueError("durability 'replica' needs one server or Sentinel, not a cluster")
+    runner = ScriptRunner(
+        client,
+        is_cluster=is_cluster,
+        wait_replicas=int(settings.durability == "replica"),
+        wait_ms=settings.durability_timeout_ms,
     )
-    client = Redis(connection_pool=pool)
-    runner = ScriptRunner(client)
     return Store(
         RedisSessionStore(runner, settings.limits), RedisModelStore(runner, settings.limits), client
     )
+
+
+async def _initialize(client: Redis | RedisCluster) -> None:
+    """Learn the slots before the first call: lazily it would race with itself."""
+    try:
+        await client.initialize()
+    except (redis_errors.RedisError, OSError) as error:
+        raise as_domain_error(error) from error
+
+
+def _check_primary(info: dict[str, Any]) -> None:
+    policy = info.get("maxmemory_policy", "noeviction")
+    if policy != "noeviction":
+        text = f"maxmemory-policy is {policy}: sessions would be lost silently; set noeviction"
+        raise UnfitStoreError(text)
+    if info.get("role") != "master":
+        raise UnfitStoreError("the server is a read-only replica; name the master")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 
 from redis import exceptions as redis_errors
 
@@ -10,6 +11,24 @@ from service.domain.errors import DomainError, ResourceExhausted, Unavailable
 
 _log = logging.getLogger(__name__)
 RETRY_AFTER_S = 0.2
+_LOG_EVERY_S = 1.0  # a store that is down fails every call: one line a second tells as much
+
+
+class _Log:
+    """Tells of failures, one a second."""
+
+    def __init__(self) -> None:
+        self._next_at = 0.0
+
+    def tell(self, error: Exception) -> None:
+        now = time.monotonic()
+        level = logging.WARNING if now >= self._next_at else logging.DEBUG
+        if level == logging.WARNING:
+            self._next_at = now + _LOG_EVERY_S
+        _log.log(level, "the store failed: %s: %s", type(error).__name__, error)
+
+
+_failures = _Log()
 
 
 def as_domain_error(error: Exception) -> Exception:
@@ -17,11 +36,11 @@ def as_domain_error(error: Exception) -> Exception:
     if isinstance(error, DomainError) or not isinstance(error, (redis_errors.RedisError, OSError)):
         return error
     if isinstance(error, redis_errors.OutOfMemoryError) or str(error).startswith("OOM"):
-        _log.warning("the store is full: %s", error)
+        _failures.tell(error)
         return ResourceExhausted(
             "STORE_FULL", "the store is full; nothing was changed", retry_after_s=1.0
         )
-    _log.warning("the store failed: %s: %s", type(error).__name__, error)
+    _failures.tell(error)
     return Unavailable(
         "STORE_DOWN",
         "the store cannot be reached now; send the same call again",

@@ -7,12 +7,20 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-from service.store.failures import as_domain_error, is_lost_connection, is_missing_script
+from service.domain.errors import Unavailable
+from service.store.failures import (
+    RETRY_AFTER_S,
+    as_domain_error,
+    is_lost_connection,
+    is_missing_script,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from redis.asyncio import Redis
+    from redis.asyncio import Redis, RedisCluster
+
+WAIT_MARK = b"timernn-wait"  # the key that is written so that WAIT has something to wait for
 
 Argument = bytes | memoryview | str | int
 
@@ -56,13 +64,27 @@ class ScriptRunner:
 
     Every script decides by what it finds, so one whose answer was lost is sent once more: it finds
     its own work and says so. The server may forget scripts at any time; then the text is sent.
+
+    With `wait_replicas` an answer counts only once so many replicas have what was written before it.
+    WAIT asks for what its own connection wrote, so each round trip writes a mark of its own first:
+    then even the answer to a call that had nothing left to write, a replay, is covered.
     """
 
-    def __init__(self, client: Redis, timeout_retries: int = 1) -> None:
+    def __init__(
+        self,
+        client: Redis | RedisCluster,
+        *,
+        is_cluster: bool = False,
+        wait_replicas: int = 0,
+        wait_ms: int = 0,
+        resends: int = 1,
+    ) -> None:
         """Use this client, whose own retries are off."""
         self._client = client
-        self.is_cluster = False  # whether a script may see one hash slot only
-        self._retries = timeout_retries
+        self.is_cluster = is_cluster  # whether a script may see one hash slot only
+        self._wait_replicas = wait_replicas
+        self._wait_ms = wait_ms
+        self._resends = resends
 
     async def run(self, call: Call) -> Any:
         """Run one script.
@@ -79,7 +101,7 @@ class ScriptRunner:
     async def run_many(self, calls: Sequence[Call]) -> list[Any]:
         """Run scripts in one round trip; a failure stands in its script's place."""
         answers = await self._send([call.by_digest for call in calls])
-        for attempt in range(self._retries + 1):
+        for attempt in range(self._resends + 1):
             again = [i for i, a in enumerate(answers) if self._is_worth_resending(a, attempt)]
             if not again:
                 break
@@ -97,13 +119,26 @@ class ScriptRunner:
         return answers
 
     def _is_worth_resending(self, answer: object, attempt: int) -> bool:
-        return is_missing_script(answer) or (is_lost_connection(answer) and attempt < self._retries)
+        return is_missing_script(answer) or (is_lost_connection(answer) and attempt < self._resends)
 
     async def _send(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
         pipeline = self._client.pipeline(transaction=False)
         for command in commands:
             pipeline.execute_command(*command)
+        if self._wait_replicas:
+            pipeline.execute_command("SET", WAIT_MARK, 1)
+            pipeline.execute_command("WAIT", self._wait_replicas, self._wait_ms)
         try:
-            return await pipeline.execute(raise_on_error=False)
+            answers = await pipeline.execute(raise_on_error=False)
         except Exception as error:  # noqa: BLE001 - every failure becomes the answer of each command
             return [error] * len(commands)
+        return self._acknowledged(answers) if self._wait_replicas else answers
+
+    def _acknowledged(self, answers: list[Any]) -> list[Any]:
+        """Take the answers as given only if enough replicas have what they stand on."""
+        *given, _mark, reached = answers
+        if isinstance(reached, int) and reached >= self._wait_replicas:
+            return given
+        text = "no replica has acknowledged in time; send the same call again"
+        lost = Unavailable("UNKNOWN_OUTCOME", text, retry_after_s=RETRY_AFTER_S)
+        return [a if isinstance(a, Exception) else lost for a in given]

@@ -1,0 +1,161 @@
+"""Which store a URL names.
+
+| URL | store |
+| --- | --- |
+| `redis://host:6379/0`, `rediss://…`, `unix:///path` | one Redis or Valkey server |
+| `redis+sentinel://host:26379,host:26379/NAME/0` | the master that Sentinel knows by NAME |
+| `redis+cluster://host:6379,host:6379` | a Redis Cluster |
+
+A user and a password before the hosts are the store's. `rediss+sentinel` and `rediss+cluster` speak
+TLS. What follows `?` in the first form is redis-py's; a Sentinel URL may have
+`?sentinel_username=…&sentinel_password=…`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+from redis.asyncio import BlockingConnectionPool, Redis, RedisCluster
+from redis.asyncio.cluster import ClusterNode
+from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import Sentinel
+from redis.backoff import NoBackoff
+
+if TYPE_CHECKING:
+    from urllib.parse import SplitResult
+
+    from service.settings import Settings
+
+_SENTINEL_PORT = 26379
+_REDIS_PORT = 6379
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """A URL of several hosts, taken apart."""
+
+    hosts: list[tuple[str, int]]
+    name: str
+    database: int
+    username: str | None
+    password: str | None
+    is_tls: bool
+    options: dict[str, str]
+
+
+def connect(url: str, settings: Settings) -> Redis | RedisCluster:
+    """Make the client of the store that a URL names; nothing is sent yet.
+
+    The client's own retries are off: a commit is sent again by its number, never blindly. In a
+    cluster it follows a moved slot, which is safe for the same reason.
+
+    Raises:
+        ValueError: If the URL has another form.
+    """
+    kind = urlsplit(url).scheme.partition("+")[2]
+    if kind == "sentinel":
+        return _connect_sentinel(parse_address(url, _SENTINEL_PORT), settings)
+    if kind == "cluster":
+        return _connect_cluster(parse_address(url, _REDIS_PORT), settings)
+    pool = BlockingConnectionPool.from_url(
+        url, max_connections=settings.store_connections, **_pool_options(settings)
+    )
+    return Redis(connection_pool=pool)
+
+
+def parse_address(url: str, default_port: int) -> Address:
+    """Take a URL of several hosts apart.
+
+    Raises:
+        ValueError: If a host is missing or a port or database is not a number.
+    """
+    parts = urlsplit(url)
+    scheme = parts.scheme.partition("+")[0]
+    if scheme not in ("redis", "rediss"):
+        raise ValueError(
+            "expected redis://, rediss://, unix://, redis+sentinel:// or redis+cluster://"
+        )
+    credentials, _, hosts = parts.netloc.rpartition("@")
+    username, _, password = credentials.partition(":")
+    name, database = _path(parts)
+    return Address(
+        hosts=[_host(host, default_port) for host in hosts.split(",")],
+        name=name,
+        database=database,
+        username=unquote(username) or None,
+        password=unquote(password) or None,
+        is_tls=scheme == "rediss",
+        options={key: values[-1] for key, values in parse_qs(parts.query).items()},
+    )
+
+
+def _connect_sentinel(address: Address, settings: Settings) -> Redis:
+    if not address.name:
+        raise ValueError("expected redis+sentinel://host:26379,…/NAME with the name of the master")
+    options = _pool_options(settings)
+    del options["timeout"]
+    credentials = {
+        key.removeprefix("sentinel_"): value
+        for key, value in address.options.items()
+        if key in ("sentinel_username", "sentinel_password")
+    }
+    sentinel = Sentinel(
+        address.hosts,
+        sentinel_kwargs={**_link_options(settings), **credentials, "ssl": address.is_tls},
+        **options,
+    )
+    client: Redis = sentinel.master_for(
+        address.name,
+        db=address.database,
+        username=address.username,
+        password=address.password,
+        ssl=address.is_tls,
+        max_connections=settings.store_connections,
+    )
+    return client
+
+
+def _connect_cluster(address: Address, settings: Settings) -> RedisCluster:
+    return RedisCluster(
+        startup_nodes=[ClusterNode(host, port) for host, port in address.hosts],
+        username=address.username,
+        password=address.password,
+        ssl=address.is_tls,
+        max_connections=settings.store_connections,
+        **_link_options(settings),
+    )
+
+
+def _link_options(settings: Settings) -> dict[str, Any]:
+    timeout_s = settings.store_timeout_ms / 1000
+    return {
+        "socket_timeout": timeout_s,
+        "socket_connect_timeout": timeout_s,
+        "protocol": 3,
+    }
+
+
+def _pool_options(settings: Settings) -> dict[str, Any]:
+    timeout_s = settings.store_timeout_ms / 1000
+    return {
+        **_link_options(settings),
+        "timeout": timeout_s,  # for a connection of the pool to become free
+        "health_check_interval": 0,
+        "retry": Retry(NoBackoff(), 0),
+    }
+
+
+def _path(parts: SplitResult) -> tuple[str, int]:
+    name, _, database = parts.path.strip("/").partition("/")
+    if database and not database.isdecimal():
+        raise ValueError(f"expected the number of a database, got {database!r}")
+    return name, int(database or 0)
+
+
+def _host(text: str, default_port: int) -> tuple[str, int]:
+    host, _, port = text.rpartition(":") if text.rpartition(":")[2].isdecimal() else (text, "", "")
+    if not host:
+        raise ValueError("expected host:port,host:port,… after //")
+    return host.strip("[]"), int(port or default_port)
