@@ -11,6 +11,7 @@ import asyncio
 import struct
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -88,7 +89,7 @@ class HeadMaker:
         self._store = store
         self._catalog = catalog
         self._scheduler = scheduler
-        self._turns: dict[tuple[str, str], asyncio.Lock] = {}
+        self._turns: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
 
     async def install(
         self,
@@ -117,12 +118,8 @@ class HeadMaker:
         """
         # Only to spare work: two steps from one head would make one of them compute again.
         turn = self._turns.setdefault((request.tenant, request.model_id), asyncio.Lock())
-        try:
-            async with turn:
-                return await self._advance(request, make)
-        finally:
-            if not turn.locked():
-                self._turns.pop((request.tenant, request.model_id), None)
+        async with turn:
+            return await self._advance(request, make)
 
     async def _advance(self, request: HeadRequest, make: MakeHead) -> StepAnswer:
         name = request_name(request.request_id)
