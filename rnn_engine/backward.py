@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rnn_engine.errors import DTypeError, ShapeError
-from rnn_engine.forward import check_sequence
+from rnn_engine.forward import check_sequence, time_major_rows
 from rnn_engine.params import Grads
 
 if TYPE_CHECKING:
@@ -68,9 +68,8 @@ def rnn_backward(params: Params, tape: Tape, dhs: Array, dh_next: Array | None =
     h_prev = np.empty((t, n, h), params.dtype)
     h_prev[0] = tape.h0
     h_prev[1:] = hs[:-1]
-    rows = tape.xs.swapaxes(0, 1).reshape(t * n, d)
     grads = Grads(
-        dWx=rows.T.dot(dzs),
+        dWx=time_major_rows(tape.xs).T.dot(dzs),
         dWh=h_prev.reshape(t * n, h).T.dot(dzs),
         db=np.ones(t * n, params.dtype).dot(dzs),
     )

@@ -49,14 +49,16 @@ def rnn_forward(params: Params, xs: Array, h0: Array) -> Tape:
         DTypeError: If xs or h0 has another type than the weights.
     """
     check_sequence(params, xs, h0)
-    n, t, d = xs.shape
-    hs = xs.swapaxes(0, 1).reshape(t * n, d).dot(params.Wx)
+    n, t, _ = xs.shape
+    # BLAS sums in another order where an operand is strided: one layout, or bits would depend on it.
+    h = np.ascontiguousarray(h0)
+    hs = time_major_rows(xs).dot(params.Wx)
     hs += params.b
     if n == 1:
-        _recur_vector(params.Wh, h0.reshape(-1), hs)
+        _recur_vector(params.Wh, h[0], hs)
         return Tape(xs, h0, hs[None])
     hs = hs.reshape(t, n, -1)
-    _recur_batch(params.Wh, h0, hs)
+    _recur_batch(params.Wh, h, hs)
     return Tape(xs, h0, hs.swapaxes(0, 1))
 
 
@@ -76,6 +78,12 @@ def check_sequence(params: Params, xs: Array, h0: Array) -> None:
         raise DTypeError("xs", f"{params.dtype} like the weights", xs.dtype)
     if h0.dtype != params.Wx.dtype:
         raise DTypeError("h0", f"{params.dtype} like the weights", h0.dtype)
+
+
+def time_major_rows(xs: Array) -> Array:
+    """Return xs (N, T, D) as (T N, D) in C order, copied only if it does not lie so."""
+    n, t, d = xs.shape
+    return np.ascontiguousarray(xs.swapaxes(0, 1)).reshape(t * n, d)
 
 
 def _recur_vector(Wh: Array, h: Array, hs: Array) -> None:

@@ -18,8 +18,8 @@ equal inputs give equal bits wherever they are computed.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, TypeAlias
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, cast
 
 import numpy as np
 
@@ -35,8 +35,27 @@ Stepped: TypeAlias = tuple[Array, tuple[Array, ...]]
 """One weight array after a step, and its slots."""
 
 
+class _Rule:
+    """Hyperparameters that are Python numbers: NumPy's would widen float32 weights."""
+
+    __slots__ = ()
+
+    def __post_init__(self) -> None:
+        """Convert each hyperparameter and refuse what no step can be made with.
+
+        Raises:
+            EngineError: If one is negative or not finite, or beta1 or beta2 is not below 1.
+        """
+        for field in fields(cast("Any", self)):
+            value = float(getattr(self, field.name))
+            limit = 1.0 if field.name.startswith("beta") else math.inf
+            if not 0 <= value < limit:
+                raise EngineError(f"{field.name}: expected 0 <= number < {limit}, got {value}")
+            object.__setattr__(self, field.name, value)
+
+
 @dataclass(frozen=True, slots=True)
-class SGD:
+class SGD(_Rule):
     """Plain gradient descent.
 
     Attributes:
@@ -53,7 +72,7 @@ class SGD:
 
 
 @dataclass(frozen=True, slots=True)
-class Momentum:
+class Momentum(_Rule):
     """Gradient descent with a velocity.
 
     Attributes:
@@ -73,7 +92,7 @@ class Momentum:
 
 
 @dataclass(frozen=True, slots=True)
-class Nesterov:
+class Nesterov(_Rule):
     """Momentum that looks one step ahead.
 
     Attributes:
@@ -93,7 +112,7 @@ class Nesterov:
 
 
 @dataclass(frozen=True, slots=True)
-class AdaGrad:
+class AdaGrad(_Rule):
     """Steps divided by the root of all squared gradients so far.
 
     Attributes:
@@ -113,7 +132,7 @@ class AdaGrad:
 
 
 @dataclass(frozen=True, slots=True)
-class RMSprop:
+class RMSprop(_Rule):
     """Steps divided by the root of a moving mean of squared gradients.
 
     Attributes:
@@ -135,7 +154,7 @@ class RMSprop:
 
 
 @dataclass(frozen=True, slots=True)
-class Adam:
+class Adam(_Rule):
     """Adaptive moments (Kingma and Ba, arXiv:1412.6980).
 
     Attributes:
@@ -162,7 +181,7 @@ class Adam:
 
 
 @dataclass(frozen=True, slots=True)
-class AdamW:
+class AdamW(_Rule):
     """Adam with weight decay apart from the gradient (arXiv:1711.05101).
 
     Attributes:
