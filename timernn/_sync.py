@@ -358,6 +358,7 @@ class Session(SessionView):
         """The hidden state, read from the server, shape (N, H)."""
         return self.get_state()
 
+    @documented_by(SessionCore.fork)
     def fork(self, new_id: str | None = None, *, ttl: float | timedelta | None = None) -> Session:
         with self._lock:
             core = self._transport.run(self._core.fork(new_id, ttl=ttl))

@@ -402,9 +402,13 @@ class SessionCore:
     def settle(self, deadline: float | None = None) -> Op[None]:
         """Send again what is in doubt, so that its outcome is known; does nothing otherwise."""
         until = self._client.caller.deadline() if deadline is None else deadline
-        if self.doubt is not None:
-            yield from self._finish(self.doubt, until)
+        yield from self.settle_own(until)
         yield from self.training.settle(until)
+
+    def settle_own(self, deadline: float) -> Op[None]:
+        """Send again what of this session alone is in doubt; an update may join several."""
+        if self.doubt is not None:
+            yield from self._finish(self.doubt, deadline)
 
     # -- the making of requests --------------------------------------------------------------------
 

@@ -85,7 +85,7 @@ class Training:
         """Take what these sessions contributed since their last update into one step."""
         deadline = self._client.caller.deadline()
         for session in sessions:
-            yield from session.settle(deadline)
+            yield from session.settle_own(deadline)
         named = [names for session in sessions for names in session.waiting()]
         intent = UpdateIntent(self, self.request(named, step, expect_known=expect_known))
         if self.doubt is not None and self.doubt.is_same(intent):

@@ -1,0 +1,383 @@
+"""A stand-in for the service that fails when it is told to, and real replicas on a real store."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import uuid
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import numpy as np
+import pytest
+import redis
+from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]  # has no stubs
+
+import timernn
+from service.store import keys
+from timernn.v1 import model_service_pb2 as model_pb
+from timernn.v1 import session_service_pb2 as session_pb
+from timernn.v1 import tensor_pb2 as tensor_pb
+from timernn.v1 import time_rnn_service_pb2 as rnn_pb
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from service.store.embedded import EmbeddedStore
+
+D, H = 3, 2
+READY = "timernn ready on "
+QUICK = timernn.RetryPolicy(initial_backoff_s=0.001, max_backoff_s=0.01, jitter=0.0)
+
+
+def make_refusal(
+    code: grpc.StatusCode, reason: str = "", retry_after_s: float | None = None, **metadata: str
+) -> status_pb2.Status:
+    """Make a status as the service does: code, text, ErrorInfo and perhaps RetryInfo."""
+    status = status_pb2.Status(code=code.value[0], message=f"refused: {reason}")
+    if reason:
+        info = error_details_pb2.ErrorInfo(reason=reason, domain="timernn", metadata=metadata)
+        status.details.add().Pack(info)
+    if retry_after_s is not None:
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromMilliseconds(round(retry_after_s * 1000))
+        status.details.add().Pack(retry)
+    return status
+
+
+def tensor(array: Any) -> tensor_pb.Tensor:
+    """Write a float32 tensor."""
+    values = np.asarray(array, "<f4")
+    return tensor_pb.Tensor(
+        dtype=tensor_pb.D_TYPE_FLOAT32, shape=values.shape, data=values.tobytes()
+    )
+
+
+def values(message: tensor_pb.Tensor) -> Any:
+    """Read a float32 tensor."""
+    return np.frombuffer(message.data, "<f4").reshape(tuple(message.shape))
+
+
+class Failure(Exception):
+    """A status that a method of the stand-in ends with."""
+
+    def __init__(self, status: status_pb2.Status) -> None:
+        super().__init__(status.message)
+        self.status = status
+
+
+class StandIn:
+    """A service without a store: hs counts the steps, tokens count the chunks.
+
+    Attributes:
+        requests: What came, by method, in order.
+        limits: What GetServerInfo tells.
+        replica: What answers it is named by.
+    """
+
+    def __init__(self, replica: str = "one") -> None:
+        self.replica = replica
+        self.requests: dict[str, list[Any]] = defaultdict(list)
+        self.limits = model_pb.Limits(message_bytes=16 << 20, chunk_steps=4096, replay_window=4)
+        self._failures: dict[str, list[tuple[status_pb2.Status, bool]]] = defaultdict(list)
+        self._chunks: dict[tuple[str, int], list[rnn_pb.ForwardResponse]] = defaultdict(list)
+        self.version = 1
+        self._server = grpc.server(ThreadPoolExecutor(8))
+        self._server.add_generic_rpc_handlers((_Handlers(self),))
+        self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        self._server.start()
+
+    def stop(self) -> None:
+        """Stop serving at once."""
+        self._server.stop(None).wait()
+
+    def fail_next(
+        self, method: str, *statuses: status_pb2.Status, after_applying: bool = False
+    ) -> None:
+        """Let the next calls of a method end with these, before or after they take effect."""
+        self._failures[method] += [(status, after_applying) for status in statuses]
+
+    def answer(self, method: str, request: Any) -> Any:
+        """Answer one call or one operation."""
+        self.requests[method].append(_copy(request))
+        failures = self._failures[method]
+        status, after_applying = failures.pop(0) if failures else (None, False)
+        if status is not None and not after_applying:
+            raise Failure(status)
+        response = getattr(self, f"_{method}")(request)
+        if status is not None:
+            raise Failure(status)
+        return response
+
+    def _GetServerInfo(self, _: Any) -> Any:  # noqa: N802
+        return model_pb.GetServerInfoResponse(replica_id=self.replica, limits=self.limits)
+
+    def _GetModel(self, request: Any) -> Any:  # noqa: N802
+        spec = model_pb.ModelSpec(
+            model_id=request.model_id, input_size=D, hidden_size=H, dtype=tensor_pb.D_TYPE_FLOAT32
+        )
+        return model_pb.GetModelResponse(model=model_pb.Model(spec=spec, head=self._head()))
+
+    def _DeleteModel(self, _: Any) -> Any:  # noqa: N802
+        return model_pb.DeleteModelResponse(deleted=True)
+
+    def _OpenSession(self, request: Any) -> Any:  # noqa: N802
+        rows = request.batch_size or 1
+        session = session_pb.Session(
+            session_id=request.session_id,
+            model_id=request.model_id,
+            epoch=request.restored_epoch or 100,
+            batch_size=rows,
+            state_token=b"0",
+        )
+        session.ttl.FromSeconds(60)
+        return session_pb.OpenSessionResponse(session=session, state=tensor(np.zeros((rows, H))))
+
+    def _SetState(self, request: Any) -> Any:  # noqa: N802
+        session = session_pb.Session(
+            session_id=request.session_id, epoch=request.expected_epoch + 1, batch_size=1
+        )
+        return session_pb.SetStateResponse(session=session)
+
+    def _Forward(self, request: Any) -> Any:  # noqa: N802
+        chunks = self._chunks[request.session_id, request.epoch]
+        if request.session_id and request.chunk_seq > len(chunks) + 1:
+            expected = str(len(chunks) + 1)
+            raise Failure(make_refusal(grpc.StatusCode.ABORTED, "SEQ_GAP", expected_seq=expected))
+        if request.session_id and request.chunk_seq <= len(chunks):
+            again = _copy(chunks[request.chunk_seq - 1])
+            again.replayed = True
+            return again
+        rows, steps = request.xs.shape[0], request.xs.shape[1]
+        before = values(chunks[-1].h)[0, 0] if chunks else 0.0
+        hs = np.broadcast_to((before + np.arange(1, steps + 1))[None, :, None], (rows, steps, H))
+        response = rnn_pb.ForwardResponse(
+            session_id=request.session_id,
+            epoch=request.epoch,
+            chunk_seq=request.chunk_seq,
+            h=tensor(hs[:, -1]),
+            weights_version=self._head(),
+            state_token=b"%d" % request.chunk_seq,
+        )
+        if request.return_hs == rnn_pb.RETURN_HS_ALL:
+            response.hs.CopyFrom(tensor(hs))
+        elif request.return_hs == rnn_pb.RETURN_HS_LAST:
+            response.hs.CopyFrom(tensor(hs[:, -1:]))
+        chunks.append(response)
+        return response
+
+    def _Backward(self, request: Any) -> Any:  # noqa: N802
+        dhs = values(request.dhs)
+        response = rnn_pb.BackwardResponse(
+            session_id=request.session_id,
+            epoch=request.epoch,
+            chunk_seq=request.chunk_seq,
+            dxs=tensor(np.broadcast_to(dhs[..., :1], (*dhs.shape[:2], D))),
+            dh0=tensor(dhs[:, 0]),
+            gradient_norm=1.0,
+        )
+        if request.HasField("update"):
+            response.update.CopyFrom(self._Update(request.update))
+        return response
+
+    def _Update(self, request: Any) -> Any:  # noqa: N802
+        self.version += 1
+        count = sum(len(named.chunk_seqs) for named in request.contributions)
+        return rnn_pb.UpdateResponse(version=self._head(), contribution_count=count)
+
+    def _head(self) -> tensor_pb.WeightsVersion:
+        return tensor_pb.WeightsVersion(number=self.version, digest=b"w%d" % self.version)
+
+
+class _Handlers(grpc.GenericRpcHandler):
+    """Routes every method to the stand-in."""
+
+    def __init__(self, stand_in: StandIn) -> None:
+        self._stand_in = stand_in
+
+    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
+        name = details.method.rpartition("/")[2]
+        module = next(m for m in (model_pb, session_pb, rnn_pb) if hasattr(m, f"{name}Request"))
+        make = grpc.unary_unary_rpc_method_handler
+        behaviour = self._unary(name)
+        if name == "Stream":
+            make, behaviour = grpc.stream_stream_rpc_method_handler, self._stream
+        return make(
+            behaviour,
+            request_deserializer=getattr(module, f"{name}Request").FromString,
+            response_serializer=getattr(module, f"{name}Response").SerializeToString,
+        )
+
+    def _unary(self, name: str) -> Callable[[Any, grpc.ServicerContext], Any]:
+        def handle(request: Any, context: grpc.ServicerContext) -> Any:
+            try:
+                return self._stand_in.answer(name, request)
+            except Failure as failure:
+                _abort(context, failure.status)
+
+        return handle
+
+    def _stream(self, requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
+        for request in requests:
+            for operation in request.operations:
+                result = rnn_pb.OperationResult(tag=operation.tag)
+                try:
+                    try:
+                        self._stand_in.answer("Stream", operation)
+                    except AttributeError:  # no behaviour of its own: the failures laid down alone
+                        pass
+                    result.forward.CopyFrom(self._stand_in.answer("Forward", operation.forward))
+                except Failure as failure:
+                    if failure.status.message.endswith("BREAK"):
+                        context.abort(grpc.StatusCode.UNAVAILABLE, "the connection breaks")
+                    result.error.CopyFrom(failure.status)
+                yield rnn_pb.StreamResponse(results=[result])
+
+
+def _abort(context: grpc.ServicerContext, status: status_pb2.Status) -> None:
+    context.set_trailing_metadata((("grpc-status-details-bin", status.SerializeToString()),))
+    code = next(code for code in grpc.StatusCode if code.value[0] == status.code)
+    context.abort(code, status.message)
+
+
+def _copy(message: Any) -> Any:
+    copy = type(message)()
+    copy.CopyFrom(message)
+    return copy
+
+
+@pytest.fixture
+def refusal() -> Callable[..., status_pb2.Status]:
+    """The maker of statuses."""
+    return make_refusal
+
+
+@pytest.fixture
+def quick() -> timernn.RetryPolicy:
+    """Retries that hardly wait."""
+    return QUICK
+
+
+@pytest.fixture
+def stand_in() -> Iterator[StandIn]:
+    """A stand-in on a free port."""
+    server = StandIn()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def other_stand_in() -> Iterator[StandIn]:
+    """A second one."""
+    server = StandIn("two")
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def client(stand_in: StandIn) -> Iterator[timernn.Client]:
+    """A blocking client of the stand-in that does not wait long between tries."""
+    with timernn.connect(stand_in.address, timeout=5, retry=QUICK) as connected:
+        yield connected
+
+
+@contextmanager
+def replica(store_url: str) -> Iterator[str]:
+    """Run a real replica as a process; yields its address."""
+    command = [sys.executable, "-m", "service", "serve", "--listen", "127.0.0.1:0"]
+    command += ["--redis-url", store_url]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line.startswith(READY), "the replica ended before it served"
+        yield line.removeprefix(READY).strip()
+    finally:
+        process.terminate()
+        process.wait(30)
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+@pytest.fixture(scope="session")
+def replicas(store: EmbeddedStore) -> Iterator[list[str]]:
+    """Two replicas on the run's store."""
+    with ExitStack() as stack:
+        yield [stack.enter_context(replica(store.url)) for _ in range(2)]
+
+
+@pytest.fixture
+def live(replicas: list[str]) -> Iterator[timernn.Client]:
+    """A blocking client of the two replicas."""
+    with timernn.connect(replicas, timeout=20) as connected:
+        yield connected
+
+
+@pytest.fixture
+def model_id() -> str:
+    """A model's name that no other test uses."""
+    return f"m{uuid.uuid4().hex}"
+
+
+class Slot:
+    """A hash slot's keys, which a test sets back as a failover does that lost writes."""
+
+    def __init__(self, store_url: str, tag: bytes) -> None:
+        self._redis = redis.Redis.from_url(store_url)
+        self._pattern = tag.replace(b"[", b"\\[") + b"*"
+        self._kept: dict[bytes, tuple[bytes, int]] = {}
+        self.keep()
+
+    def keep(self) -> None:
+        """Remember the keys as they are now."""
+        self._kept = {
+            key: (self._redis.dump(key), max(0, self._redis.pttl(key)))
+            for key in self._redis.keys(self._pattern)
+        }
+
+    def lose(self) -> None:
+        """Set the keys back to what was kept."""
+        self._redis.delete(*self._redis.keys(self._pattern) or [b"nothing"])
+        for key, (value, ttl_ms) in self._kept.items():
+            self._redis.restore(key, ttl_ms, value)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._redis.close()
+
+
+@pytest.fixture
+def slots(store: EmbeddedStore) -> Iterator[Slots]:
+    """The slots of sessions and models in the run's store."""
+    made = Slots(store.url)
+    yield made
+    made.close()
+
+
+class Slots:
+    """Makes slots, and closes them at the end."""
+
+    def __init__(self, store_url: str) -> None:
+        self._store_url = store_url
+        self._made: list[Slot] = []
+
+    def of_session(self, session_id: str) -> Slot:
+        """Keep the slot of a session as it is now."""
+        return self._of(keys.session_tag("default", session_id))
+
+    def of_model(self, model_id: str) -> Slot:
+        """Keep the slot of a model as it is now."""
+        return self._of(keys.model_tag("default", model_id))
+
+    def close(self) -> None:
+        """Close every slot's connection."""
+        for slot in self._made:
+            slot.close()
+
+    def _of(self, tag: bytes) -> Slot:
+        slot = Slot(self._store_url, tag)
+        self._made.append(slot)
+        return slot

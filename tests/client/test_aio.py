@@ -1,0 +1,156 @@
+"""The asyncio face: the same core, awaited."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import numpy as np
+import pytest
+
+import timernn
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+XS = np.ones((1, 4, 3), "f4")
+
+
+@pytest.fixture
+async def client(stand_in: Any, quick: timernn.RetryPolicy) -> AsyncIterator[timernn.aio.Client]:
+    """An asynchronous client of the stand-in."""
+    async with timernn.aio.connect(stand_in.address, timeout=5, retry=quick) as connected:
+        yield connected
+
+
+def public(kind: type) -> dict[str, list[str]]:
+    """Return what a class offers, with the names of the arguments."""
+    return {
+        name: list(inspect.signature(value).parameters) if callable(value) else []
+        for name, value in inspect.getmembers(kind)
+        if not name.startswith("_")
+    }
+
+
+@pytest.mark.parametrize("kind", ["Client", "Session"])
+def test_both_faces_have_the_same_names(kind: str) -> None:
+    """Whatever one has, the other has, with the same arguments."""
+    assert public(getattr(timernn, kind)) == public(getattr(timernn.aio, kind))
+
+
+@pytest.mark.parametrize("kind", [timernn.Client, timernn.Session, timernn.aio.Session])
+def test_methods_are_documented(kind: type) -> None:
+    """Help shows the core's docstrings on either face."""
+    assert [name for name in public(kind) if not inspect.getdoc(getattr(kind, name))] == []
+
+
+async def test_a_session_opens_with_its_block(client: timernn.aio.Client) -> None:
+    """`async with` opens it; the state is awaited."""
+    async with client.session("m") as session:
+        hs = await session.forward(XS)
+        assert hs[0, :, 0].tolist() == [1, 2, 3, 4]
+
+
+async def test_a_session_can_be_awaited(client: timernn.aio.Client) -> None:
+    """`await` opens it without a block."""
+    session = await client.session("m")
+    assert session.session_id
+
+
+async def test_sessions_run_beside_each_other(client: timernn.aio.Client) -> None:
+    """Many tasks share one client."""
+    sessions = [await client.session("m") for _ in range(8)]
+    outputs = await asyncio.gather(*(session.forward(XS) for session in sessions))
+    assert [hs[0, -1, 0] for hs in outputs] == [4] * 8
+
+
+async def test_calls_of_one_session_take_turns(client: timernn.aio.Client, stand_in: Any) -> None:
+    """Two tasks on one session do not take the same number."""
+    session = await client.session("m")
+    await asyncio.gather(*(session.forward(XS) for _ in range(5)))
+    assert [r.chunk_seq for r in stand_in.requests["Forward"]] == [1, 2, 3, 4, 5]
+
+
+async def test_a_cancelled_call_is_in_doubt(
+    client: timernn.aio.Client, stand_in: Any, refusal: Any
+) -> None:
+    """Cancelled by its caller, a chunk is finished before the next one."""
+    session = await client.session("m")
+    overloaded = refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED", 30.0)
+    stand_in.fail_next("Forward", refusal(grpc.StatusCode.UNAVAILABLE, "", 4.0))
+    call = asyncio.ensure_future(session.forward(XS))
+    while not stand_in.requests["Forward"]:
+        await asyncio.sleep(0)
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    assert session.in_doubt
+    assert overloaded.details
+    hs = await session.forward(XS * 2)
+    assert [r.chunk_seq for r in stand_in.requests["Forward"]] == [1, 1, 2]
+    assert hs[0, -1, 0] == 8
+
+
+async def test_stream_from_an_asynchronous_source(client: timernn.aio.Client) -> None:
+    """Answers come while the source waits for its next chunk."""
+    answered = asyncio.Event()
+
+    async def source() -> AsyncIterator[Any]:
+        yield XS
+        await answered.wait()
+        for _ in range(9):
+            yield XS
+
+    session = await client.session("m")
+    got = []
+    async for hs in session.stream(source()):
+        answered.set()
+        got.append(float(hs[0, -1, 0]))
+    assert got == [4.0 * k for k in range(1, 11)]
+
+
+async def test_stream_from_a_list(client: timernn.aio.Client) -> None:
+    """An ordinary iterable will do."""
+    session = await client.session("m")
+    assert len([hs async for hs in session.stream([XS] * 5)]) == 5
+
+
+async def test_a_loop_left_early_frees_the_session_at_once(client: timernn.aio.Client) -> None:
+    """The next call does not find the session in use."""
+    session = await client.session("m")
+    async for _ in session.stream([XS] * 10):
+        break
+    hs = await session.forward(XS)
+    assert hs[0, -1, 0] == 4.0 * session.chunk_seq
+
+
+async def test_a_broken_stream_is_not_noticed(
+    client: timernn.aio.Client, stand_in: Any, refusal: Any
+) -> None:
+    """Unanswered chunks are sent again on a new stream."""
+    session = await client.session("m")
+    stand_in.fail_next(
+        "Forward", refusal(grpc.StatusCode.UNAVAILABLE, "BREAK"), after_applying=True
+    )
+    got = [float(hs[0, -1, 0]) async for hs in session.stream([XS] * 6)]
+    assert got == [4.0 * k for k in range(1, 7)]
+
+
+async def test_frames(client: timernn.aio.Client) -> None:
+    """Many sessions in one message."""
+    sessions = [await client.session("m") for _ in range(3)]
+    for k in (1, 2):
+        outputs = await client.frame([(session, XS) for session in sessions])
+        assert [hs[0, -1, 0] for hs in outputs if not isinstance(hs, timernn.Error)] == [4 * k] * 3
+
+
+async def test_training(client: timernn.aio.Client) -> None:
+    """Forward, backward, update, and a step over several sessions."""
+    sessions = [await client.session("m", train=True) for _ in range(2)]
+    for session in sessions:
+        await session.backward(await session.forward(XS))
+    version = await sessions[0].update()
+    result = await client.update("m", sessions=sessions)
+    assert (version.number, result.version.number, result.contribution_count) == (2, 3, 1)

@@ -1,0 +1,262 @@
+"""Through real replicas on a real store: the outputs are those of a local TimeRNN."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+import timernn
+from rnn_engine import TimeRNN
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+D, H = 3, 5
+
+
+@pytest.fixture
+def local(live: timernn.Client, model_id: str) -> TimeRNN:
+    """A model on the server, and the same as a local network."""
+    live.create_model(model_id, input_size=D, hidden_size=H, seed=3, optimizer=timernn.Adam())
+    weights = live.get_weights(model_id)
+    return TimeRNN(weights.Wx, weights.Wh, weights.b, stateful=True)
+
+
+def chunks(rng: np.random.Generator, count: int, rows: int = 1) -> list[Any]:
+    """Draw chunks of 1 to 8 steps."""
+    return [rng.normal(size=(rows, rng.integers(1, 9), D)).astype("f4") for _ in range(count)]
+
+
+def test_forward_equals_a_local_network(
+    live: timernn.Client, model_id: str, local: TimeRNN, rng: np.random.Generator
+) -> None:
+    """Chunk by chunk, over both replicas in turn."""
+    session = live.session(model_id)
+    for position, xs in enumerate(chunks(rng, 10)):
+        live._core.caller.address = position % 2
+        np.testing.assert_allclose(session.forward(xs), local.forward(xs), atol=1e-6)
+    assert np.array_equal(session.state, session.h)
+
+
+def test_stream_equals_a_local_network(
+    live: timernn.Client, model_id: str, local: TimeRNN, rng: np.random.Generator
+) -> None:
+    """Pipelined, in order."""
+    given = chunks(rng, 30)
+    session = live.session(model_id)
+    for xs, hs in zip(given, session.stream(iter(given)), strict=True):
+        np.testing.assert_allclose(hs, local.forward(xs), atol=1e-6)
+
+
+def test_frames_equal_a_local_network(
+    live: timernn.Client, model_id: str, local: TimeRNN, rng: np.random.Generator
+) -> None:
+    """Many sessions, each with its own state."""
+    sessions = [live.session(model_id) for _ in range(4)]
+    given = [chunks(rng, 4) for _ in range(5)]
+    got = [live.frame(zip(sessions, frame, strict=True)) for frame in given]
+    for position in range(4):
+        local.reset_state()
+        for frame, outputs in zip(given, got, strict=True):
+            hs = outputs[position]
+            assert not isinstance(hs, timernn.Error)
+            np.testing.assert_allclose(hs, local.forward(frame[position]), atol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_a_split_backward_is_exact(
+    live: timernn.Client,
+    model_id: str,
+    local: TimeRNN,
+    rng: np.random.Generator,
+    steps: int,
+) -> None:
+    """Cut along T or not, the gradients are those of the one long chunk."""
+    xs, dhs = rng.normal(size=(2, 10, D)), rng.normal(size=(2, 10, H))
+    session = live.session(model_id, batch_size=2, train=True)
+    object.__setattr__(session._core.bounds, "chunk_steps", steps * 2)
+    try:
+        session.forward(xs)
+        dxs = session.backward(dhs, return_gradients=True)
+    finally:
+        object.__setattr__(session._core.bounds, "chunk_steps", 4096)
+    local.forward(xs.astype("f4"))
+    np.testing.assert_allclose(dxs, local.backward(dhs.astype("f4")), atol=1e-5)
+    assert session.gradients is not None
+    got = (session.gradients.dWx, session.gradients.dWh, session.gradients.db)
+    for mine, theirs in zip(got, local.grads, strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-4)
+    assert session.gradient_norm == pytest.approx(session.gradients.norm, rel=1e-5)
+
+
+def test_a_step_in_the_same_call_equals_one_apart(
+    live: timernn.Client, model_id: str, rng: np.random.Generator
+) -> None:
+    """Backward with a step ends at the same weights, bit for bit, as backward and update."""
+    xs, dhs = rng.normal(size=(1, 6, D)), rng.normal(size=(1, 6, H))
+    versions = []
+    for name in (f"{model_id}a", f"{model_id}b"):
+        live.create_model(name, input_size=D, hidden_size=H, seed=5, optimizer=timernn.Adam())
+        session = live.session(name, train=True)
+        session.forward(xs)
+        if name.endswith("a"):
+            session.backward(dhs, update=timernn.Step(lr=0.1, clip_norm=0.5))
+        else:
+            session.backward(dhs)
+            session.update(lr=0.1, clip_norm=0.5)
+        versions.append(session.version)
+    assert versions[0] == versions[1]
+
+
+def test_weights_go_out_and_come_in(
+    live: timernn.Client, model_id: str, local: TimeRNN, tmp_path: Path
+) -> None:
+    """By arrays, by a file, by an open file; the same content again."""
+    before = live.get_weights(model_id)
+    made = live.put_weights(model_id, Wx=before.Wx * 2, Wh=before.Wh.T, b=before.b + 1)
+    after = live.get_weights(model_id, made)
+    assert np.array_equal(after.Wx, before.Wx * 2)
+    assert np.array_equal(after.Wh, before.Wh.T)
+    assert np.array_equal(after.b, before.b + 1)
+    live.export_weights(model_id, tmp_path / "w.safetensors", version=before.version)
+    live.import_weights(model_id, tmp_path / "w.safetensors")
+    buffer = io.BytesIO()
+    live.export_weights(model_id, buffer)
+    assert buffer.getvalue() == (tmp_path / "w.safetensors").read_bytes()
+    assert np.array_equal(live.get_weights(model_id).Wx, before.Wx)
+
+
+def test_weights_of_another_shape_are_refused(
+    live: timernn.Client, model_id: str, local: TimeRNN
+) -> None:
+    """Each of the three has its shape."""
+    with pytest.raises(timernn.BadTensor, match="Wh"):
+        live.put_weights(model_id, Wx=np.ones((D, H)), Wh=np.ones((H, D)), b=np.ones(H))
+
+
+def test_checkpoints_keep_a_version(
+    live: timernn.Client, model_id: str, local: TimeRNN, rng: np.random.Generator
+) -> None:
+    """Restored, a checkpoint is the next version with the old content."""
+    before = live.get_weights(model_id)
+    live.create_checkpoint(model_id, "best")
+    live.put_weights(model_id, Wx=before.Wx * 2, Wh=before.Wh, b=before.b)
+    assert [c.checkpoint_id for c in live.list_checkpoints(model_id)] == ["best"]
+    live.restore_checkpoint(model_id, "best")
+    assert np.array_equal(live.get_weights(model_id).Wx, before.Wx)
+    assert live.delete_checkpoint(model_id, "best")
+    with pytest.raises(timernn.CheckpointNotFound):
+        live.delete_checkpoint(model_id, "best")
+    assert not live.delete_checkpoint(model_id, "best", missing_ok=True)
+
+
+def test_models_are_listed_shown_and_deleted(
+    live: timernn.Client, model_id: str, local: TimeRNN
+) -> None:
+    """A deleted model is told as such."""
+    assert live.get_model(model_id).optimizer == timernn.Adam(0.001, 0.9, 0.999, 1e-8)
+    assert model_id in [model.model_id for model in live.list_models(page_size=1)]
+    assert live.delete_model(model_id)
+    with pytest.raises(timernn.ModelNotFound):
+        live.get_model(model_id)
+
+
+def test_sessions_are_resumed_forked_and_closed(
+    live: timernn.Client, model_id: str, local: TimeRNN, rng: np.random.Generator
+) -> None:
+    """A name leads back to the state; a fork goes its own way."""
+    xs, ys = rng.normal(size=(1, 4, D)), rng.normal(size=(1, 4, D))
+    with live.session(model_id, f"{model_id}-7") as session:
+        session.forward(xs)
+    again = live.session(model_id, f"{model_id}-7")
+    assert (again.chunk_seq, again.epoch) == (session.chunk_seq, session.epoch)
+    fork = again.fork()
+    assert np.array_equal(fork.forward(ys), again.forward(ys))
+    fork.forward(xs)
+    assert fork.session_id in [s.session_id for s in live.list_sessions(model_id, page_size=1)]
+    assert fork.close()
+    assert not fork.close()
+    with pytest.raises(timernn.SessionClosed):
+        fork.forward(xs)
+    with pytest.raises(timernn.SessionExists):
+        live.session(model_id, f"{model_id}-7", on_exists="fail")
+    reset = live.session(model_id, f"{model_id}-7", on_exists="reset")
+    assert reset.epoch > again.epoch
+    with pytest.raises(timernn.EpochFenced):
+        again.forward(xs)
+
+
+def test_state_can_be_set_and_reset(
+    live: timernn.Client, model_id: str, local: TimeRNN, rng: np.random.Generator
+) -> None:
+    """As on a local network."""
+    xs, h = rng.normal(size=(2, 3, D)).astype("f4"), rng.normal(size=(2, H)).astype("f4")
+    session = live.session(model_id, batch_size=2)
+    session.set_state(h)
+    local.set_state(h)
+    np.testing.assert_allclose(session.forward(xs), local.forward(xs), atol=1e-6)
+    session.reset_state()
+    local.reset_state()
+    np.testing.assert_allclose(session.forward(xs), local.forward(xs), atol=1e-6)
+
+
+def test_a_session_may_begin_with_a_state(
+    live: timernn.Client, model_id: str, local: TimeRNN, rng: np.random.Generator
+) -> None:
+    """Its first chunk continues it; without a session h0 does the same."""
+    xs, h = rng.normal(size=(1, 3, D)), rng.normal(size=(1, H))
+    hs = live.session(model_id, initial_state=h).forward(xs)
+    np.testing.assert_allclose(live.forward(model_id, xs, h0=h), hs, atol=1e-6)
+
+
+def test_float64_stays_float64(
+    live: timernn.Client, model_id: str, rng: np.random.Generator
+) -> None:
+    """A model of doubles rounds nothing to float32."""
+    live.create_model(model_id, input_size=D, hidden_size=H, dtype="float64")
+    weights = live.get_weights(model_id)
+    network = TimeRNN(weights.Wx, weights.Wh, weights.b, stateful=True)
+    xs = rng.normal(size=(1, 9, D))
+    hs = live.session(model_id).forward(xs)
+    assert hs.dtype == np.float64
+    np.testing.assert_allclose(hs, network.forward(xs), rtol=1e-13)
+
+
+def test_gradients_can_be_discarded(
+    live: timernn.Client, model_id: str, local: TimeRNN, rng: np.random.Generator
+) -> None:
+    """What was dropped is not waited for, by the server or by the session."""
+    session = live.session(model_id, train=True)
+    for _ in range(2):
+        hs = session.forward(rng.normal(size=(1, 3, D)))
+        session.backward(hs)
+    session.forward(rng.normal(size=(1, 3, D)))
+    dropped = session.discard_gradients()
+    assert (dropped.contribution_count, dropped.tape_count) == (2, 1)
+    with pytest.raises(timernn.NoGradients):
+        session.update()
+    with pytest.raises(timernn.TapeMissing):
+        session.backward(hs)
+
+
+def test_an_update_may_take_all_that_waits(
+    live: timernn.Client, model_id: str, local: TimeRNN, rng: np.random.Generator
+) -> None:
+    """Whoever contributed; the sessions know that theirs are taken."""
+    sessions = [live.session(model_id, train=True) for _ in range(3)]
+    for session in sessions:
+        session.backward(session.forward(rng.normal(size=(1, 3, D))))
+    assert live.update(model_id).contribution_count == 3
+    with pytest.raises(timernn.NoGradients):
+        sessions[0].update()
+
+
+def test_the_server_is_pinged(live: timernn.Client, replicas: list[str]) -> None:
+    """Health and latency of the replica in use."""
+    ping = live.ping()
+    assert ping.serving
+    assert ping.address == replicas[0]
+    assert 0 < ping.latency_s < 5
