@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import subprocess
 import sys
 import threading
@@ -34,6 +33,9 @@ class ServerProcess:
         self._folder = folder
         self._log = folder / "server.log"
         self._process: subprocess.Popen[str] | None = None
+        self._is_over = False
+        # A thread may start the server while Ctrl-C makes the program stop it.
+        self._lock = threading.RLock()
 
     @property
     def pid(self) -> int | None:
@@ -46,30 +48,30 @@ class ServerProcess:
         Raises:
             ServerError: If it stops first, or is not ready after 60 s.
         """
-        command = [sys.executable, "-m", "service", "serve", "--listen", self.address]
-        command += ["--data-dir", str(self._folder / "store")]
-        with self._log.open("a") as log:
-            # A session of its own: Ctrl-C in the terminal reaches this program alone, which stops the
-            # server in its own time.
-            self._process = subprocess.Popen(  # noqa: S603
-                command, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
-            )
-        self.address = self._ready_line(self._process).removeprefix(READY)
+        with self._lock:
+            if self._is_over:
+                raise ServerError("the server is not wanted any more")
+            self._start()
 
-    def kill(self) -> None:
-        """End the server as a power cut would: no signal handler, no goodbye."""
-        if self._process:
-            self._process.send_signal(signal.SIGKILL)
-            self._reap(self._process)
+    def kill_and_start(self) -> None:
+        """End the server as a power cut would, without a goodbye; start it on the same port.
+
+        Raises:
+            ServerError: If it does not come back.
+        """
+        with self._lock:
+            self._kill()
+            self.start()
 
     def stop(self) -> None:
         """Ask the server to end its work and wait; after 30 s kill it."""
-        if self._process:
-            self._process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(STOP_TIMEOUT_S)
-            self._process.kill()
-            self._reap(self._process)
+        with self._lock:
+            self._is_over = True
+            if self._process:
+                self._process.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(STOP_TIMEOUT_S)
+            self._kill()
 
     def __enter__(self) -> Self:
         """Start the server."""
@@ -84,6 +86,17 @@ class ServerProcess:
         """Stop the server."""
         self.stop()
 
+    def _start(self) -> None:
+        command = [sys.executable, "-m", "service", "serve", "--listen", self.address]
+        command += ["--data-dir", str(self._folder / "store")]
+        with self._log.open("a") as log:
+            # A session of its own: Ctrl-C in the terminal reaches this program alone, which stops the
+            # server in its own time.
+            self._process = subprocess.Popen(  # noqa: S603
+                command, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
+            )
+        self.address = self._ready_line(self._process).removeprefix(READY)
+
     def _ready_line(self, process: subprocess.Popen[str]) -> str:
         """Wait for the one line that a server prints; it has none when it died or was too slow."""
         assert process.stdout is not None  # noqa: S101
@@ -94,13 +107,15 @@ class ServerProcess:
         finally:
             watchdog.cancel()
         if not line.startswith(READY):
-            self.kill()
+            self._kill()
             said = self._log.read_text().strip().splitlines() or ["nothing was said"]
             raise ServerError(f"the server did not start: {said[-1]}")
         return line
 
-    def _reap(self, process: subprocess.Popen[str]) -> None:
-        process.wait()
-        if process.stdout:
-            process.stdout.close()
-        self._process = None
+    def _kill(self) -> None:
+        if self._process:
+            self._process.kill()
+            self._process.wait()
+            if self._process.stdout:
+                self._process.stdout.close()
+            self._process = None

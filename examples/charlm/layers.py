@@ -45,7 +45,7 @@ class SoftmaxHead:
 
     def log_probabilities(self, hs: Floats) -> Floats:
         """Return the logarithm of each next character's probability: (N, T, H) to (N*T, V)."""
-        scores = hs.reshape(-1, hs.shape[-1]) @ self.W + self.b
+        scores: Floats = hs.reshape(-1, hs.shape[-1]) @ self.W + self.b
         scores -= scores.max(axis=1, keepdims=True)
         scores -= np.log(np.exp(scores).sum(axis=1, keepdims=True))
         return scores

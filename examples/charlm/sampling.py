@@ -11,7 +11,10 @@ import numpy as np
 from examples.charlm.training import MODEL
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import timernn
+    from examples.charlm.layers import Floats
     from examples.charlm.text import Corpus
     from examples.charlm.training import ClientLayers
 
@@ -44,8 +47,8 @@ def write(
 ) -> Latencies:
     """Print text that the model makes up, each character as it comes.
 
-    Every character is one chunk of one time step: the server keeps what was said so far in the
-    session's hidden state, so nothing is ever sent twice.
+    Every character is one chunk of one time step on one gRPC stream: the server keeps what was said
+    so far in the session's hidden state, so nothing is ever sent twice.
 
     Args:
         client: The connection.
@@ -60,23 +63,32 @@ def write(
         The time of each chunk.
     """
     rng = np.random.default_rng(seed)
-    seconds = []
+    said = corpus.encode(prompt)
+    seconds: list[float] = []
+    began = 0.0
+
+    def chunks() -> Iterator[Floats]:
+        """Yield the prompt, and then each character as soon as it is drawn."""
+        nonlocal began
+        while True:
+            chunk = layers.embedding.forward(said[None])  # (1, T, D)
+            began = time.perf_counter()
+            yield chunk
+
+    print(prompt, end="", flush=True)
     with client.session(MODEL) as session:
-        print(prompt, end="", flush=True)
-        hs = session.forward(layers.embedding.forward(corpus.encode(prompt)[None]))
-        for _ in range(characters):
+        # With one chunk in flight, the next is asked for when the last is answered.
+        for hs in session.stream(chunks(), in_flight=1):  # (1, T, H)
+            seconds.append(time.perf_counter() - began)
+            if len(seconds) > characters:
+                break
             scores = layers.head.log_probabilities(hs[:, -1:])[0] / temperature
             p = np.exp(scores - scores.max())
-            character = rng.choice(len(p), p=p / p.sum())
-            print(corpus.alphabet[character], end="", flush=True)
-
-            x = layers.embedding.forward(np.array([[character]]))  # (1, 1, D)
-            began = time.perf_counter()
-            hs = session.forward(x)  # (1, 1, H)
-            seconds.append(time.perf_counter() - began)
+            said = rng.choice(len(p), size=1, p=p / p.sum())
+            print(corpus.decode(said), end="", flush=True)
         session.close()
     print()
-    return Latencies(seconds)
+    return Latencies(seconds[1:])  # the prompt was longer than a character
 
 
 def read(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import count
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Never, Self
 
 import numpy as np
 from tqdm import tqdm
@@ -92,7 +92,10 @@ class ClientLayers:
 
 
 class Crash:
-    """Kills the server and starts it again, beside a training that goes on calling it."""
+    """Kills the server and starts it again, beside a training that goes on calling it.
+
+    Leaving the `with` block waits until the server is back, and raises a ServerError if it is not.
+    """
 
     def __init__(self, server: ServerProcess) -> None:
         self._server = server
@@ -106,22 +109,25 @@ class Crash:
 
     def begin(self, step: int) -> None:
         """Kill the server now; return at once."""
-        tqdm.write(f"  step {step}: kill -9 {self._server.pid}, in the middle of a call")
+        tqdm.write(f"  step {step}: kill -9 {self._server.pid}; the training goes on")
         self._down_s = self._thread.submit(self._kill_and_start)
 
-    def end(self) -> float:
-        """Return how many seconds the server was away.
-
-        Raises:
-            ServerError: If it did not come back.
-        """
-        self._thread.shutdown()
+    def down_s(self) -> float:
+        """Return how many seconds the server was away."""
         return self._down_s.result() if self._down_s else 0.0
+
+    def __enter__(self) -> Self:
+        """Do nothing yet."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Wait until the server is back."""
+        self._thread.shutdown()
+        self.down_s()
 
     def _kill_and_start(self) -> float:
         began = time.monotonic()
-        self._server.kill()
-        self._server.start()
+        self._server.kill_and_start()
         down_s = time.monotonic() - began
         tqdm.write(f"  the server is back after {down_s:.1f} s as process {self._server.pid}")
         return down_s
@@ -143,7 +149,7 @@ def train(
     of the chunk (truncated BPTT), the state does not.
     """
     history = History()
-    first_version = client.get_weights(MODEL).version.number
+    first_version = client.get_model(MODEL).head.number
     began = time.monotonic()
     with client.session(MODEL, batch_size=STREAMS, train=True) as session, _bar() as bar:
         for step, (inputs, targets) in enumerate(_endless(corpus)):
@@ -159,13 +165,16 @@ def train(
             hs = session.forward(xs)  # (N, T, D) -> (N, T, H), on the server
             loss, dhs = layers.head.learn(hs, targets, step_lr)
             dxs = session.backward(dhs)  # (N, T, H) -> (N, T, D), on the server
-            version = session.update(lr=step_lr, clip_norm=CLIP_NORM)
+            session.update(lr=step_lr, clip_norm=CLIP_NORM)
             layers.embedding.learn(inputs, dxs, step_lr)
 
             history.losses.append(loss)
             _show(bar, spent, history.losses, time.monotonic() - began)
-        history.chunk_seq, history.versions = session.chunk_seq, version.number - first_version
-    history.seconds = time.monotonic() - began
+        history.seconds = time.monotonic() - began
+        history.down_s = crash.down_s()
+        # What the server knows, not what this client has counted.
+        history.chunk_seq = session.get_info().chunk_seq
+        history.versions = client.get_model(MODEL).head.number - first_version
     return history
 
 
@@ -193,13 +202,13 @@ def _endless(corpus: Corpus) -> Iterator[tuple[Ids, Ids]]:
         yield from chunks(inputs, targets, STEPS)
 
 
-def _bar() -> tqdm[None]:
+def _bar() -> tqdm[Never]:
     layout = "  {percentage:3.0f}%|{bar:24}| {elapsed}<{remaining} {postfix}"
-    quiet = "CI" in os.environ
-    return tqdm(total=1.0, bar_format=layout, mininterval=10.0 if quiet else 0.2)
+    seconds = 0.2 if sys.stderr.isatty() else 10.0  # a log needs no animation
+    return tqdm(total=1.0, bar_format=layout, mininterval=seconds)
 
 
-def _show(bar: tqdm[None], spent: float, losses: list[float], seconds: float) -> None:
+def _show(bar: tqdm[Never], spent: float, losses: list[float], seconds: float) -> None:
     recent = float(np.mean(losses[-50:]))
     bar.set_postfix_str(
         f"loss {recent:.3f}, perplexity {math.exp(recent):.2f}, {len(losses) / seconds:.1f} steps/s",

@@ -94,7 +94,7 @@ def forecast_online(client: timernn.Client, stations: list[Station]) -> Floats:
             dhs = head.learn(hs, forecast - tomorrow)
             for session, gradient in zip(sessions, dhs, strict=True):
                 session.backward(gradient[None])
-            client.update(MODEL, clip_norm=CLIP_NORM)
+            client.update(MODEL, sessions=sessions, clip_norm=CLIP_NORM)
         for session in sessions:
             session.close()
     return np.concatenate(forecasts, axis=1)

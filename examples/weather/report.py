@@ -45,7 +45,8 @@ def errors(stations: Sequence[Station], forecasts: Floats) -> Errors:
     count = forecasts.shape[1]
     days = unscale(np.stack([station.days for station in stations]))
     truth, today = days[:, 1 : count + 1], days[:, :count]
-    so_far = np.cumsum(today, axis=1) / np.arange(1, count + 1, dtype=np.float32)[:, None]
+    counts = np.arange(1, count + 1, dtype=np.float32)[:, None]
+    so_far = (np.cumsum(today, axis=1) / counts).astype(np.float32)
     return Errors(*(_rms(guess - truth) for guess in (unscale(forecasts), today, so_far)))
 
 

@@ -54,8 +54,8 @@ def run(arguments: list[str]) -> int:
     try:
         code = app(arguments, prog_name="timernn", standalone_mode=False)
     except UsageError as error:
-        if message := str(error.format_message()):  # none where the help was printed instead
-            fail(message)
+        if message := str(error.format_message()):  # type: ignore[attr-defined]  # Click's own
+            fail(message)  # without one, the help was printed instead
         return 2
     except KeyboardInterrupt:
         return 130

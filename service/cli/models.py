@@ -258,7 +258,15 @@ def make_optimizer(
     """
     import timernn  # noqa: PLC0415 - not for --help and usage errors
 
-    kinds = {kind.__name__.lower(): kind for kind in timernn.OPTIMIZERS}
+    kinds: dict[str, type[timernn.Optimizer]] = {
+        "sgd": timernn.SGD,
+        "momentum": timernn.Momentum,
+        "nesterov": timernn.Nesterov,
+        "adagrad": timernn.AdaGrad,
+        "rmsprop": timernn.RMSprop,
+        "adam": timernn.Adam,
+        "adamw": timernn.AdamW,
+    }
     kind = kinds[name.value]
     known = [f.name for f in fields(kind)]
     values = {} if lr is None else {"lr": lr}

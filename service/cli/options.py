@@ -21,13 +21,17 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
-LOG_LEVELS = ("debug", "info", "warning", "error")
+CHOICES = {
+    "durability": ("primary", "replica"),
+    "log_level": ("debug", "info", "warning", "error"),
+}
 LIMIT_PREFIX = "limit_"
 
 SETTINGS_HELP = {
-    "listen": "Address to serve on, HOST:PORT. Port 0 picks a free one.",
-    "redis_url": "Redis or Valkey server that keeps the state, such as redis://localhost:6379/0."
-    " Without it the server runs its own store in --data-dir.",
+    "listen": "Address to serve on: HOST:PORT, where port 0 picks a free one, or unix:PATH.",
+    "redis_url": "Redis or Valkey that keeps the state: redis://, rediss:// (TLS) or unix://,"
+    " redis+sentinel://HOST:26379,…/NAME, redis+cluster://HOST:6379,…. Without it the server runs a"
+    " store of its own in --data-dir.",
     "data_dir": "Folder of the embedded store: what it holds survives a restart.",
     "drain_s": "Seconds that calls in flight may take after SIGTERM.",
     "drain_notice_s": "Seconds that health says NOT_SERVING before calls are refused, so that a"
@@ -37,7 +41,11 @@ SETTINGS_HELP = {
     "max_batch_rows": "Rows of one forward pass that joins several sessions.",
     "store_connections": "Connections to the store.",
     "store_timeout_ms": "Milliseconds that the store may take for one answer.",
-    "log_level": f"What to log on stderr: {', '.join(LOG_LEVELS)}.",
+    "durability": "What an answer waits for: that the store's primary has its writes, or that a"
+    " replica has them too.",
+    "durability_timeout_ms": "Milliseconds that it waits for the replica; less than"
+    " --store-timeout-ms.",
+    "log_level": "What to log on stderr.",
 }
 
 LIMITS_HELP = {
@@ -96,25 +104,27 @@ def format_bytes(count: int) -> str:
 
 
 def parse_address(text: str) -> str:
-    """Check a HOST:PORT.
+    """Check a HOST:PORT, or a unix:PATH.
 
     Raises:
-        typer.BadParameter: If it is not one.
+        typer.BadParameter: If it is neither.
     """
+    if text.startswith("unix:") and len(text) > len("unix:"):
+        return text
     found = re.fullmatch(r"(\[[0-9A-Fa-f:.%]+\]|[^\s:\[\]]+):(\d{1,5})", text)
     if not found or int(found[2]) > 65535:
         raise typer.BadParameter(f"expected HOST:PORT, such as 127.0.0.1:50051, got {text!r}")
     return text
 
 
-def parse_log_level(text: str) -> str:
-    """Check the name of a log level.
+def parse_choice(text: str, choices: tuple[str, ...]) -> str:
+    """Check that a word is one of those that can be chosen, in any case.
 
     Raises:
-        typer.BadParameter: If there is none of this name.
+        typer.BadParameter: If it is not.
     """
-    if text.lower() not in LOG_LEVELS:
-        raise typer.BadParameter(f"expected one of {', '.join(LOG_LEVELS)}, got {text!r}")
+    if text.lower() not in choices:
+        raise typer.BadParameter(f"expected one of {', '.join(choices)}, got {text!r}")
     return text.lower()
 
 
@@ -132,7 +142,7 @@ def takes_settings(command: Callable[[Settings], None]) -> Callable[..., None]:
     # Typer reads these two instead of the wrapper's own.
     with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     with_options.__annotations__ = {p.name: p.annotation for p in parameters}
-    del with_options.__wrapped__  # type: ignore[attr-defined]
+    del with_options.__wrapped__
     return with_options
 
 
@@ -180,8 +190,9 @@ def _option(name: str, default: object, explained: str, panel: str) -> Any:
         return typer.Option(flag, parser=parse_bytes, metavar="BYTES", show_default=shown, **common)
     if name == "listen":
         return typer.Option(flag, parser=parse_address, metavar="HOST:PORT", **common)
-    if name == "log_level":
-        return typer.Option(flag, parser=parse_log_level, metavar="LEVEL", **common)
+    if choices := CHOICES.get(name):
+        parser = functools.partial(parse_choice, choices=choices)
+        return typer.Option(flag, parser=parser, metavar="|".join(choices), **common)
     if isinstance(default, Path):
         return typer.Option(flag, file_okay=False, metavar="DIR", **common)
     if isinstance(default, str):

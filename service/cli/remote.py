@@ -57,5 +57,5 @@ def connected(server: str, timeout_s: float) -> Iterator[timernn.Client]:
     addresses = [address.strip() for address in server.split(",") if address.strip()]
     if not addresses:
         raise typer.BadParameter("expected HOST:PORT, got nothing", param_hint="'--server'")
-    with timernn.connect(addresses, timeout_s=timeout_s, connect_timeout_s=timeout_s) as client:
+    with timernn.connect(addresses, timeout=timeout_s, connect_timeout=timeout_s) as client:
         yield client

@@ -43,7 +43,9 @@ def announce(address: str) -> None:
 
 
 def is_loopback(listen: str) -> bool:
-    """Tell whether only this machine can reach the HOST of a HOST:PORT."""
+    """Tell whether only this machine can reach an address to listen on."""
+    if listen.startswith("unix:"):
+        return True
     host = listen.rpartition(":")[0].strip("[]")
     if host == "localhost" or host.endswith(".localhost"):
         return True

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,7 +47,7 @@ def test_a_stream_goes_on_where_its_last_chunk_ended() -> None:
 def test_the_head_s_gradient_is_that_of_its_loss(rng: np.random.Generator) -> None:
     """It agrees with central differences of the loss."""
     head = SoftmaxHead(rng, H=4, V=5)
-    hs = rng.normal(size=(2, 3, 4))
+    hs: Any = rng.normal(size=(2, 3, 4))  # double, for the differences
     targets = rng.integers(0, 5, (2, 3))
     W, b = head.W.astype(np.float64), head.b.astype(np.float64)
     head.W, head.b = W, b  # type: ignore[assignment]
