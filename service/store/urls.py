@@ -62,7 +62,7 @@ def connect(url: str, settings: Settings) -> Redis | RedisCluster:
     pool = BlockingConnectionPool.from_url(
         url, max_connections=settings.store_connections, **_pool_options(settings)
     )
-    return Redis(connection_pool=pool)
+    return Redis.from_pool(pool)  # which closes it with itself
 
 
 def parse_address(url: str, default_port: int) -> Address:
