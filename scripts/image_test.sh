@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Build the image, run it as it is meant to be run, ping it, stop it: with docker or podman where a
-# daemon or a kernel allows, else with buildah (BUILDAH_ISOLATION=chroot where there are no namespaces).
+# daemon or a kernel allows, else with buildah. ENGINE names one of the three; buildah takes BUILDAH_ARGS
+# (e.g. "--storage-driver vfs"), BUILD_ARGS for its build, and BUILDAH_ISOLATION=chroot without namespaces.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 image=timernn:image-test
@@ -44,12 +45,15 @@ wait "$server"
 '
 
 with_buildah() {
-  local container
-  buildah bud --quiet --network host --file docker/Dockerfile --tag "$image" ${BUILD_ARGS:-} . >/dev/null
-  container=$(buildah from --pull-never "$image")
+  local container buildah build_args
+  read -ra buildah <<<"buildah ${BUILDAH_ARGS:-}"
+  read -ra build_args <<<"${BUILD_ARGS:-}"
+  "${buildah[@]}" bud --format docker --network host --file docker/Dockerfile --tag "$image" \
+    "${build_args[@]}" . >/dev/null
+  container=$("${buildah[@]}" from --pull-never "$image")
   # shellcheck disable=SC2064
-  trap "buildah rm $container >/dev/null" EXIT
-  buildah run --network host "$container" -- sh -c "$inside"
+  trap "${buildah[*]} rm $container >/dev/null" EXIT
+  "${buildah[@]}" run --network host "$container" -- sh -c "$inside"
 }
 
 for engine in docker podman; do
@@ -59,7 +63,7 @@ for engine in docker podman; do
     exit 0
   fi
 done
-if command -v buildah >/dev/null; then
+if [[ ${ENGINE:-buildah} == buildah ]] && command -v buildah >/dev/null; then
   with_buildah
   echo "image-test: $image built and answered under buildah"
   exit 0
