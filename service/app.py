@@ -17,6 +17,7 @@ import signal
 import socket
 import sys
 import time
+from dataclasses import replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
@@ -33,6 +34,7 @@ from service.domain.recurrence import Recurrence
 from service.domain.sessions import Sessions
 from service.domain.tapes import RecentTapes
 from service.domain.training import Training
+from service.failpoints import FailpointError, Failpoints
 from service.rpc.server import Domain, RpcServer
 from service.rpc.server_info import ServerInfo
 from service.store.connect import UnfitStoreError, open_store
@@ -44,7 +46,6 @@ if TYPE_CHECKING:
     from service.settings import Settings
     from service.store.connect import Store
 
-DURABILITY: Final = "primary"  # an answer follows the acknowledgement of the store's primary
 CHECK_S: Final = 1.0  # between two looks at the store
 
 _LOGGER = logging.getLogger(__name__)
@@ -164,6 +165,13 @@ async def _build(settings: Settings, store: Store, stack: contextlib.AsyncExitSt
     """Wire every layer; what holds work is closed by the stack, the last built first."""
     limits = settings.limits
     scheduler = Scheduler(settings.max_batch_rows)
+    if points := _failpoints(settings):
+        scheduler = points.wrap_scheduler(scheduler)
+        store = replace(
+            store,
+            sessions=points.wrap_store(store.sessions),
+            models=points.wrap_store(store.models),
+        )
     stack.push_async_callback(asyncio.to_thread, scheduler.close)
     catalog = Catalog(store.models, limits.head_max_age_ms, settings.weights_cache_bytes)
     live = LiveSessions(settings.session_cache_bytes)
@@ -182,9 +190,19 @@ async def _build(settings: Settings, store: Store, stack: contextlib.AsyncExitSt
         replica_id=secrets.token_hex(8),
         start_time_ms=int(time.time() * 1000),
         limits=limits,
-        durability=DURABILITY,
+        durability=settings.durability,
     )
     return RpcServer(domain, info)
+
+
+def _failpoints(settings: Settings) -> Failpoints:
+    try:
+        points = Failpoints(settings.failpoints)
+    except FailpointError as error:
+        raise StartError(f"--failpoints: {error}") from error
+    if points and not settings.testing:
+        raise StartError("--failpoints: only for tests; add --testing, never in production")
+    return points
 
 
 async def _listen(server: RpcServer, listen: str) -> str:
@@ -234,6 +252,7 @@ async def _watch_store(server: RpcServer, store: Store, embedded: EmbeddedStore 
 
 async def _drain(server: RpcServer, settings: Settings, signals: _Signals) -> None:
     signals.is_draining = True
+    await _failpoints(settings).hit("before_drain")
     _LOGGER.info("draining")
     server.health.set_serving(False)
     with contextlib.suppress(TimeoutError):

@@ -66,4 +66,6 @@ class Settings:
     durability: str = "primary"  # or "replica": an answer waits until a replica has its writes
     durability_timeout_ms: int = 200  # how long it waits; must be less than store_timeout_ms
     log_level: str = "info"
+    failpoints: str = ""  # as service.failpoints tells; only with `testing`
+    testing: bool = False
     limits: Limits = field(default_factory=Limits)

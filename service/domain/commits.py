@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
+from service.domain.errors import Unavailable
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -65,5 +67,13 @@ class Committer:
             outcomes = await self._store.commit_chunks([commit for commit, _ in batch])
         except Exception as error:  # noqa: BLE001 - it becomes each chunk's answer
             outcomes = [error] * len(batch)
+        except asyncio.CancelledError:  # whoever cancelled, nobody may wait for ever
+            outcomes = [cancelled_midway()] * len(batch)
         for (_, told), outcome in zip(batch, outcomes, strict=True):
             told(outcome)
+
+
+def cancelled_midway() -> Unavailable:
+    """Make the answer to work that was cut off: it may or may not have been carried out."""
+    text = "the call was cut off midway: it may or may not be applied; send it again as it is"
+    return Unavailable("UNKNOWN_OUTCOME", text, retry_after_s=0.05)

@@ -20,7 +20,7 @@ import numpy as np
 
 from service.compute.scheduler import Chunk
 from service.domain.catalog import is_at_least
-from service.domain.commits import Committer
+from service.domain.commits import Committer, cancelled_midway
 from service.domain.digests import chunk_digest, next_token
 from service.domain.errors import (
     Aborted,
@@ -355,6 +355,9 @@ class Recurrence:
                 await steps
             except Exception as error:  # noqa: BLE001 - it becomes the answer
                 self._end(call, error)
+            except asyncio.CancelledError:  # whoever cancelled, the session must not stay blocked
+                self._end(call, cancelled_midway())
+                raise
 
         task = asyncio.get_running_loop().create_task(run())
         self._tasks.add(task)

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from rnn_engine import (
         Array,
         Moments,
-        Optimizer,
     )
 
 SPEC_LAYOUT = 1

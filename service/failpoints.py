@@ -1,0 +1,154 @@
+"""Places where a test can make a replica die, sleep, fail or be cancelled.
+
+A failpoint stands beside the code that it disturbs, never in it: switched on, the stores and the
+scheduler are wrapped when the server is built; switched off, nothing of this module is there.
+
+`TIMERNN_FAILPOINTS=before_commit=exit;after_update=sleep(2)@3` kills the process at the first commit
+and sleeps 2 s at the third flip of a head, once each. Actions: `exit`, `sleep(SECONDS)`, `raise`,
+`cancel`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+    from service.compute.scheduler import Chunk, Scheduler
+
+EXIT_CODE = 137
+_FORM = re.compile(
+    r"(?P<name>\w+)=(?P<action>exit|raise|cancel|sleep\((?P<s>\d+(\.\d+)?)\))(@(?P<n>\d+))?"
+)
+
+# Which failpoint stands before, and which after, each method of a store.
+_AROUND = {
+    "read_session": ("", "after_read"),
+    "commit_chunks": ("before_commit", "after_commit"),
+    "read_tape": ("", "after_tape_read"),
+    "count_contribution": ("before_count", "after_count"),
+    "look_update": ("", "after_look"),
+    "flip_head": ("before_update", "after_update"),
+}
+NAMES = {name for pair in _AROUND.values() for name in pair if name} | {
+    "after_compute",
+    "before_drain",
+}
+
+
+class FailpointError(Exception):
+    """What the action `raise` raises; and the complaint about a text that names no failpoints."""
+
+
+@dataclass(slots=True)
+class _Failpoint:
+    action: str
+    sleep_s: float
+    at: int
+    hits: int = 0
+
+
+class Failpoints:
+    """The failpoints that are switched on."""
+
+    def __init__(self, text: str = "") -> None:
+        """Read the text of TIMERNN_FAILPOINTS.
+
+        Raises:
+            FailpointError: If it is not of the form above.
+        """
+        self._points: dict[str, _Failpoint] = {}
+        for part in filter(None, text.split(";")):
+            form = _FORM.fullmatch(part.strip())
+            if form is None or form["name"] not in NAMES:
+                known = ", ".join(sorted(NAMES))
+                raise FailpointError(
+                    f"expected NAME=ACTION[@N] with a NAME of {known}; got {part!r}"
+                )
+            self._points[form["name"]] = _Failpoint(
+                form["action"].partition("(")[0], float(form["s"] or 0), int(form["n"] or 1)
+            )
+
+    def __bool__(self) -> bool:
+        """Tell whether any is switched on."""
+        return bool(self._points)
+
+    async def hit(self, name: str) -> None:
+        """Do what the failpoint of this name says, if it is its turn."""
+        point = self._points.get(name)
+        if point is None:
+            return
+        point.hits += 1
+        if point.hits != point.at:
+            return
+        if point.action == "exit":
+            os._exit(EXIT_CODE)
+        if point.action == "raise":
+            raise FailpointError(name)
+        if point.action == "cancel":
+            raise asyncio.CancelledError(name)
+        await asyncio.sleep(point.sleep_s)
+
+    def wrap_store(self, store: Any) -> Any:
+        """Return a port that passes the failpoints around each method."""
+        return _FailingStore(store, self)
+
+    def wrap_scheduler(self, scheduler: Scheduler) -> Scheduler:
+        """Let a chunk pass `after_compute` before it is delivered."""
+        if "after_compute" not in self._points:
+            return scheduler
+        submit, tasks = scheduler.submit, set[asyncio.Task[None]]()
+
+        def submit_failing(chunk: Chunk) -> None:
+            deliver = chunk.deliver
+
+            async def deliver_failing(done: Chunk) -> None:
+                try:
+                    await self.hit("after_compute")
+                except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - the chunk's answer
+                    done.tape = None
+                    done.error = (
+                        error if isinstance(error, Exception) else RuntimeError("cancelled")
+                    )
+                deliver(done)
+
+            def start(done: Chunk) -> None:
+                task = asyncio.get_running_loop().create_task(deliver_failing(done))
+                tasks.add(task)
+                task.add_done_callback(tasks.discard)
+
+            chunk.deliver = start
+            submit(chunk)
+
+        scheduler.submit = submit_failing  # type: ignore[method-assign]
+        return scheduler
+
+
+class _FailingStore:
+    """A store whose methods pass their failpoints."""
+
+    def __init__(self, store: Any, points: Failpoints) -> None:
+        self._store = store
+        self._points = points
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._store, name)
+        if name not in _AROUND:
+            return method
+        return self._around(method, *_AROUND[name])
+
+    def _around(
+        self, method: Callable[..., Coroutine[Any, Any, Any]], before: str, after: str
+    ) -> Callable[..., Coroutine[Any, Any, Any]]:
+        async def call(*arguments: Any, **named: Any) -> Any:
+            await self._points.hit(before)
+            answer = await method(*arguments, **named)
+            await self._points.hit(after)
+            return answer
+
+        return call
