@@ -111,6 +111,7 @@ class OperationReader:
             return_dxs=request.return_dxs,
             return_gradients=request.return_gradients,
             update=self._inline_update(request),
+            resent=request.resent,
         )
 
     def update(self, request: pb.UpdateRequest, *, is_inline: bool = False) -> Update:
