@@ -48,7 +48,7 @@ class Health:
     def end(self) -> None:
         """Tell NOT_SERVING to who watches and send them away, so that none holds up a stop.
 
-        They leave with OK: with an error, gRPC would drop the last word before it.
+        They leave with OK: before an error, gRPC drops what a client has not read yet.
         """
         self.is_serving = False
         self._is_ended = True

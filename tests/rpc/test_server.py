@@ -67,9 +67,10 @@ async def test_a_watcher_is_told_each_change_and_sent_away_at_the_end(serve: Ser
     assert (await watch.read()).status == NOT_SERVING
     served.server.health.set_serving(True)
     assert (await watch.read()).status == SERVING
+    last = asyncio.ensure_future(watch.read())
     async with asyncio.timeout(5):
         await served.server.drain(60)
-    assert (await watch.read()).status == NOT_SERVING
+    assert (await last).status == NOT_SERVING
     assert await watch.read() is grpc.aio.EOF
 
 
