@@ -11,6 +11,7 @@ async with timernn.aio.connect("localhost:50051") as client:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterable, AsyncIterator
 from contextlib import AsyncExitStack
 from functools import wraps
@@ -19,7 +20,6 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
 import grpc
 import grpc.aio
 
-from timernn import errors
 from timernn._core.channels import addresses_of, channel_options
 from timernn._core.client import ClientCore, Options
 from timernn._core.effects import (
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+    from timernn import errors
     from timernn._core.contract import Rpc
     from timernn._core.effects import (
         Effect,
@@ -100,10 +101,9 @@ class _Stream:
         self._call = call
 
     async def write(self, message: Any) -> None:
-        try:
+        # It has ended: the read that follows tells why.
+        with contextlib.suppress(asyncio.InvalidStateError):
             await self._call.write(message)
-        except asyncio.InvalidStateError as error:
-            raise errors.Unavailable("the server ended the stream") from error
 
     async def read(self) -> Any:
         message = await self._call.read()

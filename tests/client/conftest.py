@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 import uuid
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -85,6 +86,7 @@ class StandIn:
         self._failures: dict[str, list[tuple[status_pb2.Status, bool]]] = defaultdict(list)
         self._chunks: dict[tuple[str, int], list[rnn_pb.ForwardResponse]] = defaultdict(list)
         self.version = 1
+        self._arrived = threading.Condition()
         self._server = grpc.server(ThreadPoolExecutor(8))
         self._server.add_generic_rpc_handlers((_Handlers(self),))
         self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
@@ -100,9 +102,16 @@ class StandIn:
         """Let the next calls of a method end with these, before or after they take effect."""
         self._failures[method] += [(status, after_applying) for status in statuses]
 
+    def wait_for(self, method: str) -> None:
+        """Wait until a call of a method has come."""
+        with self._arrived:
+            assert self._arrived.wait_for(lambda: self.requests[method], 10)
+
     def answer(self, method: str, request: Any) -> Any:
         """Answer one call or one operation."""
-        self.requests[method].append(_copy(request))
+        with self._arrived:
+            self.requests[method].append(_copy(request))
+            self._arrived.notify_all()
         failures = self._failures[method]
         status, after_applying = failures.pop(0) if failures else (None, False)
         if status is not None and not after_applying:
@@ -198,7 +207,7 @@ class _Handlers(grpc.GenericRpcHandler):
     def __init__(self, stand_in: StandIn) -> None:
         self._stand_in = stand_in
 
-    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
+    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
         name = details.method.rpartition("/")[2]
         module = next(m for m in (model_pb, session_pb, rnn_pb) if hasattr(m, f"{name}Request"))
         make = grpc.unary_unary_rpc_method_handler
@@ -225,10 +234,6 @@ class _Handlers(grpc.GenericRpcHandler):
             for operation in request.operations:
                 result = rnn_pb.OperationResult(tag=operation.tag)
                 try:
-                    try:
-                        self._stand_in.answer("Stream", operation)
-                    except AttributeError:  # no behaviour of its own: the failures laid down alone
-                        pass
                     result.forward.CopyFrom(self._stand_in.answer("Forward", operation.forward))
                 except Failure as failure:
                     if failure.status.message.endswith("BREAK"):
@@ -326,7 +331,7 @@ class Slot:
     """A hash slot's keys, which a test sets back as a failover does that lost writes."""
 
     def __init__(self, store_url: str, tag: bytes) -> None:
-        self._redis = redis.Redis.from_url(store_url)
+        self._redis: Any = redis.Redis.from_url(store_url)
         self._pattern = tag.replace(b"[", b"\\[") + b"*"
         self._kept: dict[bytes, tuple[bytes, int]] = {}
         self.keep()
@@ -339,10 +344,12 @@ class Slot:
         }
 
     def lose(self) -> None:
-        """Set the keys back to what was kept."""
-        self._redis.delete(*self._redis.keys(self._pattern) or [b"nothing"])
-        for key, (value, ttl_ms) in self._kept.items():
-            self._redis.restore(key, ttl_ms, value)
+        """Set the keys back to what was kept, at one stroke."""
+        with self._redis.pipeline(transaction=True) as pipeline:
+            pipeline.delete(b"nothing", *self._redis.keys(self._pattern))
+            for key, (value, ttl_ms) in self._kept.items():
+                pipeline.restore(key, ttl_ms, value)
+            pipeline.execute()
 
     def close(self) -> None:
         """Close the connection."""

@@ -211,7 +211,8 @@ class BackwardIntent(Intent[rnn_pb.BackwardRequest]):
         self._session.contributed(request)
         if answer.HasField("update"):
             self._session.training.stepped(update, answer.update)
-            self._session.last_update = update_from_proto(answer.update)
+            self._session.last_update = result = update_from_proto(answer.update)
+            self._session.version = result.version
         if self.done == len(self.requests):
             self._finish()
 

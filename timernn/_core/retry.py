@@ -173,6 +173,7 @@ class Patience:
         self._is_outcome_unknown = False
         self._failures = 0
         self._retries = 0
+        self._told: errors.Error | None = None
 
     def attempt_timeout_s(self) -> float:
         """Return how long the next attempt may take, in seconds."""
@@ -195,10 +196,19 @@ class Patience:
             raise error
         if isinstance(error, errors.DeadlineExceeded):
             self._attempt_s *= 2
+        else:
+            self._told = error
         wait = caller.delay_s(self._retries, error)
         latest = caller.latest(self._deadline, self._started)
         if caller.clock() + wait >= latest:
-            raise error
+            raise self._most_telling(error)
         caller.move_on(address)
         self._retries += 1
         yield Sleep(wait)
+
+    def _most_telling(self, last: errors.Error) -> errors.Error:
+        """Return the last error, or the one before when the last only says that time is over."""
+        if last.reason or not isinstance(last, errors.DeadlineExceeded) or self._told is None:
+            return last
+        self._told.attempts, self._told.is_outcome_unknown = last.attempts, True
+        return self._told

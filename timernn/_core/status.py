@@ -16,7 +16,14 @@ _DOMAIN = "timernn"
 _DETAILS_KEY = "grpc-status-details-bin"
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 # What a connection that breaks under a call leaves behind, beside UNAVAILABLE (seen of grpcio).
-_BROKEN_CONNECTION = ("Stream removed", "RST_STREAM", "Connection reset", "Socket closed", "GOAWAY")
+_BROKEN_CONNECTION = (
+    "Stream removed",
+    "RST_STREAM",
+    "Connection reset",
+    "Socket closed",
+    "GOAWAY",
+    "Internal error from Core",  # grpc.aio, when it writes to a stream that has just ended
+)
 
 
 def error_from_rpc(failure: Any) -> errors.Error:
