@@ -21,10 +21,16 @@ if TYPE_CHECKING:
 
     from rnn_engine import Array, Params
 
-# Below this many multiply-adds a thread costs more than it frees the loop for (about 0.2 ms).
-INLINE_WORK = 1 << 20
+# Up to this many multiply-adds, about 2 ms, arithmetic runs on the loop itself: a thread would have to
+# ask the loop for the interpreter at every step of the recurrence and be slower for both.
+INLINE_WORK = 1 << 24
 
 Result = TypeVar("Result")
+
+
+def hash_work(size_bytes: int) -> int:
+    """Return the work of hashing or copying so many bytes, in multiply-adds that take as long."""
+    return 8 * size_bytes
 
 
 @dataclass(slots=True)

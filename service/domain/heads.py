@@ -15,6 +15,7 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
+from service.compute.scheduler import hash_work
 from service.domain import weights
 from service.domain.catalog import model_not_found
 from service.domain.digests import request_name
@@ -159,7 +160,7 @@ class HeadMaker:
         made: NextHead,
     ) -> StepAnswer | None:
         size = weights.spec_bytes(model.spec)
-        data, moments, digest = await self._scheduler.run(size, _laid_out, made)
+        data, moments, digest = await self._scheduler.run(hash_work(size), _laid_out, made)
         version = Version(look.head.number + 1, digest)
         answer = StepAnswer(version, made.gradient_norm, made.clipped, len(made.names))
         flip = HeadFlip(

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from service.compute.scheduler import Chunk
+from service.compute.scheduler import Chunk, hash_work
 from service.domain.catalog import is_at_least
 from service.domain.commits import Committer, cancelled_midway
 from service.domain.digests import chunk_digest, next_token
@@ -136,29 +136,41 @@ class Recurrence:
     # --- the way of a chunk -------------------------------------------------------------------
 
     def _start(self, call: _Call) -> None:
-        """Compute at once when all that is needed is in hand; else fetch it first."""
+        """Compute at once when all that is needed is in hand; else fetch what is missing first."""
+        live = self._live.get(call.key)
+        if live is None or not _is_next(call.op, live):
+            self._spawn(call, self._fetch(call))
+            return
         try:
-            is_ready = self._start_in_hand(call)
+            is_started = self._start_in_hand(call, live)
         except Exception as error:  # noqa: BLE001 - it becomes the answer
             self._end(call, error)
             return
-        if not is_ready:
-            self._spawn(call, self._fetch(call))
+        if not is_started:
+            self._spawn(call, self._continue(call, live))
 
-    def _start_in_hand(self, call: _Call) -> bool:
-        op, live = call.op, self._live.get(call.key)
-        if live is None or not _is_next(op, live):
-            return False
-        model = self._catalog.peek(call.key[0], live.model_id)
-        if model is None or model.incarnation != live.incarnation:
+    def _start_in_hand(self, call: _Call, live: LiveSession) -> bool:
+        op, model = call.op, self._catalog.peek(call.key[0], live.model_id)
+        if model is None or model.incarnation != live.incarnation or op.pinned is not None:
             return False
         params = self._catalog.cached_params(model.incarnation, model.head)
-        if params is None or (op.minimum and not is_at_least(model.head, op.minimum)):
+        if params is None or op.xs.nbytes > _BIG_CHUNK_BYTES:
+            return False
+        if op.minimum is not None and not is_at_least(model.head, op.minimum):
             return False
         self._check_chunk(op, model.spec, live.h.shape[0])
         call.digest = chunk_digest(op.xs, train=op.train)
         self._compute(call, live, model.head, params)
         return True
+
+    async def _continue(self, call: _Call, live: LiveSession) -> None:
+        """Continue a state in hand with weights that are not, or hash a big chunk in a thread."""
+        op = call.op
+        model = await self._catalog.get_life(call.key[0], live.model_id, live.incarnation)
+        self._check_chunk(op, model.spec, live.h.shape[0])
+        call.digest = await self._scheduler.run(hash_work(op.xs.nbytes), _digest, op)
+        version, params = await self._choose_weights(op, model)
+        self._compute(call, live, version, params)
 
     async def _fetch(self, call: _Call) -> None:
         """Read the session and decide: continue, replay, or refuse."""
@@ -174,7 +186,7 @@ class Recurrence:
         if op.model_id and op.model_id != model.spec.model_id:
             raise bad_field("model_id", f"the session runs {quoted(model.spec.model_id)}")
         self._check_chunk(op, model.spec, snapshot.head.batch_size)
-        call.digest = await self._scheduler.run(op.xs.nbytes, _digest, op)
+        call.digest = await self._scheduler.run(hash_work(op.xs.nbytes), _digest, op)
         live = live_from_snapshot(snapshot)
         self._live.put(call.key, live)
         if op.chunk_seq <= live.chunk_seq:
@@ -198,7 +210,9 @@ class Recurrence:
             NotFound,
             FailedPrecondition,
         ):  # the head went on, or came back otherwise, meanwhile
-            model = await self._catalog.get(model.tenant, model.spec.model_id, fresh=True)
+            model = await self._catalog.renew(model)
+            if op.minimum is not None:
+                model = await self._catalog.head_at_least(model, op.minimum)
             return await self._catalog.params(model, model.head)
 
     def _compute(self, call: _Call, base: LiveSession, version: Version, params: Params) -> None:
@@ -213,7 +227,7 @@ class Recurrence:
             self._end(call, done.error or RuntimeError("a chunk was not computed"))
             return
         call.tape = done.tape
-        call.h = np.ascontiguousarray(done.tape.hs[:, -1])
+        call.h = done.tape.hs[:, -1].copy()  # a view would keep all of hs while h is in hand
         op, (tenant, session_id) = call.op, call.key
         state = StoredState(op.chunk_seq, call.digest, call.token, call.version, call.h.tobytes())
         commit = ChunkCommit(
@@ -265,6 +279,8 @@ class Recurrence:
             raise seq_reused(op.chunk_seq)
         if op.previous_token and next_token(op.previous_token, at.digest, at.version) != at.token:
             raise history_forked(op.chunk_seq - 1)
+        if op.pinned is not None and not op.pinned.names(at.version):
+            raise history_forked(op.chunk_seq)
         h = state_from_bytes(at.h, snapshot.head.dtype, snapshot.head.batch_size)
         hs: Array | None = None
         if op.return_hs is ReturnHs.ALL:
@@ -332,8 +348,11 @@ class Recurrence:
             raise bad_tensor("xs.shape[2]", f"expected D={spec.input_size}, got {d}")
         if n != batch_size:
             raise bad_tensor("xs.shape[0]", f"expected N={batch_size}, got {n}")
-        rows = t + 1 if op.return_hs is ReturnHs.ALL else 2
-        size = n * rows * spec.hidden_size * op.xs.itemsize + _RESPONSE_OVERHEAD
+        if t < 1:
+            raise bad_tensor("xs.shape[1]", f"expected T >= 1, got {t}")
+        # All of hs counts, whatever of it is returned: it is computed, and a Backward sends as much. A
+        # few inputs a row could otherwise ask for gigabytes.
+        size = n * (t + 1) * spec.hidden_size * op.xs.itemsize + _RESPONSE_OVERHEAD
         if size > self._limits.message_bytes:
             raise answer_too_large(size, self._limits.message_bytes)
 
@@ -385,13 +404,11 @@ class Recurrence:
 
 
 def _is_next(op: Forward, live: LiveSession) -> bool:
-    """Tell whether a chunk continues a state in hand, with the head's weights."""
+    """Tell whether a chunk continues a state in hand."""
     return (
         live.epoch == op.epoch
         and live.chunk_seq + 1 == op.chunk_seq
-        and op.pinned is None
         and op.previous_token in (b"", live.token)
-        and op.xs.nbytes <= _BIG_CHUNK_BYTES
     )
 
 
@@ -482,7 +499,7 @@ def tape_quota(limit: int) -> ResourceExhausted:
 
 def answer_too_large(size: int, limit: int) -> ResourceExhausted:
     """Make the refusal of a chunk whose answer would not fit into a message."""
-    text = f"the answer would need {size} bytes, over the limit of {limit}: split along T, or ask for LAST"
+    text = f"the answer would need {size} bytes, over the limit of {limit}: split along T"
     return ResourceExhausted("MESSAGE_TOO_LARGE", text, limit=limit, size=size)
 
 
