@@ -48,6 +48,16 @@ def request_name(request_id: str) -> bytes:
     return hashlib.sha256(b"request" + request_id.encode()).digest()[:DIGEST_BYTES]
 
 
+def epoch_request_name(request_id: str, *content: bytes) -> bytes:
+    """Return 8 bytes that stand for a request id and 8 for what the request asks for.
+
+    Without an id, bytes that nobody else has.
+    """
+    name = request_name(request_id)
+    half = DIGEST_BYTES // 2
+    return name if not request_id else name[:half] + content_digest(*content)[:half]
+
+
 def content_digest(*parts: bytes | memoryview) -> bytes:
     """Return the 16 bytes that stand for a sequence of byte strings."""
     made = hashlib.sha256()

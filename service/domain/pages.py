@@ -5,8 +5,12 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+from typing import TYPE_CHECKING, TypeGuard
 
-from service.domain.errors import InvalidArgument
+from service.domain.errors import bad_field
+
+if TYPE_CHECKING:
+    from service.domain.errors import InvalidArgument
 
 
 def token_from_position(position: tuple[str, ...]) -> str:
@@ -24,14 +28,17 @@ def position_from_token(token: str) -> tuple[str, str] | None:
         return None
     try:
         name, score = json.loads(base64.urlsafe_b64decode(token.encode()))
-        float(score or "0")
-    except (ValueError, TypeError, binascii.Error) as error:
-        text = "page_token: expected next_page_token of the page before"
-        raise InvalidArgument("BAD_FIELD", text, field="page_token") from error
-    if not isinstance(name, str) or not isinstance(score, str):
-        raise InvalidArgument(
-            "BAD_FIELD",
-            "page_token: expected next_page_token of the page before",
-            field="page_token",
-        )
+    except (ValueError, TypeError, RecursionError, binascii.Error) as error:
+        raise _refused() from error
+    if not isinstance(name, str) or not _is_whole(score):
+        raise _refused()
     return name, score
+
+
+def _is_whole(score: object) -> TypeGuard[str]:
+    """Tell whether a position is a time in milliseconds, or empty."""
+    return isinstance(score, str) and (score == "" or (score.isascii() and score.isdigit()))
+
+
+def _refused() -> InvalidArgument:
+    return bad_field("page_token", "expected next_page_token of the page before")

@@ -74,6 +74,7 @@ class EpochOutcome(Enum):
 
     BEGUN = "BEGUN"
     REPLAYED = "REPLAYED"
+    REUSED = "REUSED"
     RESUMED = "RESUMED"
     EXISTS = "EXISTS"
     ABSENT = "ABSENT"
@@ -88,7 +89,7 @@ class EpochStart:
     mode: str
     head: SessionHead  # epoch and chunk_seq are not used
     first: StoredState
-    request: bytes  # 16 bytes, or empty
+    request: bytes  # 8 bytes that name the request and 8 of its content, or empty
     expected_epoch: int = 0
     expected_chunk_seq: int = -1
     restored_epoch: int = 0

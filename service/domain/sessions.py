@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from service.domain import pages
-from service.domain.digests import first_token, request_name
+from service.domain.digests import epoch_request_name, first_token
 from service.domain.errors import (
     Aborted,
     AlreadyExists,
@@ -18,6 +18,7 @@ from service.domain.errors import (
     bad_field,
     quoted,
 )
+from service.domain.heads import request_id_reused
 from service.domain.live import live_from_snapshot, state_from_bytes
 from service.domain.ports import (
     Absence,
@@ -29,7 +30,7 @@ from service.domain.ports import (
     SessionSnapshot,
     StoredState,
 )
-from service.domain.recurrence import check_tensor, session_absent
+from service.domain.recurrence import check_tensor, contended, session_absent
 from service.domain.types import (
     DIGEST_BYTES,
     OnExists,
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from service.settings import Limits
 
 SERVER_ID_BYTES = 16
+_TRIES = 5
 _NO_VERSION = Version(0, bytes(DIGEST_BYTES))
 _ANSWER_OVERHEAD = 1024
 
@@ -81,7 +83,13 @@ class Sessions:
                 op.model_id, model.incarnation, model.spec.dtype, op.batch_size, 0, 0, ttl_ms
             ),
             first=_first(state),
-            request=request_name(op.request_id),
+            request=epoch_request_name(
+                op.request_id,
+                b"open",
+                op.model_id.encode(),
+                op.batch_size.to_bytes(4, "big"),
+                state.tobytes(),
+            ),
             restored_epoch=op.restored_epoch,
         )
         return await self._begin(tenant, session_id, start)
@@ -116,22 +124,27 @@ class Sessions:
 
     async def begin_epoch(self, tenant: str, op: NewEpoch) -> tuple[SessionView, bool]:
         """Give a live session a new state and fence off the writers of the old epoch."""
-        snapshot = await self._read(tenant, op.session_id)
-        head = snapshot.head
-        model = await self._catalog.get_life(tenant, head.model_id, head.incarnation)
-        state = self._first_state(model.spec, head.batch_size, op.state, "state")
-        expected_seq = -1 if op.expected_chunk_seq is None else op.expected_chunk_seq
-        start = EpochStart(
-            mode="live",
-            head=head,
-            first=_first(state),
-            request=request_name(op.request_id),
-            expected_epoch=op.expected_epoch,
-            expected_chunk_seq=expected_seq,
-            restored_epoch=op.restored_epoch,
-        )
-        opened = await self._begin(tenant, op.session_id, start)
-        return opened.session, opened.replayed
+        for _ in range(_TRIES):
+            head = (await self._read(tenant, op.session_id)).head
+            model = await self._catalog.get_life(tenant, head.model_id, head.incarnation)
+            state = self._first_state(model.spec, head.batch_size, op.state, "state")
+            start = EpochStart(
+                mode="live",
+                head=head,
+                first=_first(state),
+                request=epoch_request_name(op.request_id, b"state", state.tobytes()),
+                # What was read may belong to a session that has been closed and opened otherwise since.
+                expected_epoch=op.expected_epoch or head.epoch,
+                expected_chunk_seq=-1 if op.expected_chunk_seq is None else op.expected_chunk_seq,
+                restored_epoch=op.restored_epoch,
+            )
+            outcome, number = await self._store.begin_epoch(tenant, op.session_id, start)
+            is_overtaken = outcome is EpochOutcome.FENCED and number != head.epoch
+            if is_overtaken and not op.expected_epoch:
+                continue
+            opened = await self._began(tenant, op.session_id, start, outcome, number)
+            return opened.session, opened.replayed
+        raise contended()
 
     async def fork(self, tenant: str, op: ForkSession) -> OpenedSession:
         """Open another session from this one's present state."""
@@ -149,7 +162,7 @@ class Sessions:
             first=StoredState(
                 0, bytes(DIGEST_BYTES), first_token(source.last.h), _NO_VERSION, source.last.h
             ),
-            request=request_name(op.request_id),
+            request=epoch_request_name(op.request_id, b"fork", op.session_id.encode()),
         )
         return await self._begin(tenant, new_id, start)
 
@@ -167,12 +180,23 @@ class Sessions:
 
     async def _begin(self, tenant: str, session_id: str, start: EpochStart) -> OpenedSession:
         outcome, number = await self._store.begin_epoch(tenant, session_id, start)
+        return await self._began(tenant, session_id, start, outcome, number)
+
+    async def _began(
+        self, tenant: str, session_id: str, start: EpochStart, outcome: EpochOutcome, number: int
+    ) -> OpenedSession:
+        """Refuse what did not begin, and return the session as it now is."""
         self._live.drop((tenant, session_id))
         self._refuse(session_id, start, outcome, number)
         snapshot = await self._read(tenant, session_id)
         resumed = outcome is EpochOutcome.RESUMED
         if resumed:
             _check_resumable(snapshot.head, start.head)
+        elif snapshot.head.epoch != number:
+            text = f"epoch {number} began and was ended by another writer at once"
+            raise Aborted("EPOCH_FENCED", text, epoch=snapshot.head.epoch)
+        if resumed or start.mode in ("live", OnExists.RESET.value):
+            # An Open has told the list already, but of a life that may be longer or shorter.
             await self._store.touch_session(tenant, session_id, snapshot.head.ttl_ms)
         self._live.put((tenant, session_id), live_from_snapshot(snapshot))
         replayed = outcome is EpochOutcome.REPLAYED
@@ -185,6 +209,8 @@ class Sessions:
         if outcome is EpochOutcome.EXISTS:
             text = f"session {quoted(session_id)} is live; use RESUME or RESET"
             raise AlreadyExists("SESSION_EXISTS", text, session_id=session_id, epoch=number)
+        if outcome is EpochOutcome.REUSED:
+            raise request_id_reused()
         if outcome is EpochOutcome.FENCED:
             asked = start.restored_epoch or start.expected_epoch
             text = f"expected epoch {asked}, the present or last one is {number}"

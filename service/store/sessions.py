@@ -162,17 +162,15 @@ class RedisSessionStore:
 
     async def reserve_session(self, tenant: str, session_id: str, ttl_ms: int) -> bool:
         """Note a session in the tenant's list unless it is full."""
-        arguments = (session_id, ttl_ms + ttl_ms // 4, self._limits.sessions_per_tenant)
+        arguments = (session_id, ttl_ms + ttl_ms // 4, self._limits.sessions_per_tenant, "GT")
         call = Call(_RESERVE, (keys.tenant_sessions_key(tenant),), arguments)
         return bool(await self._runner.run(call) == b"OK")
 
     async def touch_session(self, tenant: str, session_id: str, ttl_ms: int) -> None:
         """Tell the tenant's list that a session lives on."""
         most = 1 << 53  # a session that lives already is never refused
-        call = Call(
-            _RESERVE, (keys.tenant_sessions_key(tenant),), (session_id, ttl_ms + ttl_ms // 4, most)
-        )
-        await self._runner.run(call)
+        arguments = (session_id, ttl_ms + ttl_ms // 4, most, "CH")
+        await self._runner.run(Call(_RESERVE, (keys.tenant_sessions_key(tenant),), arguments))
 
     async def release_session(self, tenant: str, session_id: str) -> None:
         """Take a session off the tenant's list."""

@@ -5,11 +5,12 @@
 -- KEYS[1] record  KEYS[2] marker  KEYS[3] tape index
 -- ARGV[1] what to do with a live session: fail | resume | reset; live: there must be one
 -- ARGV[2] expected epoch or 0  ARGV[3] expected chunk_seq or -1  ARGV[4] restored epoch or 0
--- ARGV[5] 16 bytes that name the request; all zero: none
+-- ARGV[5] 16 bytes: 8 that name the request, 8 of its content; all zero: none
 -- ARGV[6] ttl (ms)  ARGV[7] time for which the marker outlives the session (ms)
 -- ARGV[8] head after touched: request, batch size, dtype, incarnation; then the tail
 -- ARGV[9] slot 0: the state  ARGV[10] length of the tail
--- Returns {BEGUN | REPLAYED | RESUMED | EXISTS | ABSENT | FENCED | GAP, epoch}
+-- Returns {BEGUN | REPLAYED | REUSED | RESUMED | EXISTS | ABSENT | FENCED | GAP, epoch}; RESUMED extends
+-- the session's life only if it is of the model and batch size asked for
 local function whole(number) return string.format('%.0f', number) end
 local time = redis.call('TIME')
 local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
@@ -19,12 +20,18 @@ local marker = redis.call('GET', KEYS[2])
 local last = marker and struct.unpack('>I8', marker) or 0
 local ttl = tonumber(ARGV[6])
 if head ~= '' then
-  local _, _, _, _, epoch, seq, live_ttl = struct.unpack('>I1I1I2I4I8I8I8', head)
-  local named = string.sub(head, 41, 56) == ARGV[5] and ARGV[5] ~= string.rep('\0', 16)
-  if named and (restored == 0 or restored == epoch) then return {'REPLAYED', whole(epoch)} end
+  local _, _, tail, _, epoch, seq, live_ttl = struct.unpack('>I1I1I2I4I8I8I8', head)
+  if string.sub(head, 41, 48) == string.sub(ARGV[5], 1, 8) and ARGV[5] ~= string.rep('\0', 16) then
+    if string.sub(head, 49, 56) ~= string.sub(ARGV[5], 9) then return {'REUSED', whole(epoch)} end
+    if restored == 0 or restored == epoch then return {'REPLAYED', whole(epoch)} end
+  end
   if mode == 'fail' then return {'EXISTS', whole(epoch)} end
   if mode == 'resume' then
-    redis.call('PEXPIRE', KEYS[1], live_ttl)
+    if redis.call('GETRANGE', KEYS[1], 56, 79 + tail) == string.sub(ARGV[8], 17) then
+      redis.call('PEXPIRE', KEYS[1], live_ttl)
+      redis.call('SETRANGE', KEYS[1], 32, struct.pack('>I8', now))
+      redis.call('PEXPIRE', KEYS[2], live_ttl + math.floor(live_ttl / 4) + tonumber(ARGV[7]))
+    end
     return {'RESUMED', whole(epoch)}
   end
   local expected_epoch, expected_seq = tonumber(ARGV[2]), tonumber(ARGV[3])
@@ -39,6 +46,16 @@ if restored == 0 then
   epoch = math.max(last, now) + 1
 elseif restored <= last or restored > now + 86400000 then
   return {'FENCED', whole(last)}
+end
+if head ~= '' then
+  -- No Backward of an older epoch is to come but one that is sent again: its tapes wait no more, so that
+  -- they take nobody's place, and none outlives the session.
+  local index = redis.call('HGETALL', KEYS[3])
+  for i = 1, #index, 2 do
+    redis.call('HSET', KEYS[3], index[i], string.sub(index[i + 1], 1, 16) .. 'C' .. string.sub(index[i + 1], 18))
+    redis.call('PEXPIRE', KEYS[3] .. index[i], ttl, 'LT')
+  end
+  redis.call('PEXPIRE', KEYS[3], ttl, 'LT')
 end
 local size = #ARGV[9] - 64
 redis.call('SET', KEYS[1], struct.pack('>I1I1I2I4I8I8I8I8', 1, 2, tonumber(ARGV[10]), size, epoch, 0, ttl, now)
