@@ -96,19 +96,26 @@ class Catalog:
         model = await self.get(tenant, model_id)
         if model.incarnation != incarnation:
             model = await self.get(tenant, model_id, fresh=True)
-        if model.incarnation != incarnation:
-            raise model_not_found(model_id, "it was deleted and created again meanwhile")
-        return model
+        return _same_life(model, incarnation)
+
+    async def renew(self, model: KnownModel) -> KnownModel:
+        """Read a model again.
+
+        Raises:
+            NotFound: MODEL_NOT_FOUND, also when the name has a new life.
+        """
+        renewed = await self.get(model.tenant, model.spec.model_id, fresh=True)
+        return _same_life(renewed, model.incarnation)
 
     async def head_at_least(self, model: KnownModel, minimum: Version) -> KnownModel:
         """Return the model with a head that is the minimum or later, read again if need be.
 
         Raises:
-            NotFound: VERSION_GONE if the true head is older.
+            NotFound: VERSION_GONE if the true head is older; MODEL_NOT_FOUND.
             FailedPrecondition: WEIGHTS_FORKED if the head has that number and other content.
         """
         if not is_at_least(model.head, minimum):
-            model = await self.get(model.tenant, model.spec.model_id, fresh=True)
+            model = await self.renew(model)
         if model.head.number < minimum.number:
             raise version_gone(minimum, model.head)
         if not is_at_least(model.head, minimum):
@@ -217,6 +224,13 @@ class Catalog:
         while self._weights_bytes > self._limit_bytes and len(self._weights) > 1:
             _, oldest = self._weights.popitem(last=False)
             self._weights_bytes -= oldest.Wx.nbytes + oldest.Wh.nbytes + oldest.b.nbytes
+
+
+def _same_life(model: KnownModel, incarnation: bytes) -> KnownModel:
+    if model.incarnation != incarnation:
+        why = "it was deleted and created again meanwhile"
+        raise model_not_found(model.spec.model_id, why)
+    return model
 
 
 def is_at_least(head: Version, minimum: Version) -> bool:
