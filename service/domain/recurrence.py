@@ -144,7 +144,8 @@ class Recurrence:
         try:
             is_started = self._start_in_hand(call, live)
         except Exception as error:  # noqa: BLE001 - it becomes the answer
-            self._end(call, error)
+            # Not here: the next chunk of the lane may fail as well, and so on, each a call deeper.
+            asyncio.get_running_loop().call_soon(self._end, call, error)
             return
         if not is_started:
             self._spawn(call, self._continue(call, live))
@@ -166,10 +167,16 @@ class Recurrence:
     async def _continue(self, call: _Call, live: LiveSession) -> None:
         """Continue a state in hand with weights that are not, or hash a big chunk in a thread."""
         op = call.op
-        model = await self._catalog.get_life(call.key[0], live.model_id, live.incarnation)
+        try:
+            model = await self._catalog.get_life(call.key[0], live.model_id, live.incarnation)
+            version, params = await self._choose_weights(op, model)
+        except (NotFound, FailedPrecondition):
+            # The state in hand may be old: whether the session still is there, and whether this chunk
+            # was applied by another replica, comes before what became of the weights.
+            await self._fetch(call)
+            return
         self._check_chunk(op, model.spec, live.h.shape[0])
         call.digest = await self._scheduler.run(hash_work(op.xs.nbytes), _digest, op)
-        version, params = await self._choose_weights(op, model)
         self._compute(call, live, version, params)
 
     async def _fetch(self, call: _Call) -> None:
