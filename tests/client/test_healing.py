@@ -235,6 +235,26 @@ def test_contributions_of_an_ended_epoch_heal(
     assert versions[0] == versions[1]
 
 
+def test_an_epoch_does_not_end_over_a_loss(
+    live: timernn.Client, model_id: str, slots: Any, rng: np.random.Generator
+) -> None:
+    """A lost training chunk is healed before a new state fences it off from its update."""
+    xs = rng.normal(size=(1, 3, D))
+    versions = []
+    for name in (model_id, f"{model_id}-undisturbed"):
+        if name != model_id:
+            live.create_model(name, input_size=D, hidden_size=H, seed=1, optimizer=timernn.Adam())
+        session = live.session(name, train=True)
+        lost = slots.of_session(session.session_id), slots.of_model(name)
+        session.backward(session.forward(xs))
+        if name == model_id:
+            for slot in lost:
+                slot.lose()
+        session.set_state(np.ones((1, H)))
+        versions.append(session.update(lr=0.1))
+    assert versions[0] == versions[1]
+
+
 def test_another_writer_in_the_gap_is_told(
     live: timernn.Client, model_id: str, slots: Any, rng: np.random.Generator
 ) -> None:

@@ -282,17 +282,27 @@ class UpdateIntent(Intent[rnn_pb.UpdateRequest]):
 
 
 class EpochIntent(Intent[EpochRequest]):
-    """One `set_state` or `reset_state`."""
+    """One `set_state` or `reset_state`.
 
-    def __init__(self, session: SessionCore, request: EpochRequest) -> None:
+    Args:
+        session: Whose.
+        request: Without the epoch that it ends.
+        is_strict: Demand that the epoch ends with the last chunk that this client was answered.
+    """
+
+    def __init__(
+        self, session: SessionCore, request: EpochRequest, *, is_strict: bool = False
+    ) -> None:
         super().__init__([request])
-        self._session = session
+        self._session, self._is_strict = session, is_strict
         self.rpc = SET_STATE if isinstance(request, session_pb.SetStateRequest) else RESET_STATE
 
     def prepare(self) -> EpochRequest:
         """Say which epoch is to end."""
         request = self.requests[0]
         request.expected_epoch = request.expected_epoch or self._session.epoch
+        if self._is_strict:
+            request.expected_chunk_seq = self._session.chunk_seq
         return request
 
     def accept(self, answer: session_pb.SetStateResponse | session_pb.ResetStateResponse) -> None:

@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from timernn._core.client import ClientCore
     from timernn._core.effects import Op
     from timernn._core.intents import (
+        EpochRequest,
         Intent,
         Taped,
     )
@@ -329,25 +330,31 @@ class SessionCore:
         """
         shape = (self.batch_size, self.model.hidden_size)
         state = tensor_to_proto(array_from_caller(h, "h", self.model.dtype, shape))
-        yield from self._carry_out(
-            lambda: EpochIntent(
-                self,
-                session_pb.SetStateRequest(
-                    session_id=self.session_id, state=state, request_id=new_request_id()
-                ),
+        yield from self._begin_epoch(
+            lambda: session_pb.SetStateRequest(
+                session_id=self.session_id, state=state, request_id=new_request_id()
             )
         )
 
     def reset_state(self) -> Op[None]:
         """Set the hidden state to zero; a new epoch begins."""
-        yield from self._carry_out(
-            lambda: EpochIntent(
-                self,
-                session_pb.ResetStateRequest(
-                    session_id=self.session_id, request_id=new_request_id()
-                ),
+        yield from self._begin_epoch(
+            lambda: session_pb.ResetStateRequest(
+                session_id=self.session_id, request_id=new_request_id()
             )
         )
+
+    def _begin_epoch(self, make: Callable[[], EpochRequest]) -> Op[None]:
+        # An update may still need this epoch's chunks. Lost ones are healed first, for afterwards
+        # they are fenced off; where that cannot be, the new state is set all the same.
+        if self.train:
+            try:
+                yield from self._carry_out(lambda: EpochIntent(self, make(), is_strict=True))
+            except errors.HistoryLost:
+                pass
+            else:
+                return
+        yield from self._carry_out(lambda: EpochIntent(self, make()))
 
     def fork(
         self, new_id: str | None = None, *, ttl: float | timedelta | None = None
