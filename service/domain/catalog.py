@@ -11,6 +11,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from rnn_engine import init_moments
 from service.domain.errors import FailedPrecondition, NotFound, quoted
 from service.domain.weights import (
     moments_from_bytes,
@@ -60,7 +61,12 @@ class Catalog:
         self._reading: dict[tuple[str, str], asyncio.Task[KnownModel]] = {}
         self._weights: OrderedDict[WeightsName, Params] = OrderedDict()
         self._weights_bytes = 0
-        self._head_moments: dict[tuple[str, str], tuple[Version, Moments]] = {}
+        self._moments: OrderedDict[tuple[str, str], tuple[Version, Moments]] = OrderedDict()
+        self._moments_bytes = 0
+
+    def now(self) -> float:
+        """Return the time by which a head's age is told."""
+        return self._clock()
 
     def peek(self, tenant: str, model_id: str) -> KnownModel | None:
         """Return a model whose head is fresh enough to serve; read ahead when it is half worn."""
@@ -152,27 +158,38 @@ class Catalog:
 
     async def moments(self, model: KnownModel, version: Version, params: Params) -> Moments:
         """Return a version's moments; zero where they were not kept."""
-        known = self._head_moments.get((model.tenant, model.spec.model_id))
+        kept = await self.kept_moments(model, version, params)
+        return init_moments(model.spec.optimizer, params) if kept is None else kept
+
+    async def kept_moments(
+        self, model: KnownModel, version: Version, params: Params
+    ) -> Moments | None:
+        """Return a version's moments; None where they were not kept."""
+        known = self._moments.get((model.tenant, model.spec.model_id))
         if known is not None and known[0] == version:
             return known[1]
         data = await self._store.read_moments(
             model.tenant, model.spec.model_id, model.incarnation, version
         )
-        return moments_from_bytes(model.spec, params, data)
+        return moments_from_bytes(model.spec, params, data) if data else None
 
     def note_head(
-        self, model: KnownModel, version: Version, params: Params, moments: Moments
+        self,
+        model: KnownModel,
+        version: Version,
+        params: Params,
+        moments: Moments,
+        asked_at: float,
     ) -> None:
-        """Learn of a head that this process has made."""
-        key = (model.tenant, model.spec.model_id)
+        """Learn of a head that this process asked for at a time, and made: it may be older by now."""
         self._keep(model, version, params)
-        self._head_moments[key] = (version, moments)
-        self._learn(replace(model, head=version, read_at=self._clock()))
+        self._keep_moments((model.tenant, model.spec.model_id), version, moments)
+        self._learn(replace(model, head=version, read_at=asked_at))
 
     def forget(self, tenant: str, model_id: str) -> None:
         """Forget a model that was deleted."""
         self._models.pop((tenant, model_id), None)
-        self._head_moments.pop((tenant, model_id), None)
+        self._drop_moments((tenant, model_id))
 
     def _start_reading(self, tenant: str, model_id: str) -> asyncio.Task[KnownModel]:
         """Read a model once for all who wait for it."""
@@ -212,8 +229,7 @@ class Catalog:
         self._models[key] = model
         self._models.move_to_end(key)
         while len(self._models) > 4096:
-            oldest, _ = self._models.popitem(last=False)
-            self._head_moments.pop(oldest, None)
+            self._models.popitem(last=False)
 
     def _keep(self, model: KnownModel, version: Version, params: Params) -> None:
         name = (model.incarnation, version)
@@ -224,6 +240,22 @@ class Catalog:
         while self._weights_bytes > self._limit_bytes and len(self._weights) > 1:
             _, oldest = self._weights.popitem(last=False)
             self._weights_bytes -= oldest.Wx.nbytes + oldest.Wh.nbytes + oldest.b.nbytes
+
+    def _keep_moments(self, key: tuple[str, str], version: Version, moments: Moments) -> None:
+        self._drop_moments(key)
+        self._moments[key] = (version, moments)
+        self._moments_bytes += _bytes_of(moments)
+        while self._moments_bytes > self._limit_bytes and len(self._moments) > 1:
+            self._drop_moments(next(iter(self._moments)))
+
+    def _drop_moments(self, key: tuple[str, str]) -> None:
+        known = self._moments.pop(key, None)
+        if known is not None:
+            self._moments_bytes -= _bytes_of(known[1])
+
+
+def _bytes_of(moments: Moments) -> int:
+    return 1024 + sum(slot.Wx.nbytes + slot.Wh.nbytes + slot.b.nbytes for slot in moments.slots)
 
 
 def _same_life(model: KnownModel, incarnation: bytes) -> KnownModel:

@@ -102,7 +102,9 @@ class HeadMaker:
     ) -> tuple[Version, bool]:
         """Make given weights the next version; tell whether an earlier try had done so."""
 
-        async def give(_model: KnownModel, _look: UpdateLook) -> NextHead:
+        async def give(now: KnownModel, _look: UpdateLook) -> NextHead:
+            if now.incarnation != model.incarnation:  # made for another specification, perhaps
+                raise model_not_found(model.spec.model_id)
             return made
 
         request = HeadRequest(
@@ -172,9 +174,10 @@ class HeadMaker:
             answer=answer.to_bytes(),
             names=made.names,
         )
+        asked_at = self._catalog.now()
         outcome, known = await self._store.flip_head(request.tenant, request.model_id, flip)
         if outcome is FlipOutcome.FLIPPED:
-            self._catalog.note_head(model, version, made.params, made.moments)
+            self._catalog.note_head(model, version, made.params, made.moments, asked_at)
             return answer
         if outcome is FlipOutcome.REPLAYED:
             return _remembered(request.content_digest + known, request.content_digest)

@@ -18,7 +18,7 @@ from service.domain.errors import (
     bad_tensor,
     quoted,
 )
-from service.domain.heads import NextHead
+from service.domain.heads import HeadRequest, NextHead
 from service.domain.ports import (
     CheckpointOutcome,
     CreateOutcome,
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from service.compute.scheduler import Scheduler
     from service.domain.catalog import Catalog, KnownModel
     from service.domain.heads import HeadMaker
-    from service.domain.ports import ModelStore
+    from service.domain.ports import ModelStore, UpdateLook
     from service.domain.types import (
         Checkpoint,
         InitialWeights,
@@ -116,6 +116,8 @@ class Models:
         try:
             model = await self._catalog.get(tenant, model_id, fresh=True)
         except NotFound:
+            # What is left of a model whose creation or deletion was broken off.
+            await self._store.delete_model(tenant, model_id, b"")
             if allow_missing:
                 return False
             raise
@@ -136,7 +138,9 @@ class Models:
                 continue  # the head went on meanwhile
             moments = None
             if include_moments:
-                moments = await self._catalog.moments(model, found, params)
+                moments = await self._catalog.kept_moments(model, found, params)
+                if moments is None and version is None:
+                    continue  # the head went on meanwhile, and took its moments with it
             return found, weights.to_safetensors(params, moments)
         raise _overtaken()
 
@@ -188,15 +192,20 @@ class Models:
         request_id: str,
     ) -> tuple[Version, bool]:
         """Make a checkpoint's weights and moments the model's next version."""
-        model = await self._catalog.get(tenant, model_id, fresh=True)
-        kept = {c.checkpoint_id: c for c in await self._store.list_checkpoints(tenant, model_id)}
-        if checkpoint_id not in kept:
-            raise _checkpoint_not_found(checkpoint_id)
-        version, params = await self._catalog.params(model, kept[checkpoint_id].version)
-        moments = await self._catalog.moments(model, version, params)
+
+        async def take(model: KnownModel, _look: UpdateLook) -> NextHead:
+            # Only when the step is still to be made: a retry may come after the checkpoint has gone.
+            kept = await self._store.list_checkpoints(tenant, model_id)
+            named = [one.version for one in kept if one.checkpoint_id == checkpoint_id]
+            if not named:
+                raise _checkpoint_not_found(checkpoint_id)
+            version, params = await self._catalog.params(model, named[0])
+            return NextHead(params, await self._catalog.moments(model, version, params))
+
         digest = content_digest(b"restore", checkpoint_id.encode(), _expected_bytes(expected))
-        made = NextHead(params, moments)
-        return await self._heads.install(model, expected, request_id, digest, made)
+        request = HeadRequest(tenant, model_id, request_id, digest, expected)
+        answer = await self._heads.advance(request, take)
+        return answer.version, answer.replayed
 
     async def delete_checkpoint(
         self, tenant: str, model_id: str, checkpoint_id: str, *, allow_missing: bool

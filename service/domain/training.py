@@ -67,6 +67,7 @@ if TYPE_CHECKING:
     from service.settings import Limits
 
 _ANSWER_OVERHEAD = 2048
+_NAME_BYTES = 32  # of a contribution; what names many is shorter
 
 
 class Training:
@@ -97,7 +98,7 @@ class Training:
         head, stored = await self._find_tape(tenant, op)
         model = await self._catalog.get_life(tenant, head.model_id, head.incarnation)
         self._check_backward(op, stored, model)
-        params = await self._tape_params(model, stored, op.chunk_seq)
+        params = await self._tape_params(tenant, op, model, stored)
         made = await self._scheduler.run(
             _work(stored), rnn_backward, params, stored.tape, op.dhs, op.dh_next
         )
@@ -177,13 +178,18 @@ class Training:
         if look.data is None:
             raise _tape_missing(op, counted=counted)
 
-    async def _tape_params(self, model: KnownModel, stored: StoredTape, chunk_seq: int) -> Params:
+    async def _tape_params(
+        self, tenant: str, op: Backward, model: KnownModel, stored: StoredTape
+    ) -> Params:
         try:
             _, params = await self._catalog.params(model, stored.version)
         except NotFound as error:
+            number = stored.version.number
+            name = self._models.contribution_name(tenant, op.session_id, op.epoch, op.chunk_seq)
+            counted = await self._models.is_counted(tenant, model.spec.model_id, name)
             text = f"{error.message}: the tape's version is not kept any more"
             raise FailedPrecondition(
-                error.reason, text, version=stored.version.number, chunk_seq=chunk_seq
+                error.reason, text, version=number, chunk_seq=op.chunk_seq, counted=counted
             ) from error
         return params
 
@@ -268,7 +274,7 @@ class Training:
     async def _step(
         self, tenant: str, op: Update, model: KnownModel, look: UpdateLook
     ) -> NextHead | None:
-        _check_names(op, look)
+        _check_names(self._names(tenant, op.selectors), look)
         grads = await self._gradients(tenant, model, look.waiting)
         if grads is None:
             return None
@@ -286,7 +292,7 @@ class Training:
             params,
             moments,
             grads,
-            tuple(entry[:32] for entry in look.waiting),
+            tuple(entry[:_NAME_BYTES] for entry in look.waiting),
         )
 
     async def _gradients(
@@ -296,7 +302,7 @@ class Training:
         missing = [one for one in waiting if known[one] is None]
         if missing:
             found = await self._models.read_gradients(
-                tenant, model.spec.model_id, [one[:32] for one in missing]
+                tenant, model.spec.model_id, [one[:_NAME_BYTES] for one in missing]
             )
             if found is None:
                 return None
@@ -349,14 +355,15 @@ def _make_step(
     return NextHead(after, later, names, norm, clipped)
 
 
-def _check_names(op: Update, look: UpdateLook) -> None:
-    expected = sum(len(selector.chunk_seqs) for selector in op.selectors)
-    is_exact = all(selector.chunk_seqs for selector in op.selectors) and op.selectors
-    found = len(look.waiting)
-    if found == 0 or found < expected:
-        wanted = str(expected) if is_exact else "at least 1"
-        text = f"expected {wanted} waiting contributions, found {found}"
-        raise FailedPrecondition("NO_GRADIENTS", text, found=found, expected=expected or 1)
+def _check_names(names: list[bytes], look: UpdateLook) -> None:
+    """Raise NO_GRADIENTS unless something waits, and each contribution that was named in full."""
+    waiting = {entry[:_NAME_BYTES] for entry in look.waiting}
+    exact = [name for name in names if len(name) == _NAME_BYTES]
+    found = sum(name in waiting for name in exact) if exact else len(waiting)
+    expected = len(exact) or 1
+    if not waiting or found < expected:
+        text = f"expected {'' if exact else 'at least '}{expected} waiting contributions, found {found}"
+        raise FailedPrecondition("NO_GRADIENTS", text, found=found, expected=expected)
 
 
 def _chunk_not_applied(op: Backward, head: SessionHead) -> Aborted:

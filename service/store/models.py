@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from service.store.scripts import Argument, ScriptRunner
 
 PART_BYTES = 4 * MIB  # a larger single value would hold up everybody's commands
+TRIP_BYTES = 16 * MIB
 ORPHAN_MS = 10 * MINUTE_MS  # how long a version's parts wait for the script that makes them count
 
 _CREATE = load_script("create_model")
@@ -69,7 +70,6 @@ class RedisModelStore:
         reserve = Call(_RESERVE, (names,), (model_id, self._limits.models_per_tenant))
         if await self._runner.run(reserve) == b"FULL":
             return CreateOutcome.QUOTA
-        await self._write_version(tag, record.incarnation, first)
         slot = (
             keys.model_key(tag),
             keys.versions_key(tag),
@@ -86,7 +86,11 @@ class RedisModelStore:
             keys.weights_prefix(tag, record.incarnation),
             keys.moments_prefix(tag, record.incarnation),
         )
-        answer = await self._runner.run(Call(_CREATE, slot, arguments))
+        create = Call(_CREATE, slot, arguments)
+        answer = await self._runner.run(create)
+        if answer == b"STALE":  # the name is free; where it is taken nothing needs to be written
+            await self._write_version(tag, record.incarnation, first)
+            answer = await self._runner.run(create)
         return CreateOutcome(answer.decode())
 
     async def read_model(self, tenant: str, model_id: str) -> ModelRecord | None:
@@ -338,9 +342,10 @@ class RedisModelStore:
             *_parts(keys.weights_prefix(tag, incarnation), version, new.weights),
             *_parts(keys.moments_prefix(tag, incarnation), version, new.moments),
         ]
-        await self._runner.run_commands(
-            [("SET", key, part, "PX", ORPHAN_MS, "NX") for key, part in named]
-        )
+        for some in _trips(named):
+            await self._runner.run_commands(
+                [("SET", key, part, "PX", ORPHAN_MS, "NX") for key, part in some]
+            )
 
     async def _read_parts(
         self, tag: bytes, prefix: bytes, version: Version, which: int
@@ -365,6 +370,12 @@ def _parts(prefix: bytes, version: Version, data: Bytes) -> list[tuple[bytes, me
     ]
 
 
+def _trips(named: list[tuple[bytes, memoryview]]) -> list[list[tuple[bytes, memoryview]]]:
+    """Deal parts out to round trips that each end well within a store's time limit."""
+    per_trip = max(1, TRIP_BYTES // PART_BYTES)
+    return [named[i : i + per_trip] for i in range(0, len(named), per_trip)]
+
+
 def _part_key(prefix: bytes, version: Version, part: int) -> bytes:
     return prefix + version.digest + version.number.to_bytes(8, "big") + part.to_bytes(2, "big")
 
@@ -375,7 +386,8 @@ def _part_count(data: Bytes) -> int:
 
 def _version_entry(new: NewVersion) -> bytes:
     parts, moment_parts = _part_count(new.weights), _part_count(new.moments)
-    size = len(new.weights) + len(new.moments)
+    # What a superseded version costs: its moments go when it is superseded.
+    size = len(new.weights)
     return layouts.VERSION_ENTRY.pack(new.version.digest, size, parts, moment_parts, 0)
 
 

@@ -5,7 +5,7 @@
 -- ARGV[4] 16 bytes that name the request, or ''  ARGV[5] digest of its content
 -- ARGV[6] entry of the version: digest (16) bytes (8) parts (2) moments' parts (2) pins (2)
 -- ARGV[7] prefix of weights  ARGV[8] prefix of moments
--- Returns CREATED | REPLAYED | EXISTS | REUSED | STALE: a part has expired meanwhile
+-- Returns CREATED | REPLAYED | EXISTS | REUSED | STALE: a part is not there, or not any more
 if redis.call('EXISTS', KEYS[1]) == 1 then
   local known = ARGV[4] ~= '' and redis.call('HGET', KEYS[3], ARGV[4])
   if not known then return 'EXISTS' end
@@ -15,12 +15,13 @@ local time = redis.call('TIME')
 local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
 local parts, moment_parts = struct.unpack('>I2I2', ARGV[6], 25)
 local name = string.sub(ARGV[3], 9, 24) .. string.sub(ARGV[3], 1, 8)
-for part = 0, parts - 1 do
-  local key = ARGV[7] .. name .. struct.pack('>I2', part)
+local keys = {}
+for part = 0, parts - 1 do keys[#keys + 1] = ARGV[7] .. name .. struct.pack('>I2', part) end
+for part = 0, moment_parts - 1 do keys[#keys + 1] = ARGV[8] .. name .. struct.pack('>I2', part) end
+for _, key in ipairs(keys) do
   if redis.call('EXISTS', key) == 0 then return 'STALE' end
-  redis.call('PERSIST', key)
 end
-for part = 0, moment_parts - 1 do redis.call('PERSIST', ARGV[8] .. name .. struct.pack('>I2', part)) end
+for _, key in ipairs(keys) do redis.call('PERSIST', key) end
 redis.call('HSET', KEYS[1], 'incarnation', ARGV[1], 'spec', ARGV[2], 'head', ARGV[3],
   'created', string.format('%.0f', now), 'waiting', '0', 'superseded', '0')
 redis.call('HSET', KEYS[2], string.sub(ARGV[3], 1, 8), ARGV[6])

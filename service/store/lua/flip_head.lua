@@ -27,19 +27,22 @@ local time = redis.call('TIME')
 local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
 local charge = 4096 -- what a version costs beside its bytes, so that tiny ones are bounded in number too
 
+-- Do a command with each part of a version's weights (25) or moments (27); return how many answered 1.
 local function blobs(command, number, entry, prefix, at)
   local found = 0
   for part = 0, struct.unpack('>I2', entry, at) - 1 do
-    local key = prefix .. string.sub(entry, 1, 16) .. number .. struct.pack('>I2', part)
-    found = found + redis.call('EXISTS', key)
-    redis.call(command, key)
+    found = found + redis.call(command, prefix .. string.sub(entry, 1, 16) .. number .. struct.pack('>I2', part))
   end
-  return found == struct.unpack('>I2', entry, at)
+  return found
 end
 local number = string.sub(ARGV[3], 1, 8)
-if not blobs('PERSIST', number, ARGV[7], ARGV[8], 25) or not blobs('PERSIST', number, ARGV[7], ARGV[9], 27) then
+local parts, moment_parts = struct.unpack('>I2I2', ARGV[7], 25)
+-- All or nothing: a part made to stay beside one that has expired would stay for ever.
+if blobs('EXISTS', number, ARGV[7], ARGV[8], 25) < parts or blobs('EXISTS', number, ARGV[7], ARGV[9], 27) < moment_parts then
   return {'STALE'}
 end
+blobs('PERSIST', number, ARGV[7], ARGV[8], 25)
+blobs('PERSIST', number, ARGV[7], ARGV[9], 27)
 
 local freed = 0
 for at = 1, #ARGV[6], 32 do
