@@ -14,7 +14,7 @@ import grpc
 import numpy as np
 
 from timernn._core.channels import addresses_of, channel_options
-from timernn._core.client import ClientCore, Options
+from timernn._core.client import ClientCore
 from timernn._core.effects import (
     END,
     NOT_YET,
@@ -28,6 +28,7 @@ from timernn._core.effects import (
     Write,
 )
 from timernn._core.faces import documented_by
+from timernn._core.options import Options
 from timernn._core.retry import RetryPolicy
 from timernn._core.session import SessionCore
 from timernn._core.status import error_from_rpc

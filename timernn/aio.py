@@ -21,7 +21,7 @@ import grpc
 import grpc.aio
 
 from timernn._core.channels import addresses_of, channel_options
-from timernn._core.client import ClientCore, Options
+from timernn._core.client import ClientCore
 from timernn._core.effects import (
     END,
     NOT_YET,
@@ -35,6 +35,7 @@ from timernn._core.effects import (
     Write,
 )
 from timernn._core.faces import documented_by
+from timernn._core.options import Options
 from timernn._core.retry import RetryPolicy
 from timernn._core.session import SessionCore
 from timernn._core.status import error_from_rpc

@@ -1,4 +1,4 @@
-"""One session: its place in its history, and what can be done with it."""
+"""What can be done with one session."""
 
 from __future__ import annotations
 
@@ -20,8 +20,6 @@ from timernn._core.convert import (
     session_from_proto,
     tensor_from_proto,
     tensor_to_proto,
-    version_from_proto,
-    version_to_proto,
 )
 from timernn._core.ids import new_request_id, new_session_id
 from timernn._core.intents import (
@@ -32,42 +30,33 @@ from timernn._core.intents import (
 )
 from timernn._core.journal import (
     Healing,
-    Journal,
     Scope,
-    backward_entry,
-    begin_entry,
-    forward_entry,
 )
+from timernn._core.place import SessionPlace
 from timernn._core.retry import is_refusal
 from timernn._core.splitting import split_steps
-from timernn.types import Contributions, Discarded, Step
+from timernn.types import Discarded, Step
 from timernn.v1 import session_service_pb2 as session_pb
 from timernn.v1 import time_rnn_service_pb2 as rnn_pb
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
     from datetime import timedelta
 
     import numpy.typing as npt
 
-    from timernn._core.client import ClientCore
     from timernn._core.effects import Op
     from timernn._core.intents import (
         EpochRequest,
         Intent,
         Taped,
     )
-    from timernn._core.splitting import Bounds
     from timernn.types import (
         Array,
-        Gradients,
-        ModelInfo,
         ReturnHs,
         SessionInfo,
-        UpdateResult,
         Version,
     )
-    from timernn.v1.tensor_pb2 import Tensor
 
 _I = TypeVar("_I", bound="Intent[Any]")
 
@@ -78,129 +67,8 @@ RETURN_HS: dict[str, rnn_pb.ReturnHs.ValueType] = {
 }
 
 
-class SessionCore:
-    """A session as this client sees it.
-
-    Args:
-        client: Whose connection, log limits and known versions it uses.
-        model: The model's sizes and dtype.
-        bounds: The server's limits.
-        train: Whether `forward` leaves tapes.
-
-    Attributes:
-        tapes: What `backward` can still be called for, the newest last.
-        dh: Gradient of the state before the last backward's chunk, shape (N, H); None before.
-        gradients: Gradients of the weights of the last backward, if they were asked for.
-        gradient_norm: Their global norm; None where a backward was split along T and the gradients
-            were not asked for.
-        version: The weights version of the last answer; None before the first.
-        last_update: What the last step over this session did.
-        is_streaming: Whether a `stream()` uses the numbers now.
-    """
-
-    def __init__(
-        self, client: ClientCore, model: ModelInfo, bounds: Bounds, *, train: bool
-    ) -> None:
-        self._client, self.model, self.bounds, self.train = client, model, bounds, train
-        self.training = client.training(model.model_id)
-        options = client.options
-        self.journal = (
-            self.training.journal if train else Journal(options.log_limit, options.log_bytes)
-        )
-        if train:
-            self.training.join(self)
-        self.session_id, self.epoch, self.chunk_seq, self.state_token = "", 0, 0, b""
-        self.batch_size = 1
-        self._ttl = duration_to_proto(0)
-        self._h: Tensor | None = None
-        self._waiting: dict[tuple[int, int], None] = {}
-        self.doubt: Intent[Any] | None = None
-        self.tapes: list[Taped] = []
-        self.dh: Array | None = None
-        self.gradients: Gradients | None = None
-        self.gradient_norm: float | None = None
-        self.version: Version | None = None
-        self.last_update: UpdateResult | None = None
-        self.is_streaming = False
-
-    # -- where the session stands ------------------------------------------------------------------
-
-    @property
-    def h(self) -> Array:
-        """The hidden state as of the last answer, shape (N, H); no call is made."""
-        return self._zeros() if self._h is None else tensor_from_proto(self._h)
-
-    @property
-    def in_doubt(self) -> bool:
-        """Whether the outcome of the last call is unknown; `settle()` finds out."""
-        return self.doubt is not None
-
-    def begin(self, session: session_pb.Session, state: Tensor | None) -> None:
-        """Take over an epoch's beginning, or a session that goes on.
-
-        Args:
-            session: As the server told it.
-            state: Its hidden state (N, H); None: zero.
-        """
-        self.session_id, self.epoch = session.session_id, session.epoch
-        self.chunk_seq, self.state_token = session.chunk_seq, session.state_token
-        self.batch_size, self._ttl, self._h = session.batch_size, session.ttl, state
-        self.tapes.clear()  # a chunk of an epoch that has ended has no Backward
-        if session.HasField("weights_version"):
-            self.version = version_from_proto(session.weights_version)
-        if not session.chunk_seq:  # a history that the log can tell from its beginning
-            self.journal.append(begin_entry(self._restoring_request()))
-
-    def number(self, request: rnn_pb.ForwardRequest, ahead: int = 0) -> None:
-        """Write a chunk's place into its request, `ahead` chunks after the next."""
-        request.session_id, request.epoch = self.session_id, self.epoch
-        request.chunk_seq = self.chunk_seq + 1 + ahead
-        request.previous_token = b"" if ahead else self.state_token
-        request.acknowledged_seq = self.chunk_seq
-        known = self._client.known(self.model.model_id)
-        if known is not None:
-            request.minimum_version.CopyFrom(version_to_proto(known))
-
-    def advance(self, request: rnn_pb.ForwardRequest, answer: rnn_pb.ForwardResponse) -> None:
-        """Move on to an answered chunk."""
-        if (answer.epoch, answer.chunk_seq) != (request.epoch, request.chunk_seq):
-            raise errors.Internal(f"chunk {request.chunk_seq} got the answer of {answer.chunk_seq}")
-        self.chunk_seq, self.state_token, self._h = answer.chunk_seq, answer.state_token, answer.h
-        self.version = version_from_proto(answer.weights_version)
-        self._client.note_version(self.model.model_id, self.version)
-        self.journal.append(forward_entry(request, answer))
-
-    def contributed(self, request: rnn_pb.BackwardRequest) -> None:
-        """Note a contribution that waits for the next update."""
-        self._waiting[request.epoch, request.chunk_seq] = None
-        if len(self._waiting) > self.bounds.contributions_per_model:
-            del self._waiting[next(iter(self._waiting))]
-        self.journal.append(backward_entry(request))
-
-    def waiting(self) -> list[Contributions]:
-        """Name this session's contributions since the last update, by epoch."""
-        by_epoch: dict[int, list[int]] = {}
-        for epoch, chunk_seq in self._waiting:
-            by_epoch.setdefault(epoch, []).append(chunk_seq)
-        return [
-            Contributions(self.session_id, epoch, tuple(sorted(chunks)))
-            for epoch, chunks in by_epoch.items()
-        ]
-
-    def consumed(self, named: Sequence[Contributions] | None) -> None:
-        """Forget contributions that an update took; None: all."""
-        for epoch, chunk_seq in list(self._waiting):
-            if named is None or any(self._is_named(n, epoch, chunk_seq) for n in named):
-                del self._waiting[epoch, chunk_seq]
-
-    def _is_named(self, name: Contributions, epoch: int, chunk_seq: int) -> bool:
-        return (
-            name.session_id == self.session_id
-            and name.epoch in (0, epoch)
-            and (not name.chunk_seqs or chunk_seq in name.chunk_seqs)
-        )
-
-    # -- operations --------------------------------------------------------------------------------
+class SessionCore(SessionPlace):
+    """A session as this client sees it: its place, and the operations that move it."""
 
     def forward(
         self, xs: npt.ArrayLike, *, return_hs: ReturnHs = "all", train: bool = True
@@ -291,13 +159,13 @@ class SessionCore:
     def discard_gradients(self) -> Op[Discarded]:
         """Drop the contributions and tapes of this session that wait."""
         self.require_idle()
-        deadline = self._client.caller.deadline()
+        deadline = self.client.caller.deadline()
         yield from self.settle(deadline)
         request = rnn_pb.DiscardGradientsRequest(
             model_id=self.model.model_id,
             contributions=[rnn_pb.ContributionSelector(session_id=self.session_id)],
         )
-        answer = yield from self._client.caller.call(DISCARD_GRADIENTS, request, deadline)
+        answer = yield from self.client.caller.call(DISCARD_GRADIENTS, request, deadline)
         self.journal.drop_contributions(self.session_id, dict(self._waiting))
         self._waiting.clear()
         self.tapes.clear()
@@ -309,7 +177,7 @@ class SessionCore:
         Args:
             extend_ttl: Let the time to live start again.
         """
-        deadline = self._client.caller.deadline()
+        deadline = self.client.caller.deadline()
         if not self.is_streaming:
             yield from self.settle(deadline)
         request = session_pb.GetStateRequest(session_id=self.session_id, extend_ttl=extend_ttl)
@@ -319,7 +187,7 @@ class SessionCore:
     def get_info(self) -> Op[SessionInfo]:
         """Read where the session stands on the server."""
         request = session_pb.GetSessionRequest(session_id=self.session_id)
-        answer = yield from self._client.caller.call(GET_SESSION, request)
+        answer = yield from self.client.caller.call(GET_SESSION, request)
         return session_from_proto(answer.session)
 
     def set_state(self, h: npt.ArrayLike) -> Op[None]:
@@ -366,7 +234,7 @@ class SessionCore:
             ttl: Its time to live in seconds; None: this one's.
         """
         self.require_idle()
-        deadline = self._client.caller.deadline()
+        deadline = self.client.caller.deadline()
         yield from self.settle(deadline)
         # A state that a lost write has set back must not be copied: look, and heal, first.
         look = session_pb.GetSessionRequest(session_id=self.session_id)
@@ -377,8 +245,8 @@ class SessionCore:
             ttl=None if ttl is None else duration_to_proto(ttl),
             request_id=new_request_id(),
         )
-        answer = yield from self._client.caller.call(FORK_SESSION, request, deadline)
-        fork = SessionCore(self._client, self.model, self.bounds, train=self.train)
+        answer = yield from self.client.caller.call(FORK_SESSION, request, deadline)
+        fork = SessionCore(self.client, self.model, self.bounds, train=self.train)
         fork.begin(answer.session, answer.state)
         return fork
 
@@ -394,13 +262,13 @@ class SessionCore:
         )
         self.doubt = None
         try:
-            answer = yield from self._client.caller.call(CLOSE_SESSION, request)
+            answer = yield from self.client.caller.call(CLOSE_SESSION, request)
         except errors.EpochFenced as error:
             if int(error.metadata.get("epoch", self.epoch)) >= self.epoch:
                 raise
             # The store lost our epoch: what is left of the session is ours all the same.
             request.expected_epoch = 0
-            answer = yield from self._client.caller.call(CLOSE_SESSION, request)
+            answer = yield from self.client.caller.call(CLOSE_SESSION, request)
         except errors.SessionNotFound:
             return False
         self.training.leave(self)
@@ -408,7 +276,7 @@ class SessionCore:
 
     def settle(self, deadline: float | None = None) -> Op[None]:
         """Send again what is in doubt, so that its outcome is known; does nothing otherwise."""
-        until = self._client.caller.deadline() if deadline is None else deadline
+        until = self.client.caller.deadline() if deadline is None else deadline
         yield from self.settle_own(until)
         yield from self.training.settle(until)
 
@@ -534,7 +402,7 @@ class SessionCore:
     def _carry_out(self, make: Callable[[], _I]) -> Op[_I]:
         """Carry out an intent; finish an earlier one first unless this is the same again."""
         self.require_idle()
-        deadline = self._client.caller.deadline()
+        deadline = self.client.caller.deadline()
         doubt = self.doubt
         if doubt is not None:
             intent = self._unless_impossible(make)
@@ -554,7 +422,7 @@ class SessionCore:
 
     def _finish(self, intent: Intent[Any], deadline: float) -> Op[None]:
         try:
-            yield from self._client.carry_out(intent, self.scope(), deadline)
+            yield from self.client.carry_out(intent, self.scope(), deadline)
         except BaseException as error:
             self.doubt = None if is_refusal(error) else intent
             raise
@@ -562,10 +430,10 @@ class SessionCore:
 
     def _read(self, rpc: Any, request: Any, deadline: float) -> Op[Any]:
         """Make a call that tells where the session stands, and heal it if it has gone back."""
-        healing = Healing(self._client.caller, self.scope())
+        healing = Healing(self.client.caller, self.scope())
         while True:
             try:
-                answer = yield from self._client.caller.call(rpc, request, deadline)
+                answer = yield from self.client.caller.call(rpc, request, deadline)
                 self._check_place(answer.session)
             except errors.Error as error:
                 yield from healing.after(error, deadline)
@@ -582,17 +450,3 @@ class SessionCore:
             )
         if stored == mine and session.state_token != self.state_token:
             raise errors.HistoryForked("another writer has applied other chunks to this session")
-
-    def _restoring_request(self) -> session_pb.OpenSessionRequest:
-        return session_pb.OpenSessionRequest(
-            model_id=self.model.model_id,
-            session_id=self.session_id,
-            batch_size=self.batch_size,
-            initial_state=self._h,
-            ttl=self._ttl,
-            on_exists=session_pb.ON_EXISTS_RESET,
-            restored_epoch=self.epoch,
-        )
-
-    def _zeros(self) -> Array:
-        return np.zeros((self.batch_size, self.model.hidden_size), self.model.dtype)

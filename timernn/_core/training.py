@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from timernn._core.client import ClientCore
     from timernn._core.effects import Op
+    from timernn._core.place import SessionPlace
     from timernn._core.session import SessionCore
     from timernn.types import Step, UpdateResult
 
@@ -40,14 +41,14 @@ class Training:
         options = client.options
         self.journal = Journal(options.log_limit, options.log_bytes)
         self.doubt: UpdateIntent | None = None
-        self._sessions: weakref.WeakSet[SessionCore] = weakref.WeakSet()
+        self._sessions: weakref.WeakSet[SessionPlace] = weakref.WeakSet()
 
-    def join(self, session: SessionCore) -> None:
+    def join(self, session: SessionPlace) -> None:
         """Add a session that writes the shared log."""
         self._sessions.add(session)
         self.journal.writer_count = len(self._sessions)
 
-    def leave(self, session: SessionCore) -> None:
+    def leave(self, session: SessionPlace) -> None:
         """Take a closed session out; what it logged stays."""
         self._sessions.discard(session)
         self.journal.writer_count = max(1, len(self._sessions))

@@ -1,0 +1,352 @@
+"""Models, their weights and their checkpoints; and what a client knows of their versions."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from timernn import errors
+from timernn._core import contract
+from timernn._core.convert import (
+    array_from_caller,
+    checkpoint_from_proto,
+    model_from_proto,
+    tensor_to_proto,
+    version_from_proto,
+    version_to_proto,
+)
+from timernn._core.effects import Download, Upload
+from timernn._core.ids import new_request_id
+from timernn._core.retry import Caller
+from timernn._core.weights import (
+    parts,
+    read_file,
+    weights_from_file,
+    weights_to_file,
+    write_file,
+)
+from timernn.optimizers import optimizer_to_proto
+from timernn.v1 import model_service_pb2 as model_pb
+from timernn.v1 import tensor_pb2 as tensor_pb
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from timernn._core.convert import (
+        DTypeName,
+    )
+    from timernn._core.effects import Op
+    from timernn._core.options import Options
+    from timernn._core.weights import (
+        WeightsFile,
+    )
+    from timernn.optimizers import Optimizer
+    from timernn.types import (
+        CheckpointInfo,
+        ModelInfo,
+        Version,
+        Weights,
+    )
+
+_DTYPES = {"float32": tensor_pb.D_TYPE_FLOAT32, "float64": tensor_pb.D_TYPE_FLOAT64}
+
+
+class ModelsCore:
+    """Every call about models, over the client's addresses.
+
+    Attributes:
+        options: The arguments of `connect`.
+        caller: Makes the calls.
+    """
+
+    def __init__(self, addresses: list[str], options: Options) -> None:
+        self.options = options
+        self.caller = Caller(addresses, options.timeout_s, options.connect_timeout_s, options.retry)
+        self._known: dict[str, Version] = {}
+        self._models: dict[str, ModelInfo] = {}
+
+    def known(self, model_id: str) -> Version | None:
+        """Return the highest version of a model that this client has seen."""
+        return self._known.get(model_id)
+
+    def note_version(self, model_id: str, version: Version) -> None:
+        """Note a version that an answer named."""
+        known = self._known.get(model_id)
+        if known is None or version.number > known.number:
+            self._known[model_id] = version
+
+    def set_known(self, model_id: str, version: Version) -> None:
+        """Note a version that this client has just made."""
+        self._known[model_id] = version
+
+    # -- models ------------------------------------------------------------------------------------
+
+    def create_model(
+        self,
+        model_id: str,
+        *,
+        input_size: int,
+        hidden_size: int,
+        dtype: DTypeName = "float32",
+        optimizer: Optimizer | None = None,
+        seed: int | None = None,
+        Wx: npt.ArrayLike | None = None,
+        Wh: npt.ArrayLike | None = None,
+        b: npt.ArrayLike | None = None,
+    ) -> Op[ModelInfo]:
+        """Create a model with weights drawn from a seed, or given.
+
+        Args:
+            model_id: Its name.
+            input_size: D.
+            hidden_size: H.
+            dtype: Element type of weights, states and chunks.
+            optimizer: What `update` applies; None: plain gradient descent.
+            seed: Draw Wx and Wh from it, b is zero; None: 0, unless weights are given.
+            Wx: Input weights, shape (D, H); all three or none.
+            Wh: Recurrent weights, shape (H, H).
+            b: Bias, shape (H,).
+        """
+        if dtype not in _DTYPES:
+            raise errors.BadField(f"dtype: expected 'float32' or 'float64', got {dtype!r}")
+        spec = model_pb.ModelSpec(
+            model_id=model_id,
+            input_size=input_size,
+            hidden_size=hidden_size,
+            dtype=_DTYPES[dtype],
+            optimizer=None if optimizer is None else optimizer_to_proto(optimizer),
+        )
+        request = model_pb.CreateModelRequest(spec=spec, request_id=new_request_id())
+        if Wx is None and Wh is None and b is None:
+            request.seed = 0 if seed is None else seed
+        elif Wx is None or Wh is None or b is None or seed is not None:
+            raise errors.BadField("weights: expected a seed alone, or all of Wx, Wh and b")
+        else:
+            D, H = input_size, hidden_size
+            request.given.wx.CopyFrom(given(Wx, "Wx", dtype, (D, H)))
+            request.given.wh.CopyFrom(given(Wh, "Wh", dtype, (H, H)))
+            request.given.b.CopyFrom(given(b, "b", dtype, (H,)))
+        answer = yield from self.caller.call(contract.CREATE_MODEL, request)
+        self.forget(model_id)
+        return self._noted(answer.model)
+
+    def get_model(self, model_id: str) -> Op[ModelInfo]:
+        """Return one model as it stands."""
+        request = model_pb.GetModelRequest(model_id=model_id)
+        answer = yield from self.caller.call(contract.GET_MODEL, request)
+        return self._noted(answer.model)
+
+    def models_page(self, page_size: int, page_token: str) -> Op[tuple[list[ModelInfo], str]]:
+        """Return a page of models and the token of the next."""
+        request = model_pb.ListModelsRequest(page_size=page_size, page_token=page_token)
+        answer = yield from self.caller.call(contract.LIST_MODELS, request)
+        return [model_from_proto(model) for model in answer.models], answer.next_page_token
+
+    def delete_model(self, model_id: str, *, missing_ok: bool = False) -> Op[bool]:
+        """Delete a model with its versions and checkpoints; its sessions cannot go on.
+
+        Args:
+            model_id: Its name.
+            missing_ok: No error if there is none.
+
+        Returns:
+            Whether this call deleted it.
+        """
+        request = model_pb.DeleteModelRequest(model_id=model_id, allow_missing=missing_ok)
+        try:
+            answer = yield from self.caller.call(contract.DELETE_MODEL, request)
+        except errors.ModelNotFound as error:
+            if not error.is_outcome_unknown:
+                raise
+            self.forget(model_id)
+            return True  # an attempt whose answer was lost has done it
+        self.forget(model_id)
+        return answer.deleted
+
+    # -- weights -----------------------------------------------------------------------------------
+
+    def get_weights(
+        self, model_id: str, version: Version | None = None, *, include_moments: bool = False
+    ) -> Op[Weights]:
+        """Fetch a version's weights.
+
+        Args:
+            model_id: The model.
+            version: Which; None: the head.
+            include_moments: The optimizer's state too; head and checkpoints have it.
+        """
+        data, got = yield from self._download(model_id, version, include_moments=include_moments)
+        return weights_from_file(data, got)
+
+    def put_weights(
+        self,
+        model_id: str,
+        *,
+        Wx: npt.ArrayLike,
+        Wh: npt.ArrayLike,
+        b: npt.ArrayLike,
+        expected_version: Version | None = None,
+    ) -> Op[Version]:
+        """Make these weights the model's next version; the optimizer starts anew.
+
+        Args:
+            model_id: The model.
+            Wx: Input weights, shape (D, H).
+            Wh: Recurrent weights, shape (H, H).
+            b: Bias, shape (H,).
+            expected_version: Refuse with VersionConflict unless the head is this one.
+        """
+        model = yield from self.model(model_id)
+        D, H, dtype = model.input_size, model.hidden_size, model.dtype
+        data = weights_to_file(
+            array_from_caller(Wx, "Wx", dtype, (D, H)),
+            array_from_caller(Wh, "Wh", dtype, (H, H)),
+            array_from_caller(b, "b", dtype, (H,)),
+        )
+        return (yield from self._upload(model_id, data, expected_version))
+
+    def export_weights(
+        self,
+        model_id: str,
+        target: WeightsFile,
+        *,
+        version: Version | None = None,
+        include_moments: bool = False,
+    ) -> Op[Version]:
+        """Write a version's weights to a safetensors file.
+
+        Args:
+            model_id: The model.
+            target: A path, or a file open for writing bytes.
+            version: Which; None: the head.
+            include_moments: The optimizer's state too.
+        """
+        data, got = yield from self._download(model_id, version, include_moments=include_moments)
+        write_file(target, data)
+        return got
+
+    def import_weights(
+        self, model_id: str, source: WeightsFile, *, expected_version: Version | None = None
+    ) -> Op[Version]:
+        """Make a safetensors file with Wx, Wh and b the model's next version.
+
+        Args:
+            model_id: The model.
+            source: A path, or a file open for reading bytes.
+            expected_version: Refuse with VersionConflict unless the head is this one.
+        """
+        return (yield from self._upload(model_id, read_file(source), expected_version))
+
+    def create_checkpoint(
+        self, model_id: str, checkpoint_id: str, *, version: Version | None = None
+    ) -> Op[CheckpointInfo]:
+        """Keep a version under a name; None: the head, with the optimizer's state."""
+        request = model_pb.CreateCheckpointRequest(
+            model_id=model_id, checkpoint_id=checkpoint_id, version=optional(version)
+        )
+        answer = yield from self.caller.call(contract.CREATE_CHECKPOINT, request)
+        return checkpoint_from_proto(answer.checkpoint)
+
+    def list_checkpoints(self, model_id: str) -> Op[list[CheckpointInfo]]:
+        """Return a model's checkpoints by name."""
+        request = model_pb.ListCheckpointsRequest(model_id=model_id)
+        answer = yield from self.caller.call(contract.LIST_CHECKPOINTS, request)
+        return [checkpoint_from_proto(checkpoint) for checkpoint in answer.checkpoints]
+
+    def restore_checkpoint(
+        self, model_id: str, checkpoint_id: str, *, expected_version: Version | None = None
+    ) -> Op[Version]:
+        """Make a checkpoint's weights and moments the model's next version."""
+        request = model_pb.RestoreCheckpointRequest(
+            model_id=model_id,
+            checkpoint_id=checkpoint_id,
+            expected_version=optional(expected_version),
+            request_id=new_request_id(),
+        )
+        answer = yield from self.caller.call(contract.RESTORE_CHECKPOINT, request)
+        return self.made(model_id, answer.version)
+
+    def delete_checkpoint(
+        self, model_id: str, checkpoint_id: str, *, missing_ok: bool = False
+    ) -> Op[bool]:
+        """Take a checkpoint's name away; returns whether this call did."""
+        request = model_pb.DeleteCheckpointRequest(
+            model_id=model_id, checkpoint_id=checkpoint_id, allow_missing=missing_ok
+        )
+        try:
+            answer = yield from self.caller.call(contract.DELETE_CHECKPOINT, request)
+        except errors.NotFound as error:
+            if isinstance(error, errors.ModelNotFound) or not error.is_outcome_unknown:
+                raise
+            return True  # an attempt whose answer was lost has done it
+        return answer.deleted
+
+    # -- inner parts -------------------------------------------------------------------------------
+
+    def model(self, model_id: str) -> Op[ModelInfo]:
+        """Return a model's sizes and dtype; asked for once."""
+        if model_id not in self._models:
+            yield from self.get_model(model_id)
+        return self._models[model_id]
+
+    def _noted(self, message: model_pb.Model) -> ModelInfo:
+        model = model_from_proto(message)
+        before = self._models.get(model.model_id)
+        if before is not None and before.incarnation != model.incarnation:
+            self.forget(model.model_id)
+        self._models[model.model_id] = model
+        self.note_version(model.model_id, model.head)
+        return model
+
+    def forget(self, model_id: str) -> None:
+        """Forget what is known of a model that may be another one now."""
+        self._models.pop(model_id, None)
+        self._known.pop(model_id, None)
+
+    def made(self, model_id: str, message: tensor_pb.WeightsVersion) -> Version:
+        """Note a version that this client has just made."""
+        version = version_from_proto(message)
+        self.set_known(model_id, version)
+        return version
+
+    def _download(
+        self, model_id: str, version: Version | None, *, include_moments: bool
+    ) -> Op[tuple[bytes, Version]]:
+        request = model_pb.GetWeightsRequest(
+            model_id=model_id, version=optional(version), include_moments=include_moments
+        )
+        got = yield from self.caller.attempts(
+            lambda address, timeout: Download(contract.GET_WEIGHTS, request, address, timeout)
+        )
+        data = b"".join(part.data for part in got)
+        if not got or got[0].total_bytes != len(data):
+            raise errors.Internal(f"the weights came incomplete: {len(data)} bytes")
+        found = version_from_proto(got[0].version)
+        if version is None:
+            self.note_version(model_id, found)
+        return data, found
+
+    def _upload(self, model_id: str, data: bytes, expected: Version | None) -> Op[Version]:
+        header = model_pb.PutWeightsHeader(
+            model_id=model_id,
+            expected_version=optional(expected),
+            request_id=new_request_id(),
+            total_bytes=len(data),
+        )
+        requests = [model_pb.PutWeightsRequest(header=header)]
+        requests += [model_pb.PutWeightsRequest(data=part) for part in parts(data)]
+        answer: Any = yield from self.caller.attempts(
+            lambda address, timeout: Upload(contract.PUT_WEIGHTS, requests, address, timeout)
+        )
+        return self.made(model_id, answer.version)
+
+
+def given(
+    value: npt.ArrayLike, name: str, dtype: DTypeName, shape: tuple[int, ...]
+) -> tensor_pb.Tensor:
+    """Write an array of the caller as a tensor of the given dtype and shape."""
+    return tensor_to_proto(array_from_caller(value, name, dtype, shape))
+
+
+def optional(version: Version | None) -> tensor_pb.WeightsVersion | None:
+    """Write a version's name, or nothing."""
+    return None if version is None else version_to_proto(version)

@@ -1,0 +1,28 @@
+"""The arguments of `connect`, as both faces hand them to the core."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from timernn._core.retry import RetryPolicy
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a client behaves; the arguments of `connect`.
+
+    Attributes:
+        timeout_s: For one call with all its attempts.
+        connect_timeout_s: The same until something has answered for the first time.
+        retry: How failed calls are tried again.
+        log_limit: Answered operations kept for healing, a session.
+        log_bytes: Their bytes, a session; for training sessions, all of one model together.
+        max_message_bytes: Largest message either way.
+    """
+
+    timeout_s: float = 60.0
+    connect_timeout_s: float = 10.0
+    retry: RetryPolicy = field(default_factory=RetryPolicy)
+    log_limit: int = 64
+    log_bytes: int = 16 << 20
+    max_message_bytes: int = 16 << 20
