@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 # ask the loop for the interpreter at every step of the recurrence and be slower for both.
 INLINE_WORK = 1 << 24
 
+MAX_BATCH_BYTES = 1 << 26  # of the hidden states that one batch computes
+
 Result = TypeVar("Result")
 
 
@@ -101,11 +103,15 @@ class Scheduler:
         computing.add_done_callback(lambda _done: self._finish(queue, batch))
 
     def _take_batch(self, queue: _Queue) -> list[Chunk]:
-        batch, rows = [queue.waiting.popleft()], 0
-        rows = batch[0].xs.shape[0]
-        while queue.waiting and rows + queue.waiting[0].xs.shape[0] <= self._max_rows:
+        batch = [queue.waiting.popleft()]
+        rows, steps, _ = batch[0].xs.shape
+        room = MAX_BATCH_BYTES // batch[0].h0[0].nbytes - rows * steps
+        while queue.waiting:
+            n, t, _ = queue.waiting[0].xs.shape
+            rows, room = rows + n, room - n * t
+            if rows > self._max_rows or room < 0:
+                break
             batch.append(queue.waiting.popleft())
-            rows += batch[-1].xs.shape[0]
         return batch
 
     def _finish(self, queue: _Queue, batch: Sequence[Chunk]) -> None:

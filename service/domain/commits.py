@@ -6,6 +6,7 @@ What has queued while a round trip is under way goes with the next one; a lone c
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from typing import TYPE_CHECKING
 
 from service.domain.errors import Unavailable
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
     Told = Callable[[ChunkOutcome | Exception], None]
 
 ROUND_TRIPS = 2  # under way at once: the next is laid out while the store works on the one before
-BIG_TAPE_BYTES = 1 << 18  # goes by itself, so that small commits do not wait behind it
+BIG_BYTES = 1 << 18  # a commit of more goes by itself, so that small ones do not wait behind it
+TRIP_BYTES = (
+    1 << 22
+)  # carried by one round trip, about: it has to end within the store's time limit
 
 
 class Committer:
@@ -27,13 +31,13 @@ class Committer:
     def __init__(self, store: SessionStore) -> None:
         """Start idle."""
         self._store = store
-        self._waiting: list[tuple[ChunkCommit, Told]] = []
+        self._waiting: deque[tuple[ChunkCommit, Told]] = deque()
         self._under_way = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
     def submit(self, commit: ChunkCommit, told: Told) -> None:
         """Send a commit; `told` is called on the loop with what came of it."""
-        if commit.tape is not None and len(commit.tape) > BIG_TAPE_BYTES:
+        if _size(commit) > BIG_BYTES:
             self._spawn([(commit, told)])
             return
         self._waiting.append((commit, told))
@@ -46,11 +50,16 @@ class Committer:
             await asyncio.wait(self._tasks)
 
     def _send_waiting(self) -> None:
-        if not self._waiting or self._under_way >= ROUND_TRIPS:
-            return
-        batch, self._waiting = self._waiting, []
-        self._under_way += 1
-        self._spawn(batch).add_done_callback(self._landed)
+        while self._waiting and self._under_way < ROUND_TRIPS:
+            self._under_way += 1
+            self._spawn(self._take_batch()).add_done_callback(self._landed)
+
+    def _take_batch(self) -> list[tuple[ChunkCommit, Told]]:
+        batch, size = [], 0
+        while self._waiting and size < TRIP_BYTES:
+            batch.append(self._waiting.popleft())
+            size += _size(batch[-1][0])
+        return batch
 
     def _landed(self, _task: asyncio.Task[None]) -> None:
         self._under_way -= 1
@@ -71,6 +80,10 @@ class Committer:
             outcomes = [cancelled_midway()] * len(batch)
         for (_, told), outcome in zip(batch, outcomes, strict=True):
             told(outcome)
+
+
+def _size(commit: ChunkCommit) -> int:
+    return len(commit.state.h) + len(commit.tape or b"")
 
 
 def cancelled_midway() -> Unavailable:
