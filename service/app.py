@@ -74,6 +74,8 @@ async def serve(settings: Settings, on_ready: Callable[[str], None]) -> int:
     signals = _Signals()
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(signals)
+        if settings.supervised:
+            stack.enter_context(_ends_with_stdin(signals))
         # Results must not depend on how many cores there are.
         stack.enter_context(threadpool_limits(1, "blas"))
         embedded = await _start_embedded(settings, stack)
@@ -81,7 +83,7 @@ async def serve(settings: Settings, on_ready: Callable[[str], None]) -> int:
         server = await _build(settings, store, stack)
         if signals.is_stopping:
             return 0
-        address = await _listen(server, settings.listen)
+        address = await _listen(server, settings)
         stack.push_async_callback(server.drain, 0)
         gc.freeze()  # what was built lives as long as the process: never look through it again
         server.health.set_serving(True)
@@ -192,7 +194,7 @@ async def _build(settings: Settings, store: Store, stack: contextlib.AsyncExitSt
         limits=limits,
         durability=settings.durability,
     )
-    return RpcServer(domain, info)
+    return RpcServer(domain, info, reuse_port=settings.supervised)
 
 
 def _failpoints(settings: Settings) -> Failpoints:
@@ -205,17 +207,18 @@ def _failpoints(settings: Settings) -> Failpoints:
     return points
 
 
-async def _listen(server: RpcServer, listen: str) -> str:
+async def _listen(server: RpcServer, settings: Settings) -> str:
     """Open the port; say in one line why it cannot be opened."""
+    listen = settings.listen
     try:
-        _try_to_bind(listen)
+        _try_to_bind(listen, is_shared=settings.supervised)
         return await server.start(listen)
     except OSError as error:
         reason = error.strerror or "the address cannot be bound"
         raise StartError(f"cannot listen on {listen}: {reason}") from error
 
 
-def _try_to_bind(listen: str) -> None:
+def _try_to_bind(listen: str, *, is_shared: bool) -> None:
     """Bind and let go again: gRPC itself tells no reason, and fills the log with where it failed."""
     if listen.startswith("unix:"):
         return
@@ -227,7 +230,8 @@ def _try_to_bind(listen: str) -> None:
         host, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     ):
         with socket.socket(family, kind, number) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            option = socket.SO_REUSEPORT if is_shared else socket.SO_REUSEADDR
+            probe.setsockopt(socket.SOL_SOCKET, option, 1)
             probe.bind(address)
 
 
@@ -272,6 +276,23 @@ async def _finish(recurrence: Recurrence, limit_s: float) -> None:
         await asyncio.wait_for(recurrence.drain(), limit_s)
     except TimeoutError:
         _LOGGER.warning("some commits did not end in time")
+
+
+@contextlib.contextmanager
+def _ends_with_stdin(signals: _Signals) -> Iterator[None]:
+    """Stop when the supervisor is gone, whatever ended it: then its end of the pipe is closed."""
+    loop = asyncio.get_running_loop()
+
+    def on_readable() -> None:
+        if not os.read(0, 1):
+            loop.remove_reader(0)
+            signals.stop.set()
+
+    loop.add_reader(0, on_readable)
+    try:
+        yield
+    finally:
+        loop.remove_reader(0)
 
 
 def _without_credentials(url: str) -> str:

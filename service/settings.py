@@ -68,4 +68,6 @@ class Settings:
     log_level: str = "info"
     failpoints: str = ""  # as service.failpoints tells; only with `testing`
     testing: bool = False
+    workers: int = 1  # server processes on the one port
+    supervised: bool = False  # one of several workers: shares the port, ends when stdin closes
     limits: Limits = field(default_factory=Limits)

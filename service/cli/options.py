@@ -26,6 +26,7 @@ CHOICES = {
     "log_level": ("debug", "info", "warning", "error"),
 }
 LIMIT_PREFIX = "limit_"
+HIDDEN = ("failpoints", "testing", "supervised")  # for tests and for the supervisor of workers
 
 SETTINGS_HELP = {
     "listen": "Address to serve on: HOST:PORT, where port 0 picks a free one, or unix:PATH.",
@@ -46,6 +47,10 @@ SETTINGS_HELP = {
     "durability_timeout_ms": "Milliseconds that it waits for the replica; less than"
     " --store-timeout-ms.",
     "log_level": "What to log on stderr.",
+    "workers": "Server processes on the one port, about one a core; sessions move between them freely.",
+    "failpoints": "Where to fail on purpose; see service/failpoints.py.",
+    "testing": "Allow --failpoints.",
+    "supervised": "Share the port, and stop when stdin closes.",
 }
 
 LIMITS_HELP = {
@@ -176,7 +181,7 @@ def _parameters(
     ]
 
 
-def _option(name: str, default: object, explained: str, panel: str) -> Any:
+def _option(name: str, default: object, explained: str, panel: str) -> Any:  # noqa: PLR0911 - a kind each
     """Describe one option; its environment variable is named after it."""
     flag = "--" + name.replace("_", "-")
     common: dict[str, Any] = {
@@ -195,7 +200,9 @@ def _option(name: str, default: object, explained: str, panel: str) -> Any:
         return typer.Option(flag, parser=parser, metavar="|".join(choices), **common)
     if isinstance(default, Path):
         return typer.Option(flag, file_okay=False, metavar="DIR", **common)
-    if isinstance(default, str):
+    if name == "redis_url":
         return typer.Option(flag, metavar="URL", show_default="an embedded store", **common)
+    if name in HIDDEN:
+        return typer.Option(flag, hidden=True, **common)
     least = 0 if name in {"drain_s", "drain_notice_s", "limit_head_max_age_ms"} else 1
     return typer.Option(flag, min=least, **common)

@@ -28,7 +28,10 @@ def serve(settings: Settings) -> None:
       timernn serve --listen 0.0.0.0:50051 --redis-url redis://redis:6379/0
     """
     # Here, so that the other commands start without the engine and the store.
-    from service.app import serve as run  # noqa: PLC0415
+    if settings.workers > 1:
+        from service.workers import supervise as run  # noqa: PLC0415
+    else:
+        from service.app import serve as run  # noqa: PLC0415
 
     if not is_loopback(settings.listen):
         warn(f"{settings.listen} may be reached from other machines, without encryption or login")

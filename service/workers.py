@@ -1,0 +1,184 @@
+"""Several server processes on one port: `timernn serve --workers N`.
+
+Python computes on one core a process, so a machine is filled by processes. Each worker is a replica like
+any other, with its own event loop and one BLAS thread; the kernel spreads the clients' connections over
+them (SO_REUSEPORT), and a session moves between them as between any replicas. The supervisor holds the
+port and the embedded store, starts a worker again that died, and passes SIGTERM on. It serves nothing
+itself and never imports gRPC: workers are new programs, not forks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Final
+
+from service.settings import Limits, Settings
+from service.store.embedded import EmbeddedStore, EmbeddedStoreError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+READY: Final = b"timernn ready on "
+FIRST_RESTART_S: Final = 0.2
+LAST_RESTART_S: Final = 10.0
+STARTS_TRIED: Final = 3  # a worker that never became ready ends the whole
+
+_LOGGER = logging.getLogger(__name__)
+
+
+class WorkerError(Exception):
+    """The workers cannot be started; one line that tells an operator why."""
+
+
+async def supervise(settings: Settings, on_ready: Callable[[str], None]) -> int:
+    """Run the workers until SIGTERM or SIGINT and return the worst of their exit codes.
+
+    Args:
+        settings: Those of each worker; `workers` is their number.
+        on_ready: Called once with the address, when every worker serves.
+
+    Raises:
+        WorkerError: If the port or the store cannot be used, or a worker does not start.
+    """
+    loop, stop = asyncio.get_running_loop(), asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    with _port(settings.listen) as address, _store(settings) as url:
+        environment = environment_of(
+            replace(settings, listen=address, redis_url=url, workers=1, supervised=True)
+        )
+        workers = [_Worker(i, environment, settings.drain_s) for i in range(settings.workers)]
+        running = [asyncio.create_task(worker.run()) for worker in workers]
+        stopping = asyncio.create_task(stop.wait())
+        try:
+            await _until_ready(workers, running, stopping)
+            if not stop.is_set():
+                on_ready(address)
+            await asyncio.wait({stopping, *running}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stopping.cancel()
+            for worker in workers:
+                worker.stop()
+            codes = await asyncio.gather(*running, return_exceptions=True)
+    for code in codes:
+        if isinstance(code, BaseException):
+            raise code
+    return max(code for code in codes if isinstance(code, int))
+
+
+def environment_of(settings: Settings) -> dict[str, str]:
+    """Return the variables that give a process these settings; secrets stay off command lines."""
+    names: dict[str, object] = {}
+    for field in fields(Settings):
+        if field.name != "limits":
+            names[field.name] = getattr(settings, field.name)
+    names |= {
+        f"limit_{field.name}": getattr(settings.limits, field.name) for field in fields(Limits)
+    }
+    return {f"TIMERNN_{name.upper()}": str(value) for name, value in names.items()}
+
+
+class _Worker:
+    """One server process, started again until it is told to stop."""
+
+    def __init__(self, number: int, environment: Mapping[str, str], drain_s: float) -> None:
+        self._number = number
+        self._environment = {**os.environ, **environment}
+        self._drain_s = drain_s
+        self._process: asyncio.subprocess.Process | None = None
+        self._is_stopping = False
+        self.is_ready = asyncio.Event()
+
+    async def run(self) -> int:
+        """Keep a process running; return the exit code of the last."""
+        pause_s, failed_starts = FIRST_RESTART_S, 0
+        while True:
+            code = await self._run_once()
+            if self._is_stopping:
+                return code
+            failed_starts = 0 if self.is_ready.is_set() else failed_starts + 1
+            if failed_starts == STARTS_TRIED:
+                raise WorkerError(f"worker {self._number} does not start; its last words are above")
+            _LOGGER.error("worker %d ended with %d: starting it again", self._number, code)
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, LAST_RESTART_S)
+
+    def stop(self) -> None:
+        """Ask the process to drain; from now on it is not started again."""
+        self._is_stopping = True
+        if self._process is not None and self._process.returncode is None:
+            self._process.terminate()
+
+    async def _run_once(self) -> int:
+        self._process = process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "service",
+            "serve",
+            stdin=asyncio.subprocess.PIPE,  # closes with this process, whatever ends it
+            stdout=asyncio.subprocess.PIPE,
+            env=self._environment,
+        )
+        if self._is_stopping:
+            process.terminate()
+        reader = process.stdout
+        if reader is None:
+            raise RuntimeError("a worker has no output")
+        while line := await reader.readline():
+            if line.startswith(READY):
+                self.is_ready.set()
+        return await process.wait()
+
+
+async def _until_ready(
+    workers: list[_Worker], running: list[asyncio.Task[int]], stopping: asyncio.Task[bool]
+) -> None:
+    all_ready = asyncio.create_task(_all_ready(workers))
+    await asyncio.wait({all_ready, stopping, *running}, return_when=asyncio.FIRST_COMPLETED)
+    all_ready.cancel()
+    for task in running:
+        if task.done():
+            task.result()
+
+
+async def _all_ready(workers: list[_Worker]) -> None:
+    for worker in workers:
+        await worker.is_ready.wait()
+
+
+@contextlib.contextmanager
+def _port(listen: str) -> Iterator[str]:
+    """Hold a port for the workers without listening on it; yield the address with its number."""
+    if listen.startswith("unix:"):
+        raise WorkerError("--workers: processes share a TCP port, not a unix socket")
+    host, _, port = listen.rpartition(":")
+    try:
+        family, kind, number, _, address = socket.getaddrinfo(
+            host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, number) as held:
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            held.bind(address)
+            yield f"{host}:{held.getsockname()[1]}"
+    except OSError as error:
+        raise WorkerError(f"cannot listen on {listen}: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def _store(settings: Settings) -> Iterator[str]:
+    """Yield the store's URL; without one, that of an embedded store that lives as long as this."""
+    if settings.redis_url:
+        yield settings.redis_url
+        return
+    try:
+        with EmbeddedStore(settings.data_dir) as embedded:
+            yield embedded.url
+    except EmbeddedStoreError as error:
+        raise WorkerError(str(error)) from error
