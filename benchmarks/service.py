@@ -5,6 +5,8 @@ Prints tables, writes benchmarks/results/service.json and, with ``--charts``, pi
 """
 
 import argparse
+import signal
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -128,6 +130,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"no bench of this name: {', '.join(sorted(unknown))}; --list names them")
         return 2
     chosen = [bench for bench in benches if not options.only or bench.name in options.only]
+    # An ordinary exit, so that every process that was started is ended.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     mlserver, notes = _find_mlserver(wanted=not options.no_mlserver)
     outcome = run(chosen, _plan(options), PINS[options.pin], mlserver)
     _publish(outcome, options, notes)

@@ -15,6 +15,8 @@ import numpy as np
 from benchmarks.load.workload import Array, Sizes, make_chunk
 
 MAX_MESSAGE_BYTES = 64 << 20
+# In place of a session's index, where answers come in order.
+ANY_SESSION = -1
 CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -48,8 +50,8 @@ class Adapter(ABC):
     """How one server is called.
 
     Attributes:
-        ordered_stream: Whether answers on one stream come in the order of the requests; otherwise
-            the loop asks `session_index` whose answer it got.
+        ordered_stream: Whether one stream carries one answer a message, in the order of the requests;
+            otherwise the loop asks `parts` for the answers in a message and whose each is.
         has_state: Whether the server computes; False for the echo.
         sizes: Of each chunk.
         payload: The bytes of xs (T, D), float32, that each request carries.
@@ -98,16 +100,12 @@ class Adapter(ABC):
         if size != self.sizes.answer_bytes:
             raise ValueError(f"expected an answer of {self.sizes.answer_bytes} bytes, got {size}")
 
-    def session_index(self, answer: Any) -> int:
-        """Tell whose answer this is, on a stream that may answer out of order."""
-        raise NotImplementedError(f"{type(self).__name__} answers in order")
+    def parts(self, message: Any) -> Sequence[tuple[int, Any]]:
+        """Split a message into answers, each with its session's index."""
+        return [(ANY_SESSION, message)]
 
     def frame_request(self, sessions: Sequence[Session]) -> Any:
         """Make one stream message that carries a chunk of each session, where the server can."""
-        raise NotImplementedError(f"{type(self).__name__} has no frames")
-
-    def accept_frame(self, sessions: Sequence[Session], answer: Any) -> int:
-        """Take note of the answers in one message; return how many there are."""
         raise NotImplementedError(f"{type(self).__name__} has no frames")
 
     def output_array(self, answer: Any) -> Array:

@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks.load.processes import ROOT, Child, child, module
+from benchmarks.load.processes import ROOT, Child, StartError, child, module
 from benchmarks.load.store import Store, running_store
 from benchmarks.load.workload import SMALL, Sizes, save_weights
 
@@ -169,7 +169,7 @@ class Lab:
         times = {"seconds": self.plan.seconds, "warmup_s": self.plan.warmup_s}
         for _ in range(repetitions or self.plan.repetitions):
             for name, (process, order) in measurements.items():
-                samples[name].results.append(process.ask({**times, **order}))
+                samples[name].results.append(self._ask(process, {**times, **order}))
                 self._tick(f"{scenario}: {name}")
         self.log += samples.values()
         return samples
@@ -180,8 +180,17 @@ class Lab:
 
     def prepare(self, process: Child, **order: Any) -> None:
         """Have a client do something that is not measured, such as opening sessions."""
-        process.ask({"seconds": 0, "warmup_s": 0, **order})
+        self._ask(process, {"seconds": 0, "warmup_s": 0, **order})
         self._tick(str(order))
+
+    def _ask(self, process: Child, order: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return process.ask(order)
+        except StartError:
+            # Its sessions may stand anywhere now: the next bench gets a client of its own.
+            self._children = {k: v for k, v in self._children.items() if v is not process}
+            process.stop()
+            raise
 
     def _start(self, command: Sequence[str], core: int | None) -> Child:
         log = self._folder / f"process-{len(self._children)}.log"

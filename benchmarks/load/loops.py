@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import grpc
+
 from benchmarks.load.adapters import Adapter, Session
 
 FRAME_SESSIONS = 64
@@ -73,6 +75,19 @@ class Tally:
         }
 
 
+async def read(call: Any) -> Any:
+    """Read the next answer of a stream.
+
+    Raises:
+        ValueError: If the server ended the stream instead.
+        grpc.aio.AioRpcError: If it ended it with an error.
+    """
+    answer = await call.read()
+    if answer is grpc.aio.EOF:
+        raise ValueError(f"the server ended the stream: {await call.code()} {await call.details()}")
+    return answer
+
+
 async def run_unary(adapter: Adapter, sessions: Sequence[Session], tally: Tally) -> None:
     """Let every session's client call in a loop of its own."""
     await asyncio.gather(*(_call_in_a_loop(adapter, session, tally) for session in sessions))
@@ -99,38 +114,70 @@ async def _run_stream(
     adapter: Adapter, sessions: Sequence[Session], tally: Tally, in_flight: int
 ) -> None:
     call = adapter.open_stream()
-    flights = _Flights(adapter)
-    for _ in range(in_flight):
-        for session in sessions:
-            await flights.send(call, session)
-    while flights.count:
-        answer = await call.read()
-        session, sent = flights.land(answer)
+    if len(sessions) * in_flight == 1:
+        await _ping_pong(adapter, call, sessions[0], tally)
+    else:
+        await _pipeline(adapter, call, list(sessions) * in_flight, tally)
+    await call.done_writing()
+
+
+async def _ping_pong(adapter: Adapter, call: Any, session: Session, tally: Tally) -> None:
+    going = True
+    while going:
+        sent = time.perf_counter()
+        await call.write(adapter.stream_request(session))
+        answer = await read(call)
         going = tally.count(sent)
         adapter.accept(session, answer)
-        if going:
-            await flights.send(call, session)
-    await call.done_writing()
+
+
+async def _pipeline(
+    adapter: Adapter, call: Any, first_round: Sequence[Session], tally: Tally
+) -> None:
+    """Write from one task and read from another.
+
+    A client that writes all it may before it reads blocks itself and the server, once both
+    directions' windows are full.
+    """
+    to_send: asyncio.Queue[Session] = asyncio.Queue()
+    for session in first_round:
+        to_send.put_nowait(session)
+    flights = _Flights(adapter)
+    writer = asyncio.create_task(_write_from(to_send, call, flights))
+    try:
+        missing = len(first_round)
+        while missing:
+            for index, answer in adapter.parts(await read(call)):
+                session, sent = flights.land(index)
+                adapter.accept(session, answer)
+                if tally.count(sent):
+                    to_send.put_nowait(session)
+                else:
+                    missing -= 1
+    finally:
+        writer.cancel()
+
+
+async def _write_from(to_send: "asyncio.Queue[Session]", call: Any, flights: "_Flights") -> None:
+    while True:
+        await call.write(flights.depart(await to_send.get()))
 
 
 class _Flights:
     """The chunks that one stream has sent and not got back."""
 
     def __init__(self, adapter: Adapter) -> None:
-        self.count = 0
         self._adapter = adapter
         self._in_order: deque[tuple[Session, float]] = deque()
         self._by_index: dict[int, deque[tuple[Session, float]]] = {}
 
-    async def send(self, call: Any, session: Session) -> None:
-        flight = (session, time.perf_counter())
-        self._queue(session.index).append(flight)
-        self.count += 1
-        await call.write(self._adapter.stream_request(session))
+    def depart(self, session: Session) -> Any:
+        """Return the message to send now."""
+        self._queue(session.index).append((session, time.perf_counter()))
+        return self._adapter.stream_request(session)
 
-    def land(self, answer: Any) -> tuple[Session, float]:
-        self.count -= 1
-        index = -1 if self._adapter.ordered_stream else self._adapter.session_index(answer)
+    def land(self, index: int) -> tuple[Session, float]:
+        """Tell whose the next answer is and when its request was sent."""
         return self._queue(index).popleft()
 
     def _queue(self, index: int) -> "deque[tuple[Session, float]]":
@@ -142,23 +189,34 @@ class _Flights:
 async def run_frames(
     adapter: Adapter, sessions: Sequence[Session], tally: Tally, in_flight: int
 ) -> None:
-    """Send a chunk of every session in each message, `in_flight` messages on the way."""
+    """Send a chunk of every session in each message, `in_flight` messages on the way.
+
+    A server may answer a frame in parts, or parts of two frames at once; the next frame goes when as
+    many answers are there as one frame has.
+    """
     call = adapter.open_stream()
+    by_index = {session.index: session for session in sessions}
     flights: deque[float] = deque()
     for _ in range(in_flight):
         flights.append(time.perf_counter())
         await call.write(adapter.frame_request(sessions))
+    answered = 0
     while flights:
-        # A server may answer a frame in parts; the next one goes when the whole is there.
-        missing = len(sessions)
-        while missing:
-            answer = await call.read()
-            missing -= adapter.accept_frame(sessions, answer)
-        going = tally.count(flights.popleft(), len(sessions))
-        if going:
+        answered += _accept_parts(adapter, by_index, await read(call))
+        if answered < len(sessions):
+            continue
+        answered -= len(sessions)
+        if tally.count(flights.popleft(), len(sessions)):
             flights.append(time.perf_counter())
             await call.write(adapter.frame_request(sessions))
     await call.done_writing()
+
+
+def _accept_parts(adapter: Adapter, by_index: dict[int, Session], message: Any) -> int:
+    parts = adapter.parts(message)
+    for index, answer in parts:
+        adapter.accept(by_index[index], answer)
+    return len(parts)
 
 
 async def run_roaming(
@@ -189,7 +247,7 @@ async def _roam(
         busy.add(place)
         sent = time.perf_counter()
         await call.write(adapter.stream_request(sessions[place]))
-        answer = await call.read()
+        answer = await read(call)
         going = tally.count(sent)
         adapter.accept(sessions[place], answer)
         busy.remove(place)
@@ -201,11 +259,12 @@ async def touch(adapter: Adapter, sessions: Sequence[Session], rounds: int) -> N
     call = adapter.open_stream()
     for first in range(0, len(sessions), FRAME_SESSIONS):
         share = sessions[first : first + FRAME_SESSIONS]
+        by_index = {session.index: session for session in share}
         for _ in range(rounds):
             await call.write(adapter.frame_request(share))
             missing = len(share)
             while missing:
-                missing -= adapter.accept_frame(share, await call.read())
+                missing -= _accept_parts(adapter, by_index, await read(call))
     await call.done_writing()
 
 
@@ -240,7 +299,7 @@ async def _run_timetable(
     while going:
         await asyncio.sleep(max(0.0, due - time.perf_counter()))
         await call.write(adapter.stream_request(session))
-        answer = await call.read()
+        answer = await read(call)
         going = tally.count(due)
         adapter.accept(session, answer)
         due += interval

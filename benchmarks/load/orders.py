@@ -7,6 +7,7 @@ for a new process, new connections or new sessions each time.
 import asyncio
 import json
 import sys
+import traceback
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -26,6 +27,8 @@ async def obey(name: str, handler: Handler) -> None:
     while line := await asyncio.to_thread(sys.stdin.readline):
         try:
             result = await handler(json.loads(line))
-        except (grpc.aio.AioRpcError, ValueError) as error:
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError, ValueError) as error:
+            # Where it came from stands in the process's log.
+            traceback.print_exc()
             result = {"error": str(error)}
         print(json.dumps(result), flush=True)

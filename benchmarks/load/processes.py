@@ -2,16 +2,19 @@
 
 import json
 import os
+import select
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 STOP_TIMEOUT_S = 20.0
+# Beyond the time it is told to measure: opening thousands of sessions takes a while.
+ANSWER_TIMEOUT_S = 240.0
 
 # Every process computes on one thread, whoever's BLAS it is; two threads of one server on two cores,
 # shared with the client, measure the scheduler.
@@ -48,31 +51,42 @@ class Child:
                 cwd=ROOT,
                 env={**os.environ, **ONE_THREAD, "PYTHONUNBUFFERED": "1"},
             )
-        self.address = self._read_address(log)
+        self._log = log
+        self.address = self._read_address()
 
-    def _read_address(self, log: Path) -> str:
+    def _last_words(self) -> str:
+        lines = self._log.read_text().splitlines()
+        return "\n".join(lines[-5:]) if lines else "it said nothing"
+
+    def _read_address(self) -> str:
         # Servers may log to stdout before they are ready; MLServer does.
         # readline, not iteration: closing a half-used iterator over a pipe closes the pipe.
         while self.process.stdout is not None and (line := self.process.stdout.readline()):
             if " ready on " in line:
                 return line.rsplit(" ", 1)[1].strip()
-        message = f"the process ended before it was ready; its messages: {log.read_text()[-2000:]}"
         self.stop()
-        raise StartError(message)
+        raise StartError(f"the process ended before it was ready: {self._last_words()}")
 
     def ask(self, order: dict[str, Any]) -> dict[str, Any]:
         """Send a JSON line and wait for the JSON line that answers it.
 
         Raises:
-            StartError: If the process ended or reports an error.
+            StartError: If the process ended, reports an error or does not answer in time.
         """
         if self.process.stdin is None or self.process.stdout is None:
             message = "the process takes no orders"
             raise StartError(message)
-        self.process.stdin.write(json.dumps(order) + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        answer: dict[str, Any] = json.loads(line) if line else {"error": "the client ended"}
+        line = ""
+        with suppress(BrokenPipeError):
+            self.process.stdin.write(json.dumps(order) + "\n")
+            self.process.stdin.flush()
+            patience_s = ANSWER_TIMEOUT_S + order.get("seconds", 0) + order.get("warmup_s", 0)
+            if not select.select([self.process.stdout], [], [], patience_s)[0]:
+                raise StartError(f"no answer in {patience_s:.0f} s to {order}")
+            line = self.process.stdout.readline()
+        answer: dict[str, Any] = (
+            json.loads(line) if line else {"error": "the process ended: " + self._last_words()}
+        )
         if "error" in answer:
             raise StartError(answer["error"])
         return answer
@@ -87,7 +101,8 @@ class Child:
     def stop(self) -> None:
         """End the process: politely first, by force after a while."""
         if self.process.stdin is not None:
-            self.process.stdin.close()
+            with suppress(BrokenPipeError):
+                self.process.stdin.close()
         if self.process.poll() is None:
             self.process.terminate()
         try:

@@ -6,6 +6,7 @@ import grpc
 import numpy as np
 
 from benchmarks.load.adapters import CHANNEL_OPTIONS
+from benchmarks.load.loops import read
 from benchmarks.load.timernn_adapter import checked, given_weights, tensor
 from benchmarks.load.workload import Array, Sizes
 from timernn.v1 import (
@@ -109,7 +110,7 @@ class RemoteSession:
         self, operation: time_rnn_service_pb2.Operation
     ) -> time_rnn_service_pb2.OperationResult:
         await self._call.write(time_rnn_service_pb2.StreamRequest(operations=[operation]))
-        answer = await self._call.read()
+        answer = await read(self._call)
         return checked(answer.results[0])
 
 

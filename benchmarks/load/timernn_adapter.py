@@ -92,6 +92,8 @@ class TimernnAdapter(GrpcAdapter):
         return sorted(opened, key=lambda session: session.index)
 
     def _forward_request(self, session: Session) -> time_rnn_service_pb2.ForwardRequest:
+        # With chunks in flight the token before is not known yet; the stream knows it.
+        is_known = session.acknowledged_seq == session.seq
         session.seq += 1
         return time_rnn_service_pb2.ForwardRequest(
             session_id=session.session_id,
@@ -100,14 +102,15 @@ class TimernnAdapter(GrpcAdapter):
             xs=tensor_pb2.Tensor(
                 dtype=tensor_pb2.D_TYPE_FLOAT32, shape=self._shape, data=self.payload
             ),
+            previous_token=session.token if is_known else b"",
             acknowledged_seq=session.acknowledged_seq,
         )
 
     @override
     async def unary(self, session: Session) -> time_rnn_service_pb2.ForwardResponse:
-        request = self._forward_request(session)
-        request.previous_token = session.token
-        answer: time_rnn_service_pb2.ForwardResponse = await self._stub.Forward(request)
+        answer: time_rnn_service_pb2.ForwardResponse = await self._stub.Forward(
+            self._forward_request(session)
+        )
         return answer
 
     @override
@@ -130,8 +133,10 @@ class TimernnAdapter(GrpcAdapter):
         )
 
     @override
-    def session_index(self, answer: time_rnn_service_pb2.StreamResponse) -> int:
-        return answer.results[0].tag
+    def parts(
+        self, message: time_rnn_service_pb2.StreamResponse
+    ) -> list[tuple[int, time_rnn_service_pb2.ForwardResponse]]:
+        return [(result.tag, checked(result).forward) for result in message.results]
 
     @override
     def outputs(self, answer: Any) -> bytes:
@@ -142,16 +147,6 @@ class TimernnAdapter(GrpcAdapter):
     def accept(self, session: Session, answer: Any) -> None:
         super().accept(session, answer)
         _acknowledge(session, _forward_response(answer))
-
-    @override
-    def accept_frame(self, sessions: Sequence[Session], answer: Any) -> int:
-        by_index = {session.index: session for session in sessions}
-        for result in answer.results:
-            response = checked(result).forward
-            if len(response.hs.data) != self.sizes.answer_bytes:
-                raise ValueError(f"an answer in a frame has {len(response.hs.data)} bytes")
-            _acknowledge(by_index[result.tag], response)
-        return len(answer.results)
 
 
 def _forward_response(answer: Any) -> time_rnn_service_pb2.ForwardResponse:
