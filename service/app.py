@@ -43,6 +43,7 @@ from service.store.embedded import EmbeddedStore, EmbeddedStoreError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from service.rpc.auth import Authenticator
     from service.settings import Settings
     from service.store.connect import Store
 
@@ -80,7 +81,7 @@ async def serve(settings: Settings, on_ready: Callable[[str], None]) -> int:
         stack.enter_context(threadpool_limits(1, "blas"))
         embedded = await _start_embedded(settings, stack)
         store = await _open_store(settings, embedded, stack)
-        server = await _build(settings, store, stack)
+        server = build_server(settings, store, stack)
         if signals.is_stopping:
             return 0
         address = await _listen(server, settings)
@@ -163,8 +164,13 @@ async def _open_store(
     return store
 
 
-async def _build(settings: Settings, store: Store, stack: contextlib.AsyncExitStack) -> RpcServer:
-    """Wire every layer; what holds work is closed by the stack, the last built first."""
+def build_server(
+    settings: Settings,
+    store: Store,
+    stack: contextlib.AsyncExitStack,
+    authenticator: Authenticator | None = None,
+) -> RpcServer:
+    """Wire every layer over an open store; what holds work is closed by the stack."""
     limits = settings.limits
     scheduler = Scheduler(settings.max_batch_rows)
     if points := _failpoints(settings):
@@ -194,7 +200,7 @@ async def _build(settings: Settings, store: Store, stack: contextlib.AsyncExitSt
         limits=limits,
         durability=settings.durability,
     )
-    return RpcServer(domain, info, reuse_port=settings.supervised)
+    return RpcServer(domain, info, authenticator=authenticator, reuse_port=settings.supervised)
 
 
 def _failpoints(settings: Settings) -> Failpoints:

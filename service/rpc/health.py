@@ -71,11 +71,17 @@ class Health:
         changed = asyncio.Event()
         self._watchers.add(changed)
         try:
-            yield self._response(request.service)
-            while not self._is_ended:
-                await changed.wait()
-                changed.clear()
-                yield self._response(request.service)
+            told = None
+            while True:
+                response = self._response(request.service)
+                if response != told:
+                    told = response
+                    yield response
+                elif self._is_ended:
+                    return
+                else:
+                    changed.clear()
+                    await changed.wait()
         finally:
             self._watchers.discard(changed)
 

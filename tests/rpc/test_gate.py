@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +40,9 @@ async def call_raw(channel: Any, method: MethodDescriptor, raw: bytes) -> Any:
     """Call any method with bytes and return its first answer's."""
     path = path_of(method)
     if method.client_streaming and method.server_streaming:
-        both = channel.stream_stream(path)(iter([raw]))
+        both = channel.stream_stream(path)()
+        with contextlib.suppress(asyncio.InvalidStateError):  # refused already
+            await both.write(raw)
         return await both.read()
     if method.client_streaming:
         return await channel.stream_unary(path)(iter([raw]))
