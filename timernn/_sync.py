@@ -72,6 +72,7 @@ def connect(
     retry: RetryPolicy | None = None,
     log_limit: int = 64,
     log_bytes: int = 16 << 20,
+    log_total_bytes: int = 256 << 20,
     max_message_bytes: int = 16 << 20,
 ) -> Client:
     """Make a client; the first call connects.
@@ -84,6 +85,7 @@ def connect(
         retry: How failed calls are tried again.
         log_limit: Answered operations kept a session, to heal a store that lost them.
         log_bytes: Bytes of them, a session; the training sessions of one model share it.
+        log_total_bytes: Bytes of all logs together; those written longest ago give way.
         max_message_bytes: Largest message either way; the server's own limit counts too.
     """
     options = Options(
@@ -92,6 +94,7 @@ def connect(
         retry=retry or RetryPolicy(),
         log_limit=log_limit,
         log_bytes=log_bytes,
+        log_total_bytes=log_total_bytes,
         max_message_bytes=max_message_bytes,
     )
     return Client(addresses_of(target), options)

@@ -81,6 +81,7 @@ def connect(
     retry: RetryPolicy | None = None,
     log_limit: int = 64,
     log_bytes: int = 16 << 20,
+    log_total_bytes: int = 256 << 20,
     max_message_bytes: int = 16 << 20,
 ) -> Client:
     """Make a client; the first call connects. The arguments are those of `timernn.connect`."""
@@ -90,6 +91,7 @@ def connect(
         retry=retry or RetryPolicy(),
         log_limit=log_limit,
         log_bytes=log_bytes,
+        log_total_bytes=log_total_bytes,
         max_message_bytes=max_message_bytes,
     )
     return Client(addresses_of(target), options)

@@ -289,8 +289,15 @@ def client(stand_in: StandIn) -> Iterator[timernn.Client]:
         yield connected
 
 
+class Replica(str):
+    """A replica's address, with the process behind it."""
+
+    __slots__ = ("process",)
+    process: subprocess.Popen[str]
+
+
 @contextmanager
-def replica(store_url: str) -> Iterator[str]:
+def replica(store_url: str) -> Iterator[Replica]:
     """Run a real replica as a process; yields its address."""
     command = [sys.executable, "-m", "service", "serve", "--listen", "127.0.0.1:0"]
     command += ["--redis-url", store_url]
@@ -299,7 +306,9 @@ def replica(store_url: str) -> Iterator[str]:
         assert process.stdout is not None
         line = process.stdout.readline()
         assert line.startswith(READY), "the replica ended before it served"
-        yield line.removeprefix(READY).strip()
+        address = Replica(line.removeprefix(READY).strip())
+        address.process = process
+        yield address
     finally:
         process.terminate()
         process.wait(30)
@@ -312,6 +321,13 @@ def replicas(store: EmbeddedStore) -> Iterator[list[str]]:
     """Two replicas on the run's store."""
     with ExitStack() as stack:
         yield [stack.enter_context(replica(store.url)) for _ in range(2)]
+
+
+@pytest.fixture
+def doomed(store: EmbeddedStore) -> Iterator[Replica]:
+    """A replica of the test's own, to be killed."""
+    with replica(store.url) as started:
+        yield started
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -213,6 +214,34 @@ def test_sessions_that_train_together_heal_together(
     for _ in range(4):
         run.step(lose)
     assert_same(run.end(), undisturbed(live, model_id, 5, sessions=3))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_losses_change_nothing(
+    live: timernn.Client, model_id: str, slots: Any, seed: int
+) -> None:
+    """Slots set back at random times, each on its own, between any two calls to any replica."""
+    chance = random.Random(seed)
+    wanted = undisturbed(live, model_id, 10, sessions=3)
+    run = Run(live, model_id, sessions=3)
+    kept = [slots.of_session(session.session_id) for session in run.sessions]
+    kept.append(slots.of_model(model_id))
+    losses = 0
+
+    def disturb(_: str) -> None:
+        nonlocal losses
+        live._core.caller.address = chance.randrange(2)
+        for slot in kept:
+            if chance.random() < 0.15:
+                slot.keep()
+            if chance.random() < 0.06:
+                slot.lose()
+                losses += 1
+
+    for _ in range(10):
+        run.step(disturb)
+    assert losses > 5
+    assert_same(run.end(), wanted)
 
 
 def test_contributions_of_an_ended_epoch_heal(

@@ -260,3 +260,43 @@ def test_the_server_is_pinged(live: timernn.Client, replicas: list[str]) -> None
     assert ping.serving
     assert ping.address == replicas[0]
     assert 0 < ping.latency_s < 5
+
+
+@pytest.mark.parametrize("in_flight", [1, 4])
+def test_a_killed_replica_is_not_noticed_by_a_stream(
+    live: timernn.Client,
+    model_id: str,
+    local: TimeRNN,
+    doomed: Any,
+    replicas: list[str],
+    rng: np.random.Generator,
+    in_flight: int,
+) -> None:
+    """Killed without a word under chunks in flight, another one goes on with the same outputs."""
+    given = chunks(rng, 60)
+    with timernn.connect([doomed, replicas[0]], timeout=20) as client:
+        stream = client.session(model_id).stream(given, in_flight=in_flight)
+        for position, (xs, hs) in enumerate(zip(given, stream, strict=True)):
+            if position == 20:
+                doomed.process.kill()
+            np.testing.assert_allclose(hs, local.forward(xs), atol=1e-6)
+
+
+def test_a_killed_replica_is_not_noticed_by_training(
+    live: timernn.Client, model_id: str, doomed: Any, replicas: list[str], rng: np.random.Generator
+) -> None:
+    """Tapes, gradients and steps are in the store: the weights are those of an undisturbed run."""
+    given = chunks(rng, 20)
+    made = []
+    with timernn.connect([doomed, replicas[0]], timeout=20) as killed:
+        for name, client in ((f"{model_id}a", live), (f"{model_id}b", killed)):
+            live.create_model(name, input_size=D, hidden_size=H, seed=5, optimizer=timernn.Adam())
+            session = client.session(name, train=True)
+            for position, xs in enumerate(given):
+                hs = session.forward(xs)
+                if client is killed and position == 10:
+                    doomed.process.kill()
+                session.backward(hs)
+                session.update(lr=0.01)
+            made.append(session.version)
+    assert made[0] == made[1]

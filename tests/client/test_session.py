@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
@@ -97,6 +98,15 @@ def test_only_what_is_wanted_comes_back(
 ) -> None:
     """All steps, the last or none, always of rank 3."""
     assert session.forward(XS, return_hs=returned).shape == (1, steps, 2)
+
+
+def test_threads_take_turns_on_a_session(session: timernn.Session, stand_in: Any) -> None:
+    """Two threads never send two chunks under one number."""
+    with ThreadPoolExecutor(8) as pool:
+        for future in [pool.submit(session.forward, XS) for _ in range(40)]:
+            future.result()
+    numbers = [request.chunk_seq for request in stand_in.requests["Forward"]]
+    assert numbers == list(range(1, 41))
 
 
 # --- splitting along T ----------------------------------------------------------------------------

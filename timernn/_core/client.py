@@ -22,7 +22,7 @@ from timernn._core.convert import (
 from timernn._core.effects import Call
 from timernn._core.frame import Frames
 from timernn._core.ids import new_request_id, new_session_id
-from timernn._core.journal import Healing, Scope
+from timernn._core.journal import Healing, Scope, Shelf
 from timernn._core.models import ModelsCore, given, optional
 from timernn._core.session import RETURN_HS, SessionCore
 from timernn._core.splitting import Bounds, split_steps
@@ -71,6 +71,7 @@ class ClientCore(ModelsCore):
     def __init__(self, addresses: list[str], options: Options) -> None:
         super().__init__(addresses, options)
         self.frames = Frames(self)
+        self.shelf = Shelf(options.log_total_bytes)
         self._trainings: dict[str, Training] = {}
         self._bounds: Bounds | None = None
 
@@ -285,7 +286,7 @@ class ClientCore(ModelsCore):
         *,
         return_hs: ReturnHs = "all",
     ) -> Op[list[Array | errors.Error]]:
-        """Apply chunks of many sessions in one message of one stream.
+        """Apply chunks of many sessions in one message of one stream; training ones leave tapes.
 
         Args:
             chunks: Open sessions of this client, each with its inputs (N, T, D). The same session

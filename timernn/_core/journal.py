@@ -9,6 +9,8 @@ writer has put in its place answers otherwise, which is raised and never mixed i
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -49,7 +51,7 @@ _PASSED = (
 _MAX_ROUNDS = 40
 _MAX_ROUNDS_IN_VAIN = 3
 _PAUSE_S = 0.05
-_ENTRY_OVERHEAD_BYTES = 512
+_ENTRY_OVERHEAD_BYTES = 1024  # of the objects around the tensors
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -143,42 +145,98 @@ def update_entry(request: rnn_pb.UpdateRequest, answer: rnn_pb.UpdateResponse) -
 
 
 class Journal:
-    """The last answered operations, in the order of their answers.
+    """The last answered operations, in the order of their answers. Made by a `Shelf`.
 
     Args:
+        shelf: Bounds all journals of a client together.
         max_entries: Kept for each session that writes here.
         max_bytes: Kept altogether.
     """
 
-    def __init__(self, max_entries: int, max_bytes: int) -> None:
-        self._max_entries, self._max_bytes = max_entries, max_bytes
+    def __init__(self, shelf: Shelf, max_entries: int, max_bytes: int) -> None:
+        self._shelf, self._max_entries, self._max_bytes = shelf, max_entries, max_bytes
         self._entries: deque[Entry] = deque()
-        self._bytes = 0
+        self.bytes = 0
         self.writer_count = 1
 
     def append(self, entry: Entry) -> None:
         """Add an entry and let the oldest go where the bounds ask for it."""
-        self._entries.append(entry)
-        self._bytes += entry.size
-        most = self._max_entries * max(1, self.writer_count)
-        while self._entries and (len(self._entries) > most or self._bytes > self._max_bytes):
-            self._bytes -= self._entries.popleft().size
+        with self._shelf.lock:
+            self._entries.append(entry)
+            self.bytes += entry.size
+            most = self._max_entries * max(1, self.writer_count)
+            while self._entries and (len(self._entries) > most or self.bytes > self._max_bytes):
+                self.drop_oldest()
+            self._shelf.note(self)
+
+    def drop_oldest(self) -> None:
+        """Let the oldest entry go."""
+        self.bytes -= self._entries.popleft().size
 
     def drop_contributions(self, session_id: str, named: Container[tuple[int, int]]) -> None:
         """Take out the Backwards of these (epoch, chunk_seq): they were discarded."""
-        kept = [
-            entry
-            for entry in self._entries
-            if entry.rpc is not BACKWARD
-            or entry.session_id != session_id
-            or (entry.request.epoch, entry.request.chunk_seq) not in named
-        ]
-        self._entries = deque(kept)
-        self._bytes = sum(entry.size for entry in kept)
+        with self._shelf.lock:
+            kept = [
+                entry
+                for entry in self._entries
+                if entry.rpc is not BACKWARD
+                or entry.session_id != session_id
+                or (entry.request.epoch, entry.request.chunk_seq) not in named
+            ]
+            self._entries = deque(kept)
+            self.bytes = sum(entry.size for entry in kept)
+            self._shelf.note(self)
 
     def entries(self) -> list[Entry]:
         """Return the entries as they are now."""
         return list(self._entries)
+
+
+class Shelf:
+    """All journals of one client, bounded together: those written longest ago give way.
+
+    A gateway of many sessions would else hold as many full logs.
+
+    Args:
+        max_bytes: Kept in all journals together.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.lock = threading.RLock()
+        self._max_bytes = max_bytes
+        self._bytes = 0
+        # By the time of their last entry; weak, so that a session that is let go takes its log along.
+        self._journals: dict[int, weakref.ref[Journal]] = {}
+        self._sizes: dict[int, int] = {}
+
+    def new_journal(self, max_entries: int, max_bytes: int) -> Journal:
+        """Make a journal of this client."""
+        journal = Journal(self, max_entries, max_bytes)
+        weakref.finalize(journal, self._forget, id(journal)).atexit = False
+        return journal
+
+    def note(self, journal: Journal) -> None:
+        """Take over a journal's size; let old entries go where all together are too large."""
+        self._forget(id(journal))
+        self._journals[id(journal)] = weakref.ref(journal)
+        self._count(journal)
+        while self._bytes > self._max_bytes and self._journals:
+            oldest = next(iter(self._journals.values()))()
+            if oldest is None or not oldest.bytes:
+                self._forget(next(iter(self._journals)))
+                continue
+            oldest.drop_oldest()
+            self._count(oldest)
+
+    def _count(self, journal: Journal) -> None:
+        key = id(journal)
+        self._bytes += journal.bytes - self._sizes.get(key, 0)
+        self._sizes[key] = journal.bytes
+
+    def _forget(self, key: int) -> None:
+        with self.lock:
+            self._journals.pop(key, None)
+            self._bytes -= self._sizes.pop(key, 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ class Options:
         retry: How failed calls are tried again.
         log_limit: Answered operations kept for healing, a session.
         log_bytes: Their bytes, a session; for training sessions, all of one model together.
+        log_total_bytes: Bytes of all logs together; those written longest ago give way.
         max_message_bytes: Largest message either way.
     """
 
@@ -25,4 +26,5 @@ class Options:
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     log_limit: int = 64
     log_bytes: int = 16 << 20
+    log_total_bytes: int = 256 << 20
     max_message_bytes: int = 16 << 20

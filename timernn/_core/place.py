@@ -14,7 +14,6 @@ from timernn._core.convert import (
     version_to_proto,
 )
 from timernn._core.journal import (
-    Journal,
     backward_entry,
     begin_entry,
     forward_entry,
@@ -69,7 +68,9 @@ class SessionPlace:
         self.training = client.training(model.model_id)
         options = client.options
         self.journal = (
-            self.training.journal if train else Journal(options.log_limit, options.log_bytes)
+            self.training.journal
+            if train
+            else client.shelf.new_journal(options.log_limit, options.log_bytes)
         )
         if train:
             self.training.join(self)

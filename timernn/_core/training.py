@@ -14,7 +14,7 @@ from timernn._core.convert import (
 )
 from timernn._core.ids import new_request_id
 from timernn._core.intents import UpdateIntent
-from timernn._core.journal import Journal, Scope, update_entry
+from timernn._core.journal import Scope, update_entry
 from timernn._core.retry import is_refusal
 from timernn.types import Contributions
 from timernn.v1 import time_rnn_service_pb2 as rnn_pb
@@ -39,7 +39,7 @@ class Training:
     def __init__(self, client: ClientCore, model_id: str) -> None:
         self._client, self._model_id = client, model_id
         options = client.options
-        self.journal = Journal(options.log_limit, options.log_bytes)
+        self.journal = client.shelf.new_journal(options.log_limit, options.log_bytes)
         self.doubt: UpdateIntent | None = None
         self._sessions: weakref.WeakSet[SessionPlace] = weakref.WeakSet()
 
