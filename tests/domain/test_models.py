@@ -1,0 +1,358 @@
+"""Models: made, listed, replaced, checkpointed, deleted."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import numpy as np
+from safetensors.numpy import load, save
+
+from instruments.replicas import (
+    HIDDEN,
+    INPUTS,
+    draw,
+    head_of,
+    head_params,
+    keys_of,
+    refusal,
+    step,
+)
+from rnn_engine import SGD, Adam, Params
+from service.domain.types import InitialWeights, ModelSpec, Version
+from service.settings import Limits
+from service.store import keys
+
+if TYPE_CHECKING:
+    import pytest
+    from redis.asyncio import Redis
+
+    from instruments.replicas import Client, Replica
+    from tests.domain.conftest import ClientMaker, ModelMaker, ReplicaMaker
+
+Pair = tuple["Replica", "Replica"]
+SPEC = ModelSpec("m", INPUTS, HIDDEN, "float32", Adam(lr=1e-2))
+
+
+async def train(client: Client, rng: np.random.Generator, name: str) -> Version:
+    """Make one step from one chunk."""
+    await client.forward(draw(rng), train=True)
+    await client.backward(draw(rng, size=HIDDEN))
+    return (await client.update("m", name)).version
+
+
+async def test_a_seed_makes_one_model_however_often_it_is_asked_for(
+    replicas: Pair, tenant: str
+) -> None:
+    """Twenty racers with one request id create one model; a later one is MODEL_EXISTS."""
+    made = await asyncio.gather(
+        *(
+            replicas[i % 2].models.create(tenant, SPEC, InitialWeights(seed=3), "r")
+            for i in range(20)
+        )
+    )
+    assert sum(not replayed for _, replayed in made) == 1
+    assert len({view.incarnation for view, _ in made}) == 1
+    again = replicas[0].models.create(tenant, SPEC, InitialWeights(seed=3), "")
+    assert (await refusal(again)).reason == "MODEL_EXISTS"
+    other = replicas[0].models.create(tenant, SPEC, InitialWeights(seed=4), "r")
+    assert (await refusal(other)).reason == "REQUEST_ID_REUSED"
+
+
+async def test_a_refused_creation_leaves_nothing(replicas: Pair, tenant: str, raw: Redis) -> None:
+    """Creating what exists writes no weights, not even for a while."""
+    await replicas[0].models.create(tenant, SPEC, InitialWeights(seed=1), "")
+    before = await keys_of(raw, keys.model_tag(tenant, "m"))
+    await refusal(replicas[0].models.create(tenant, SPEC, InitialWeights(seed=2), ""))
+    assert await keys_of(raw, keys.model_tag(tenant, "m")) == before
+
+
+async def test_given_weights_are_taken_bit_for_bit(
+    replicas: Pair, tenant: str, rng: np.random.Generator
+) -> None:
+    """Wx, Wh and b come back as they were given; another shape is refused by its field."""
+    shapes = ((INPUTS, HIDDEN), (HIDDEN, HIDDEN), (HIDDEN,))
+    given = Params(*(rng.standard_normal(shape).astype(np.float32) for shape in shapes))
+    await replicas[0].models.create(tenant, SPEC, InitialWeights(given=given), "")
+    there = await head_params(replicas[1], tenant, SPEC)
+    for one, other in zip(
+        (there.Wx, there.Wh, there.b), (given.Wx, given.Wh, given.b), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
+    wrong = InitialWeights(given=Params(given.Wx.T.copy().T[:, ::-1].copy(), given.Wh, given.b))
+    spec = ModelSpec("n", INPUTS + 1, HIDDEN, "float32", SGD())
+    refused = await refusal(replicas[0].models.create(tenant, spec, wrong, ""))
+    assert (refused.reason, refused.field) == ("BAD_TENSOR", "given.wx")
+
+
+async def test_models_are_listed_in_pages_by_name(replicas: Pair, tenant: str) -> None:
+    """Each once, sorted; another tenant's list is empty."""
+    names = [f"m{i}" for i in range(5)]
+    for name in names:
+        spec = ModelSpec(name, INPUTS, HIDDEN, "float32", SGD())
+        await replicas[0].models.create(tenant, spec, InitialWeights(), "")
+    seen, token = [], ""
+    while True:
+        views, token = await replicas[1].models.list_page(tenant, 2, token)
+        seen += [view.spec.model_id for view in views]
+        if not token:
+            break
+    assert seen == names
+    assert await replicas[1].models.list_page(f"{tenant}x", 10, "") == ([], "")
+
+
+async def test_the_number_of_models_is_bounded_and_freed(
+    make_replica: ReplicaMaker, tenant: str
+) -> None:
+    """Beyond the tenant's number is MAX_MODELS until one is deleted."""
+    replica = await make_replica(Limits(models_per_tenant=1))
+    await replica.models.create(tenant, SPEC, InitialWeights(), "")
+    other = ModelSpec("n", INPUTS, HIDDEN, "float32", SGD())
+    assert (await refusal(replica.models.create(tenant, other, InitialWeights(), ""))).reason == (
+        "MAX_MODELS"
+    )
+    assert await replica.models.delete(tenant, "m", allow_missing=False)
+    await replica.models.create(tenant, other, InitialWeights(), "")
+
+
+async def test_a_name_left_by_a_creation_cut_short_can_be_deleted(
+    make_replica: ReplicaMaker, tenant: str, raw: Redis
+) -> None:
+    """A reservation without a model counts for nobody for ever."""
+    replica = await make_replica(Limits(models_per_tenant=1))
+    await raw.zadd(keys.tenant_models_key(tenant), {"half": 0})
+    assert (await refusal(replica.models.create(tenant, SPEC, InitialWeights(), ""))).reason == (
+        "MAX_MODELS"
+    )
+    assert not await replica.models.delete(tenant, "half", allow_missing=True)
+    await replica.models.create(tenant, SPEC, InitialWeights(), "")
+
+
+async def test_deleting_a_model_removes_every_key(
+    replicas: Pair,
+    tenant: str,
+    make_model: ModelMaker,
+    open_session: ClientMaker,
+    raw: Redis,
+    rng: np.random.Generator,
+) -> None:
+    """Versions, moments, contributions, requests and checkpoints go; deleting again is told."""
+    await make_model(optimizer=Adam())
+    client = await open_session()
+    for k in range(3):
+        await train(client, rng, f"u{k}")
+    await client.forward(draw(rng), train=True)
+    await client.backward(draw(rng, size=HIDDEN))
+    await replicas[0].models.create_checkpoint(tenant, "m", "c", None)
+    assert await replicas[1].models.delete(tenant, "m", allow_missing=False)
+    assert await keys_of(raw, keys.model_tag(tenant, "m")) == []
+    assert (await refusal(replicas[0].models.get(tenant, "m"))).reason == "MODEL_NOT_FOUND"
+    again = replicas[0].models.delete(tenant, "m", allow_missing=False)
+    assert (await refusal(again)).reason == "MODEL_NOT_FOUND"
+    assert not await replicas[0].models.delete(tenant, "m", allow_missing=True)
+
+
+async def test_weights_go_out_and_come_back(
+    replicas: Pair, tenant: str, make_model: ModelMaker, open_session: ClientMaker,
+    rng: np.random.Generator,
+) -> None:  # fmt: skip
+    """A file with moments put back makes the next version with the same bits."""
+    spec = await make_model(optimizer=Adam())
+    version = await train(await open_session(), rng, "u")
+    found, data = await replicas[0].models.read_weights(tenant, "m", None, include_moments=True)
+    assert found == version
+    put, replayed = await replicas[1].models.put_weights(tenant, "m", version, "p", data)
+    assert (put.number, put.digest, replayed) == (3, version.digest, False)
+    again, replayed = await replicas[0].models.put_weights(tenant, "m", version, "p", data)
+    assert (again, replayed) == (put, True)
+    tensors = load(data)
+    there = await head_params(replicas[0], tenant, spec)
+    np.testing.assert_array_equal(there.Wh, tensors["Wh"])
+    stale = replicas[0].models.put_weights(tenant, "m", version, "q", data)
+    assert (await refusal(stale)).reason == "VERSION_CONFLICT"
+
+
+async def test_moments_that_are_not_kept_are_not_made_up(
+    make_replica: ReplicaMaker, tenant: str, make_model: ModelMaker, open_session: ClientMaker,
+    rng: np.random.Generator,
+) -> None:  # fmt: skip
+    """A superseded version's file has weights alone; zeros would pass for its moments."""
+    await make_model(optimizer=Adam())
+    client = await open_session()
+    old = await train(client, rng, "u1")
+    await train(client, rng, "u2")
+    fresh = await make_replica()
+    _, data = await fresh.models.read_weights(tenant, "m", old, include_moments=True)
+    assert set(load(data)) == {"Wx", "Wh", "b"}
+
+
+async def test_a_file_for_another_specification_is_refused(
+    replicas: Pair, tenant: str, make_model: ModelMaker
+) -> None:
+    """Neither a wrong shape nor another format becomes a version."""
+    await make_model()
+    head = await head_of(replicas[0], tenant)
+    wrong = save({name: np.zeros((2, 2), np.float32) for name in ("Wx", "Wh", "b")})
+    for data in (wrong, b"", b"\x80\x04pickle", b"PK\x03\x04" + bytes(60)):
+        refused = await refusal(replicas[0].models.put_weights(tenant, "m", None, "", data))
+        assert refused.reason == "BAD_WEIGHTS"
+    assert await head_of(replicas[1], tenant) == head
+
+
+async def test_weights_for_a_model_made_again_meanwhile_are_refused(
+    replicas: Pair, tenant: str, make_model: ModelMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An upload checked against one model is never installed in its successor of another shape."""
+    await make_model()
+    _, data = await replicas[0].models.read_weights(tenant, "m", None, include_moments=False)
+    store = replicas[0].store.models
+    look = store.look_update
+
+    async def overtaken(*arguments: object) -> object:
+        monkeypatch.undo()
+        await replicas[1].models.delete(tenant, "m", allow_missing=False)
+        await make_model(sizes=(INPUTS + 1, HIDDEN))
+        return await look(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(store, "look_update", overtaken)
+    refused = await refusal(replicas[0].models.put_weights(tenant, "m", None, "p", data))
+    assert refused.reason == "MODEL_NOT_FOUND"
+    assert (await head_of(replicas[1], tenant)).number == 1
+
+
+async def test_a_checkpoint_keeps_its_version_and_its_name(
+    replicas: Pair, tenant: str, make_model: ModelMaker, open_session: ClientMaker,
+    rng: np.random.Generator,
+) -> None:  # fmt: skip
+    """The same name and version is the same answer; another version is CHECKPOINT_EXISTS."""
+    await make_model()
+    models = replicas[0].models
+    first = await models.create_checkpoint(tenant, "m", "c", None)
+    assert await replicas[1].models.create_checkpoint(tenant, "m", "c", first.version) == first
+    version = await train(await open_session(), rng, "u")
+    other = await refusal(models.create_checkpoint(tenant, "m", "c", version))
+    assert other.reason == "CHECKPOINT_EXISTS"
+    gone = await refusal(models.create_checkpoint(tenant, "m", "d", Version(9)))
+    assert gone.reason == "VERSION_GONE"
+    forked = await refusal(models.create_checkpoint(tenant, "m", "d", Version(1, b"x" * 16)))
+    assert forked.reason == "WEIGHTS_FORKED"
+    assert await models.list_checkpoints(tenant, "m") == [first]
+
+
+async def test_a_restored_checkpoint_trains_on_as_if_nothing_had_been(
+    replicas: Pair, tenant: str, make_model: ModelMaker, open_session: ClientMaker,
+    rng: np.random.Generator,
+) -> None:  # fmt: skip
+    """Weights and moments come back bit for bit: the next step has the digest it had before."""
+    await make_model(optimizer=Adam())
+    await train(await open_session(), rng, "u1")
+    await replicas[0].models.create_checkpoint(tenant, "m", "c", None)
+    xs, dhs = draw(rng), draw(rng, size=HIDDEN)
+    made = []
+    for name in ("before", "after"):
+        client = await open_session(name)
+        await client.forward(xs, train=True)
+        await client.backward(dhs)
+        made.append((await client.update("m", name)).version)
+        if name == "before":
+            await replicas[1].models.restore_checkpoint(tenant, "m", "c", None, "r")
+    assert [version.number for version in made] == [3, 5]
+    assert made[0].digest == made[1].digest
+
+
+async def test_a_restore_sent_again_needs_its_checkpoint_no_more(
+    replicas: Pair, tenant: str, make_model: ModelMaker
+) -> None:
+    """The answer is remembered even when the checkpoint has been deleted since."""
+    await make_model()
+    models = replicas[0].models
+    await models.create_checkpoint(tenant, "m", "c", None)
+    first, _ = await models.restore_checkpoint(tenant, "m", "c", None, "r")
+    await models.delete_checkpoint(tenant, "m", "c", allow_missing=False)
+    again, replayed = await replicas[1].models.restore_checkpoint(tenant, "m", "c", None, "r")
+    assert (again, replayed) == (first, True)
+    missing = await refusal(models.restore_checkpoint(tenant, "m", "c", None, "other"))
+    assert missing.reason == "CHECKPOINT_NOT_FOUND"
+    gone = await refusal(models.delete_checkpoint(tenant, "m", "c", allow_missing=False))
+    assert gone.reason == "CHECKPOINT_NOT_FOUND"
+
+
+async def test_checkpoints_are_bounded(
+    make_replica: ReplicaMaker, tenant: str, make_model: ModelMaker
+) -> None:
+    """Beyond the model's number a checkpoint is MAX_CHECKPOINTS."""
+    await make_model()
+    replica = await make_replica(Limits(checkpoints_per_model=1))
+    await replica.models.create_checkpoint(tenant, "m", "c", None)
+    refused = await refusal(replica.models.create_checkpoint(tenant, "m", "d", None))
+    assert refused.reason == "MAX_CHECKPOINTS"
+
+
+async def test_a_checkpointed_version_stays_while_others_go(
+    make_replica: ReplicaMaker, tenant: str, make_model: ModelMaker, open_session: ClientMaker,
+    rng: np.random.Generator,
+) -> None:  # fmt: skip
+    """Of superseded versions four stay beside the checkpoint's; after its deletion it ages too."""
+    await make_model()
+    tight = await make_replica(Limits(superseded_bytes_per_model=1))
+    client = await open_session()
+    client.replicas = [tight]
+    await tight.models.create_checkpoint(tenant, "m", "c", None)
+    for k in range(8):
+        await train(client, rng, f"u{k}")
+    numbers = [n for n in range(1, 10) if await tight.store.models.find_version(tenant, "m", n)]
+    assert numbers == [1, 5, 6, 7, 8, 9]
+    await tight.models.delete_checkpoint(tenant, "m", "c", allow_missing=False)
+    await train(client, rng, "u8")
+    await train(client, rng, "u9")
+    assert await tight.store.models.find_version(tenant, "m", 1) is None or (
+        await tight.store.models.find_version(tenant, "m", 5) is None
+    )
+
+
+async def test_superseded_versions_stay_while_their_time_and_bytes_last(
+    make_replica: ReplicaMaker, tenant: str, make_model: ModelMaker, open_session: ClientMaker,
+    rng: np.random.Generator,
+) -> None:  # fmt: skip
+    """Within the budget all stay for tape_ttl; without time only four are left."""
+    await make_model()
+    client = await open_session()
+    for k in range(7):
+        await train(client, rng, f"u{k}")
+    store = client.replicas[0].store.models
+    assert all([await store.find_version(tenant, "m", n) for n in range(1, 9)])
+    hasty = await make_replica(Limits(tape_ttl_ms=1))
+    await client.forward(draw(rng), train=True)
+    await client.backward(draw(rng, size=HIDDEN))
+    client.replicas = [hasty]
+    await client.update("m", "late")
+    kept = [n for n in range(1, 10) if await store.find_version(tenant, "m", n)]
+    assert kept == [5, 6, 7, 8, 9]
+
+
+async def test_an_update_after_a_model_was_made_again_finds_nothing(
+    replicas: Pair, tenant: str, make_model: ModelMaker, open_session: ClientMaker,
+    rng: np.random.Generator,
+) -> None:  # fmt: skip
+    """Contributions go with their model; a Backward of its sessions is MODEL_NOT_FOUND."""
+    await make_model()
+    client = await open_session()
+    await client.forward(draw(rng), train=True)
+    await client.backward(draw(rng, size=HIDDEN))
+    await client.forward(draw(rng), train=True)
+    await replicas[0].models.delete(tenant, "m", allow_missing=False)
+    await make_model()
+    assert (await refusal(replicas[1].training.update(tenant, step("m", "u")))).reason == (
+        "NO_GRADIENTS"
+    )
+    late = await refusal(client.backward(draw(rng, size=HIDDEN)))
+    assert late.reason == "MODEL_NOT_FOUND"
+
+
+async def test_a_model_too_large_is_refused_before_it_is_drawn(
+    make_replica: ReplicaMaker, tenant: str
+) -> None:
+    """Weights beyond the limit are BAD_FIELD."""
+    replica = await make_replica(Limits(weights_bytes=64))
+    refused = await refusal(replica.models.create(tenant, SPEC, InitialWeights(), ""))
+    assert refused.reason == "BAD_FIELD"

@@ -1,0 +1,508 @@
+"""Contributions and steps: each exactly once, from the weights of its Forward."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from instruments.replicas import (
+    HIDDEN,
+    ROWS,
+    Client,
+    draw,
+    head_of,
+    head_params,
+    open_on,
+    present,
+    refusal,
+    session_keys,
+    step,
+)
+from rnn_engine import Adam, rnn_backward, rnn_forward
+from service.domain.errors import DomainError
+from service.domain.types import DiscardGradients, NewEpoch, Selector, Version
+from service.settings import Limits
+from service.store import keys
+
+if TYPE_CHECKING:
+    from redis.asyncio import Redis
+
+    from instruments.replicas import Replica
+    from service.domain.types import Update
+    from tests.domain.conftest import ClientMaker, ModelMaker, ReplicaMaker
+
+Pair = tuple["Replica", "Replica"]
+RESET = NewEpoch("s", None, 0, None, "", 0)
+
+
+async def test_a_backward_sent_again_counts_once(
+    replicas: Pair,
+    tenant: str,
+    make_model: ModelMaker,
+    open_session: ClientMaker,
+    rng: np.random.Generator,
+) -> None:
+    """Its answer is the same, also after the Update consumed it; no second step can take it."""
+    await make_model()
+    client = await open_session()
+    await client.forward(draw(rng), train=True)
+    dhs = draw(rng, size=HIDDEN)
+    first = await client.backward(dhs, return_dxs=True)
+    assert (await replicas[0].models.get(tenant, "m")).waiting_count == 1
+    before = await client.backward(dhs, return_dxs=True)
+    head = (await client.update("m", "u1")).version
+    after = await client.backward(dhs, return_dxs=True)
+    for again in (before, after):
+        assert again.replayed
+        np.testing.assert_array_equal(again.dxs, first.dxs)
+        np.testing.assert_array_equal(again.dh0, first.dh0)
+    assert (await refusal(client.update("m", "u2"))).reason == "NO_GRADIENTS"
+    assert await head_of(replicas[0], tenant) == head
+
+
+async def test_other_gradients_for_a_counted_chunk_are_refused(
+    make_model: ModelMaker, open_session: ClientMaker, rng: np.random.Generator
+) -> None:
+    """Another dhs or dh_next is SEQ_REUSED, before and after the Update."""
+    await make_model()
+    client = await open_session()
+    await client.forward(draw(rng), train=True)
+    dhs = draw(rng, size=HIDDEN)
+    await client.backward(dhs)
+    assert (await refusal(client.backward(dhs + 1))).reason == "SEQ_REUSED"
+    await client.update("m", "u")
+    arriving = np.ones((ROWS, HIDDEN), np.float32)
+    assert (await refusal(client.backward(dhs, dh_next=arriving))).reason == "SEQ_REUSED"
+
+
+async def test_racing_backwards_count_once(
+    replicas: Pair,
+    tenant: str,
+    make_model: ModelMaker,
+    open_session: ClientMaker,
+    rng: np.random.Generator,
+) -> None:
+    """Twenty times the same Backward on two replicas: one counts, all get the same gradient."""
+    await make_model()
+    client = await open_session()
+    await client.forward(draw(rng), train=True)
+    op = client.gradient(draw(rng, size=HIDDEN), return_dxs=True)
+    made = await asyncio.gather(*(replicas[i % 2].training.backward(tenant, op) for i in range(20)))
+    assert sum(not one.replayed for one in made) == 1
+    assert len({present(one.dxs).tobytes() for one in made}) == 1
+
+
+async def test_an_update_sent_again_makes_one_step(
+    replicas: Pair,
+    tenant: str,
+    make_model: ModelMaker,
+    open_session: ClientMaker,
+    rng: np.random.Generator,
+) -> None:
+    """Twenty racers with one request id: one step, one answer; other content is refused."""
+    await make_model(optimizer=Adam())
+    client = await open_session()
+    await client.forward(draw(rng), train=True)
+    await client.backward(draw(rng, size=HIDDEN))
+    op = step("m", "u", Selector("s", client.epoch, (1,)))
+    done = await asyncio.gather(*(replicas[i % 2].training.update(tenant, op) for i in range(20)))
+    assert sum(not one.replayed for one in done) == 1
+    assert {(one.version, one.gradient_norm, one.contribution_count) for one in done} == {
+        (done[0].version, done[0].gradient_norm, 1)
+    }
+    assert done[0].version.number == 2
+    other = step("m", "u", Selector("s", client.epoch, (1,)), clip_norm=1.0)
+    refused = await refusal(replicas[0].training.update(tenant, other))
+    assert refused.reason == "REQUEST_ID_REUSED"
+
+
+async def test_an_old_tape_uses_its_own_weights(
+    replicas: Pair,
+    tenant: str,
+    make_model: ModelMaker,
+    open_session: ClientMaker,
+    rng: np.random.Generator,
+) -> None:
+    """After somebody else's Update a Backward is computed with the version of its Forward."""
+    spec = await make_model()
+    old = await head_params(replicas[0], tenant, spec)
+    client, other = await open_session(), await open_session("t")
+    xs, dhs = draw(rng), draw(rng, size=HIDDEN)
+    first = await client.forward(xs, train=True)
+    await other.forward(draw(rng), train=True)
+    await other.backward(draw(rng, size=HIDDEN))
+    await other.update("m", "u")
+    made = await client.backward(dhs, return_dxs=True)
+    tape = rnn_forward(old, xs, np.zeros((ROWS, HIDDEN), np.float32))
+    np.testing.assert_array_equal(made.dxs, rnn_backward(old, tape, dhs).dxs)
+    assert made.version == first.version
+
+
+async def test_a_tape_whose_version_is_gone_says_so(
+    make_replica: ReplicaMaker, tenant: str, make_model: ModelMaker, rng: np.random.Generator
+) -> None:
+    """VERSION_GONE, and whether the contribution was counted before."""
+    await make_model()
+    limits = Limits(superseded_bytes_per_model=1)
+    trainer, fresh = [await make_replica(limits) for _ in range(2)]
+    client = Client([trainer], tenant, "s", (await open_on(trainer, tenant)).session.epoch)
+    dhs = draw(rng, size=HIDDEN)
+    await client.forward(draw(rng), train=True)
+    await client.forward(draw(rng), train=True)
+    await client.backward(dhs, 2)
+    other = Client([trainer], tenant, "t", (await open_on(trainer, tenant, "t")).session.epoch)
+    for k in range(1, 7):
+        await other.forward(draw(rng), train=True)
+        await other.backward(draw(rng, size=HIDDEN))
+        await other.update("m", f"u{k}")
+    for chunk_seq, counted in ((1, "false"), (2, "true")):
+        refused = await refusal(fresh.training.backward(tenant, client.gradient(dhs, chunk_seq)))
+        assert refused.reason == "VERSION_GONE"
+        assert refused.metadata["counted"] == counted
+
+
+@pytest.mark.parametrize("problem", ["infer", "discarded", "expired"])
+async def test_without_a_tape_there_is_no_backward(
+    replicas: Pair,
+    tenant: str,
+    make_model: ModelMaker,
+    open_session: ClientMaker,
+    raw: Redis,
+    rng: np.random.Generator,
+    problem: str,
+) -> None:
+    """A chunk that ran in INFER mode, or whose tape is gone, is TAPE_MISSING and not counted."""
+    await make_model()
+    client = await open_session()
+    await client.forward(draw(rng), train=problem != "infer")
+    if problem == "discarded":
+        op = DiscardGradients("m", (Selector("s", client.epoch, (1,)),))
+        assert (await replicas[1].training.discard(tenant, op)).tape_count == 1
+    if problem == "expired":
+        for key in await session_keys(raw, tenant):
+            if len(key) > 1:
+                await raw.pexpireat(keys.session_tag(tenant, "s") + key, 1)
+    refused = await refusal(client.backward(draw(rng, size=HIDDEN)))
+    assert (refused.reason, refused.metadata["counted"]) == ("TAPE_MISSING", "false")
+
+
+async def test_a_tape_pushed_out_after_it_was_counted_says_counted(
+    make_replica: ReplicaMaker, tenant: str, make_model: ModelMaker, rng: np.random.Generator
+) -> None:
+    """A late retry of a Backward whose tape is gone learns that its contribution counts."""
+    await make_model()
+    replica = await make_replica(Limits(counted_tapes_per_session=1))
+    client = Client([replica], tenant, "s", (await open_on(replica, tenant)).session.epoch)
+    dhs = draw(rng, size=HIDDEN)
+    for _ in range(4):
+        await client.forward(draw(rng), train=True)
+        await client.backward(dhs)
+    refused = await refusal(client.backward(dhs, 1))
+    assert (refused.reason, refused.metadata["counted"]) == ("TAPE_MISSING", "true")
+    assert (await client.backward(dhs, 3)).replayed
+
+
+async def test_a_backward_beyond_the_session_is_a_gap(
+    make_model: ModelMaker, open_session: ClientMaker, rng: np.random.Generator
+) -> None:
+    """A chunk that is not applied, as after lost writes, is SEQ_GAP and not a missing tape."""
+    await make_model()
+    client = await open_session()
+    await client.forward(draw(rng), train=True)
+    refused = await refusal(client.backward(draw(rng, size=HIDDEN), 2, token=b"t" * 16))
+    assert (refused.reason, refused.metadata["expected_seq"]) == ("SEQ_GAP", "2")
+
+
+async def test_a_backward_of_another_history_is_told(
+    make_model: ModelMaker, open_session: ClientMaker, rng: np.random.Generator
+) -> None:
+    """A token that is not its chunk's is HISTORY_FORKED; nothing is counted."""
+    await make_model()
+    client = await open_session()
+    await client.forward(draw(rng), train=True)
+    refused = await refusal(client.backward(draw(rng, size=HIDDEN), token=b"t" * 16))
+    assert refused.reason == "HISTORY_FORKED"
+    assert (await refusal(client.update("m", "u"))).reason == "NO_GRADIENTS"
+
+
+async def test_an_ended_epoch_takes_only_what_is_sent_again(
+    replicas: Pair,
+    tenant: str,
+    make_model: ModelMaker,
+    open_session: ClientMaker,
+    rng: np.random.Generator,
+) -> None:
+    """After a reset a new Backward is fenced, a counted one replays, a resent one counts."""
+    await make_model()
+    client = await open_session()
+    dhs = draw(rng, size=HIDDEN)
+    await client.forward(draw(rng), train=True)
+    await client.forward(draw(rng), train=True)
+    await client.backward(dhs, 1)
+    await replicas[0].sessions.begin_epoch(tenant, RESET)
+    assert (await client.backward(dhs, 1)).replayed
+    assert (await refusal(client.backward(dhs, 2))).reason == "EPOCH_FENCED"
+    assert not (await client.backward(dhs, 2, resent=True)).replayed
+    assert (await client.update("m", "u", 1, 2)).contribution_count == 2
+
+
+@pytest.mark.parametrize("kind", ["dhs", "dtype", "dh_next"])
+async def test_gradients_of_another_shape_are_refused(
+    make_model: ModelMaker, open_session: ClientMaker, rng: np.random.Generator, kind: str
+) -> None:
+    """Dhs is the tape's (N, T, H), dh_next (N, H), both of the model's dtype."""
+    await make_model()
+    client = await open_session()
+    await client.forward(draw(rng), train=True)
+    dhs = draw(rng, 2 if kind == "dhs" else 3, size=HIDDEN)
+    if kind == "dtype":
+        dhs = dhs.astype(np.float64)
+    arriving = np.zeros((1, HIDDEN), np.float32) if kind == "dh_next" else None
+    refused = await refusal(client.backward(dhs, dh_next=arriving))
+    assert (refused.reason, refused.field.split(".")[0]) == (
+        "BAD_TENSOR",
+        "dh_next" if kind == "dh_next" else "dhs",
+    )
+
+
+async def test_an_update_of_what_is_not_there_changes_nothing(
+    replicas: Pair,
+    tenant: str,
+    make_model: ModelMaker,
+    open_session: ClientMaker,
+    rng: np.random.Generator,
+) -> None:
+    """NO_GRADIENTS tells found and expected; the version stays."""
+    await make_model()
+    client = await open_session()
+    head = await head_of(replicas[0], tenant)
+    empty = await refusal(replicas[0].training.update(tenant, step("m", "u0")))
+    assert (empty.reason, empty.metadata["found"]) == ("NO_GRADIENTS", "0")
+    await client.forward(draw(rng), train=True)
+    await client.backward(draw(rng, size=HIDDEN))
+    refused = await refusal(client.update("m", "u1", 1, 2))
+    assert refused.reason == "NO_GRADIENTS"
+    assert (refused.metadata["found"], refused.metadata["expected"]) == ("1", "2")
+    assert await head_of(replicas[1], tenant) == head
+
+
+async def test_an_exact_name_counts_beside_a_whole_session(
+    replicas: Pair,
+    tenant: str,
+    make_model: ModelMaker,
+    open_session: ClientMaker,
+    rng: np.random.Generator,
+) -> None:
+    """A named contribution that is missing is told, however many others are taken with it."""
+    await make_model()
+    one, other = await open_session("a"), await open_session("b")
+    for client, count in ((one, 1), (other, 3)):
+        for _ in range(count):
+            await client.forward(draw(rng), train=True)
+            await client.backward(draw(rng, size=HIDDEN))
+    missing = step("m", "u1", Selector("a", one.epoch, (1, 2)), Selector("b"))
+    assert (await refusal(replicas[0].training.update(tenant, missing))).reason == "NO_GRADIENTS"
+    there = step("m", "u2", Selector("a", one.epoch, (1,)), Selector("b", other.epoch))
+    assert (await replicas[1].training.update(tenant, there)).contribution_count == 4
+
+
+async def test_contributions_survive_a_reset_and_a_replica(
+    make_replica: ReplicaMaker,
+    replicas: Pair,
+    tenant: str,
+    make_model: ModelMaker,
+    open_session: ClientMaker,
+    rng: np.random.Generator,
+) -> None:
+    """What was counted waits for an Update on a replica that was not there before."""
+    await make_model()
+    client = await open_session()
+    await client.forward(draw(rng), train=True)
+    await client.backward(draw(rng, size=HIDDEN))
+    await replicas[0].sessions.begin_epoch(tenant, RESET)
+    later = await make_replica()
+    assert (await later.training.update(tenant, step("m", "u"))).contribution_count == 1
+
+
+async def test_the_order_of_arrival_changes_no_bit(
+    replicas: Pair,
+    tenant: str,
+    make_model: ModelMaker,
+    rng: np.random.Generator,
+) -> None:
+    """The same contributions give one digest, whoever sends them in which order to which replica."""
+    await make_model("a", optimizer=Adam())
+    await make_model("b", optimizer=Adam())
+    # One epoch for both, for the names sort by it.
+    chunks = {name: (draw(rng), draw(rng, size=HIDDEN)) for name in "xyz"}
+    heads = []
+    for model_id, order in (("a", "xyz"), ("b", "zxy")):
+        for name in order:
+            opened = await open_on(replicas[0], tenant, name, model_id)
+            client = Client(replicas, tenant, name, opened.session.epoch)
+            await client.forward(chunks[name][0], train=True)
+            await client.backward(chunks[name][1])
+        await replicas[model_id == "a"].training.update(tenant, step(model_id, "u"))
+        heads.append(await head_of(replicas[0], tenant, model_id))
+        for name in order:
+            await replicas[0].sessions.close(tenant, name, 0)
+    assert heads[0] == heads[1]
+
+
+async def test_discarded_contributions_cannot_come_back(
+    replicas: Pair,
+    tenant: str,
+    make_model: ModelMaker,
+    open_session: ClientMaker,
+    rng: np.random.Generator,
+) -> None:
+    """DiscardGradients drops what is named, frees its bytes, and a late retry does not revive it."""
+    await make_model()
+    client = await open_session()
+    dhs = draw(rng, size=HIDDEN)
+    for _ in range(3):
+        await client.forward(draw(rng), train=True)
+        await client.backward(dhs)
+    named = DiscardGradients("m", (Selector("s", client.epoch, (1, 2)),))
+    assert (await replicas[0].training.discard(tenant, named)).contribution_count == 2
+    assert (await client.backward(dhs, 1)).replayed
+    assert (await replicas[1].models.get(tenant, "m")).waiting_count == 1
+    everything = DiscardGradients("m", ())
+    assert (await replicas[1].training.discard(tenant, everything)).contribution_count == 1
+    view = await replicas[0].models.get(tenant, "m")
+    assert (view.waiting_count, view.waiting_bytes) == (0, 0)
+
+
+async def test_a_contribution_quota_is_told_and_passes(
+    make_replica: ReplicaMaker, tenant: str, make_model: ModelMaker, rng: np.random.Generator
+) -> None:
+    """Beyond the model's number a Backward is TAPE_QUOTA; after an Update it is taken."""
+    await make_model()
+    replica = await make_replica(Limits(contributions_per_model=1))
+    client = Client([replica], tenant, "s", (await open_on(replica, tenant)).session.epoch)
+    dhs = draw(rng, size=HIDDEN)
+    await client.forward(draw(rng), train=True)
+    await client.forward(draw(rng), train=True)
+    await client.backward(dhs, 1)
+    assert (await refusal(client.backward(dhs, 2))).reason == "TAPE_QUOTA"
+    await client.update("m", "u", 1)
+    await client.backward(dhs, 2)
+
+
+async def test_a_step_can_ride_on_its_backward(
+    replicas: Pair,
+    tenant: str,
+    make_model: ModelMaker,
+    open_session: ClientMaker,
+    rng: np.random.Generator,
+) -> None:
+    """An inline Update takes the Backward's own contribution; both replay together."""
+    await make_model()
+    client = await open_session()
+    await client.forward(draw(rng), train=True)
+    await client.forward(draw(rng), train=True)
+    dhs = draw(rng, size=HIDDEN)
+    await client.backward(dhs, 1)
+    inline: Update = step("", "u")
+    first = await client.backward(dhs, 2, update=inline)
+    again = await client.backward(dhs, 2, update=inline)
+    assert present(first.update).contribution_count == 1
+    assert present(again.update).version == present(first.update).version
+    assert (again.replayed, present(again.update).replayed) == (True, True)
+    assert (await replicas[0].models.get(tenant, "m")).waiting_count == 1
+
+
+async def test_tenants_contributions_are_their_own(
+    replicas: Pair,
+    tenant: str,
+    make_model: ModelMaker,
+    open_session: ClientMaker,
+    rng: np.random.Generator,
+) -> None:
+    """Another tenant's Backward, Update and discard find neither session nor model."""
+    await make_model()
+    client = await open_session()
+    await client.forward(draw(rng), train=True)
+    await client.backward(draw(rng, size=HIDDEN))
+    other = f"{tenant}x"
+    for call in (
+        replicas[0].training.backward(other, client.gradient(draw(rng, size=HIDDEN))),
+        replicas[0].training.update(other, step("m", "u")),
+        replicas[0].training.discard(other, DiscardGradients("m", ())),
+    ):
+        assert (await refusal(call)).reason in ("SESSION_NOT_FOUND", "MODEL_NOT_FOUND")
+    assert (await replicas[0].models.get(tenant, "m")).waiting_count == 1
+
+
+async def test_an_update_expecting_another_head_is_told_which(
+    replicas: Pair,
+    tenant: str,
+    make_model: ModelMaker,
+    open_session: ClientMaker,
+    rng: np.random.Generator,
+) -> None:
+    """The number or the digest may differ; the answer names the present head."""
+    await make_model()
+    client = await open_session()
+    await client.forward(draw(rng), train=True)
+    await client.backward(draw(rng, size=HIDDEN))
+    head = await head_of(replicas[0], tenant)
+    for expected in (Version(7), Version(1, b"x" * 16)):
+        refused = await refusal(client.update("m", "u", expected=expected))
+        assert refused.reason == "VERSION_CONFLICT"
+        assert refused.metadata["head_digest"] == head.digest.hex()
+    assert (await client.update("m", "u", expected=Version(1))).version.number == 2
+
+
+async def test_many_trainers_at_once_lose_and_double_nothing(
+    replicas: Pair,
+    tenant: str,
+    make_model: ModelMaker,
+    open_session: ClientMaker,
+    rng: np.random.Generator,
+) -> None:
+    """Six trainers of one model on two replicas: as many steps as Updates, each of its own chunk."""
+    await make_model()
+    clients = [await open_session(f"s{i}") for i in range(6)]
+    chunks = [[(draw(rng), draw(rng, size=HIDDEN)) for _ in range(4)] for _ in clients]
+
+    async def train(client: Client, own: list[tuple[np.ndarray, np.ndarray]]) -> list[Version]:
+        made = []
+        for xs, dhs in own:
+            await client.forward(xs, train=True)
+            await client.backward(dhs)
+            name = f"{client.session_id}/{client.chunk_seq}"
+            made.append((await client.update("m", name)).version)
+        return made
+
+    versions = await asyncio.gather(
+        *(train(client, own) for client, own in zip(clients, chunks, strict=True))
+    )
+    numbers = sorted(version.number for one in versions for version in one)
+    assert numbers == list(range(2, 26))
+    view = await replicas[0].models.get(tenant, "m")
+    assert (view.head.number, view.waiting_count, view.waiting_bytes) == (25, 0, 0)
+
+
+async def test_a_tape_quota_holds_under_a_race(
+    replicas: Pair,
+    tenant: str,
+    make_model: ModelMaker,
+    open_session: ClientMaker,
+    rng: np.random.Generator,
+) -> None:
+    """Chunks in flight beyond the waiting tapes are refused in order, and pass once a tape is used."""
+    await make_model()
+    client = await open_session()
+    futures = [
+        replicas[0].recurrence.submit_forward(
+            tenant, client.chunk(draw(rng), k, previous_token=b"", train=True)
+        )
+        for k in range(1, 12)
+    ]
+    ends = await asyncio.gather(*futures, return_exceptions=True)
+    reasons = [end.reason if isinstance(end, DomainError) else "" for end in ends]
+    assert reasons == [""] * 8 + ["TAPE_QUOTA", "SEQ_GAP", "SEQ_GAP"]
