@@ -13,10 +13,11 @@ import random
 import socket
 import struct
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 from instruments.dialects import Dialect, RawDialect, Request
 
@@ -133,7 +134,8 @@ class FaultProxy:
         self.plan = _Plan()
         self.counted: Counter[str] = Counter()
         self.errors: list[Exception] = []
-        self._connections: dict[asyncio.Task[None], _Connection] = {}
+        self._accepted: weakref.WeakSet[asyncio.Task[Any]] = weakref.WeakSet()
+        self._connections: set[_Connection] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="fault-proxy")
         self._server: asyncio.Server | None = None
@@ -222,7 +224,7 @@ class FaultProxy:
 
     def _cut_all(self, how: How) -> int:
         async def cut() -> int:
-            for connection in self._connections.values():
+            for connection in self._connections:
                 connection.cut(how)
             self.counted[how] += len(self._connections)
             return len(self._connections)
@@ -254,14 +256,21 @@ class FaultProxy:
 
     async def _shut(self) -> None:
         assert self._server is not None
+        # asyncio reports connections that it has accepted and cannot serve any more; let it.
+        self._loop.set_exception_handler(lambda _loop, _context: None)
         self._server.close()
-        tasks = list(self._connections)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        # A connection may be anywhere between accepted and forwarded; asyncio's own tasks are left
+        # to finish, ours are cancelled.
+        while tasks := asyncio.all_tasks() - {asyncio.current_task()}:
+            for task in tasks.intersection(self._accepted):
+                task.cancel()
+            await asyncio.wait(tasks, timeout=_POLL_S)
         await asyncio.sleep(0)  # aborted transports close their sockets in the next turn
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._accepted.add(task)
         self.counted["connections"] += 1
         number = self.counted["connections"]
         if self.faults.refuse:
@@ -275,13 +284,11 @@ class FaultProxy:
             _cut(writer, "reset")
             return
         connection = _Connection(self, number, (reader, writer), server)
-        task = asyncio.current_task()
-        assert task is not None
-        self._connections[task] = connection
+        self._connections.add(connection)
         try:
             await connection.run()
         finally:
-            del self._connections[task]
+            self._connections.discard(connection)
 
 
 _Pipe = tuple[asyncio.StreamReader, asyncio.StreamWriter]
