@@ -24,12 +24,16 @@ from instruments.replicas import (
     refusal,
     step,
 )
+from service.compute import scheduler as scheduler_module
 from service.domain.errors import DomainError, Unavailable
 from service.domain.types import NewEpoch, ReturnHs, Selector, Version
 from service.settings import Limits
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from instruments.replicas import Replica
+    from service.compute.scheduler import Chunk
     from service.domain.types import ForwardResult
     from tests.domain.conftest import ClientMaker, ModelMaker, ReplicaMaker
 
@@ -443,6 +447,39 @@ async def test_chunks_of_a_session_are_applied_in_the_order_they_came(
         for k in range(3):
             here = local.forward(chunks[i][k])
             np.testing.assert_allclose(present(answers[k * 10 + i].hs), here, rtol=1e-5, atol=1e-6)
+
+
+async def test_chunks_of_one_session_never_share_a_batch(
+    replicas: Pair,
+    tenant: str,
+    make_model: ModelMaker,
+    open_session: ClientMaker,
+    rng: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each needs the state after the one before; other sessions' chunks go with it."""
+    await make_model()
+    clients = [await open_session(name) for name in "abc"]
+    owners = {}
+    futures = []
+    for k in range(1, 6):
+        for client in clients:
+            xs = draw(rng)
+            owners[id(xs)] = client.session_id
+            op = client.chunk(xs, k, previous_token=b"")
+            futures.append(replicas[0].recurrence.submit_forward(tenant, op))
+    batches = []
+    compute = scheduler_module._compute
+
+    def watched(batch: Sequence[Chunk]) -> None:
+        batches.append([owners[id(chunk.xs)] for chunk in batch])
+        compute(batch)
+
+    monkeypatch.setattr(scheduler_module, "_compute", watched)
+    await asyncio.gather(*futures)
+    assert all(len(set(batch)) == len(batch) for batch in batches)
+    assert sum(map(len, batches)) == 15
+    assert max(map(len, batches)) > 1
 
 
 async def test_a_refused_chunk_in_flight_does_not_stop_those_behind_it(

@@ -1,0 +1,161 @@
+"""The compute scheduler: batches of what has queued, never waiting, each chunk for itself."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import pytest_asyncio
+
+from rnn_engine import Params, rnn_forward
+from service.compute import scheduler as module
+from service.compute.scheduler import Chunk, Scheduler
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+
+INPUTS, HIDDEN = 3, 4
+
+
+@pytest_asyncio.fixture
+async def scheduler() -> AsyncIterator[Scheduler]:
+    """A scheduler of batches of up to eight rows."""
+    made = Scheduler(8)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def params(rng: np.random.Generator) -> Params:
+    """Weights that all chunks share."""
+    shapes = ((INPUTS, HIDDEN), (HIDDEN, HIDDEN), (HIDDEN,))
+    return Params(*(rng.standard_normal(shape).astype(np.float32) for shape in shapes))
+
+
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> list[list[Chunk]]:
+    """The batches that were computed, in order."""
+    seen: list[list[Chunk]] = []
+    compute = module._compute
+
+    def watched(batch: Sequence[Chunk]) -> None:
+        seen.append(list(batch))
+        compute(batch)
+
+    monkeypatch.setattr(module, "_compute", watched)
+    return seen
+
+
+def submit(
+    scheduler: Scheduler,
+    params: Params,
+    *,
+    rows: int = 1,
+    steps: int = 2,
+    inputs: int = INPUTS,
+    alone: bool = False,
+) -> asyncio.Future[Chunk]:
+    """Queue a chunk of ones."""
+    done: asyncio.Future[Chunk] = asyncio.get_running_loop().create_future()
+    xs = np.ones((rows, steps, inputs), np.float32)
+    h0 = np.zeros((rows, HIDDEN), np.float32)
+    scheduler.submit(Chunk(params, xs, h0, alone, done.set_result))
+    return done
+
+
+async def test_a_lone_chunk_does_not_wait(
+    scheduler: Scheduler, params: Params, batches: list[list[Chunk]]
+) -> None:
+    """It is computed in the next turn of the loop."""
+    done = submit(scheduler, params)
+    await asyncio.sleep(0)
+    assert done.done()
+    assert [len(batch) for batch in batches] == [1]
+
+
+async def test_what_has_queued_is_one_batch_up_to_the_rows(
+    scheduler: Scheduler, params: Params, batches: list[list[Chunk]]
+) -> None:
+    """Ten chunks of three rows go two by two, for eight rows are the most."""
+    await asyncio.gather(*(submit(scheduler, params, rows=3) for _ in range(10)))
+    assert [len(batch) for batch in batches] == [2] * 5
+
+
+async def test_a_batch_is_bounded_in_bytes(
+    scheduler: Scheduler,
+    params: Params,
+    batches: list[list[Chunk]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However few rows, hidden states beyond the bound wait for the next batch."""
+    monkeypatch.setattr(module, "MAX_BATCH_BYTES", 3 * 2 * HIDDEN * 4)
+    await asyncio.gather(*(submit(scheduler, params) for _ in range(6)))
+    assert [len(batch) for batch in batches] == [3, 3]
+    await submit(scheduler, params, steps=100)
+
+
+async def test_more_rows_than_a_batch_go_by_themselves(
+    scheduler: Scheduler, params: Params, batches: list[list[Chunk]]
+) -> None:
+    """A chunk wider than the bound is computed all the same."""
+    await asyncio.gather(submit(scheduler, params, rows=9), submit(scheduler, params))
+    assert [len(batch) for batch in batches] == [1, 1]
+
+
+async def test_sets_of_weights_do_not_wait_for_each_other(
+    scheduler: Scheduler, params: Params, batches: list[list[Chunk]]
+) -> None:
+    """Chunks of two models never share a batch."""
+    other = Params(params.Wx.copy(), params.Wh, params.b)
+    await asyncio.gather(*(submit(scheduler, one) for one in (params, other) * 3))
+    assert all(len({id(chunk.params) for chunk in batch}) == 1 for batch in batches)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+async def test_a_failing_chunk_fails_alone(
+    scheduler: Scheduler, params: Params, *, alone: bool
+) -> None:
+    """One of a wrong shape brings its own error; its batch is computed."""
+    futures = [submit(scheduler, params, inputs=INPUTS + (i == 1), alone=alone) for i in range(4)]
+    done = await asyncio.gather(*futures)
+    assert [chunk.error is not None for chunk in done] == [False, True, False, False]
+    assert [chunk.tape is not None for chunk in done] == [True, False, True, True]
+
+
+async def test_a_chunk_alone_has_the_bits_it_has_by_itself(
+    scheduler: Scheduler, params: Params
+) -> None:
+    """In whatever company, a TRAIN chunk is computed in its own matrix shapes."""
+    futures = [submit(scheduler, params, alone=i == 2) for i in range(5)]
+    chunk = (await asyncio.gather(*futures))[2]
+    here = rnn_forward(params, chunk.xs, chunk.h0)
+    assert chunk.tape is not None
+    np.testing.assert_array_equal(chunk.tape.hs, here.hs)
+
+
+async def test_long_work_leaves_the_loop_free(scheduler: Scheduler) -> None:
+    """Arithmetic beyond the inline bound runs in a thread; the loop turns meanwhile."""
+    import threading
+
+    begun, go_on = threading.Event(), threading.Event()
+
+    def work() -> int:
+        begun.set()
+        go_on.wait(10)
+        return threading.get_ident()
+
+    running = asyncio.create_task(scheduler.run(module.INLINE_WORK + 1, work))
+    assert await asyncio.to_thread(begun.wait, 10)
+    go_on.set()
+    assert await running != threading.get_ident()
+    assert await scheduler.run(1, threading.get_ident) == threading.get_ident()
+
+
+async def test_nothing_is_kept_of_weights_that_are_done_with(
+    scheduler: Scheduler, params: Params
+) -> None:
+    """A queue goes when it is empty, so that no later weights can meet it."""
+    await asyncio.gather(*(submit(scheduler, params) for _ in range(3)))
+    assert not scheduler._queues
