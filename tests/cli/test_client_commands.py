@@ -1,4 +1,4 @@
-"""Client commands against a running server, each as a process of its own."""
+"""Client commands against a running server."""
 
 from __future__ import annotations
 
@@ -37,6 +37,13 @@ def test_ping_tells_who_answers(timernn: Timernn, server: Any) -> None:
     assert one_line(answer.out).startswith(f"{server.address} is ready: timernn ")
 
 
+def test_a_failed_command_is_a_failed_process(bare: Timernn, server: Any) -> None:
+    """The exit code and the one line reach whoever started the process."""
+    failed = bare("models", "show", "nothing-here", TIMERNN_SERVER=server.address)
+    assert (failed.code, failed.out) == (1, "")
+    assert one_line(failed.err).startswith("timernn: MODEL_NOT_FOUND: ")
+
+
 def test_ping_as_json_tells_the_limits(timernn: Timernn) -> None:
     """Every bound is there, spans in seconds."""
     told = json.loads(timernn("ping", "--json").out)
@@ -45,9 +52,9 @@ def test_ping_as_json_tells_the_limits(timernn: Timernn) -> None:
     assert told["limits"]["default_ttl"] == 3600.0
 
 
-def test_ping_without_a_server_fails_in_one_line(bare: Timernn, nobody: str) -> None:
+def test_ping_without_a_server_fails_in_one_line(timernn: Timernn, nobody: str) -> None:
     """Nobody there is exit code 1, soon."""
-    failed = bare("ping", "--server", nobody, "--timeout", "1")
+    failed = timernn("ping", "--server", nobody, "--timeout", "1")
     assert (failed.code, failed.out) == (1, "")
     assert one_line(failed.err).startswith("timernn: no server answers")
 
