@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import status_pb2  # type: ignore[import-untyped]  # has no stubs
-from lab import D, H, Lab, RefusedOnStreamError, tensor
 from safetensors.numpy import save
 
+from lab import D, H, Lab, RefusedOnStreamError, tensor
 from service.app import build_server
 from service.rpc.auth import Principal
 from service.settings import Limits, Settings

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import grpc
 import pytest
-from replicas import TwoReplicas
 
 from instruments.processes import ServiceProcess
+from replicas import TwoReplicas
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from replicas import to_array, to_tensor
 from safetensors.numpy import load
 
 import rnn_engine
+from replicas import to_array, to_tensor
 from rnn_engine import Adam, Grads, Params, TimeRNN
 from timernn.v1 import model_service_pb2 as models_pb
 from timernn.v1 import session_service_pb2 as sessions_pb
@@ -20,8 +20,8 @@ from timernn.v1.tensor_pb2 import DType
 if TYPE_CHECKING:
     from numpy.random import Generator
     from numpy.typing import NDArray
-    from replicas import TwoReplicas
 
+    from replicas import TwoReplicas
     from timernn.v1.tensor_pb2 import WeightsVersion
 
 N, T, D, H = 4, 6, 8, 16
