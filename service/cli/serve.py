@@ -33,7 +33,7 @@ def serve(settings: Settings) -> None:
     else:
         from service.app import serve as run  # noqa: PLC0415
 
-    if not is_loopback(settings.listen):
+    if not (settings.supervised or is_loopback(settings.listen)):  # once, not once a worker
         warn(f"{settings.listen} may be reached from other machines, without encryption or login")
     code = asyncio.run(run(settings, announce))
     if code:
