@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import grpc.aio
+from google.protobuf.internal import api_implementation
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
@@ -72,6 +73,9 @@ class RpcServer:
         rules: StreamRules | None = None,
         reuse_port: bool = False,
     ) -> None:
+        # The pure-Python parser has no bound on nesting (CVE-2025-4565), and is slow.
+        if api_implementation.Type() != "upb":
+            raise RuntimeError("protobuf runs without its compiled parser; install its wheel")
         limits = info.limits
         deadline_s = limits.default_deadline_ms / 1000
         rules = rules or StreamRules(deadline_s=deadline_s)

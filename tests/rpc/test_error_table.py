@@ -104,7 +104,7 @@ async def make_lab(tenant: str, tmp_path: Path, store: EmbeddedStore) -> AsyncIt
             address = await server.start("127.0.0.1:0")
             stack.push_async_callback(server.drain, 0)
             channel = await stack.enter_async_context(grpc.aio.insecure_channel(address))
-            return Lab(server, own, channel, over_stream)
+            return Lab(channel, over_stream, server, own)
 
         yield make_lab
 
@@ -498,7 +498,7 @@ async def bug(lab: Lab) -> None:
     def broken(*_arguments: Any) -> None:
         raise ZeroDivisionError('File "/usr/lib/secret" in redis')
 
-    lab.server._streams._recurrence.submit_forward = broken  # type: ignore[assignment, method-assign]
+    lab.server._streams._recurrence.submit_forward = broken
     await lab.forward(1, epoch=1)
 
 

@@ -18,9 +18,6 @@ from timernn.v1.time_rnn_service_pb2_grpc import TimeRnnServiceStub
 if TYPE_CHECKING:
     import grpc.aio
 
-    from service.rpc.server import RpcServer
-    from service.store.embedded import EmbeddedStore
-
 D, H = 3, 4
 
 
@@ -37,17 +34,17 @@ class Lab:
     """A client that numbers nothing by itself.
 
     Attributes:
-        server: What serves.
-        store: What it keeps its state in.
         channel: To the server.
         over_stream: Whether operations go over a stream instead of as unary calls.
+        server: What serves, where it is in this process.
+        store: What it keeps its state in, where the test started it.
         session: The session that `opened` opened.
     """
 
-    server: RpcServer
-    store: EmbeddedStore
     channel: grpc.aio.Channel
-    over_stream: bool
+    over_stream: bool = False
+    server: Any = None
+    store: Any = None
     session: session_pb.Session = field(default_factory=session_pb.Session)
 
     def __post_init__(self) -> None:

@@ -1,0 +1,88 @@
+"""Messages that nobody meant to send: mutated bytes and fields at their edges."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from google.protobuf.message import DecodeError
+
+from service.domain.errors import DomainError
+from service.rpc.model_messages import initial_weights_from_proto, spec_from_proto
+from service.rpc.session_messages import (
+    fork_session_from_proto,
+    new_epoch_from_proto,
+    open_session_from_proto,
+)
+from service.rpc.time_rnn_messages import OperationReader
+from service.settings import Limits
+from timernn.v1 import model_service_pb2 as model_pb
+from timernn.v1 import session_service_pb2 as session_pb
+from timernn.v1 import time_rnn_service_pb2 as pb
+from timernn.v1.tensor_pb2 import Tensor, WeightsVersion
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from google.protobuf.message import Message
+
+    Decoder = Callable[[Any], object]
+
+LIMITS = Limits()
+READER = OperationReader(LIMITS)
+ROUNDS = 2000
+TENSOR = Tensor(dtype=1, shape=[1, 2, 3], data=bytes(24))  # type: ignore[arg-type]
+STATE = Tensor(dtype=1, shape=[1, 3], data=bytes(12))  # type: ignore[arg-type]
+SQUARE = Tensor(dtype=1, shape=[3, 3], data=bytes(36))  # type: ignore[arg-type]
+BIAS = Tensor(dtype=1, shape=[3], data=bytes(12))  # type: ignore[arg-type]
+VERSION = WeightsVersion(number=3, digest=b"d" * 16)
+SELECTOR = pb.ContributionSelector(session_id="s", epoch=1, chunk_seqs=[1, 2])
+UPDATE = pb.UpdateRequest(
+    model_id="m", contributions=[SELECTOR], request_id="r", learning_rate=0.1, expected_version=VERSION
+)  # fmt: skip
+
+SEEDS: list[tuple[Message, Decoder]] = [
+    (pb.ForwardRequest(session_id="s", epoch=1, chunk_seq=1, xs=TENSOR, pinned_version=VERSION), READER.forward),
+    (pb.ForwardRequest(model_id="m", xs=TENSOR, h0=STATE), READER.forward),
+    (pb.BackwardRequest(session_id="s", epoch=1, chunk_seq=1, state_token=b"t" * 16, dhs=TENSOR, dh_next=STATE, update=UPDATE), READER.backward),
+    (UPDATE, READER.update),
+    (pb.DiscardGradientsRequest(model_id="m", contributions=[SELECTOR]), READER.discard),
+    (session_pb.OpenSessionRequest(model_id="m", initial_state=STATE, on_exists=2), lambda m: open_session_from_proto(m, LIMITS)),  # type: ignore[arg-type]
+    (session_pb.SetStateRequest(session_id="s", state=STATE, expected_chunk_seq=1), lambda m: new_epoch_from_proto(m, LIMITS)),
+    (session_pb.ForkSessionRequest(session_id="s", new_session_id="t"), lambda m: fork_session_from_proto(m, LIMITS)),
+    (model_pb.CreateModelRequest(spec=model_pb.ModelSpec(model_id="m", input_size=2, hidden_size=3, optimizer=model_pb.Optimizer(adam_w=model_pb.AdamW(lr=0.1))), given=model_pb.GivenWeights(wx=STATE, wh=SQUARE, b=BIAS)),
+     lambda m: (spec_from_proto(m.spec, LIMITS), initial_weights_from_proto(m, LIMITS))),
+]  # fmt: skip
+
+
+def mutated(raw: bytes, source: random.Random) -> bytes:
+    """Return bytes with a few of them changed, doubled, cut out or inflated."""
+    data = bytearray(raw)
+    for _ in range(source.randint(1, 4)):
+        at = source.randrange(len(data) + 1)
+        action = source.randrange(4)
+        if action == 0 and at < len(data):
+            data[at] = source.choice([0, 1, 0x7F, 0x80, 0xFF, source.randrange(256)])
+        elif action == 1:
+            data[at:at] = source.randbytes(source.randint(1, 12))
+        elif action == 2:
+            del data[at : at + source.randint(1, 8)]
+        else:
+            data[at:at] = data[at : at + source.randint(1, 40)]
+    return bytes(data)
+
+
+@pytest.mark.parametrize(("seed", "decode"), SEEDS, ids=lambda value: type(value).__name__)
+def test_mutated_messages_are_read_or_refused(seed: Message, decode: Decoder) -> None:
+    """Whatever the bytes are, nothing but a refusal comes out, and no value out of its range."""
+    source = random.Random(20_251_124)
+    raw = seed.SerializeToString()
+    decode(seed)
+    kind, refused = type(seed), 0
+    for _ in range(ROUNDS):
+        try:
+            decode(kind.FromString(mutated(raw, source)))
+        except (DecodeError, DomainError):
+            refused += 1
+    assert 0 < refused < ROUNDS
