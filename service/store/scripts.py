@@ -111,8 +111,15 @@ class ScriptRunner:
         return [as_domain_error(a) if isinstance(a, Exception) else a for a in answers]
 
     async def run_commands(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """Run plain commands in one round trip; the first failure is raised."""
+        """Run plain commands, each good to be sent twice, in one round trip.
+
+        Raises:
+            Unavailable, ResourceExhausted: The first failure.
+        """
         answers = await self._send(commands)
+        for _ in range(self._resends):
+            if any(is_lost_connection(answer) for answer in answers):
+                answers = await self._send(commands)
         for answer in answers:
             if isinstance(answer, Exception):
                 raise as_domain_error(answer)

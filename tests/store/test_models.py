@@ -1,0 +1,343 @@
+"""Model scripts: versions, flips, contributions, requests, blobs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import pytest
+
+from service.domain.ports import (
+    CheckpointOutcome,
+    CountOutcome,
+    CreateOutcome,
+    FlipOutcome,
+    HeadFlip,
+    ModelRecord,
+    NewVersion,
+)
+from service.domain.types import Version
+from service.settings import MIB, Limits, Settings
+from service.store import keys
+from service.store.connect import open_store
+from service.store.models import ORPHAN_MS, PART_BYTES
+
+if TYPE_CHECKING:
+    from redis.asyncio import Redis
+
+    from service.store.connect import Store
+    from service.store.models import RedisModelStore
+
+INCARNATION, NO_REQUEST = b"i" * 16, b"n" * 16
+
+
+def version(number: int, letter: bytes = b"d") -> Version:
+    """Return a version's name."""
+    return Version(number, letter * 16)
+
+
+def content(number: int, letter: bytes = b"d", size: int = 8) -> NewVersion:
+    """Return a version's weights and moments."""
+    return NewVersion(version(number, letter), bytes([number]) * size, bytes([number]) * 2 * size)
+
+
+@dataclass
+class Model:
+    """One model of a tenant, over a store."""
+
+    store: RedisModelStore
+    tenant: str
+
+    async def create(self, request: bytes = NO_REQUEST, digest: bytes = b"c" * 16) -> CreateOutcome:
+        """Create it."""
+        record = ModelRecord(INCARNATION, b"spec", version(1), 0, 0, 0)
+        return await self.store.create_model(self.tenant, "m", record, content(1), request, digest)
+
+    def name(self, number: int, session_id: str = "s") -> bytes:
+        """Return a contribution's name."""
+        return self.store.contribution_name(self.tenant, session_id, 7, number)
+
+    async def count(
+        self, number: int, gradient: bytes = b"gradient", digest: bytes = b"g" * 16
+    ) -> CountOutcome:
+        """Count a contribution."""
+        return await self.store.count_contribution(
+            self.tenant, "m", INCARNATION, self.name(number), digest, gradient
+        )
+
+    def flip(self, number: int, *names: bytes, request: bytes = b"") -> HeadFlip:
+        """Lay out the flip from version number-1 to number."""
+        named = request or number.to_bytes(16, "big")
+        base, new = version(number - 1), content(number)
+        return HeadFlip(INCARNATION, base, new, named, b"c" * 16, b"answer", names)
+
+    async def flipped(self, number: int, *names: bytes) -> FlipOutcome:
+        """Make the next version."""
+        outcome, _ = await self.store.flip_head(self.tenant, "m", self.flip(number, *names))
+        return outcome
+
+    async def waiting(self) -> tuple[int, int]:
+        """Return the number and bytes of what waits."""
+        record = await self.store.read_model(self.tenant, "m")
+        assert record is not None
+        return record.waiting_count, record.waiting_bytes
+
+
+@pytest.fixture
+def model(opened: Store, tenant: str) -> Model:
+    """A model that is not created yet."""
+    return Model(opened.models, tenant)
+
+
+async def test_creation_is_once_by_its_request(model: Model) -> None:
+    """The same request replays, with other content it is REUSED, another one finds it taken."""
+    assert await model.create() is CreateOutcome.CREATED
+    assert await model.create() is CreateOutcome.REPLAYED
+    assert await model.create(digest=b"x" * 16) is CreateOutcome.REUSED
+    assert await model.create(request=b"o" * 16) is CreateOutcome.EXISTS
+
+
+async def test_a_flip_moves_the_head_once(model: Model) -> None:
+    """Sent again it replays its answer; with other content it is REUSED; from an old head STALE."""
+    await model.create()
+    flip = model.flip(2)
+    assert await model.store.flip_head(model.tenant, "m", flip) == (FlipOutcome.FLIPPED, b"")
+    assert await model.store.flip_head(model.tenant, "m", flip) == (
+        FlipOutcome.REPLAYED,
+        b"answer",
+    )
+    other = replace(flip, content_digest=b"x" * 16)
+    assert (await model.store.flip_head(model.tenant, "m", other))[0] is FlipOutcome.REUSED
+    late = replace(flip, request=b"l" * 16)
+    assert (await model.store.flip_head(model.tenant, "m", late))[0] is FlipOutcome.STALE
+    gone = replace(flip, request=b"l" * 16, incarnation=b"j" * 16)
+    assert (await model.store.flip_head(model.tenant, "m", gone))[0] is FlipOutcome.GONE
+
+
+async def test_a_contribution_is_consumed_once(model: Model, raw: Redis) -> None:
+    """A flip takes it with its bytes; its name stays, so that it neither counts nor flips again."""
+    await model.create()
+    assert await model.count(1) is CountOutcome.COUNTED
+    assert await model.count(1) is CountOutcome.REPLAYED
+    assert await model.count(1, digest=b"x" * 16) is CountOutcome.REUSED
+    assert await model.waiting() == (1, 8)
+    assert await model.flipped(2, model.name(1)) is FlipOutcome.FLIPPED
+    assert await model.waiting() == (0, 0)
+    assert await model.count(1) is CountOutcome.REPLAYED
+    assert await model.count(1, digest=b"x" * 16) is CountOutcome.REUSED
+    assert await model.flipped(3, model.name(1)) is FlipOutcome.STALE
+    tag = keys.model_tag(model.tenant, "m")
+    assert await raw.exists(keys.gradient_prefix(tag) + model.name(1)) == 0
+
+
+async def test_contributions_are_bounded_in_number_and_bytes(store_url: str, tenant: str) -> None:
+    """What would go beyond either is QUOTA, and fits again after a flip."""
+    tight = Limits(contributions_per_model=2, contribution_bytes_per_model=20)
+    store = await open_store(store_url, Settings(limits=tight))
+    model = Model(store.models, tenant)
+    await model.create()
+    await model.count(1)
+    assert await model.count(2, bytes(13)) is CountOutcome.QUOTA
+    assert await model.count(2) is CountOutcome.COUNTED
+    assert await model.count(3, b"") is CountOutcome.QUOTA
+    await model.flipped(2, model.name(1))
+    assert await model.count(3) is CountOutcome.COUNTED
+    await store.close()
+
+
+async def test_what_is_remembered_of_contributions_is_bounded(
+    store_url: str, tenant: str, raw: Redis
+) -> None:
+    """Beyond it is FULL, until the names that were counted have had their time."""
+    store = await open_store(
+        store_url, Settings(limits=Limits(remembered_contributions_per_model=2))
+    )
+    model = Model(store.models, tenant)
+    await model.create()
+    await model.count(1)
+    await model.count(2)
+    await model.flipped(2, model.name(1), model.name(2))
+    assert await model.count(3) is CountOutcome.FULL
+    expiry = keys.expiry_key(keys.model_tag(tenant, "m"))
+    await raw.zadd(expiry, {model.name(1): 1, model.name(2): 1})
+    assert await model.count(3) is CountOutcome.COUNTED
+    assert await raw.zcard(expiry) == 1
+    await store.close()
+
+
+async def test_a_contribution_nobody_takes_goes_with_its_bytes(model: Model, raw: Redis) -> None:
+    """After its time the next count forgets it whole."""
+    await model.create()
+    await model.count(1)
+    tag = keys.model_tag(model.tenant, "m")
+    await raw.zadd(keys.expiry_key(tag), {model.name(1): 1})
+    await model.count(2)
+    assert await model.waiting() == (1, 8)
+    assert await raw.exists(keys.gradient_prefix(tag) + model.name(1)) == 0
+    assert not await model.store.is_counted(model.tenant, "m", model.name(1))
+
+
+async def test_a_look_finds_what_selectors_name(model: Model) -> None:
+    """All, one session's, one epoch's, or exactly those named; sorted, each once."""
+    await model.create()
+    for number in (3, 1, 2):
+        await model.count(number)
+    other = model.store.contribution_name(model.tenant, "t", 8, 1)
+    await model.store.count_contribution(
+        model.tenant, "m", INCARNATION, other, b"g" * 16, b"gradient"
+    )
+    mine = [model.name(number) for number in (1, 2, 3)]
+    prefix = model.store.contribution_prefix
+
+    async def look(*selectors: bytes) -> list[bytes]:
+        found = await model.store.look_update(model.tenant, "m", NO_REQUEST, selectors)
+        assert found is not None
+        return [entry[:32] for entry in found.waiting]
+
+    assert await look(b"") == sorted([*mine, other])
+    assert await look(prefix(model.tenant, "s", 0)) == mine
+    assert await look(prefix(model.tenant, "s", 7)) == mine
+    assert await look(prefix(model.tenant, "s", 8)) == []
+    assert await look(prefix(model.tenant, "t", 8), other) == [other]
+    assert await look(mine[1], mine[1], model.name(9)) == [mine[1]]
+
+
+async def test_requests_are_remembered_by_number_and_time(
+    store_url: str, tenant: str, raw: Redis
+) -> None:
+    """The oldest go when there are too many or they are old; not before."""
+    store = await open_store(store_url, Settings(limits=Limits(remembered_requests_per_model=3)))
+    model = Model(store.models, tenant)
+    await model.create()
+    for number in range(2, 8):
+        await model.flipped(number)
+    requests = keys.requests_key(keys.model_tag(tenant, "m"))
+    assert await raw.hlen(requests) == 3
+    times = keys.request_times_key(keys.model_tag(tenant, "m"))
+    for number in (5, 6):
+        await raw.zadd(times, {number.to_bytes(16, "big"): 1})
+    await model.flipped(8)
+    assert await raw.hlen(requests) == 2
+    await store.close()
+
+
+async def test_moments_stay_with_the_head_and_checkpoints(model: Model) -> None:
+    """A superseded version keeps its weights alone, unless a checkpoint names it."""
+    await model.create()
+    outcome, _ = await model.store.create_checkpoint(
+        model.tenant, "m", INCARNATION, "c", version(1)
+    )
+    assert outcome is CheckpointOutcome.CREATED
+    await model.flipped(2)
+    await model.flipped(3)
+    read = [
+        await model.store.read_moments(model.tenant, "m", INCARNATION, version(number))
+        for number in (1, 2, 3)
+    ]
+    assert read == [content(1).moments, b"", content(3).moments]
+    for number in (1, 2, 3):
+        weights = await model.store.read_weights(model.tenant, "m", INCARNATION, version(number))
+        assert weights == content(number).weights
+
+
+async def test_a_version_is_read_by_number_and_digest(model: Model) -> None:
+    """Another digest under a number is not that version."""
+    await model.create()
+    assert await model.store.find_version(model.tenant, "m", 1) == version(1)
+    assert await model.store.find_version(model.tenant, "m", 2) is None
+    assert await model.store.read_weights(model.tenant, "m", INCARNATION, version(1, b"x")) is None
+
+
+async def test_large_blobs_go_in_parts(model: Model, raw: Redis) -> None:
+    """No value is larger than a part, and what is read is what was written."""
+    await model.create()
+    size = 2 * PART_BYTES + 5
+    flip = replace(model.flip(2), new=content(2, size=size))
+    await model.store.flip_head(model.tenant, "m", flip)
+    weights = await model.store.read_weights(model.tenant, "m", INCARNATION, version(2))
+    moments = await model.store.read_moments(model.tenant, "m", INCARNATION, version(2))
+    assert (weights, moments) == (flip.new.weights, flip.new.moments)
+    prefix = keys.weights_prefix(keys.model_tag(model.tenant, "m"), INCARNATION)
+    parts = [key async for key in raw.scan_iter(match=prefix + b"*", count=1000)]
+    sizes = sorted([await raw.strlen(key) for key in parts])
+    assert sizes == [5, 8, PART_BYTES, PART_BYTES]
+    assert PART_BYTES <= 4 * MIB
+
+
+async def test_what_a_dead_writer_left_goes_by_itself(model: Model, raw: Redis) -> None:
+    """Parts carry a time to live until the script that makes them count; then they have none."""
+    await model.create()
+    tag = keys.model_tag(model.tenant, "m")
+    await model.store._write_version(tag, INCARNATION, content(2))
+    prefixes = (keys.weights_prefix(tag, INCARNATION), keys.moments_prefix(tag, INCARNATION))
+    name = version(2).digest + (2).to_bytes(8, "big") + bytes(2)
+    assert all([0 < await raw.pttl(prefix + name) <= ORPHAN_MS for prefix in prefixes])
+    await model.flipped(2)
+    assert all([await raw.pttl(prefix + name) == -1 for prefix in prefixes])
+
+
+async def test_a_flip_without_all_its_parts_keeps_none(model: Model, raw: Redis) -> None:
+    """When a part has expired the head stays, and no other part is made to stay for ever."""
+    await model.create()
+    tag = keys.model_tag(model.tenant, "m")
+    write = model.store._write_version
+
+    async def loses_moments(tag: bytes, incarnation: bytes, new: NewVersion) -> None:
+        await write(tag, incarnation, new)
+        lost = keys.moments_prefix(tag, incarnation) + new.version.digest
+        await raw.delete(lost + new.version.number.to_bytes(8, "big") + bytes(2))
+
+    model.store._write_version = loses_moments  # type: ignore[method-assign]
+    assert await model.flipped(2) is FlipOutcome.STALE
+    name = version(2).digest + (2).to_bytes(8, "big") + bytes(2)
+    assert await raw.pttl(keys.weights_prefix(tag, INCARNATION) + name) > 0
+
+
+async def test_versions_go_by_their_bytes_but_four_stay(store_url: str, tenant: str) -> None:
+    """The budget counts weights and a little beside each; beneath it nothing goes before its time."""
+    store = await open_store(
+        store_url, Settings(limits=Limits(superseded_bytes_per_model=6 * (4096 + 8)))
+    )
+    model = Model(store.models, tenant)
+    await model.create()
+    for number in range(2, 12):
+        await model.flipped(number)
+    kept = [n for n in range(1, 12) if await model.store.find_version(tenant, "m", n)]
+    assert kept == [5, 6, 7, 8, 9, 10, 11]
+    await store.close()
+
+
+async def test_discarding_frees_and_remembers(model: Model) -> None:
+    """By name, by session or all; a name once discarded is known."""
+    await model.create()
+    for number in (1, 2, 3):
+        await model.count(number)
+
+    async def discard(*selectors: bytes) -> int | None:
+        return await model.store.discard_contributions(model.tenant, "m", INCARNATION, selectors)
+
+    assert await discard(model.name(1), model.name(9)) == 1
+    assert await model.waiting() == (2, 16)
+    assert await discard(model.store.contribution_prefix(model.tenant, "s", 7)) == 2
+    assert await discard(b"") == 0
+    assert await model.count(1) is CountOutcome.REPLAYED
+    assert await model.waiting() == (0, 0)
+    other = model.store.discard_contributions(model.tenant, "m", b"j" * 16, [b""])
+    assert await other is None
+
+
+async def test_names_of_models_are_bounded_listed_and_forgotten(
+    store_url: str, tenant: str
+) -> None:
+    """A tenant has as many as it may; a deleted one makes room."""
+    store = await open_store(store_url, Settings(limits=Limits(models_per_tenant=1)))
+    model = Model(store.models, tenant)
+    await model.create()
+    record = ModelRecord(INCARNATION, b"spec", version(1), 0, 0, 0)
+    other = store.models.create_model(tenant, "n", record, content(1), NO_REQUEST, b"c" * 16)
+    assert await other is CreateOutcome.QUOTA
+    assert await store.models.list_models(tenant, "", 10) == ["m"]
+    assert await store.models.delete_model(tenant, "m", INCARNATION)
+    assert not await store.models.delete_model(tenant, "m", INCARNATION)
+    assert await store.models.list_models(tenant, "", 10) == []
+    await store.close()

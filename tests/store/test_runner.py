@@ -1,0 +1,174 @@
+"""How scripts are sent: forgotten ones, lost replies, a store that is full or gone."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import pytest_asyncio
+import redis
+from redis.asyncio import Redis
+
+from instruments.replicas import Client, draw, open_on, refusal, start_replica
+from rnn_engine import SGD
+from service.domain.types import InitialWeights, ModelSpec
+from service.settings import Limits, Settings
+from service.store.connect import UnfitStoreError, open_store
+from service.store.embedded import EmbeddedStore
+from service.store.scripts import Call, ScriptRunner, load_script
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+    from instruments.replicas import Replica
+
+SPEC = ModelSpec("m", 3, 4, "float32", SGD(lr=0.1))
+
+
+@pytest_asyncio.fixture
+async def own(tmp_path: Path) -> AsyncIterator[EmbeddedStore]:
+    """A server of the test's own, to be broken."""
+    store = EmbeddedStore(tmp_path / "own", durable=False)
+    await asyncio.to_thread(store.start)
+    yield store
+    await asyncio.to_thread(store.stop)
+
+
+async def started(url: str) -> tuple[Replica, Client]:
+    """Start a replica with a model and a session in a store."""
+    replica = await start_replica(url, Limits())
+    await replica.models.create("t", SPEC, InitialWeights(), "")
+    opened = await open_on(replica, "t")
+    return replica, Client([replica], "t", "s", opened.session.epoch)
+
+
+async def test_a_forgotten_script_is_sent_with_its_text(
+    own: EmbeddedStore, rng: np.random.Generator
+) -> None:
+    """After SCRIPT FLUSH, between any two calls, nobody is told of anything."""
+    replica, client = await started(own.url)
+    async with Redis.from_url(own.url) as raw:
+        for k in range(1, 4):
+            await raw.script_flush()
+            await client.forward(draw(rng), train=True)
+            await raw.script_flush()
+            await client.backward(draw(rng, size=4))
+            await raw.script_flush()
+            await client.update("m", f"u{k}")
+    await replica.close()
+
+
+class LosesReplies:
+    """Stands before a client: carries the first calls out, then says that the link broke."""
+
+    def __init__(self, client: Redis, count: int) -> None:
+        self.client, self.left = client, count
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Make a pipeline whose answer may be lost."""
+        pipeline = type(self.client).pipeline(self.client, *args, **kwargs)
+        execute = pipeline.execute
+
+        async def lossy(**options: Any) -> Any:
+            answers = await execute(**options)
+            if self.left:
+                self.left -= 1
+                raise redis.ConnectionError("the reply was lost")
+            return answers
+
+        pipeline.execute = lossy  # type: ignore[assignment,method-assign]
+        return pipeline
+
+
+async def test_a_lost_reply_is_asked_for_once_more(
+    store_url: str, tenant: str, rng: np.random.Generator
+) -> None:
+    """One lost reply of a commit ends in its answer, two in UNKNOWN_OUTCOME; one chunk either way."""
+    replica = await start_replica(store_url, Limits(), head_max_age_ms=60_000)
+    await replica.models.create(tenant, SPEC, InitialWeights(), "")
+    opened = await open_on(replica, tenant)
+    client = Client([replica], tenant, "s", opened.session.epoch)
+    await client.forward(draw(rng))
+    link: Any = replica.store._client
+    for lost in (1, 2):
+        xs = draw(rng)
+        link.pipeline = LosesReplies(link, lost)
+        if lost == 2:
+            assert (await refusal(client.forward(xs))).reason == "UNKNOWN_OUTCOME"
+        done = await client.forward(xs)
+        assert (done.replayed, done.chunk_seq) == (True, lost + 1)
+        del link.pipeline
+    await replica.close()
+
+
+async def test_a_store_that_is_gone_is_unavailable_at_once(
+    own: EmbeddedStore, rng: np.random.Generator
+) -> None:
+    """Every call is told to come again; none hangs; when it is back the same call works."""
+    replica, client = await started(own.url)
+    await client.forward(draw(rng))
+    await asyncio.to_thread(own.stop)
+    for call in (client.forward(draw(rng)), replica.sessions.get("t", "s")):
+        refused = await refusal(call)
+        assert refused.reason in ("STORE_DOWN", "UNKNOWN_OUTCOME")
+        assert refused.retry_after_s is not None
+        assert "redis" not in refused.message.lower()
+    await replica.close()
+
+
+async def test_a_full_store_changes_nothing_and_still_answers(
+    own: EmbeddedStore, rng: np.random.Generator
+) -> None:
+    """Writes are STORE_FULL as a whole; reads, replays and Close work; with room all goes on."""
+    replica, client = await started(own.url)
+    xs = draw(rng)
+    first = await client.forward(xs, train=True)
+    async with Redis.from_url(own.url) as raw:
+        before = {key: await raw.dump(key) async for key in raw.scan_iter()}
+        await raw.config_set("maxmemory", 1)
+        for call in (
+            client.forward(draw(rng)),
+            client.forward(draw(rng), train=True),
+            open_on(replica, "t", "other"),
+            client.backward(draw(rng, size=4)),
+            replica.models.create_checkpoint("t", "m", "c", None),
+        ):
+            assert (await refusal(call)).reason == "STORE_FULL"
+        again = await client.forward(xs, chunk_seq=1, previous_token=b"", train=True)
+        np.testing.assert_array_equal(again.h, first.h)
+        assert (await replica.sessions.get("t", "s")).chunk_seq == 1
+        assert {key: await raw.dump(key) async for key in raw.scan_iter()} == before
+        assert await replica.sessions.close("t", "s", 0)
+        await raw.config_set("maxmemory", 0)
+    await open_on(replica, "t", "other")
+    await replica.close()
+
+
+@pytest.mark.parametrize("policy", ["allkeys-lru", "volatile-ttl"])
+async def test_an_evicting_store_is_refused(own: EmbeddedStore, policy: str) -> None:
+    """A store that may drop sessions by itself is told before it is used."""
+    async with Redis.from_url(own.url) as raw:
+        await raw.config_set("maxmemory-policy", policy)
+    store = await open_store(own.url, Settings())
+    with pytest.raises(UnfitStoreError, match="noeviction"):
+        await store.check()
+    await store.close()
+
+
+async def test_a_script_that_fails_does_not_take_its_neighbours(
+    store_url: str, tenant: str
+) -> None:
+    """Scripts of one round trip fail one by one."""
+    async with Redis.from_url(store_url, protocol=3) as raw:
+        await raw.set(tenant, "text")
+        runner = ScriptRunner(raw)
+        script = load_script("reserve_model")
+        good, bad = (
+            Call(script, (key,), ("m", 10)) for key in (f"{tenant}x".encode(), tenant.encode())
+        )
+        first, failed, last = await runner.run_many([good, bad, good])
+        assert (first, last) == (b"OK", b"OK")
+        assert isinstance(failed, Exception)
