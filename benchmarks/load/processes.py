@@ -1,7 +1,6 @@
 """Child processes of a benchmark: started, waited for by their ready line, stopped with certainty."""
 
 import json
-import os
 import select
 import shutil
 import subprocess
@@ -11,16 +10,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness import one_thread_environment
+
 ROOT = Path(__file__).resolve().parents[2]
 STOP_TIMEOUT_S = 20.0
 # Beyond the time it is told to measure: opening thousands of sessions takes a while.
 ANSWER_TIMEOUT_S = 240.0
-
-# Every process computes on one thread, whoever's BLAS it is; two threads of one server on two cores,
-# shared with the client, measure the scheduler.
-ONE_THREAD = dict.fromkeys(
-    ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS"), "1"
-)
 
 
 class StartError(RuntimeError):
@@ -49,7 +44,9 @@ class Child:
                 stderr=stderr,
                 text=True,
                 cwd=ROOT,
-                env={**os.environ, **ONE_THREAD, "PYTHONUNBUFFERED": "1"},
+                # Every process computes on one thread, whoever's BLAS it is: two threads of one server on
+                # two cores, shared with the client, measure the scheduler.
+                env={**one_thread_environment(), "PYTHONUNBUFFERED": "1"},
             )
         self._log = log
         self.address = self._read_address()
