@@ -98,11 +98,9 @@ def _draw_ratios(rows: Sequence[Row], path: Path) -> Path:
     figure, axes = plt.subplots(figsize=(9, 1.2 + 0.34 * max(1, len(rows))), layout="constrained")
     colours = {True: "tab:green", False: "tab:red", None: "tab:gray"}
     places = range(len(rows))
-    bars = axes.barh(
-        places, [row.ratio for row in rows], color=[colours[row.holds] for row in rows]
-    )
-    axes.bar_label(bars, [f" {row.ratio:.2f}" for row in rows], fontsize=7)
+    axes.barh(places, [row.ratio for row in rows], color=[colours[row.holds] for row in rows])
     for place, row in enumerate(rows):
+        axes.text(max(row.ratio, row.bar or 0), place, f" {row.ratio:.2f}", va="center", fontsize=7)
         if row.bar is not None:
             axes.plot([row.bar, row.bar], [place - 0.45, place + 0.45], color="black")
     axes.set_yticks(places, [row.name for row in rows], fontsize=7)
