@@ -77,7 +77,7 @@ class Catalog:
         if age_s > self._max_age_s:
             return None
         if age_s > self._max_age_s / 2:
-            self._start_reading(tenant, model_id)
+            self.start_reading(tenant, model_id)
         return model
 
     async def get(self, tenant: str, model_id: str, *, fresh: bool = False) -> KnownModel:
@@ -90,7 +90,7 @@ class Catalog:
             model = self.peek(tenant, model_id)
             if model is not None:
                 return model
-            return await asyncio.shield(self._start_reading(tenant, model_id))
+            return await asyncio.shield(self.start_reading(tenant, model_id))
         return await self._read(tenant, model_id)
 
     async def get_life(self, tenant: str, model_id: str, incarnation: bytes) -> KnownModel:
@@ -191,8 +191,8 @@ class Catalog:
         self._models.pop((tenant, model_id), None)
         self._drop_moments((tenant, model_id))
 
-    def _start_reading(self, tenant: str, model_id: str) -> asyncio.Task[KnownModel]:
-        """Read a model once for all who wait for it."""
+    def start_reading(self, tenant: str, model_id: str) -> asyncio.Task[KnownModel]:
+        """Read a model once for all who wait for it, or join the read under way."""
         key = (tenant, model_id)
         reading = self._reading.get(key)
         if reading is None:

@@ -23,7 +23,7 @@ _ENTRY_BYTES = 1024  # what an entry costs beside its state, roughly
 
 @dataclass(slots=True)
 class LiveSession:
-    """A session's numbers and its state h (N, H), which is never written to."""
+    """A session's numbers and its state h (N, H); the array itself is never written to."""
 
     model_id: str
     incarnation: bytes
@@ -55,6 +55,14 @@ class LiveSessions:
         while self._bytes > self._limit and len(self._sessions) > 1:
             _, oldest = self._sessions.popitem(last=False)
             self._bytes -= oldest.h.nbytes + _ENTRY_BYTES
+
+    def advance(
+        self, key: SessionKey, base: LiveSession, chunk_seq: int, token: bytes, h: Array
+    ) -> None:
+        """Move a session on from where a chunk was computed, unless something newer is in hand."""
+        if self._sessions.get(key) is base:
+            base.chunk_seq, base.token, base.h = chunk_seq, token, h
+            self._sessions.move_to_end(key)
 
     def drop(self, key: SessionKey) -> None:
         """Let go of a session."""

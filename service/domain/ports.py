@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Bytes = bytes | memoryview
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: one is made for each chunk
 class StoredState:
     """A state that the ring holds: what made it, and h as bytes."""
 
@@ -104,7 +104,7 @@ class ChunkOutcome(Enum):
     QUOTA = "QUOTA"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: one is made for each chunk
 class ChunkCommit:
     """A chunk to apply to the state that `base_token` names; `tape` only for a TRAIN chunk."""
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -141,8 +141,17 @@ class Recurrence:
         if live is None or not _is_next(call.op, live):
             self._spawn(call, self._fetch(call))
             return
+        model = self._catalog.peek(call.key[0], live.model_id)
+        if model is not None:
+            self._start_from(call, live, model)
+            return
+        # A busy replica has many chunks waiting for one read: a callback each, not a task.
+        reading = self._catalog.start_reading(call.key[0], live.model_id)
+        reading.add_done_callback(lambda done: self._start_from(call, live, _result_of(done)))
+
+    def _start_from(self, call: _Call, live: LiveSession, model: KnownModel | None) -> None:
         try:
-            is_started = self._start_in_hand(call, live)
+            is_started = model is not None and self._start_in_hand(call, live, model)
         except Exception as error:  # noqa: BLE001 - it becomes the answer
             # Not here: the next chunk of the lane may fail as well, and so on, each a call deeper.
             asyncio.get_running_loop().call_soon(self._end, call, error)
@@ -150,9 +159,9 @@ class Recurrence:
         if not is_started:
             self._spawn(call, self._continue(call, live))
 
-    def _start_in_hand(self, call: _Call, live: LiveSession) -> bool:
-        op, model = call.op, self._catalog.peek(call.key[0], live.model_id)
-        if model is None or model.incarnation != live.incarnation or op.pinned is not None:
+    def _start_in_hand(self, call: _Call, live: LiveSession, model: KnownModel) -> bool:
+        op = call.op
+        if model.incarnation != live.incarnation or op.pinned is not None:
             return False
         params = self._catalog.cached_params(model.incarnation, model.head)
         if params is None or op.xs.nbytes > _BIG_CHUNK_BYTES:
@@ -267,7 +276,7 @@ class Recurrence:
         base, op = call.base, call.op
         assert base is not None and call.h is not None and call.tape is not None  # noqa: S101, PT018
         assert call.version is not None  # noqa: S101
-        self._live.put(call.key, replace(base, chunk_seq=op.chunk_seq, token=call.token, h=call.h))
+        self._live.advance(call.key, base, op.chunk_seq, call.token, call.h)
         if op.train:
             self._tapes.put(call.token, StoredTape(call.version, call.tape))
         if is_touch_due:
@@ -408,6 +417,11 @@ class Recurrence:
         else:
             del self._lanes[call.key]
             self._idle.set()
+
+
+def _result_of(reading: asyncio.Task[KnownModel]) -> KnownModel | None:
+    """Return what was read; None when it failed: then it is tried again where errors are told."""
+    return None if reading.cancelled() or reading.exception() else reading.result()
 
 
 def _is_next(op: Forward, live: LiveSession) -> bool:

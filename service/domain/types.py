@@ -139,7 +139,9 @@ class ReturnHs(IntEnum):
     NONE = 3
 
 
-@dataclass(frozen=True, slots=True)
+# One of the next two is made for each chunk. A frozen dataclass takes several times as long to make, so
+# these are not, though nobody changes one.
+@dataclass(slots=True)
 class Forward:
     """Apply one chunk, xs (N, T, D); without a session_id run it from h0 (N, H)."""
 
@@ -157,7 +159,7 @@ class Forward:
     h0: Array | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ForwardResult:
     """A chunk applied: hs (N, T, H), (N, 1, H) or None, and h (N, H)."""
 
