@@ -72,7 +72,11 @@ def draw_charts(rows: Sequence[Row], samples: Sequence[Samples], folder: Path) -
 def _draw_rates(samples: Sequence[Samples], path: Path) -> Path:
     from matplotlib import pyplot as plt  # noqa: PLC0415
 
-    shown = [one for one in samples if one.server != "redis"]
+    # Where a peer that serves chunks took part: other benches have other units.
+    shared = {one.scenario for one in samples if one.server in {"echo", "afternoon"}}
+    shown = [one for one in samples if one.scenario in shared and one.server != "redis"]
+    if not shown:
+        shown = list(samples)
     scenarios = list(dict.fromkeys(one.scenario for one in shown))
     servers = list(dict.fromkeys(one.server for one in shown))
     figure, axes = plt.subplots(figsize=(9, 1.2 + 0.62 * len(scenarios)), layout="constrained")
