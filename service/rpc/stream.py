@@ -44,12 +44,14 @@ class StreamRules:
         idle_s: Nothing in work and nothing coming; then the stream ends with IDLE_STREAM.
         age_s: A stream; then the client is asked to open another, so that streams spread over
             replicas again and none is cut off when its connection reaches its age.
-        sweep_s: Between two looks at the above.
+        goodbye_s: For the client to half-close after it was told to go.
+        sweep_s: Between two looks at deadlines, idleness and age.
     """
 
     deadline_s: float = 60.0
     idle_s: float = 300.0
     age_s: float = 300.0
+    goodbye_s: float = 1.0
     sweep_s: float = 1.0
 
 
@@ -102,7 +104,7 @@ class OperationStream:
             if self._failure:
                 raise self._failure
             if self._is_draining:
-                await self._context.write(pb.StreamResponse(draining=True).SerializeToString())
+                await self._say_goodbye()
         finally:
             self._sweeper.cancel()
             self._close()
@@ -119,10 +121,16 @@ class OperationStream:
         self._wake.set()
         self._room.set()
 
+    async def _say_goodbye(self) -> None:
+        """Ask the client to go, and give it a moment: a write after the end fails it confusingly."""
+        await self._context.write(pb.StreamResponse(draining=True).SerializeToString())
+        await asyncio.wait({self._reader}, timeout=self._rules.goodbye_s)
+
     async def _read(self) -> None:
+        """Accept what comes; once the stream is ending, let it pass until the client has gone."""
         try:
-            while not self._is_ending:
-                if self._is_full():
+            while not self._is_closed:
+                if not self._is_ending and self._is_full():
                     await self._wait_for_room()
                     continue
                 raw = await self._context.read()

@@ -183,6 +183,16 @@ async def test_a_cancelled_call_ends_its_handler(serve: Serve, until: Until) -> 
     await until(lambda: not served.server.admission.operations)
 
 
+async def test_more_calls_than_a_connection_carries_wait_for_their_turn(
+    serve: Serve, tensor: MakeTensor
+) -> None:
+    """A thousand calls at once on one channel are all answered, none is refused by HTTP/2."""
+    served = await serve()
+    request = pb.ForwardRequest(model_id="m", xs=tensor(1, 1, 1))
+    answers = await asyncio.gather(*(served.rnn.Forward(request) for _ in range(1000)))
+    assert len(answers) == 1000
+
+
 async def test_more_operations_than_the_replica_takes_are_overloaded(
     serve: Serve, refused: Refused, until: Until
 ) -> None:
