@@ -328,9 +328,9 @@ class ModelStore(Protocol):
         """Read what an Update decides from."""
 
     async def read_gradients(
-        self, tenant: str, model_id: str, names: Sequence[bytes]
+        self, tenant: str, model_id: str, entries: Sequence[bytes], size: int
     ) -> list[bytes] | None:
-        """Read waiting gradients; None when one has gone."""
+        """Read waiting gradients of `size` bytes by name and digest; None when one has gone."""
 
     async def flip_head(
         self, tenant: str, model_id: str, flip: HeadFlip

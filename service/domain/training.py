@@ -47,7 +47,7 @@ from service.domain.types import (
     Selector,
     UpdateResult,
 )
-from service.domain.weights import grads_from_bytes, grads_to_bytes
+from service.domain.weights import grads_from_bytes, grads_to_bytes, spec_bytes
 
 if TYPE_CHECKING:
     from rnn_engine import (
@@ -302,7 +302,7 @@ class Training:
         missing = [one for one in waiting if known[one] is None]
         if missing:
             found = await self._models.read_gradients(
-                tenant, model.spec.model_id, [one[:_NAME_BYTES] for one in missing]
+                tenant, model.spec.model_id, missing, spec_bytes(model.spec)
             )
             if found is None:
                 return None

@@ -6,8 +6,9 @@ carry a time to live, so that what a dead writer left goes by itself.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from service.domain.errors import Unavailable
 from service.domain.ports import (
     CheckpointOutcome,
     CountOutcome,
@@ -19,6 +20,7 @@ from service.domain.ports import (
 from service.domain.types import Checkpoint, Version
 from service.settings import MIB, MINUTE_MS
 from service.store import keys, layouts
+from service.store.failures import RETRY_AFTER_S
 from service.store.scripts import Call, load_script
 
 if TYPE_CHECKING:
@@ -32,8 +34,11 @@ if TYPE_CHECKING:
     from service.settings import Limits
     from service.store.scripts import Argument, ScriptRunner
 
-PART_BYTES = 4 * MIB  # a larger single value would hold up everybody's commands
-TRIP_BYTES = 16 * MIB
+PART_BYTES = (
+    4 * MIB
+)  # a larger single value would hold up everybody's commands; the scripts know it
+TRIP_BYTES = 8 * MIB  # of parts in one round trip, which ends well within the store's time limit
+NAME_BYTES = layouts.CONTRIBUTION_NAME.size
 ORPHAN_MS = 10 * MINUTE_MS  # how long a version's parts wait for the script that makes them count
 
 _CREATE = load_script("create_model")
@@ -179,20 +184,27 @@ class RedisModelStore:
             keys.contributions_key(tag),
             keys.waiting_key(tag),
             keys.expiry_key(tag),
-            keys.gradient_prefix(tag) + name,
         )
+        is_whole = len(gradient) <= PART_BYTES
         arguments = (
             incarnation,
             name,
             digest,
-            gradient,
+            gradient if is_whole else b"",
             limits.contribution_ttl_ms,
             limits.contributions_per_model,
             limits.contribution_bytes_per_model,
             limits.remembered_contributions_per_model,
             keys.gradient_prefix(tag),
+            len(gradient),
         )
-        answer = await self._runner.run(Call(_COUNT, slot, arguments))
+        count = Call(_COUNT, slot, arguments)
+        answer = await self._runner.run(count)
+        if answer == b"MISSING":  # it is large, and none that is known: nothing else needs writing
+            await self._write_parts(_parts(keys.gradient_prefix(tag) + name + digest, gradient))
+            answer = await self._runner.run(count)
+        if answer == b"MISSING":
+            raise parts_expired()
         return CountOutcome(answer.decode())
 
     async def is_counted(self, tenant: str, model_id: str, name: bytes) -> bool:
@@ -220,12 +232,20 @@ class RedisModelStore:
         return UpdateLook(incarnation, spec, version, remembered, tuple(sorted(set(found))))
 
     async def read_gradients(
-        self, tenant: str, model_id: str, names: Sequence[bytes]
+        self, tenant: str, model_id: str, entries: Sequence[bytes], size: int
     ) -> list[bytes] | None:
-        """Read waiting gradients; None when one has gone."""
+        """Read waiting gradients of `size` bytes by name and digest; None when one has gone."""
         prefix = keys.gradient_prefix(keys.model_tag(tenant, model_id))
-        found = await self._runner.run_commands([("GET", prefix + name) for name in names])
-        return None if None in found else found
+        if size <= PART_BYTES:
+            return await self._read_values([prefix + entry[:NAME_BYTES] for entry in entries], size)
+        found = []
+        for entry in entries:
+            named = _part_keys(prefix + entry, -(-size // PART_BYTES))
+            parts = await self._read_values(named, PART_BYTES)
+            if parts is None:
+                return None
+            found.append(b"".join(parts))
+        return found
 
     async def flip_head(
         self, tenant: str, model_id: str, flip: HeadFlip
@@ -338,14 +358,29 @@ class RedisModelStore:
     async def _write_version(self, tag: bytes, incarnation: bytes, new: NewVersion) -> None:
         """Write parts that are not there yet; a name always has the same content."""
         version = new.version
-        named = [
-            *_parts(keys.weights_prefix(tag, incarnation), version, new.weights),
-            *_parts(keys.moments_prefix(tag, incarnation), version, new.moments),
-        ]
-        for some in _trips(named):
+        await self._write_parts(
+            [
+                *_parts(keys.weights_prefix(tag, incarnation) + _name(version), new.weights),
+                *_parts(keys.moments_prefix(tag, incarnation) + _name(version), new.moments),
+            ]
+        )
+
+    async def _write_parts(self, parts: Sequence[tuple[bytes, memoryview]]) -> None:
+        per_trip = TRIP_BYTES // PART_BYTES
+        for i in range(0, len(parts), per_trip):
+            some = parts[i : i + per_trip]
             await self._runner.run_commands(
                 [("SET", key, part, "PX", ORPHAN_MS, "NX") for key, part in some]
             )
+
+    async def _read_values(self, names: Sequence[bytes], size: int) -> list[bytes] | None:
+        """Read values of up to `size` bytes each; None when one is not there."""
+        per_trip = max(1, TRIP_BYTES // max(1, size))
+        found: list[bytes] = []
+        for i in range(0, len(names), per_trip):
+            some = [("GET", name) for name in names[i : i + per_trip]]
+            found += await self._runner.run_commands(some)
+        return None if None in found else found
 
     async def _read_parts(
         self, tag: bytes, prefix: bytes, version: Version, which: int
@@ -355,29 +390,29 @@ class RedisModelStore:
         if not entry or entry[:16] != version.digest:
             return None
         count = layouts.VERSION_ENTRY.unpack(entry)[which]
-        commands: list[tuple[Any, ...]] = [
-            ("GET", _part_key(prefix, version, part)) for part in range(count)
-        ]
-        parts = await self._runner.run_commands(commands) if commands else []
-        return None if None in parts else b"".join(parts)
+        parts = await self._read_values(_part_keys(prefix + _name(version), count), PART_BYTES)
+        return None if parts is None else b"".join(parts)
 
 
-def _parts(prefix: bytes, version: Version, data: Bytes) -> list[tuple[bytes, memoryview]]:
+def parts_expired() -> Unavailable:
+    """Make the answer to a call whose parts did not live until their script came."""
+    text = "writing took too long; send the same call again"
+    return Unavailable("UNKNOWN_OUTCOME", text, retry_after_s=RETRY_AFTER_S)
+
+
+def _parts(name: bytes, data: Bytes) -> list[tuple[bytes, memoryview]]:
     view = memoryview(data)
-    return [
-        (_part_key(prefix, version, part), view[part * PART_BYTES : (part + 1) * PART_BYTES])
-        for part in range(_part_count(data))
-    ]
+    starts = range(0, len(data), PART_BYTES)
+    named = _part_keys(name, len(starts))
+    return [(key, view[at : at + PART_BYTES]) for key, at in zip(named, starts, strict=True)]
 
 
-def _trips(named: list[tuple[bytes, memoryview]]) -> list[list[tuple[bytes, memoryview]]]:
-    """Deal parts out to round trips that each end well within a store's time limit."""
-    per_trip = max(1, TRIP_BYTES // PART_BYTES)
-    return [named[i : i + per_trip] for i in range(0, len(named), per_trip)]
+def _part_keys(name: bytes, count: int) -> list[bytes]:
+    return [name + part.to_bytes(2, "big") for part in range(count)]
 
 
-def _part_key(prefix: bytes, version: Version, part: int) -> bytes:
-    return prefix + version.digest + version.number.to_bytes(8, "big") + part.to_bytes(2, "big")
+def _name(version: Version) -> bytes:
+    return version.digest + version.number.to_bytes(8, "big")
 
 
 def _part_count(data: Bytes) -> int:

@@ -128,6 +128,8 @@ async def test_a_contribution_is_consumed_once(model: Model, raw: Redis) -> None
     assert await model.flipped(3, model.name(1)) is FlipOutcome.STALE
     tag = keys.model_tag(model.tenant, "m")
     assert await raw.exists(keys.gradient_prefix(tag) + model.name(1)) == 0
+    found = await model.store.read_gradients(model.tenant, "m", [model.name(1) + b"g" * 16], 8)
+    assert found is None
 
 
 async def test_contributions_are_bounded_in_number_and_bytes(store_url: str, tenant: str) -> None:
@@ -262,6 +264,34 @@ async def test_large_blobs_go_in_parts(model: Model, raw: Redis) -> None:
     sizes = sorted([await raw.strlen(key) for key in parts])
     assert sizes == [5, 8, PART_BYTES, PART_BYTES]
     assert PART_BYTES <= 4 * MIB
+
+
+async def test_a_large_gradient_goes_in_parts_and_leaves_none(model: Model, raw: Redis) -> None:
+    """It counts, is read and is dropped like a small one; parts nobody counted go by themselves."""
+    await model.create()
+    gradient = bytes(range(256)) * (PART_BYTES // 256) + b"tail"
+    prefix = keys.gradient_prefix(keys.model_tag(model.tenant, "m"))
+
+    async def parts() -> list[bytes]:
+        return [key async for key in raw.scan_iter(match=prefix + b"*", count=1000)]
+
+    for number in (1, 2):
+        assert await model.count(number, gradient) is CountOutcome.COUNTED
+        assert await model.count(number, gradient) is CountOutcome.REPLAYED
+    found = await model.store.look_update(model.tenant, "m", NO_REQUEST, [b""])
+    assert found is not None
+    size = len(gradient)
+    read = await model.store.read_gradients(model.tenant, "m", found.waiting, size)
+    assert read == [gradient, gradient]
+    assert {await raw.pttl(key) for key in await parts()} == {-1}
+    await model.flipped(2, model.name(1))
+    assert await model.waiting() == (1, size)
+    assert len(await parts()) == 2
+    await model.store.discard_contributions(model.tenant, "m", INCARNATION, [model.name(2)])
+    assert await parts() == []
+    await model.count(3, gradient)
+    await model.store.delete_model(model.tenant, "m", INCARNATION)
+    assert await parts() == []
 
 
 async def test_what_a_dead_writer_left_goes_by_itself(model: Model, raw: Redis) -> None:

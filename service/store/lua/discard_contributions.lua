@@ -8,13 +8,21 @@ if redis.call('HGET', KEYS[1], 'incarnation') ~= ARGV[1] then return -1 end
 local time = redis.call('TIME')
 local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
 local dropped = 0
+-- Remove a waiting gradient: one value, or parts of 4 MiB whose names carry its digest as well.
+local function drop_gradient(name, entry)
+  local parts = math.ceil(struct.unpack('>I8', entry, 18) / 4194304)
+  if parts <= 1 then redis.call('UNLINK', ARGV[2] .. name) return end
+  for part = 0, parts - 1 do
+    redis.call('UNLINK', ARGV[2] .. name .. string.sub(entry, 2, 17) .. struct.pack('>I2', part))
+  end
+end
 local function drop(name)
   local entry = redis.call('HGET', KEYS[2], name)
   if not entry or string.sub(entry, 1, 1) ~= 'W' then return end
   redis.call('HSET', KEYS[2], name, 'C' .. string.sub(entry, 2, 17))
   redis.call('ZREM', KEYS[3], name)
   redis.call('ZADD', KEYS[4], now + tonumber(ARGV[3]), name)
-  redis.call('UNLINK', ARGV[2] .. name)
+  drop_gradient(name, entry)
   redis.call('HINCRBY', KEYS[1], 'waiting', string.format('%.0f', -struct.unpack('>I8', entry, 18)))
   dropped = dropped + 1
 end

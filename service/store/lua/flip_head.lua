@@ -44,6 +44,14 @@ end
 blobs('PERSIST', number, ARGV[7], ARGV[8], 25)
 blobs('PERSIST', number, ARGV[7], ARGV[9], 27)
 
+-- Remove a waiting gradient: one value, or parts of 4 MiB whose names carry its digest as well.
+local function drop_gradient(name, entry)
+  local parts = math.ceil(struct.unpack('>I8', entry, 18) / 4194304)
+  if parts <= 1 then redis.call('UNLINK', ARGV[10] .. name) return end
+  for part = 0, parts - 1 do
+    redis.call('UNLINK', ARGV[10] .. name .. string.sub(entry, 2, 17) .. struct.pack('>I2', part))
+  end
+end
 local freed = 0
 for at = 1, #ARGV[6], 32 do
   local name = string.sub(ARGV[6], at, at + 31)
@@ -52,7 +60,7 @@ for at = 1, #ARGV[6], 32 do
   redis.call('HSET', KEYS[4], name, 'C' .. string.sub(entry, 2, 17))
   redis.call('ZREM', KEYS[5], name)
   redis.call('ZADD', KEYS[6], now + tonumber(ARGV[11]), name)
-  redis.call('UNLINK', ARGV[10] .. name)
+  drop_gradient(name, entry)
 end
 if freed > 0 then redis.call('HINCRBY', KEYS[1], 'waiting', string.format('%.0f', -freed)) end
 
