@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from rnn_engine import init_moments
-from service.domain.errors import FailedPrecondition, NotFound, quoted
+from service.domain.refusals import model_not_found, version_gone, weights_forked
 from service.domain.weights import (
     moments_from_bytes,
     params_from_bytes,
@@ -268,25 +268,3 @@ def _same_life(model: KnownModel, incarnation: bytes) -> KnownModel:
 def is_at_least(head: Version, minimum: Version) -> bool:
     """Tell whether a head is the minimum itself or has a higher number."""
     return head.number > minimum.number or minimum.names(head)
-
-
-def model_not_found(model_id: str, why: str = "no such model") -> NotFound:
-    """Make the refusal of an unknown model."""
-    return NotFound("MODEL_NOT_FOUND", f"model {quoted(model_id)}: {why}", model_id=model_id)
-
-
-def version_gone(version: Version, head: Version) -> NotFound:
-    """Make the refusal of a version that is not there."""
-    text = f"weights version {version.number} is not there; the head is {head.number}"
-    return NotFound(
-        "VERSION_GONE", text, version=version.number, head=head.number, head_digest=head.digest
-    )
-
-
-def weights_forked(version: Version, found: Version) -> FailedPrecondition:
-    """Make the refusal of a version whose number has other content."""
-    text = (
-        f"weights version {version.number} has other content than the one named "
-        f"({version.digest.hex()} was named, {found.digest.hex()} is there)"
-    )
-    return FailedPrecondition("WEIGHTS_FORKED", text, version=version.number, digest=found.digest)

@@ -9,7 +9,7 @@ import asyncio
 from collections import deque
 from typing import TYPE_CHECKING
 
-from service.domain.errors import Unavailable
+from service.domain.refusals import cancelled_midway
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -84,9 +84,3 @@ class Committer:
 
 def _size(commit: ChunkCommit) -> int:
     return len(commit.state.h) + len(commit.tape or b"")
-
-
-def cancelled_midway() -> Unavailable:
-    """Make the answer to work that was cut off: it may or may not have been carried out."""
-    text = "the call was cut off midway: it may or may not be applied; send it again as it is"
-    return Unavailable("UNKNOWN_OUTCOME", text, retry_after_s=0.05)

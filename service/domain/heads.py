@@ -17,10 +17,10 @@ import numpy as np
 
 from service.compute.scheduler import hash_work
 from service.domain import weights
-from service.domain.catalog import model_not_found
 from service.domain.digests import request_name
-from service.domain.errors import Aborted, AlreadyExists, FailedPrecondition, Unavailable
+from service.domain.errors import FailedPrecondition, Unavailable
 from service.domain.ports import FlipOutcome, HeadFlip, NewVersion
+from service.domain.refusals import model_not_found, request_id_reused, version_conflict
 from service.domain.types import Version
 
 if TYPE_CHECKING:
@@ -213,17 +213,3 @@ def _remembered(known: bytes, content_digest: bytes) -> StepAnswer:
         raise request_id_reused()
     number, digest, norm, clipped, count = _ANSWER.unpack(answer)
     return replace(StepAnswer(Version(number, digest), norm, clipped, count), replayed=True)
-
-
-def request_id_reused() -> AlreadyExists:
-    """Make the refusal of a request id that was used with other content."""
-    text = "request_id: it was used for a request with other content"
-    return AlreadyExists("REQUEST_ID_REUSED", text, field="request_id")
-
-
-def version_conflict(expected: Version, head: Version) -> Aborted:
-    """Make the refusal of a step from another head than the present one."""
-    text = f"expected the head to be version {expected.number}, it is {head.number}"
-    if expected.number == head.number:
-        text = f"version {head.number} is the head, but with other content than expected"
-    return Aborted("VERSION_CONFLICT", text, head=head.number, head_digest=head.digest)

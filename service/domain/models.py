@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from rnn_engine import init_moments
 from service.domain import pages, weights
-from service.domain.catalog import model_not_found, version_gone, weights_forked
 from service.domain.digests import content_digest, request_name
 from service.domain.errors import (
     AlreadyExists,
@@ -25,6 +24,7 @@ from service.domain.ports import (
     ModelRecord,
     NewVersion,
 )
+from service.domain.refusals import model_not_found, version_gone, weights_forked
 from service.domain.types import (
     DIGEST_BYTES,
     ModelView,

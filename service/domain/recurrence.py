@@ -20,11 +20,9 @@ import numpy as np
 
 from service.compute.scheduler import Chunk, hash_work
 from service.domain.catalog import is_at_least
-from service.domain.commits import Committer, cancelled_midway
+from service.domain.commits import Committer
 from service.domain.digests import chunk_digest, next_token
 from service.domain.errors import (
-    Aborted,
-    AlreadyExists,
     FailedPrecondition,
     NotFound,
     ResourceExhausted,
@@ -35,11 +33,24 @@ from service.domain.errors import (
 )
 from service.domain.live import live_from_snapshot, state_from_bytes
 from service.domain.ports import (
-    Absence,
     AbsentSession,
     ChunkCommit,
     ChunkOutcome,
     StoredState,
+)
+from service.domain.refusals import (
+    answer_too_large,
+    cancelled_midway,
+    check_epoch,
+    check_tensor,
+    contended,
+    history_forked,
+    replay_window_passed,
+    seq_gap,
+    seq_reused,
+    session_absent,
+    tape_quota,
+    unknown_outcome,
 )
 from service.domain.tapes import StoredTape, tape_to_bytes
 from service.domain.types import ForwardResult, ReturnHs
@@ -435,104 +446,3 @@ def _is_next(op: Forward, live: LiveSession) -> bool:
 
 def _digest(op: Forward) -> bytes:
     return chunk_digest(op.xs, train=op.train)
-
-
-def check_tensor(field: str, array: Array, shape: tuple[int, ...], dtype: str) -> None:
-    """Raise BAD_TENSOR unless an array has this shape and dtype."""
-    if array.dtype != dtype:
-        raise bad_tensor(f"{field}.dtype", f"expected {dtype}, got {array.dtype}")
-    if array.shape != shape:
-        raise bad_tensor(f"{field}.shape", f"expected {shape}, got {array.shape}")
-
-
-def check_epoch(named: int, present: int, chunk_seq: int) -> None:
-    """Raise unless a request names the present epoch.
-
-    Raises:
-        Aborted: EPOCH_FENCED for an older one; SEQ_GAP for a newer one: its beginning was lost.
-    """
-    if named < present:
-        text = (
-            f"epoch {named} was ended by a reset, set_state or new open; the present is {present}"
-        )
-        raise Aborted("EPOCH_FENCED", text, epoch=present, chunk_seq=chunk_seq)
-    if named > present:
-        text = f"epoch {named} has not begun; the present is {present}, with chunk {chunk_seq}"
-        raise Aborted("SEQ_GAP", text, epoch=present, expected_seq=chunk_seq + 1)
-
-
-def session_absent(session_id: str, absent: AbsentSession) -> NotFound:
-    """Make the refusal of a session that is not there."""
-    texts = {
-        Absence.NEVER: "no such session",
-        Absence.EXPIRED: "the session has expired",
-        Absence.CLOSED: "the session was closed",
-    }
-    return NotFound(
-        absent.why.value,
-        f"session {quoted(session_id)}: {texts[absent.why]}",
-        session_id=session_id,
-    )
-
-
-def seq_gap(last: int, epoch: int) -> Aborted:
-    """Make the refusal of a chunk that leaves a hole."""
-    return Aborted(
-        "SEQ_GAP",
-        f"the last chunk is {last}: expected chunk_seq {last + 1}",
-        expected_seq=last + 1,
-        epoch=epoch,
-    )
-
-
-def seq_reused(chunk_seq: int) -> AlreadyExists:
-    """Make the refusal of other content under a number that was used."""
-    return AlreadyExists(
-        "SEQ_REUSED",
-        f"chunk {chunk_seq} was already applied with different content",
-        chunk_seq=chunk_seq,
-    )
-
-
-def history_forked(chunk_seq: int) -> Aborted:
-    """Make the refusal of a request that follows another history."""
-    text = (
-        f"the state after chunk {chunk_seq} is not the one that the token names: "
-        "another writer used this number, or writes were lost"
-    )
-    return Aborted("HISTORY_FORKED", text, chunk_seq=chunk_seq)
-
-
-def replay_window_passed(chunk_seq: int) -> FailedPrecondition:
-    """Make the refusal to answer again a chunk that was applied long ago."""
-    text = f"chunk {chunk_seq} was applied, but what its answer needs is not kept any more"
-    return FailedPrecondition("REPLAY_WINDOW_PASSED", text, applied=True, chunk_seq=chunk_seq)
-
-
-def tape_quota(limit: int) -> ResourceExhausted:
-    """Make the refusal of a TRAIN chunk beside too many that wait for their Backward."""
-    text = (
-        f"{limit} tapes of this session wait for their Backward, the most there may be; "
-        "send Backward or DiscardGradients, or use INFER"
-    )
-    return ResourceExhausted("TAPE_QUOTA", text, quota="tapes_per_session", limit=limit)
-
-
-def answer_too_large(size: int, limit: int) -> ResourceExhausted:
-    """Make the refusal of a chunk whose answer would not fit into a message."""
-    text = f"the answer would need {size} bytes, over the limit of {limit}: split along T"
-    return ResourceExhausted("MESSAGE_TOO_LARGE", text, limit=limit, size=size)
-
-
-def unknown_outcome(error: Exception) -> Exception:
-    """Turn the loss of a commit's answer into what the client can rely on."""
-    if not isinstance(error, Unavailable):
-        return error
-    text = "the store did not answer: the chunk may or may not be applied; send it again as it is"
-    return Unavailable("UNKNOWN_OUTCOME", text, retry_after_s=error.retry_after_s)
-
-
-def contended() -> Unavailable:
-    """Make the refusal of a chunk that others overtook too often."""
-    text = "other writers were faster each time; send the same call again"
-    return Unavailable("UNKNOWN_OUTCOME", text, retry_after_s=0.05)

@@ -18,7 +18,6 @@ from service.domain.errors import (
     bad_field,
     quoted,
 )
-from service.domain.heads import request_id_reused
 from service.domain.live import live_from_snapshot, state_from_bytes
 from service.domain.ports import (
     Absence,
@@ -30,7 +29,7 @@ from service.domain.ports import (
     SessionSnapshot,
     StoredState,
 )
-from service.domain.recurrence import check_tensor, contended, session_absent
+from service.domain.refusals import check_tensor, contended, request_id_reused, session_absent
 from service.domain.types import (
     DIGEST_BYTES,
     OnExists,

@@ -20,7 +20,6 @@ from rnn_engine import (
     scale_grads,
     sum_grads,
 )
-from service.domain.catalog import model_not_found
 from service.domain.digests import gradient_digest, update_digest
 from service.domain.errors import (
     Aborted,
@@ -32,11 +31,12 @@ from service.domain.errors import (
 )
 from service.domain.heads import HeadRequest, NextHead
 from service.domain.ports import AbsentSession, CountOutcome
-from service.domain.recurrence import (
+from service.domain.refusals import (
     answer_too_large,
     check_epoch,
     check_tensor,
     history_forked,
+    model_not_found,
     session_absent,
 )
 from service.domain.tapes import tape_from_bytes

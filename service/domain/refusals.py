@@ -1,0 +1,165 @@
+"""The refusals that several operations share: one sentence a situation, said the same everywhere."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from service.domain.errors import (
+    Aborted,
+    AlreadyExists,
+    FailedPrecondition,
+    NotFound,
+    ResourceExhausted,
+    Unavailable,
+    bad_tensor,
+    quoted,
+)
+from service.domain.ports import Absence
+
+if TYPE_CHECKING:
+    from rnn_engine import Array
+    from service.domain.ports import AbsentSession
+    from service.domain.types import Version
+
+
+def check_tensor(field: str, array: Array, shape: tuple[int, ...], dtype: str) -> None:
+    """Raise BAD_TENSOR unless an array has this shape and dtype."""
+    if array.dtype != dtype:
+        raise bad_tensor(f"{field}.dtype", f"expected {dtype}, got {array.dtype}")
+    if array.shape != shape:
+        raise bad_tensor(f"{field}.shape", f"expected {shape}, got {array.shape}")
+
+
+def check_epoch(named: int, present: int, chunk_seq: int) -> None:
+    """Raise unless a request names the present epoch.
+
+    Raises:
+        Aborted: EPOCH_FENCED for an older one; SEQ_GAP for a newer one: its beginning was lost.
+    """
+    if named < present:
+        text = (
+            f"epoch {named} was ended by a reset, set_state or new open; the present is {present}"
+        )
+        raise Aborted("EPOCH_FENCED", text, epoch=present, chunk_seq=chunk_seq)
+    if named > present:
+        text = f"epoch {named} has not begun; the present is {present}, with chunk {chunk_seq}"
+        raise Aborted("SEQ_GAP", text, epoch=present, expected_seq=chunk_seq + 1)
+
+
+def session_absent(session_id: str, absent: AbsentSession) -> NotFound:
+    """Make the refusal of a session that is not there."""
+    texts = {
+        Absence.NEVER: "no such session",
+        Absence.EXPIRED: "the session has expired",
+        Absence.CLOSED: "the session was closed",
+    }
+    return NotFound(
+        absent.why.value,
+        f"session {quoted(session_id)}: {texts[absent.why]}",
+        session_id=session_id,
+    )
+
+
+def seq_gap(last: int, epoch: int) -> Aborted:
+    """Make the refusal of a chunk that leaves a hole."""
+    return Aborted(
+        "SEQ_GAP",
+        f"the last chunk is {last}: expected chunk_seq {last + 1}",
+        expected_seq=last + 1,
+        epoch=epoch,
+    )
+
+
+def seq_reused(chunk_seq: int) -> AlreadyExists:
+    """Make the refusal of other content under a number that was used."""
+    return AlreadyExists(
+        "SEQ_REUSED",
+        f"chunk {chunk_seq} was already applied with different content",
+        chunk_seq=chunk_seq,
+    )
+
+
+def history_forked(chunk_seq: int) -> Aborted:
+    """Make the refusal of a request that follows another history."""
+    text = (
+        f"the state after chunk {chunk_seq} is not the one that the token names: "
+        "another writer used this number, or writes were lost"
+    )
+    return Aborted("HISTORY_FORKED", text, chunk_seq=chunk_seq)
+
+
+def replay_window_passed(chunk_seq: int) -> FailedPrecondition:
+    """Make the refusal to answer again a chunk that was applied long ago."""
+    text = f"chunk {chunk_seq} was applied, but what its answer needs is not kept any more"
+    return FailedPrecondition("REPLAY_WINDOW_PASSED", text, applied=True, chunk_seq=chunk_seq)
+
+
+def tape_quota(limit: int) -> ResourceExhausted:
+    """Make the refusal of a TRAIN chunk beside too many that wait for their Backward."""
+    text = (
+        f"{limit} tapes of this session wait for their Backward, the most there may be; "
+        "send Backward or DiscardGradients, or use INFER"
+    )
+    return ResourceExhausted("TAPE_QUOTA", text, quota="tapes_per_session", limit=limit)
+
+
+def answer_too_large(size: int, limit: int) -> ResourceExhausted:
+    """Make the refusal of a chunk whose answer would not fit into a message."""
+    text = f"the answer would need {size} bytes, over the limit of {limit}: split along T"
+    return ResourceExhausted("MESSAGE_TOO_LARGE", text, limit=limit, size=size)
+
+
+def model_not_found(model_id: str, why: str = "no such model") -> NotFound:
+    """Make the refusal of an unknown model."""
+    return NotFound("MODEL_NOT_FOUND", f"model {quoted(model_id)}: {why}", model_id=model_id)
+
+
+def version_gone(version: Version, head: Version) -> NotFound:
+    """Make the refusal of a version that is not there."""
+    text = f"weights version {version.number} is not there; the head is {head.number}"
+    return NotFound(
+        "VERSION_GONE", text, version=version.number, head=head.number, head_digest=head.digest
+    )
+
+
+def weights_forked(version: Version, found: Version) -> FailedPrecondition:
+    """Make the refusal of a version whose number has other content."""
+    text = (
+        f"weights version {version.number} has other content than the one named "
+        f"({version.digest.hex()} was named, {found.digest.hex()} is there)"
+    )
+    return FailedPrecondition("WEIGHTS_FORKED", text, version=version.number, digest=found.digest)
+
+
+def version_conflict(expected: Version, head: Version) -> Aborted:
+    """Make the refusal of a step from another head than the present one."""
+    text = f"expected the head to be version {expected.number}, it is {head.number}"
+    if expected.number == head.number:
+        text = f"version {head.number} is the head, but with other content than expected"
+    return Aborted("VERSION_CONFLICT", text, head=head.number, head_digest=head.digest)
+
+
+def request_id_reused() -> AlreadyExists:
+    """Make the refusal of a request id that was used with other content."""
+    text = "request_id: it was used for a request with other content"
+    return AlreadyExists("REQUEST_ID_REUSED", text, field="request_id")
+
+
+def unknown_outcome(error: Exception) -> Exception:
+    """Turn the loss of a commit's answer into what the client can rely on."""
+    if not isinstance(error, Unavailable):
+        return error
+    text = "the store did not answer: the chunk may or may not be applied; send it again as it is"
+    return Unavailable("UNKNOWN_OUTCOME", text, retry_after_s=error.retry_after_s)
+
+
+def cancelled_midway() -> Unavailable:
+    """Make the answer to work that was cut off: it may or may not have been carried out."""
+    text = "the call was cut off midway: it may or may not be applied; send it again as it is"
+    return Unavailable("UNKNOWN_OUTCOME", text, retry_after_s=0.05)
+
+
+def contended() -> Unavailable:
+    """Make the refusal of a chunk that others overtook too often."""
+    text = "other writers were faster each time; send the same call again"
+    return Unavailable("UNKNOWN_OUTCOME", text, retry_after_s=0.05)
