@@ -11,6 +11,7 @@ from service.domain.errors import DomainError, ResourceExhausted, Unavailable
 
 _log = logging.getLogger(__name__)
 RETRY_AFTER_S = 0.2
+_BUGS = ("user_script:", "WRONGTYPE")  # how an error in a script of ours, or in a record, begins
 _LOG_EVERY_S = 1.0  # a store that is down fails every call: one line a second tells as much
 
 
@@ -32,9 +33,11 @@ _failures = _Log()
 
 
 def as_domain_error(error: Exception) -> Exception:
-    """Turn a store's failure into the domain's word for it; other exceptions pass unchanged."""
+    """Turn a store's failure into the domain's word for it; bugs and other exceptions pass unchanged."""
     if isinstance(error, DomainError) or not isinstance(error, (redis_errors.RedisError, OSError)):
         return error
+    if isinstance(error, redis_errors.ResponseError) and str(error).startswith(_BUGS):
+        return error  # no try again helps: it is to be seen as what it is
     if isinstance(error, redis_errors.OutOfMemoryError) or str(error).startswith("OOM"):
         _failures.tell(error)
         return ResourceExhausted(
@@ -49,8 +52,13 @@ def as_domain_error(error: Exception) -> Exception:
 
 
 def is_lost_connection(error: object) -> bool:
-    """Tell whether a command may or may not have been carried out."""
-    return isinstance(error, (redis_errors.ConnectionError, redis_errors.TimeoutError, OSError))
+    """Tell whether a connection broke under a command, so that another one may do at once.
+
+    A store that is silent has had its time: asked again it would only take the caller's too.
+    """
+    if isinstance(error, (redis_errors.TimeoutError, TimeoutError)):
+        return False
+    return isinstance(error, (redis_errors.ConnectionError, OSError))
 
 
 def is_missing_script(error: object) -> bool:

@@ -13,6 +13,7 @@ from redis.asyncio import Redis
 
 from instruments.replicas import Client, draw, open_on, refusal, start_replica
 from rnn_engine import SGD
+from service.domain.errors import Unavailable
 from service.domain.types import InitialWeights, ModelSpec
 from service.settings import Limits, Settings
 from service.store.connect import UnfitStoreError, open_store
@@ -161,7 +162,7 @@ async def test_an_evicting_store_is_refused(own: EmbeddedStore, policy: str) -> 
 async def test_a_script_that_fails_does_not_take_its_neighbours(
     store_url: str, tenant: str
 ) -> None:
-    """Scripts of one round trip fail one by one."""
+    """Scripts of one round trip fail one by one, and a bug is not told as a store that is down."""
     async with Redis.from_url(store_url, protocol=3) as raw:
         await raw.set(tenant, "text")
         runner = ScriptRunner(raw)
@@ -171,4 +172,29 @@ async def test_a_script_that_fails_does_not_take_its_neighbours(
         )
         first, failed, last = await runner.run_many([good, bad, good])
         assert (first, last) == (b"OK", b"OK")
-        assert isinstance(failed, Exception)
+        assert isinstance(failed, redis.ResponseError)
+
+
+async def test_a_silent_store_is_asked_once() -> None:
+    """A call is told that the store hangs after one time limit, not after one more each resend."""
+    async with Redis() as link:
+        tries = 0
+
+        def pipeline(*_args: Any, **_kwargs: Any) -> Any:
+            made = Redis.pipeline(link, transaction=False)
+
+            async def silent(**_options: Any) -> Any:
+                nonlocal tries
+                tries += 1
+                raise redis.TimeoutError("nothing came in time")
+
+            made.execute = silent  # type: ignore[assignment,method-assign]
+            return made
+
+        link.pipeline = pipeline  # type: ignore[method-assign]
+        runner = ScriptRunner(link)
+        (answer,) = await runner.run_many([Call(load_script("read_session"), [b"k", b"e"], [0])])
+        assert isinstance(answer, Unavailable)
+        with pytest.raises(Unavailable):
+            await runner.run_commands([("GET", "k")])
+    assert tries == 2
