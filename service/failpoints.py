@@ -4,13 +4,14 @@ A failpoint stands beside the code that it disturbs, never in it: switched on, t
 scheduler are wrapped when the server is built; switched off, nothing of this module is there.
 
 `TIMERNN_FAILPOINTS=before_commit=exit;after_update=sleep(2)@3` kills the process at the first commit
-and sleeps 2 s at the third flip of a head, once each. Actions: `exit`, `sleep(SECONDS)`, `raise`,
-`cancel`.
+and sleeps 2 s at the third flip of a head, once each; `@*` is every time. Actions: `exit`,
+`sleep(SECONDS)`, `raise`, `cancel`. A line of the log tells each time that a failpoint was reached.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import re
 from dataclasses import dataclass
@@ -22,8 +23,10 @@ if TYPE_CHECKING:
     from service.compute.scheduler import Chunk, Scheduler
 
 EXIT_CODE = 137
+_LOGGER = logging.getLogger(__name__)
+_EVERY = 0
 _FORM = re.compile(
-    r"(?P<name>\w+)=(?P<action>exit|raise|cancel|sleep\((?P<s>\d+(\.\d+)?)\))(@(?P<n>\d+))?"
+    r"(?P<name>\w+)=(?P<action>exit|raise|cancel|sleep\((?P<s>\d+(\.\d+)?)\))(@(?P<n>\d+|\*))?"
 )
 
 # Which failpoint stands before, and which after, each method of a store.
@@ -68,10 +71,12 @@ class Failpoints:
             if form is None or form["name"] not in NAMES:
                 known = ", ".join(sorted(NAMES))
                 raise FailpointError(
-                    f"expected NAME=ACTION[@N] with a NAME of {known}; got {part!r}"
+                    f"expected NAME=ACTION[@N|@*] with a NAME of {known}; got {part!r}"
                 )
             self._points[form["name"]] = _Failpoint(
-                form["action"].partition("(")[0], float(form["s"] or 0), int(form["n"] or 1)
+                form["action"].partition("(")[0],
+                float(form["s"] or 0),
+                _EVERY if form["n"] == "*" else int(form["n"] or 1),
             )
 
     def __bool__(self) -> bool:
@@ -84,8 +89,9 @@ class Failpoints:
         if point is None:
             return
         point.hits += 1
-        if point.hits != point.at:
+        if point.at not in (point.hits, _EVERY):
             return
+        _LOGGER.warning("failpoint %s: %s", name, point.action)
         if point.action == "exit":
             os._exit(EXIT_CODE)
         if point.action == "raise":

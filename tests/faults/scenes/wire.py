@@ -71,13 +71,19 @@ async def told(call: Awaitable[Any]) -> Any:
         raise error_from_rpc(error) from error
 
 
-async def refusal(call: Awaitable[Any]) -> errors.Error:
-    """Return the error that a call must end in."""
+async def outcome(call: Awaitable[Any]) -> Any:
+    """Return what a call ends in: its answer, or the error."""
     try:
-        answer = await told(call)
+        return await told(call)
     except errors.Error as error:
         return error
-    raise AssertionError(f"expected a refusal, got {str(answer)[:200]}")
+
+
+async def refusal(call: Awaitable[Any]) -> errors.Error:
+    """Return the error that a call must end in."""
+    answer = await outcome(call)
+    assert isinstance(answer, errors.Error), f"expected a refusal, got {str(answer)[:200]}"
+    return answer
 
 
 @dataclass

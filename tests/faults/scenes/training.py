@@ -1,0 +1,60 @@
+"""A trainer that says where each of its three calls goes, and sends nothing twice by itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from scenes.wire import TIMEOUT_S, H, draw, head_of, told
+from timernn.v1 import tensor_pb2
+from timernn.v1 import time_rnn_service_pb2 as rnn_pb
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from scenes.wire import Model, Wire, Writer
+
+
+@dataclass
+class Trainer:
+    """One training session of a model."""
+
+    model: Model
+    writer: Writer
+    rng: np.random.Generator
+
+    @classmethod
+    async def start(cls, model: Model, wire: Wire, rng: np.random.Generator) -> Trainer:
+        """Open a session to train with."""
+        return cls(model, await model.open(wire), rng)
+
+    async def taped(self, wire: Wire) -> rnn_pb.BackwardRequest:
+        """Apply a drawn chunk in training mode; lay out its Backward."""
+        answer = await wire.forward(self.writer.chunk(draw(self.rng), train=True))
+        self.writer.took(answer)
+        return self.writer.backward(draw(self.rng, size=H))
+
+    async def count(self, wire: Wire, request: rnn_pb.BackwardRequest) -> Any:
+        """Send a Backward."""
+        return await told(wire.rnn.Backward(request, timeout=TIMEOUT_S))
+
+    def update(self, request_id: str, expected: tuple[int, bytes] | None = None) -> Any:
+        """Lay out a step over all that waits."""
+        request = rnn_pb.UpdateRequest(model_id=self.model.model_id, request_id=request_id)
+        if expected is not None:
+            version = tensor_pb2.WeightsVersion(number=expected[0], digest=expected[1])
+            request.expected_version.CopyFrom(version)
+        return request
+
+    async def step(self, wire: Wire, request: rnn_pb.UpdateRequest) -> Any:
+        """Send an Update."""
+        return await told(wire.rnn.Update(request, timeout=TIMEOUT_S))
+
+    async def whole_step(self, wire: Wire, request_id: str) -> None:
+        """Forward, Backward and Update on one replica."""
+        await self.count(wire, await self.taped(wire))
+        await self.step(wire, self.update(request_id))
+
+    async def head(self, wire: Wire) -> tuple[int, bytes]:
+        """Read number and digest of the newest version."""
+        return await head_of(wire, self.model.model_id)
