@@ -1,0 +1,152 @@
+"""Asks one replica once, without the client library's patience, and times the answer."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Self
+
+import grpc
+import numpy as np
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from timernn._core.convert import tensor_to_proto
+from timernn._core.status import error_from_rpc
+from timernn.v1 import session_service_pb2 as session_pb
+from timernn.v1 import time_rnn_service_pb2 as rnn_pb
+from timernn.v1.session_service_pb2_grpc import SessionServiceStub
+from timernn.v1.time_rnn_service_pb2_grpc import TimeRnnServiceStub
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    from timernn import errors
+
+    Array = NDArray[Any]
+
+TIMEOUT_S = 30.0
+
+
+@dataclass(slots=True)
+class Told:
+    """One answer: what it was, when it was asked for, how long it took (s)."""
+
+    at: float
+    took_s: float
+    answer: Any = None
+    error: errors.Error | None = None
+
+
+class Probe:
+    """The stubs of one replica over a connection of its own."""
+
+    def __init__(self, address: str) -> None:
+        """Connect."""
+        self._channel = grpc.insecure_channel(address)
+        self.sessions: Any = SessionServiceStub(self._channel)
+        self.rnn: Any = TimeRnnServiceStub(self._channel)
+        self.health: Any = health_pb2_grpc.HealthStub(self._channel)
+
+    def ask(self, method: Callable[..., Any], request: Any) -> Told:
+        """Send one request once."""
+        at = time.monotonic()
+        try:
+            answer = method(request, timeout=TIMEOUT_S)
+        except grpc.RpcError as error:
+            return Told(at, time.monotonic() - at, error=error_from_rpc(error))
+        return Told(at, time.monotonic() - at, answer)
+
+    def is_serving(self, service: str = "") -> bool:
+        """Ask for the health of a service."""
+        request = health_pb2.HealthCheckRequest(service=service)
+        answer = self.health.Check(request, timeout=TIMEOUT_S)
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+    def open(self, model_id: str, session_id: str, batch_size: int = 1) -> Place:
+        """Open a session and stand at its beginning."""
+        request = session_pb.OpenSessionRequest(
+            model_id=model_id, session_id=session_id, batch_size=batch_size
+        )
+        told = self.ask(self.sessions.OpenSession, request)
+        if told.error is not None:
+            raise told.error
+        return Place(told.answer.session)
+
+    def __enter__(self) -> Self:
+        """Give the open connection."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close it."""
+        self._channel.close()
+
+
+@dataclass
+class Place:
+    """Where a session stands, by hand."""
+
+    session: session_pb.Session
+
+    def chunk(self, xs: Array, *, train: bool = False) -> rnn_pb.ForwardRequest:
+        """Lay out the next chunk."""
+        session = self.session
+        return rnn_pb.ForwardRequest(
+            session_id=session.session_id,
+            epoch=session.epoch,
+            chunk_seq=session.chunk_seq + 1,
+            previous_token=session.state_token,
+            xs=tensor_to_proto(xs),
+            mode=rnn_pb.FORWARD_MODE_TRAIN if train else rnn_pb.FORWARD_MODE_INFER,
+        )
+
+    def took(self, answer: rnn_pb.ForwardResponse) -> None:
+        """Go on from an answer."""
+        self.session.chunk_seq, self.session.state_token = answer.chunk_seq, answer.state_token
+
+
+@dataclass
+class HealthWatch:
+    """Notes when a replica's health changes, asked every 20 ms; a `with` block runs it."""
+
+    probe: Probe
+    changes: list[tuple[float, bool]] = field(default_factory=list)
+    liveness_lost: bool = False
+
+    def __post_init__(self) -> None:
+        """Prepare the thread."""
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="health")
+
+    def wait_for(self, *, is_serving: bool, timeout_s: float = 30.0) -> float:
+        """Wait until the status is this; return when it became so, on the monotonic clock."""
+        latest = time.monotonic() + timeout_s
+        while time.monotonic() < latest:
+            if self.changes and self.changes[-1][1] == is_serving:
+                return self.changes[-1][0]
+            self._stop.wait(0.005)
+        raise TimeoutError(f"health did not become {is_serving} in {timeout_s} s")
+
+    def __enter__(self) -> Self:
+        """Start to ask."""
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop."""
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.wait(0.02):
+            is_serving = self.probe.is_serving()
+            if not self.changes or self.changes[-1][1] != is_serving:
+                self.changes.append((time.monotonic(), is_serving))
+            self.liveness_lost |= not self.probe.is_serving("liveness")
+
+
+def zeros(n: int = 1, t: int = 2, d: int = 3) -> Array:
+    """Return a chunk of zeros."""
+    return np.zeros((n, t, d), np.float32)
