@@ -119,7 +119,7 @@ class ChunkCommit:
 
 @dataclass(frozen=True, slots=True)
 class TapeLook:
-    """A tape with where its session stands; `data` is None when there is no such tape."""
+    """A tape with where its session stands; without a tape the token is empty."""
 
     session: SessionHead | AbsentSession
     token: bytes
@@ -244,8 +244,10 @@ class SessionStore(Protocol):
     ) -> tuple[str, int, Absence]:
         """End a session: CLOSED, ABSENT (and why) or FENCED, with the epoch."""
 
-    async def read_tape(self, tenant: str, session_id: str, epoch: int, chunk_seq: int) -> TapeLook:
-        """Read one tape with where its session stands."""
+    async def read_tape(
+        self, tenant: str, session_id: str, epoch: int, chunk_seq: int, *, with_data: bool = True
+    ) -> TapeLook:
+        """Read one tape, or only whether it is there, with where its session stands."""
 
     async def settle_tape(
         self, tenant: str, session_id: str, epoch: int, chunk_seq: int, token: bytes

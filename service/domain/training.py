@@ -154,18 +154,20 @@ class Training:
     # --- tapes ------------------------------------------------------------------------------------
 
     async def _find_tape(self, tenant: str, op: Backward) -> tuple[SessionHead, StoredTape]:
-        look = await self._sessions.read_tape(tenant, op.session_id, op.epoch, op.chunk_seq)
+        recent = self._tapes.get(op.token)
+        look = await self._sessions.read_tape(
+            tenant, op.session_id, op.epoch, op.chunk_seq, with_data=recent is None
+        )
         head = look.session
         if isinstance(head, AbsentSession):
             raise session_absent(op.session_id, head)
         if op.epoch > head.epoch or (op.epoch == head.epoch and op.chunk_seq > head.chunk_seq):
             raise _chunk_not_applied(op, head)
-        if look.data is None or (op.epoch < head.epoch and not op.resent):
+        if not look.token or (op.epoch < head.epoch and not op.resent):
             await self._refuse_tape(tenant, op, head, look)
-        if look.data is None or look.token != op.token:
+        if look.token != op.token:
             raise history_forked(op.chunk_seq)
-        stored = self._tapes.get(op.token)
-        return head, stored or tape_from_bytes(look.data, head.dtype)
+        return head, recent or tape_from_bytes(look.data or b"", head.dtype)
 
     async def _refuse_tape(
         self, tenant: str, op: Backward, head: SessionHead, look: TapeLook
@@ -175,7 +177,7 @@ class Training:
         counted = await self._models.is_counted(tenant, head.model_id, name)
         if not counted and not op.resent:
             check_epoch(op.epoch, head.epoch, head.chunk_seq)
-        if look.data is None:
+        if not look.token:
             raise _tape_missing(op, counted=counted)
 
     async def _tape_params(

@@ -125,8 +125,10 @@ class RedisSessionStore:
         )
         return outcome.decode(), int(epoch), layouts.absence_from_marker(marker).why
 
-    async def read_tape(self, tenant: str, session_id: str, epoch: int, chunk_seq: int) -> TapeLook:
-        """Read one tape with where its session stands."""
+    async def read_tape(
+        self, tenant: str, session_id: str, epoch: int, chunk_seq: int, *, with_data: bool = True
+    ) -> TapeLook:
+        """Read one tape, or only whether it is there, with where its session stands."""
         tag = keys.session_tag(tenant, session_id)
         name = layouts.TAPE_NAME.pack(epoch, chunk_seq)
         slot = (
@@ -135,11 +137,13 @@ class RedisSessionStore:
             keys.tape_index_key(tag),
             keys.tape_key(tag, name),
         )
-        head, marker, entry, tape = await self._runner.run(Call(_READ_TAPE, slot, (name,)))
+        head, marker, entry, tape = await self._runner.run(
+            Call(_READ_TAPE, slot, (name, int(with_data)))
+        )
         return TapeLook(
             session=layouts.head_from_bytes(head) if head else layouts.absence_from_marker(marker),
             token=entry[17:33],
-            data=tape if entry and tape else None,
+            data=tape or None,
         )
 
     async def settle_tape(
