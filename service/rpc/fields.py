@@ -131,7 +131,9 @@ def selectors_from_proto(
 ) -> tuple[Selector, ...]:
     """Return the contributions that a request names, or refuse them."""
     limit = limits.contributions_per_model
-    count = sum(max(1, len(selector.chunk_seqs)) for selector in selectors)
+    count = len(selectors)
+    if count <= limit:
+        count = sum(max(1, len(selector.chunk_seqs)) for selector in selectors)
     if count > limit:
         raise bad_field("contributions", f"must name at most {limit}, got {count}")
     return tuple(_selector_from_proto(index, each) for index, each in enumerate(selectors))

@@ -27,6 +27,7 @@ from service.rpc.errors import (
     message_too_large,
     status_of,
 )
+from service.rpc.wire import Wire
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -91,6 +92,7 @@ class Gate:
     ) -> None:
         self._authenticator = authenticator
         self._message_bytes = message_bytes
+        self._wires: dict[type[Message], Wire] = {}
         self._default_deadline_s = default_deadline_s
         self.admission = admission
         self.is_draining = False
@@ -118,6 +120,10 @@ class Gate:
         """Return a message from its bytes, or raise MALFORMED or MESSAGE_TOO_LARGE."""
         if len(raw) > self._message_bytes:
             raise message_too_large("request", len(raw), self._message_bytes)
+        wire = self._wires.get(message_class)
+        if wire is None:
+            wire = self._wires[message_class] = Wire(message_class)
+        wire.check(raw)
         try:
             return message_class.FromString(raw)
         except DecodeError as error:

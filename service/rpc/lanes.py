@@ -41,12 +41,12 @@ class StreamOperation:
         "waiting_for",
     )
 
-    def __init__(self, operation: pb.Operation, size_bytes: int) -> None:
+    def __init__(self, operation: pb.Operation, size_bytes: int, max_names: int) -> None:
         kind = operation.WhichOneof("operation")
         self.tag = operation.tag
         self.kind = kind or ""
         self.request: Any = getattr(operation, kind) if kind else None
-        self.lanes = _lanes_of(self.kind, self.request)
+        self.lanes = _lanes_of(self.kind, self.request, max_names)
         self.waiting_for = 0
         self.size_bytes = size_bytes
         self.refusal: Exception | None = None
@@ -97,15 +97,15 @@ class Lanes:
         return ready
 
 
-def _lanes_of(kind: str, request: Any) -> Sequence[str]:
+def _lanes_of(kind: str, request: Any, max_names: int) -> Sequence[str]:
+    """Return the names of the lanes; an operation that names more than it may is refused anyway."""
     if kind == "forward":
         return (request.session_id,) if request.session_id else ()
     if kind == "backward":
-        names = {request.session_id}
-        names.update(each.session_id for each in request.update.contributions)
-        return tuple(names)
+        named = {each.session_id for each in request.update.contributions[:max_names]}
+        return tuple(named | {request.session_id})
     if kind in ("update", "discard_gradients"):
-        named = {each.session_id for each in request.contributions}
+        named = {each.session_id for each in request.contributions[:max_names]}
         # A colon is in no session's name.
         return tuple(named) or (f"model:{request.model_id}",)
     return ()

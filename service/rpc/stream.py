@@ -161,8 +161,9 @@ class OperationStream:
         count, limit = len(operations), self._limits.operations_per_message
         if count > limit:
             raise bad_field("operations", f"must be at most {limit} a message, got {count}")
+        max_names = self._limits.contributions_per_model
         for operation in operations:
-            self._enqueue(StreamOperation(operation, len(raw) // count))
+            self._enqueue(StreamOperation(operation, len(raw) // count, max_names))
         self._start_ready()
 
     def _enqueue(self, operation: StreamOperation) -> None:
