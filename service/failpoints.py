@@ -17,6 +17,8 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from service.domain.commits import cancelled_midway
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
@@ -118,9 +120,7 @@ class Failpoints:
                     await self.hit("after_compute")
                 except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - the chunk's answer
                     done.tape = None
-                    done.error = (
-                        error if isinstance(error, Exception) else RuntimeError("cancelled")
-                    )
+                    done.error = error if isinstance(error, Exception) else cancelled_midway()
                 deliver(done)
 
             def start(done: Chunk) -> None:

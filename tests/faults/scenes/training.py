@@ -22,19 +22,22 @@ class Trainer:
     model: Model
     writer: Writer
     rng: np.random.Generator
+    known: tensor_pb2.WeightsVersion | None = None
 
     @classmethod
     async def start(cls, model: Model, wire: Wire, rng: np.random.Generator) -> Trainer:
         """Open a session to train with."""
         return cls(model, await model.open(wire), rng)
 
-    async def taped(self, wire: Wire) -> rnn_pb.BackwardRequest:
+    async def taped(self, wire: Any) -> rnn_pb.BackwardRequest:
         """Apply a drawn chunk in training mode; lay out its Backward."""
-        answer = await wire.forward(self.writer.chunk(draw(self.rng), train=True))
+        # Without it a replica may serve a head that is a moment old, and the run be another.
+        request = self.writer.chunk(draw(self.rng), train=True, minimum_version=self.known)
+        answer = await wire.forward(request)
         self.writer.took(answer)
         return self.writer.backward(draw(self.rng, size=H))
 
-    async def count(self, wire: Wire, request: rnn_pb.BackwardRequest) -> Any:
+    async def count(self, wire: Any, request: rnn_pb.BackwardRequest) -> Any:
         """Send a Backward."""
         return await told(wire.rnn.Backward(request, timeout=TIMEOUT_S))
 
@@ -46,9 +49,11 @@ class Trainer:
             request.expected_version.CopyFrom(version)
         return request
 
-    async def step(self, wire: Wire, request: rnn_pb.UpdateRequest) -> Any:
-        """Send an Update."""
-        return await told(wire.rnn.Update(request, timeout=TIMEOUT_S))
+    async def step(self, wire: Any, request: rnn_pb.UpdateRequest) -> Any:
+        """Send an Update; chunks from now on see its version."""
+        made = await told(wire.rnn.Update(request, timeout=TIMEOUT_S))
+        self.known = made.version
+        return made
 
     async def whole_step(self, wire: Wire, request_id: str) -> None:
         """Forward, Backward and Update on one replica."""

@@ -1,0 +1,230 @@
+"""A replica that dies, sleeps, fails or is cancelled at any point of its work; another finishes it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from instruments.processes import ServiceProcess
+from scenes.figures import figure
+from scenes.fleet import Fleet, start_all
+from scenes.training import Trainer
+from scenes.wire import Model, Wire, steady_traffic, told
+from timernn import errors
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from instruments.report import Proof
+
+POINTS = {
+    "Forward": ("after_read", "after_compute", "before_commit", "after_commit"),
+    "Backward": ("after_tape_read", "before_count", "after_count"),
+    "Update": ("after_look", "before_update", "after_update"),
+}
+STEPS = 5  # enough to pass every point once
+EXIT_CODE = 137
+RECOVERY_S = 2.0
+TOGETHER = 4  # replicas started side by side
+
+
+@pytest.fixture(scope="module")
+def fleet() -> Iterator[Fleet]:
+    """The store, and the replica that finishes what others leave."""
+    with Fleet(1, "--store-timeout-ms", "5000") as running:
+        yield running
+
+
+class Failover:
+    """Stubs that try one replica, and then another that is well."""
+
+    def __init__(self, first: Wire, second: Wire, timeout_s: float) -> None:
+        """Give the first so many seconds."""
+        self._first, self._second, self._timeout_s = first, second, timeout_s
+        self.failures: list[errors.Error] = []
+        self.slowest_s = 0.0
+        self.rnn = self
+
+    async def forward(self, request: Any) -> Any:
+        """Send a Forward."""
+        return await self._send("Forward", request)
+
+    async def Backward(self, request: Any, **_: float) -> Any:  # noqa: N802 - as the stub
+        """Send a Backward."""
+        return await self._send("Backward", request)
+
+    async def Update(self, request: Any, **_: float) -> Any:  # noqa: N802 - as the stub
+        """Send an Update."""
+        return await self._send("Update", request)
+
+    async def _send(self, name: str, request: Any) -> Any:
+        started = time.monotonic()
+        try:
+            return await told(getattr(self._first.rnn, name)(request, timeout=self._timeout_s))
+        except (errors.Unavailable, errors.DeadlineExceeded, errors.Internal) as error:
+            self.failures.append(error)
+        if name == "Backward":
+            request.resent = True
+        answer = await told(getattr(self._second.rnn, name)(request, timeout=60))
+        self.slowest_s = max(self.slowest_s, time.monotonic() - started)
+        return answer
+
+
+async def train(wire: Any, model: Model, well: Wire, seed: int) -> list[Any]:
+    """Make the same steps each time; return what was answered, for comparison bit by bit."""
+    trainer = await Trainer.start(model, well, np.random.default_rng(seed))
+    found: list[Any] = []
+    for number in range(STEPS):
+        gradient = await trainer.taped(wire)
+        found.append(gradient.state_token)
+        counted = await trainer.count(wire, gradient)
+        found.append((counted.dxs.data, counted.dh0.data, counted.gradient_norm))
+        made = await trainer.step(wire, trainer.update(f"{number}"))
+        found.append((made.version.number, made.version.digest, made.contribution_count))
+    return [*found, await trainer.head(well)]
+
+
+class Bench:
+    """A model trained undisturbed, and copies of it to be disturbed."""
+
+    def __init__(self, well: Wire, proof: Proof, seed: int) -> None:
+        """Take the replica that is well."""
+        self._well, self._proof, self._seed = well, proof, seed
+        self._wanted: list[Any] = []
+        self._count = 0
+
+    async def prepare(self) -> None:
+        """Measure steady traffic and train undisturbed."""
+        rng = np.random.default_rng(self._seed)
+        model = await Model.create(self._well, rng, f"traffic-{self._seed}")
+        await steady_traffic(self._proof, [self._well], model, rng, sessions=8)
+        self._wanted = await train(self._well, await self._model(), self._well, self._seed)
+
+    async def compare(self, replica: ServiceProcess, what: str, timeout_s: float = 30) -> Failover:
+        """Train over a replica that fails and compare all answers with the undisturbed run's."""
+        async with Wire(replica.address) as failing:
+            failover = Failover(failing, self._well, timeout_s)
+            found = await train(failover, await self._model(), self._well, self._seed)
+            for number, (got, wanted) in enumerate(zip(found, self._wanted, strict=True)):
+                self._proof.require(got == wanted, f"{what}: answer {number} is another")
+        return failover
+
+    async def _model(self) -> Model:
+        self._count += 1
+        rng = np.random.default_rng(self._seed)  # the same weights each time
+        return await Model.create(self._well, rng, f"m-{self._seed}-{self._count}")
+
+
+def failing(fleet: Fleet, failpoints: Sequence[str], stack: ExitStack) -> list[ServiceProcess]:
+    """Start a replica for each text of failpoints."""
+    made = [
+        ServiceProcess(
+            fleet.store.url,
+            *("--testing", "--store-timeout-ms", "5000"),
+            env={"TIMERNN_FAILPOINTS": text},
+        )
+        for text in failpoints
+    ]
+    for replica in made:
+        stack.callback(replica.close)
+    start_all(made)
+    return made
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.promise("R5", "another replica finishes what one leaves at any point")
+@figure("rounds", 1, 5)
+async def test_training_over_a_replica_that_dies_at_any_point_is_undisturbed(
+    fleet: Fleet, proof: Proof, seed: int, rounds: int
+) -> None:
+    """The process ends without a word at each of ten points; answers and weights stay the same."""
+    points = [point for each in POINTS.values() for point in each] * rounds
+    async with Wire(fleet.addresses[0]) as well:
+        bench = Bench(well, proof, seed)
+        await bench.prepare()
+        for at in range(0, len(points), TOGETHER):
+            now = points[at : at + TOGETHER]
+            with ExitStack() as stack:
+                replicas = await asyncio.to_thread(
+                    failing, fleet, [f"{point}=exit" for point in now], stack
+                )
+                for point, replica in zip(now, replicas, strict=True):
+                    failover = await bench.compare(replica, f"exit {point}")
+                    proof.require(replica.wait() == EXIT_CODE, f"{point} was not reached")
+                    proof.hit(f"exit {point}")
+                    proof.figures["recovery s"] = max(
+                        proof.figures.get("recovery s", 0.0), failover.slowest_s
+                    )
+                    proof.require(
+                        failover.slowest_s < RECOVERY_S,
+                        f"exit {point}: recovered after {failover.slowest_s:.1f} s",
+                    )
+                    proof.require(
+                        not any(isinstance(each, errors.Internal) for each in failover.failures),
+                        f"exit {point}: {failover.failures!r}",
+                    )
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.promise("R5", "another replica finishes what one leaves at any point")
+@pytest.mark.parametrize("action", ["sleep(2)", "cancel", "raise"])
+async def test_training_over_a_replica_that_sleeps_or_fails_is_undisturbed(
+    fleet: Fleet, proof: Proof, seed: int, action: str
+) -> None:
+    """Each point is passed once with a sleep beyond the deadline, a cancellation or an error."""
+    points = [point for each in POINTS.values() for point in each]
+    text = ";".join(f"{point}={action}" for point in points)
+    async with Wire(fleet.addresses[0]) as well:
+        bench = Bench(well, proof, seed)
+        await bench.prepare()
+        with ExitStack() as stack:
+            (replica,) = await asyncio.to_thread(failing, fleet, [text], stack)
+            failures: list[errors.Error] = []
+            for attempt in range(4):
+                # A chunk that sleeps holds up its session's next ones: another session goes on.
+                failover = await bench.compare(replica, action, 0.5 if "sleep" in action else 30)
+                failures += failover.failures
+                if all(f"failpoint {point}:" in replica.log for point in points):
+                    break
+                assert attempt < 3, f"not every point was passed: {replica.log[-2000:]}"
+            for point in points:
+                proof.hit(f"{action} {point}", replica.log.count(f"failpoint {point}:"))
+            assert replica.is_alive
+            check_failures(proof, action, failures)
+            proof.require(replica.terminate() == 0, "it did not end in order")
+
+
+def check_failures(proof: Proof, action: str, failures: list[errors.Error]) -> None:
+    """Compare what the callers were told with what each action promises."""
+    expected = {
+        "sleep(2)": (errors.DeadlineExceeded,),
+        "cancel": (errors.Unavailable,),
+        "raise": (errors.Internal, errors.Unavailable),
+    }[action]
+    for failure in failures:
+        proof.require(isinstance(failure, expected), f"{action}: {failure!r}")
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.promise("R5", "another replica finishes what one leaves at any point")
+async def test_a_replica_that_dies_as_it_begins_to_drain_loses_nothing(
+    fleet: Fleet, proof: Proof, seed: int
+) -> None:
+    """It is asked to stop and ends without a word; what it had answered is there."""
+    async with Wire(fleet.addresses[0]) as well:
+        rng = np.random.default_rng(seed)
+        model = await Model.create(well, rng, f"drain-{seed}")
+        with ExitStack() as stack:
+            (replica,) = await asyncio.to_thread(failing, fleet, ["before_drain=exit"], stack)
+            async with Wire(replica.address) as dying:
+                writers = await steady_traffic(proof, [dying, well], model, rng)
+                assert await asyncio.to_thread(replica.terminate) == EXIT_CODE
+            proof.hit("exit before_drain")
+            for writer in writers:
+                xs = rng.standard_normal((2, 3, 4)).astype(np.float32)
+                writer.check(await well.forward(writer.chunk(xs)), xs, proof)
