@@ -31,12 +31,13 @@ class Store:
     sessions: RedisSessionStore
     models: RedisModelStore
     _client: Redis | RedisCluster
+    _needs_replica: bool = False
 
     async def check(self) -> None:
         """Make sure that every primary takes writes and evicts nothing.
 
         Raises:
-            UnfitStoreError: If it may drop sessions by itself, or is a read-only replica.
+            UnfitStoreError: If it may drop sessions by itself, or refuses to write.
             Unavailable: If it cannot be reached.
         """
         try:
@@ -45,15 +46,17 @@ class Store:
             raise as_domain_error(error) from error
         for info in infos:
             _check_primary(info)
+            if self._needs_replica and not info.get("connected_slaves"):
+                raise UnfitStoreError("durability is 'replica' and no replica is connected")
 
     async def close(self) -> None:
         """Close all connections."""
         await self._client.aclose()
 
     async def _primaries(self) -> list[dict[str, Any]]:
-        """Read what each primary tells of its memory and its role."""
+        """Read what each primary tells of its memory, its role and its file."""
         client = self._client
-        sections = ("memory", "replication")
+        sections = ("memory", "replication", "persistence")
         if not isinstance(client, RedisCluster):
             return [await client.info(*sections)]
         await client.initialize()
@@ -81,7 +84,10 @@ async def open_store(url: str, settings: Settings) -> Store:
         wait_ms=settings.durability_timeout_ms,
     )
     return Store(
-        RedisSessionStore(runner, settings.limits), RedisModelStore(runner, settings.limits), client
+        RedisSessionStore(runner, settings.limits),
+        RedisModelStore(runner, settings.limits),
+        client,
+        settings.durability == "replica",
     )
 
 
@@ -100,3 +106,8 @@ def _check_primary(info: dict[str, Any]) -> None:
         raise UnfitStoreError(text)
     if info.get("role") != "master":
         raise UnfitStoreError("the server is a read-only replica; name the master")
+    # Told only where min-replicas-to-write asks for some.
+    if info.get("min_slaves_good_slaves", 1) == 0:
+        raise UnfitStoreError("min-replicas-to-write asks for a replica and none keeps up")
+    if info.get("aof_last_write_status", "ok") != "ok":
+        raise UnfitStoreError("its append-only file cannot be written: look at its disk")

@@ -198,3 +198,22 @@ async def test_a_silent_store_is_asked_once() -> None:
         with pytest.raises(Unavailable):
             await runner.run_commands([("GET", "k")])
     assert tries == 2
+
+
+async def test_a_store_that_misses_its_replicas_is_refused(own: EmbeddedStore) -> None:
+    """It is the primary and has room, yet it would refuse every write: health has to tell."""
+    store = await open_store(own.url, Settings())
+    await store.check()
+    async with Redis.from_url(own.url) as raw:
+        await raw.config_set("min-replicas-to-write", 1)
+    with pytest.raises(UnfitStoreError, match="min-replicas-to-write"):
+        await store.check()
+    await store.close()
+
+
+async def test_a_durability_that_cannot_be_had_is_refused(own: EmbeddedStore) -> None:
+    """Without any replica each answer would be UNKNOWN_OUTCOME."""
+    store = await open_store(own.url, Settings(durability="replica"))
+    with pytest.raises(UnfitStoreError, match="no replica"):
+        await store.check()
+    await store.close()
