@@ -37,6 +37,7 @@ from service.domain.training import Training
 from service.failpoints import FailpointError, Failpoints
 from service.rpc.server import Domain, RpcServer
 from service.rpc.server_info import ServerInfo
+from service.rpc.stream import StreamRules
 from service.store.connect import UnfitStoreError, open_store
 from service.store.embedded import EmbeddedStore, EmbeddedStoreError
 
@@ -200,7 +201,12 @@ def build_server(
         limits=limits,
         durability=settings.durability,
     )
-    return RpcServer(domain, info, authenticator=authenticator, reuse_port=settings.supervised)
+    rules = StreamRules(
+        deadline_s=limits.default_deadline_ms / 1000, age_s=settings.connection_age_ms / 1000
+    )
+    return RpcServer(
+        domain, info, authenticator=authenticator, rules=rules, reuse_port=settings.supervised
+    )
 
 
 def _failpoints(settings: Settings) -> Failpoints:

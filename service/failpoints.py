@@ -17,7 +17,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from service.domain.commits import cancelled_midway
+from service.domain.refusals import cancelled_midway
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine

@@ -58,6 +58,7 @@ class Settings:
     data_dir: Path = Path("timernn-data")
     drain_s: float = 20.0  # how long calls in flight may take after SIGTERM
     drain_notice_s: float = 0.0  # how long NOT_SERVING is told before calls are refused
+    connection_age_ms: int = 5 * MINUTE_MS  # then a client is asked to connect anew
     session_cache_bytes: int = 256 * MIB
     weights_cache_bytes: int = 1024 * MIB
     max_batch_rows: int = 1024  # rows of one joined forward

@@ -37,6 +37,8 @@ SETTINGS_HELP = {
     "drain_s": "Seconds that calls in flight may take after SIGTERM.",
     "drain_notice_s": "Seconds that health says NOT_SERVING before calls are refused, so that a"
     " load balancer can turn away first.",
+    "connection_age_ms": "Milliseconds after which a connection, or a stream, is asked to move, so"
+    " that load spreads over replicas that were added.",
     "session_cache_bytes": "Memory for the hidden states of warm sessions.",
     "weights_cache_bytes": "Memory for weights versions.",
     "max_batch_rows": "Rows of one forward pass that joins several sessions.",

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 # Beyond the limit on messages, so that one a little too large is refused by us, with a reason.
 _MESSAGE_MARGIN_BYTES: Final = 64 << 10
-_CONNECTION_AGE_S: Final = 300
 
 _SERVICES: Final = {
     name: module.DESCRIPTOR.services_by_name[name]
@@ -160,6 +159,6 @@ def _options(message_bytes: int, rules: StreamRules, *, reuse_port: bool) -> lis
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
         ("grpc.server_handshake_timeout_ms", 20_000),
-        ("grpc.max_connection_age_ms", _CONNECTION_AGE_S * 1000),
+        ("grpc.max_connection_age_ms", int(rules.age_s * 1000)),
         ("grpc.max_connection_age_grace_ms", int(grace_s * 1000)),
     ]
