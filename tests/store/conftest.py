@@ -8,7 +8,8 @@ import pytest
 import pytest_asyncio
 from redis.asyncio import Redis
 
-from service.settings import Limits, Settings
+from instruments.replicas import patient
+from service.settings import Limits
 from service.store.connect import open_store
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def limits() -> Limits:
 @pytest_asyncio.fixture
 async def opened(store_url: str, limits: Limits) -> AsyncIterator[Store]:
     """An open store."""
-    store = await open_store(store_url, Settings(limits=limits))
+    store = await open_store(store_url, patient(limits))
     yield store
     await store.close()
 

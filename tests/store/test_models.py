@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from instruments.replicas import patient
 from service.domain.ports import (
     CheckpointOutcome,
     CountOutcome,
@@ -17,7 +18,7 @@ from service.domain.ports import (
     NewVersion,
 )
 from service.domain.types import Version
-from service.settings import MIB, Limits, Settings
+from service.settings import MIB, Limits
 from service.store import keys
 from service.store.connect import open_store
 from service.store.models import ORPHAN_MS, PART_BYTES
@@ -135,7 +136,7 @@ async def test_a_contribution_is_consumed_once(model: Model, raw: Redis) -> None
 async def test_contributions_are_bounded_in_number_and_bytes(store_url: str, tenant: str) -> None:
     """What would go beyond either is QUOTA, and fits again after a flip."""
     tight = Limits(contributions_per_model=2, contribution_bytes_per_model=20)
-    store = await open_store(store_url, Settings(limits=tight))
+    store = await open_store(store_url, patient(tight))
     model = Model(store.models, tenant)
     await model.create()
     await model.count(1)
@@ -151,9 +152,7 @@ async def test_what_is_remembered_of_contributions_is_bounded(
     store_url: str, tenant: str, raw: Redis
 ) -> None:
     """Beyond it is FULL, until the names that were counted have had their time."""
-    store = await open_store(
-        store_url, Settings(limits=Limits(remembered_contributions_per_model=2))
-    )
+    store = await open_store(store_url, patient(Limits(remembered_contributions_per_model=2)))
     model = Model(store.models, tenant)
     await model.create()
     await model.count(1)
@@ -208,7 +207,7 @@ async def test_requests_are_remembered_by_number_and_time(
     store_url: str, tenant: str, raw: Redis
 ) -> None:
     """The oldest go when there are too many or they are old; not before."""
-    store = await open_store(store_url, Settings(limits=Limits(remembered_requests_per_model=3)))
+    store = await open_store(store_url, patient(Limits(remembered_requests_per_model=3)))
     model = Model(store.models, tenant)
     await model.create()
     for number in range(2, 8):
@@ -325,9 +324,7 @@ async def test_a_flip_without_all_its_parts_keeps_none(model: Model, raw: Redis)
 
 async def test_versions_go_by_their_bytes_but_four_stay(store_url: str, tenant: str) -> None:
     """The budget counts weights and a little beside each; beneath it nothing goes before its time."""
-    store = await open_store(
-        store_url, Settings(limits=Limits(superseded_bytes_per_model=6 * (4096 + 8)))
-    )
+    store = await open_store(store_url, patient(Limits(superseded_bytes_per_model=6 * (4096 + 8))))
     model = Model(store.models, tenant)
     await model.create()
     for number in range(2, 12):
@@ -360,7 +357,7 @@ async def test_names_of_models_are_bounded_listed_and_forgotten(
     store_url: str, tenant: str
 ) -> None:
     """A tenant has as many as it may; a deleted one makes room."""
-    store = await open_store(store_url, Settings(limits=Limits(models_per_tenant=1)))
+    store = await open_store(store_url, patient(Limits(models_per_tenant=1)))
     model = Model(store.models, tenant)
     await model.create()
     record = ModelRecord(INCARNATION, b"spec", version(1), 0, 0, 0)

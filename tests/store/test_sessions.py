@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from instruments.replicas import patient
 from service.domain.ports import (
     Absence,
     AbsentSession,
@@ -19,7 +20,7 @@ from service.domain.ports import (
     StoredState,
 )
 from service.domain.types import Version
-from service.settings import DAY_MS, HOUR_MS, Limits, Settings
+from service.settings import DAY_MS, HOUR_MS, Limits
 from service.store import keys, layouts
 from service.store.connect import open_store
 
@@ -309,7 +310,7 @@ async def test_a_close_minds_the_epoch_expected(writer: Writer, tenant: str) -> 
 async def test_tapes_wait_count_and_are_pushed_out(store_url: str, tenant: str, raw: Redis) -> None:
     """Too many that wait are QUOTA; counted ones make room by number, the oldest first."""
     tight = Limits(tapes_per_session=2, counted_tapes_per_session=1)
-    store = await open_store(store_url, Settings(limits=tight))
+    store = await open_store(store_url, patient(tight))
     writer = Writer(store, tenant)
     await writer.begin()
     for number in (1, 2):
@@ -331,7 +332,7 @@ async def test_tapes_wait_count_and_are_pushed_out(store_url: str, tenant: str, 
 
 async def test_counted_tapes_are_bounded_in_bytes(store_url: str, tenant: str) -> None:
     """However few, they go when they hold more than they may."""
-    store = await open_store(store_url, Settings(limits=Limits(counted_tape_bytes_per_session=10)))
+    store = await open_store(store_url, patient(Limits(counted_tape_bytes_per_session=10)))
     writer = Writer(store, tenant)
     await writer.begin()
     for number in (1, 2, 3):
@@ -373,7 +374,7 @@ async def test_the_list_has_a_place_for_each_session_but_no_more(
     store_url: str, tenant: str, raw: Redis
 ) -> None:
     """A session that is listed is never refused; lapsed ones make room by themselves."""
-    store = await open_store(store_url, Settings(limits=Limits(sessions_per_tenant=2)))
+    store = await open_store(store_url, patient(Limits(sessions_per_tenant=2)))
     sessions = store.sessions
     assert await sessions.reserve_session(tenant, "a", HOUR_MS)
     assert await sessions.reserve_session(tenant, "b", HOUR_MS)

@@ -80,6 +80,11 @@ class Replica:
         await self.store.close()
 
 
+def patient(limits: Limits) -> Settings:
+    """Return settings for a busy machine, where a slow store is no sign of anything."""
+    return Settings(limits=limits, store_timeout_ms=20_000)
+
+
 async def start_replica(
     url: str,
     limits: Limits,
@@ -89,7 +94,7 @@ async def start_replica(
     disturb: Callable[[Any], object] = lambda client: client,
 ) -> Replica:
     """Wire a replica as the service does; by default it asks for the head each time."""
-    store = await open_store(url, Settings(limits=limits))
+    store = await open_store(url, patient(limits))
     disturb(store._client)
     catalog = Catalog(store.models, head_max_age_ms, 64 * MIB, clock)
     live, tapes = LiveSessions(16 * MIB), RecentTapes(16 * MIB)
