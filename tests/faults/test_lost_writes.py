@@ -203,7 +203,7 @@ def test_training_ends_with_the_digest_of_an_undisturbed_run_when_one_slot_is_se
 
     def train(number: int) -> None:
         chance, point = random.Random(f"{seed}:{number}"), POINTS[number % 3]
-        kept_at, lost_at = chance.randrange(4), 4 + chance.randrange(3)
+        kept_at, lost_at = chance.randrange(4), 5 + chance.randrange(2)
         with connect(addresses) as client, Slots(pair.url) as slots:
             trainer = Trainer(client, f"{model_id}-{number}")
             slot = (

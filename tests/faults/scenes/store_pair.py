@@ -79,10 +79,14 @@ class StorePair:
 
     def restore(self) -> None:
         """Start the killed store again as the standby, with the link whole."""
-        self._link.set(Faults())
-        self._link.reset_all()
         self._link.upstream = self.primary.address
         self.standby.start()
+        self.reconnect()
+
+    def reconnect(self) -> None:
+        """Let the standby hear again, and wait until it has caught up."""
+        self._link.set(Faults())
+        self._link.reset_all()
         self._follow()
 
     def _follow(self) -> None:

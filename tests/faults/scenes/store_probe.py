@@ -45,10 +45,10 @@ class Probe:
 
     def __init__(self, address: str) -> None:
         """Connect."""
-        self._channel = grpc.insecure_channel(address)
-        self.sessions: Any = SessionServiceStub(self._channel)
-        self.rnn: Any = TimeRnnServiceStub(self._channel)
-        self.health: Any = health_pb2_grpc.HealthStub(self._channel)
+        self.channel = grpc.insecure_channel(address)
+        self.sessions: Any = SessionServiceStub(self.channel)
+        self.rnn: Any = TimeRnnServiceStub(self.channel)
+        self.health: Any = health_pb2_grpc.HealthStub(self.channel)
 
     def ask(self, method: Callable[..., Any], request: Any) -> Told:
         """Send one request once."""
@@ -81,7 +81,7 @@ class Probe:
 
     def __exit__(self, *_: object) -> None:
         """Close it."""
-        self._channel.close()
+        self.channel.close()
 
 
 @dataclass
