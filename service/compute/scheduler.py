@@ -14,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
+
 from rnn_engine import Tape, rnn_forward, rnn_forward_many
 
 if TYPE_CHECKING:
@@ -86,8 +88,9 @@ class Scheduler:
     async def run(self, work: int, function: Callable[..., Result], *arguments: Any) -> Result:
         """Run other arithmetic: inline when it is small, else in a thread."""
         if work <= INLINE_WORK:
-            return function(*arguments)
-        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
+            return _quietly(function, *arguments)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._pool, _quietly, function, *arguments)
 
     def close(self) -> None:
         """Let running work finish and take no more."""
@@ -96,10 +99,12 @@ class Scheduler:
     def _run_next(self, queue: _Queue) -> None:
         batch = self._take_batch(queue)
         if sum(chunk.work for chunk in batch) <= INLINE_WORK:
-            _compute(batch)
+            _quietly(_compute, batch)
             self._finish(queue, batch)
             return
-        computing = asyncio.get_running_loop().run_in_executor(self._pool, _compute, batch)
+        computing = asyncio.get_running_loop().run_in_executor(
+            self._pool, _quietly, _compute, batch
+        )
         computing.add_done_callback(lambda _done: self._finish(queue, batch))
 
     def _take_batch(self, queue: _Queue) -> list[Chunk]:
@@ -122,6 +127,12 @@ class Scheduler:
             del self._queues[id(batch[0].params)]
         for chunk in batch:
             chunk.deliver(chunk)
+
+
+def _quietly(function: Callable[..., Result], *arguments: Any) -> Result:
+    """Run arithmetic without warnings of overflow: whoever asked looks at the result."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return function(*arguments)
 
 
 def _compute(batch: Sequence[Chunk]) -> None:

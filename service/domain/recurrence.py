@@ -289,7 +289,9 @@ class Recurrence:
         assert call.version is not None  # noqa: S101
         self._live.advance(call.key, base, op.chunk_seq, call.token, call.h)
         if op.train:
-            self._tapes.put(call.token, StoredTape(call.version, call.tape))
+            self._tapes.put(
+                call.token, StoredTape(call.version, call.tape.xs, call.tape.h0, call.tape.hs)
+            )
         if is_touch_due:
             self._touch(call.key, base.ttl_ms)
         result = self._result(op, call.tape.hs, call.h, call.version, call.token, replayed=False)

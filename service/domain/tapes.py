@@ -1,6 +1,8 @@
 """Tapes as bytes: what a TRAIN Forward leaves for its Backward, on whichever replica.
 
-Layout: layout number, N, T, D, H, weights version; then h0, xs and hs, one after another, in C order.
+Layout: layout number, N, T, D, H, weights version; then h0 and xs, one after another, in C order. The
+hidden states are not stored: the replica that made them has them still, and any other makes the same
+again, bit for bit, for a fraction of what it costs to keep them.
 """
 
 from __future__ import annotations
@@ -12,11 +14,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rnn_engine import Tape
+from rnn_engine import Tape, rnn_forward
 from service.domain.types import Version
 
 if TYPE_CHECKING:
-    from rnn_engine import Array
+    from rnn_engine import Array, Params
 
 _LAYOUT = 1
 _HEAD = struct.Struct(">BxxxIIIIQ16s")
@@ -24,30 +26,33 @@ _HEAD = struct.Struct(">BxxxIIIIQ16s")
 
 @dataclass(frozen=True, slots=True)
 class StoredTape:
-    """A tape with the version of the weights that made it."""
+    """What a Backward starts from: xs (N, T, D), h0 (N, H), hs (N, T, H) where they are at hand."""
 
     version: Version
-    tape: Tape
+    xs: Array
+    h0: Array
+    hs: Array | None = None
+
+    def complete(self, params: Params) -> Tape:
+        """Return the tape, its hidden states computed again where they are not at hand."""
+        if self.hs is None:
+            return rnn_forward(params, self.xs, self.h0)
+        return Tape(self.xs, self.h0, self.hs)
 
 
 def tape_to_bytes(version: Version, tape: Tape) -> bytes:
     """Lay out a tape for the store."""
     n, t, d = tape.xs.shape
     head = _HEAD.pack(_LAYOUT, n, t, d, tape.h0.shape[1], version.number, version.digest)
-    return b"".join((head, tape.h0.tobytes(), tape.xs.tobytes(), tape.hs.tobytes()))
+    return b"".join((head, tape.h0.tobytes(), tape.xs.tobytes()))
 
 
 def tape_from_bytes(data: bytes, dtype: str) -> StoredTape:
     """Read a tape from the store; the arrays are read-only views."""
     _, n, t, d, h, number, digest = _HEAD.unpack_from(data)
     flat: Array = np.frombuffer(data, dtype, offset=_HEAD.size)
-    first, second = n * h, n * h + n * t * d
-    tape = Tape(
-        xs=flat[first:second].reshape(n, t, d),
-        h0=flat[:first].reshape(n, h),
-        hs=flat[second:].reshape(n, t, h),
-    )
-    return StoredTape(Version(number, digest), tape)
+    h0, xs = flat[: n * h].reshape(n, h), flat[n * h :].reshape(n, t, d)
+    return StoredTape(Version(number, digest), xs, h0)
 
 
 class RecentTapes:
@@ -68,15 +73,16 @@ class RecentTapes:
         if token in self._tapes:
             return
         self._tapes[token] = stored
-        self._bytes += _size(stored.tape)
+        self._bytes += _size(stored)
         while self._bytes > self._limit:
             _, oldest = self._tapes.popitem(last=False)
-            self._bytes -= _size(oldest.tape)
+            self._bytes -= _size(oldest)
 
     def get(self, token: bytes) -> StoredTape | None:
         """Return the tape of the chunk with this token, if it is still here."""
         return self._tapes.get(token)
 
 
-def _size(tape: Tape) -> int:
-    return tape.xs.nbytes + tape.h0.nbytes + tape.hs.nbytes + 512
+def _size(stored: StoredTape) -> int:
+    hs_bytes = 0 if stored.hs is None else stored.hs.nbytes
+    return stored.xs.nbytes + stored.h0.nbytes + hs_bytes + 512

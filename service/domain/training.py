@@ -99,9 +99,7 @@ class Training:
         model = await self._catalog.get_life(tenant, head.model_id, head.incarnation)
         self._check_backward(op, stored, model)
         params = await self._tape_params(tenant, op, model, stored)
-        made = await self._scheduler.run(
-            _work(stored), rnn_backward, params, stored.tape, op.dhs, op.dh_next
-        )
+        made = await self._scheduler.run(_work(stored), _differentiate, params, stored, op)
         norm = _finite_norm(made)
         replayed = await self._count(tenant, op, model, made.grads)
         result = BackwardResult(
@@ -196,14 +194,13 @@ class Training:
         return params
 
     def _check_backward(self, op: Backward, stored: StoredTape, model: KnownModel) -> None:
-        dtype, tape = model.spec.dtype, stored.tape
-        check_tensor("dhs", op.dhs, tape.hs.shape, dtype)
+        dtype, (n, t, d), (_, h) = model.spec.dtype, stored.xs.shape, stored.h0.shape
+        check_tensor("dhs", op.dhs, (n, t, h), dtype)
         if op.dh_next is not None:
-            check_tensor("dh_next", op.dh_next, tape.h0.shape, dtype)
-        size = tape.h0.nbytes + _ANSWER_OVERHEAD
-        size += tape.xs.nbytes if op.return_dxs else 0
-        d, h = model.spec.input_size, model.spec.hidden_size
-        size += (d * h + h * h + h) * tape.h0.itemsize if op.return_gradients else 0
+            check_tensor("dh_next", op.dh_next, (n, h), dtype)
+        size = stored.h0.nbytes + _ANSWER_OVERHEAD
+        size += stored.xs.nbytes if op.return_dxs else 0
+        size += (d * h + h * h + h) * stored.h0.itemsize if op.return_gradients else 0
         if size > self._limits.message_bytes:
             raise answer_too_large(size, self._limits.message_bytes)
 
@@ -396,9 +393,13 @@ def _finite_norm(made: Gradients) -> float:
     return norm
 
 
+def _differentiate(params: Params, stored: StoredTape, op: Backward) -> Gradients:
+    return rnn_backward(params, stored.complete(params), op.dhs, op.dh_next)
+
+
 def _work(stored: StoredTape) -> int:
-    n, t, d = stored.tape.xs.shape
-    h = stored.tape.h0.shape[1]
+    n, t, d = stored.xs.shape
+    h = stored.h0.shape[1]
     return int(3 * n * t * h * (d + h))
 
 
