@@ -87,8 +87,7 @@ class Crowd:
             asyncio.create_task(self.stream(number, made[number % clients]))
             for number in range(SESSIONS)
         ]
-        while self.answers < SESSIONS:
-            await asyncio.sleep(0.01)
+        await self.until(SESSIONS)
         started, before = time.monotonic(), self.answers
         await asyncio.sleep(STEADY_S)
         self.proof.steady(self.answers - before, time.monotonic() - started)
@@ -127,10 +126,9 @@ async def test_every_replica_is_restarted_under_streaming_sessions(
             proof.require(code == 0, f"exit code {code}")
             proof.require(took <= DRAIN_S + EXIT_MARGIN_S, f"it took {took:.1f} s to end")
             proof.figures["drain s"] = max(took, proof.figures.get("drain s", 0.0))
-            while crowd.answers < before + 2 * SESSIONS:
-                await asyncio.sleep(0.01)
+            await crowd.until(before + 2 * SESSIONS)  # the others carry the load
             await asyncio.to_thread(replica.start)
-            await asyncio.sleep(0.5)
+            await crowd.until(crowd.answers + 2 * SESSIONS)
         await crowd.end(tasks)
 
 
