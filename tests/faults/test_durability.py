@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -73,10 +74,14 @@ def test_nothing_acknowledged_is_lost_and_nothing_unacknowledged_is_told(
 
 def _check_unknown(probes: list[Probe], pending: list[rnn_pb.ForwardRequest], proof: Proof) -> None:
     """Send each chunk three times, to either replica: the store has it, and it must not be told."""
-    for request in pending:
-        for attempt in range(3):
-            probe = probes[attempt % 2]
-            _require_unknown(probe.ask(probe.rnn.Forward, request), proof)
+
+    def send(request: rnn_pb.ForwardRequest) -> list[Told]:
+        return [probe.ask(probe.rnn.Forward, request) for probe in (*probes, probes[0])]
+
+    with ThreadPoolExecutor(len(pending)) as pool:
+        for told in pool.map(send, pending):
+            for one in told:
+                _require_unknown(one, proof)
 
 
 def _require_unknown(told: Told, proof: Proof) -> None:
