@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from redis import exceptions as redis_errors
-from redis.asyncio import RedisCluster
 
+from service.store.cluster import ClusterRouter
 from service.store.failures import as_domain_error
 from service.store.models import RedisModelStore
 from service.store.scripts import ScriptRunner
@@ -30,7 +30,7 @@ class Store:
 
     sessions: RedisSessionStore
     models: RedisModelStore
-    _client: Redis | RedisCluster
+    _client: Redis | ClusterRouter
     _needs_replica: bool = False
 
     async def check(self) -> None:
@@ -57,11 +57,8 @@ class Store:
         """Read what each primary tells of its memory, its role and its file."""
         client = self._client
         sections = ("memory", "replication", "persistence")
-        if not isinstance(client, RedisCluster):
-            return [await client.info(*sections)]
-        await client.initialize()
-        nodes = client.get_primaries()
-        return [await client.info(*sections, target_nodes=node) for node in nodes]
+        nodes = await client.primaries() if isinstance(client, ClusterRouter) else [client]
+        return [await node.info(*sections) for node in nodes]
 
 
 async def open_store(url: str, settings: Settings) -> Store:
@@ -71,15 +68,14 @@ async def open_store(url: str, settings: Settings) -> Store:
         ValueError: If the URL has another form, or the durability cannot be had with it.
     """
     client = connect(url, settings)
-    is_cluster = isinstance(client, RedisCluster)
-    if is_cluster:
-        await _initialize(client)
+    is_cluster = isinstance(client, ClusterRouter)
     if settings.durability == "replica" and is_cluster:
         await client.aclose()
         raise ValueError("durability 'replica' needs one server or Sentinel, not a cluster")
     runner = ScriptRunner(
         client,
-        is_cluster=is_cluster,
+        connections=settings.store_connections,
+        patience_s=settings.store_timeout_ms / 1000,
         wait_replicas=int(settings.durability == "replica"),
         wait_ms=settings.durability_timeout_ms,
     )
@@ -89,14 +85,6 @@ async def open_store(url: str, settings: Settings) -> Store:
         client,
         settings.durability == "replica",
     )
-
-
-async def _initialize(client: Redis | RedisCluster) -> None:
-    """Learn the slots before the first call: lazily it would race with itself."""
-    try:
-        await client.initialize()
-    except (redis_errors.RedisError, OSError) as error:
-        raise as_domain_error(error) from error
 
 
 def _check_primary(info: dict[str, Any]) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from dataclasses import dataclass
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from service.domain.errors import Unavailable
+from service.store.cluster import ClusterRouter
 from service.store.failures import (
     RETRY_AFTER_S,
     as_domain_error,
@@ -18,7 +20,7 @@ from service.store.failures import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from redis.asyncio import Redis, RedisCluster
+    from redis.asyncio import Redis
 
 WAIT_MARK = b"timernn-wait"  # the key that is written so that WAIT has something to wait for
 
@@ -72,19 +74,36 @@ class ScriptRunner:
 
     def __init__(
         self,
-        client: Redis | RedisCluster,
+        client: Redis | ClusterRouter,
         *,
-        is_cluster: bool = False,
+        connections: int = 32,
+        patience_s: float = 0.5,
         wait_replicas: int = 0,
         wait_ms: int = 0,
         resends: int = 1,
     ) -> None:
-        """Use this client, whose own retries are off."""
+        """Use this client, whose own retries are off.
+
+        Args:
+            client: Of one server, or the router of a cluster.
+            connections: Round trips to one server under way at once; not every pool of redis-py can
+                wait for a connection to become free.
+            patience_s: How long to wait for one of these.
+            wait_replicas: How many replicas an answer waits for.
+            wait_ms: How long it waits for them.
+            resends: How often to send again over another connection.
+        """
         self._client = client
-        self.is_cluster = is_cluster  # whether a script may see one hash slot only
+        self._trips = asyncio.Semaphore(connections)
+        self._patience_s = patience_s
         self._wait_replicas = wait_replicas
         self._wait_ms = wait_ms
         self._resends = resends
+
+    @property
+    def is_cluster(self) -> bool:
+        """Whether a script may see one hash slot only."""
+        return isinstance(self._client, ClusterRouter)
 
     async def run(self, call: Call) -> Any:
         """Run one script.
@@ -129,7 +148,23 @@ class ScriptRunner:
         return is_missing_script(answer) or (is_lost_connection(answer) and attempt < self._resends)
 
     async def _send(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
-        pipeline = self._client.pipeline(transaction=False)
+        if isinstance(self._client, ClusterRouter):
+            return await self._client.send(commands)
+        try:
+            if self._trips.locked():
+                async with asyncio.timeout(self._patience_s):
+                    await self._trips.acquire()
+            else:
+                await self._trips.acquire()
+        except TimeoutError as error:
+            return [error] * len(commands)
+        try:
+            return await self._send_to(self._client, commands)
+        finally:
+            self._trips.release()
+
+    async def _send_to(self, client: Redis, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
+        pipeline = client.pipeline(transaction=False)
         for command in commands:
             pipeline.execute_command(*command)
         if self._wait_replicas:

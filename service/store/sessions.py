@@ -98,11 +98,12 @@ class RedisSessionStore:
 
     async def commit_chunks(self, commits: Sequence[ChunkCommit]) -> list[ChunkOutcome | Exception]:
         """Apply chunks of different sessions, each by itself, in one round trip."""
-        calls = [self._commit_call(some) for some in self._grouped(commits)]
+        groups = self._grouped(commits)
+        told = await self._runner.run_many([self._commit_call(some) for some in groups])
         answers: list[ChunkOutcome | Exception] = []
-        for call, answer in zip(calls, await self._runner.run_many(calls), strict=True):
+        for some, answer in zip(groups, told, strict=True):
             if isinstance(answer, Exception):
-                answers += [answer] * len(call.keys)
+                answers += [answer] * len(some)
             else:
                 answers += [_CHUNK_OUTCOMES[outcome] for outcome in answer]
         return answers
@@ -197,7 +198,9 @@ class RedisSessionStore:
 
     def _commit_call(self, commits: Sequence[ChunkCommit]) -> Call:
         limits = self._limits
-        records = [keys.record_key(keys.session_tag(c.tenant, c.session_id)) for c in commits]
+        slot = [keys.record_key(keys.session_tag(c.tenant, c.session_id)) for c in commits]
+        if self._runner.is_cluster:
+            slot += _tape_keys(commits[0])
         arguments: tuple[Argument, ...] = (
             limits.replay_window,
             MARKER_MS,
@@ -207,4 +210,13 @@ class RedisSessionStore:
             limits.counted_tape_bytes_per_session,
             b"".join(part for commit in commits for part in layouts.commit_to_parts(commit)),
         )
-        return Call(_COMMIT, records, arguments)
+        return Call(_COMMIT, slot, arguments)
+
+
+def _tape_keys(commit: ChunkCommit) -> list[bytes]:
+    """Name what a chunk in TRAIN mode writes beside its session's record."""
+    if commit.tape is None:
+        return []
+    tag = keys.session_tag(commit.tenant, commit.session_id)
+    name = layouts.TAPE_NAME.pack(commit.epoch, commit.state.chunk_seq)
+    return [keys.tape_index_key(tag), keys.tape_key(tag, name)]

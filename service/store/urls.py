@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from redis.asyncio import BlockingConnectionPool, Redis, RedisCluster
-from redis.asyncio.cluster import ClusterNode
+from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
+
+from service.store.cluster import ClusterRouter
 
 if TYPE_CHECKING:
     from urllib.parse import SplitResult
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 _SENTINEL_PORT = 26379
 _REDIS_PORT = 6379
+_SPARE_CONNECTIONS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +47,10 @@ class Address:
     options: dict[str, str]
 
 
-def connect(url: str, settings: Settings) -> Redis | RedisCluster:
+def connect(url: str, settings: Settings) -> Redis | ClusterRouter:
     """Make the client of the store that a URL names; nothing is sent yet.
 
-    The client's own retries are off: a commit is sent again by its number, never blindly. In a
-    cluster it follows a moved slot, which is safe for the same reason.
+    The client's own retries are off: a commit is sent again by its number, never blindly.
 
     Raises:
         ValueError: If the URL has another form.
@@ -112,20 +113,25 @@ def _connect_sentinel(address: Address, settings: Settings) -> Redis:
         username=address.username,
         password=address.password,
         ssl=address.is_tls,
-        max_connections=settings.store_connections,
+        # It has no pool that waits: ScriptRunner bounds the calls, the rest is for health.
+        max_connections=settings.store_connections + _SPARE_CONNECTIONS,
     )
     return client
 
 
-def _connect_cluster(address: Address, settings: Settings) -> RedisCluster:
-    return RedisCluster(
-        startup_nodes=[ClusterNode(host, port) for host, port in address.hosts],
-        username=address.username,
-        password=address.password,
-        ssl=address.is_tls,
-        max_connections=settings.store_connections,
-        **_link_options(settings),
-    )
+def _connect_cluster(address: Address, settings: Settings) -> ClusterRouter:
+    def make_client(host: str, port: int) -> Redis:
+        scheme = "rediss" if address.is_tls else "redis"
+        pool = BlockingConnectionPool.from_url(
+            f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}",
+            username=address.username,
+            password=address.password,
+            max_connections=settings.store_connections,
+            **_pool_options(settings),
+        )
+        return Redis.from_pool(pool)
+
+    return ClusterRouter(address.hosts, make_client)
 
 
 def _link_options(settings: Settings) -> dict[str, Any]:

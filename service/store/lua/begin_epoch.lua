@@ -53,7 +53,7 @@ if head ~= '' then
   local index = redis.call('HGETALL', KEYS[3])
   for i = 1, #index, 2 do
     redis.call('HSET', KEYS[3], index[i], string.sub(index[i + 1], 1, 16) .. 'C' .. string.sub(index[i + 1], 18))
-    redis.call('PEXPIRE', KEYS[3] .. index[i], ttl, 'LT')
+    redis.pcall('PEXPIRE', KEYS[3] .. index[i], ttl, 'LT')
   end
   redis.call('PEXPIRE', KEYS[3], ttl, 'LT')
 end

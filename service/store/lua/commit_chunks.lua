@@ -3,7 +3,8 @@
 -- Closes the race between reading h and writing the next h on two replicas. Anything but a match is
 -- STALE: the caller reads again and decides from what is there.
 -- KEYS the sessions' records, one a chunk; a session's other keys are built from its record's. In a
--- cluster one call carries one chunk; elsewhere many, which saves most of what a call costs.
+-- cluster one call carries one chunk, and names its tape index and its tape as well, so that a slot on
+-- its move refuses it whole; elsewhere a call carries many, which saves most of what it costs.
 -- ARGV[1] window: the ring holds one state more  ARGV[2] marker's extra time (ms)  ARGV[3] tape_ttl (ms)
 -- ARGV[4] waiting tapes  ARGV[5] counted tapes  ARGV[6] bytes of counted tapes, at most
 -- ARGV[7] for each chunk: epoch (8) acknowledged seq (8) token of the base (16), the new slot's head: seq (8)
@@ -33,7 +34,7 @@ local function keep_tape(index_key, name, token, tape, ttl)
   for i = 1, counted do
     if counted - i + 1 <= tonumber(ARGV[5]) and counted_bytes <= tonumber(ARGV[6]) then break end
     redis.call('HDEL', index_key, oldest[i][2])
-    redis.call('UNLINK', index_key .. oldest[i][2])
+    redis.pcall('UNLINK', index_key .. oldest[i][2]) -- not here while its slot moves: it expires
     counted_bytes = counted_bytes - oldest[i][3]
   end
   local tape_ttl = math.min(tonumber(ARGV[3]), ttl)
@@ -79,16 +80,16 @@ local function commit(key, at, h, tape)
   redis.call('SETRANGE', key, 16, struct.pack('>I8I8I8', next_seq, ttl, due and now or touched))
   redis.call('PEXPIRE', key, ttl)
   if not due then return 'OK' end
-  redis.call('PEXPIRE', key .. 'e', ttl + math.floor(ttl / 4) + extra)
+  redis.pcall('PEXPIRE', key .. 'e', ttl + math.floor(ttl / 4) + extra) -- nor this; it has time to spare
   return 'TOUCH'
 end
 
 local answers, at = {}, 1
-for i = 1, #KEYS do
+while at <= #ARGV[7] do
   local h_bytes, tape_bytes = struct.unpack('>I4I4', ARGV[7], at + 96)
   local h_at = at + 104
   local tape_at = h_at + h_bytes
-  answers[i] = commit(KEYS[i], at, string.sub(ARGV[7], h_at, tape_at - 1), string.sub(ARGV[7], tape_at, tape_at + tape_bytes - 1))
+  answers[#answers + 1] = commit(KEYS[#answers + 1], at, string.sub(ARGV[7], h_at, tape_at - 1), string.sub(ARGV[7], tape_at, tape_at + tape_bytes - 1))
   at = tape_at + tape_bytes
 end
 return answers

@@ -12,9 +12,9 @@ local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
 -- Remove a waiting gradient: one value, or parts of 4 MiB whose names carry its digest as well.
 local function drop_gradient(name, entry)
   local parts = math.ceil(struct.unpack('>I8', entry, 18) / 4194304)
-  if parts <= 1 then redis.call('UNLINK', ARGV[9] .. name) return end
+  if parts <= 1 then redis.pcall('UNLINK', ARGV[9] .. name) return end
   for part = 0, parts - 1 do
-    redis.call('UNLINK', ARGV[9] .. name .. string.sub(entry, 2, 17) .. struct.pack('>I2', part))
+    redis.pcall('UNLINK', ARGV[9] .. name .. string.sub(entry, 2, 17) .. struct.pack('>I2', part))
   end
 end
 local function forget(name)

@@ -16,7 +16,7 @@ if pins > 0 or string.sub(model[2], 1, 8) == number then
   return 'DELETED'
 end
 for part = 0, struct.unpack('>I2', entry, 27) - 1 do
-  redis.call('UNLINK', ARGV[3] .. string.sub(entry, 1, 16) .. number .. struct.pack('>I2', part))
+  redis.pcall('UNLINK', ARGV[3] .. string.sub(entry, 1, 16) .. number .. struct.pack('>I2', part))
 end
 local time = redis.call('TIME')
 local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)

@@ -9,15 +9,15 @@ local versions = redis.call('HGETALL', KEYS[2])
 for i = 1, #versions, 2 do
   local parts, moment_parts = struct.unpack('>I2I2', versions[i + 1], 25)
   local name = string.sub(versions[i + 1], 1, 16) .. versions[i]
-  for part = 0, parts - 1 do redis.call('UNLINK', ARGV[2] .. name .. struct.pack('>I2', part)) end
-  for part = 0, moment_parts - 1 do redis.call('UNLINK', ARGV[3] .. name .. struct.pack('>I2', part)) end
+  for part = 0, parts - 1 do redis.pcall('UNLINK', ARGV[2] .. name .. struct.pack('>I2', part)) end
+  for part = 0, moment_parts - 1 do redis.pcall('UNLINK', ARGV[3] .. name .. struct.pack('>I2', part)) end
 end
 -- Remove a waiting gradient: one value, or parts of 4 MiB whose names carry its digest as well.
 local function drop_gradient(name, entry)
   local parts = math.ceil(struct.unpack('>I8', entry, 18) / 4194304)
-  if parts <= 1 then redis.call('UNLINK', ARGV[4] .. name) return end
+  if parts <= 1 then redis.pcall('UNLINK', ARGV[4] .. name) return end
   for part = 0, parts - 1 do
-    redis.call('UNLINK', ARGV[4] .. name .. string.sub(entry, 2, 17) .. struct.pack('>I2', part))
+    redis.pcall('UNLINK', ARGV[4] .. name .. string.sub(entry, 2, 17) .. struct.pack('>I2', part))
   end
 end
 for _, name in ipairs(redis.call('ZRANGE', KEYS[6], 0, -1)) do drop_gradient(name, redis.call('HGET', KEYS[5], name)) end

@@ -11,9 +11,9 @@ local dropped = 0
 -- Remove a waiting gradient: one value, or parts of 4 MiB whose names carry its digest as well.
 local function drop_gradient(name, entry)
   local parts = math.ceil(struct.unpack('>I8', entry, 18) / 4194304)
-  if parts <= 1 then redis.call('UNLINK', ARGV[2] .. name) return end
+  if parts <= 1 then redis.pcall('UNLINK', ARGV[2] .. name) return end
   for part = 0, parts - 1 do
-    redis.call('UNLINK', ARGV[2] .. name .. string.sub(entry, 2, 17) .. struct.pack('>I2', part))
+    redis.pcall('UNLINK', ARGV[2] .. name .. string.sub(entry, 2, 17) .. struct.pack('>I2', part))
   end
 end
 local function drop(name)

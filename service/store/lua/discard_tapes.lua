@@ -15,7 +15,7 @@ end
 for i = 1, #index, 2 do
   if string.sub(index[i + 1], 17, 17) == 'W' and named(index[i]) then
     redis.call('HDEL', KEYS[1], index[i])
-    redis.call('UNLINK', KEYS[1] .. index[i])
+    redis.pcall('UNLINK', KEYS[1] .. index[i])
     dropped = dropped + 1
   end
 end

@@ -28,10 +28,12 @@ local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
 local charge = 4096 -- what a version costs beside its bytes, so that tiny ones are bounded in number too
 
 -- Do a command with each part of a version's weights (25) or moments (27); return how many answered 1.
+-- A slot may be on its move: a key to drop that is not here any more must not end the decision halfway.
 local function blobs(command, number, entry, prefix, at)
   local found = 0
   for part = 0, struct.unpack('>I2', entry, at) - 1 do
-    found = found + redis.call(command, prefix .. string.sub(entry, 1, 16) .. number .. struct.pack('>I2', part))
+    local key = prefix .. string.sub(entry, 1, 16) .. number .. struct.pack('>I2', part)
+    if command == 'UNLINK' then redis.pcall(command, key) else found = found + redis.call(command, key) end
   end
   return found
 end
@@ -47,9 +49,9 @@ blobs('PERSIST', number, ARGV[7], ARGV[9], 27)
 -- Remove a waiting gradient: one value, or parts of 4 MiB whose names carry its digest as well.
 local function drop_gradient(name, entry)
   local parts = math.ceil(struct.unpack('>I8', entry, 18) / 4194304)
-  if parts <= 1 then redis.call('UNLINK', ARGV[10] .. name) return end
+  if parts <= 1 then redis.pcall('UNLINK', ARGV[10] .. name) return end
   for part = 0, parts - 1 do
-    redis.call('UNLINK', ARGV[10] .. name .. string.sub(entry, 2, 17) .. struct.pack('>I2', part))
+    redis.pcall('UNLINK', ARGV[10] .. name .. string.sub(entry, 2, 17) .. struct.pack('>I2', part))
   end
 end
 local freed = 0

@@ -1,0 +1,187 @@
+"""Sends commands to the nodes of a Redis Cluster that serve their slots.
+
+redis-py's own cluster client sends ASKING and the command that it is for over two connections of its
+pool, so that keys of a slot on its move cannot be reached, closes every connection after a few moved
+slots, and does not look for the new master when a pipeline fails. Here every round trip is a plain
+pipeline to one node, and ASKING goes right before its command.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from typing import TYPE_CHECKING, Any
+
+from redis import exceptions as redis_errors
+from redis.crc import key_slot
+
+from service.store.failures import is_lost_connection
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from redis.asyncio import Redis
+
+    Node = tuple[str, int]
+    Command = tuple[Any, ...]
+
+REDIRECTS = 8  # followed for one command
+PAUSE_S = 0.03  # before a command is sent again whose keys are on their way
+REFRESH_S = 0.1  # between two looks at who serves what
+_SCRIPTS = frozenset({"EVAL", "EVALSHA"})
+_NO_NODE = redis_errors.ClusterDownError("no node serves the slot")
+
+
+class ClusterRouter:
+    """One client's view of a cluster: who serves which slot, and connections to each node."""
+
+    def __init__(self, seeds: Iterable[Node], make_client: Callable[[str, int], Redis]) -> None:
+        """Know where to ask first; nothing is sent yet.
+
+        Args:
+            seeds: Nodes that can be asked who serves what; one that answers is enough.
+            make_client: Makes the client of a node, whose own retries are off.
+        """
+        self._seeds = list(seeds)
+        self._make_client = make_client
+        self._clients: dict[Node, Redis] = {}
+        self._slots: dict[int, Node] = {}
+        self._refreshed_at = float("-inf")
+        self._is_stale = True
+        self._refreshing = asyncio.Lock()
+
+    async def send(self, commands: Sequence[Command]) -> list[Any]:
+        """Send commands, each to the node of its key; a failure stands in its command's place."""
+        answers: list[Any] = [_NO_NODE] * len(commands)
+        try:
+            await self.refresh()
+        except Exception as error:  # noqa: BLE001 - it becomes the answer of each command
+            return [error] * len(commands)
+        slots = [_slot_of(command) for command in commands]
+        asking: dict[int, Node] = {}
+        pending = list(range(len(commands)))
+        for _ in range(REDIRECTS):
+            await self._send_some(commands, slots, pending, asking, answers)
+            asking = {i: answers[i].node_addr for i in pending if _is_ask(answers[i])}
+            pending = [i for i in pending if self._is_redirected(answers[i])]
+            if not pending:
+                break
+            if any(isinstance(answers[i], redis_errors.TryAgainError) for i in pending):
+                await asyncio.sleep(PAUSE_S)
+        return answers
+
+    async def refresh(self, *, is_forced: bool = False) -> None:
+        """Ask who serves what, unless that is known or was asked a moment ago.
+
+        Raises:
+            RedisError, OSError: If no node answers.
+        """
+        if not (self._is_stale or is_forced):
+            return
+        async with self._refreshing:
+            if time.monotonic() - self._refreshed_at < REFRESH_S and self._slots:
+                return
+            self._slots = await self._ask_any()
+            self._refreshed_at, self._is_stale = time.monotonic(), False
+
+    async def primaries(self) -> list[Redis]:
+        """Return a client of each node that serves slots, after a fresh look."""
+        await self.refresh(is_forced=True)
+        return [self._client(node) for node in sorted(set(self._slots.values()))]
+
+    async def aclose(self) -> None:
+        """Close all connections."""
+        for client in self._clients.values():
+            await client.aclose()
+
+    async def _send_some(
+        self,
+        commands: Sequence[Command],
+        slots: Sequence[int],
+        pending: Sequence[int],
+        asking: dict[int, Node],
+        answers: list[Any],
+    ) -> None:
+        """Send those that are pending, one pipeline a node, all at once."""
+        by_node: dict[Node, list[int]] = {}
+        for i in pending:
+            node = asking.get(i) or self._slots.get(slots[i])
+            if node is None:
+                answers[i], self._is_stale = _NO_NODE, True
+            else:
+                by_node.setdefault(node, []).append(i)
+
+        async def trip(node: Node, some: list[int]) -> None:
+            sent = [(commands[i], i in asking) for i in some]
+            for i, answer in zip(some, await self._trip(node, sent), strict=True):
+                answers[i] = answer
+
+        await asyncio.gather(*(trip(node, some) for node, some in by_node.items()))
+
+    async def _trip(self, node: Node, sent: list[tuple[Command, bool]]) -> list[Any]:
+        pipeline = self._client(node).pipeline(transaction=False)
+        for command, is_asking in sent:
+            if is_asking:
+                pipeline.execute_command("ASKING")
+            pipeline.execute_command(*command)
+        try:
+            told = iter(await pipeline.execute(raise_on_error=False))
+        except Exception as error:  # noqa: BLE001 - it becomes the answer of each command
+            self._is_stale = True  # it may not be the one to ask any more
+            return [error] * len(sent)
+        answers = []
+        for _, is_asking in sent:
+            if is_asking:
+                next(told)
+            answers.append(next(told))
+        return answers
+
+    def _is_redirected(self, answer: object) -> bool:
+        """Learn from an answer; tell whether its command has to be sent again."""
+        if isinstance(answer, redis_errors.MovedError):
+            self._slots[answer.slot_id] = answer.node_addr
+            self._is_stale = True
+            return True
+        if isinstance(answer, redis_errors.ClusterDownError) or is_lost_connection(answer):
+            self._is_stale = True
+        return isinstance(answer, (redis_errors.AskError, redis_errors.TryAgainError))
+
+    async def _ask_any(self) -> dict[int, Node]:
+        """Ask nodes in turn who serves what, those that serve first."""
+        known = sorted(set(self._slots.values()))
+        random.shuffle(known)
+        error: Exception = _NO_NODE
+        for node in dict.fromkeys([*known, *self._seeds]):
+            try:
+                told = await self._client(node).execute_command("CLUSTER", "SLOTS")
+            except (redis_errors.RedisError, OSError) as failure:
+                error = failure
+            else:
+                return _served(told, node[0])
+        raise error
+
+    def _client(self, node: Node) -> Redis:
+        if node not in self._clients:
+            self._clients[node] = self._make_client(*node)
+        return self._clients[node]
+
+
+def _served(ranges: list[Any], asked_host: str) -> dict[int, Node]:
+    """Read CLUSTER SLOTS; a node that does not know its own address is where it was asked."""
+    served: dict[int, Node] = {}
+    for first, last, (host, port, *_), *_replicas in ranges:
+        node = ((host or b"").decode() or asked_host, int(port))
+        served.update(dict.fromkeys(range(first, last + 1), node))
+    return served
+
+
+def _slot_of(command: Command) -> int:
+    key = command[3 if command[0] in _SCRIPTS else 1]
+    return int(key_slot(key.encode() if isinstance(key, str) else key))
+
+
+def _is_ask(answer: object) -> bool:
+    # MOVED is a kind of ASK to redis-py.
+    is_moved = isinstance(answer, redis_errors.MovedError)
+    return isinstance(answer, redis_errors.AskError) and not is_moved

@@ -1,0 +1,111 @@
+"""A cluster whose slots move: what is on its way is found, and nothing is written beside it."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import uuid
+from typing import TYPE_CHECKING
+
+import pytest
+import pytest_asyncio
+
+from instruments.redis_servers import Cluster
+from instruments.replicas import INPUTS, Client, draw, open_on, refusal, start_replica
+from rnn_engine import SGD
+from service.domain.types import InitialWeights, ModelSpec
+from service.settings import Limits, Settings
+from service.store import keys
+from service.store.cluster import ClusterRouter
+from service.store.urls import connect
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+    import numpy as np
+
+    from instruments.redis_servers import ClusterNode
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """Three masters."""
+    with Cluster(with_replicas=False) as running:
+        yield running
+
+
+@pytest_asyncio.fixture
+async def router(cluster: Cluster) -> AsyncIterator[ClusterRouter]:
+    """A router of it that knows one node."""
+    made = connect(f"redis+cluster://{cluster.nodes[0].address}", Settings())
+    assert isinstance(made, ClusterRouter)
+    yield made
+    await made.aclose()
+
+
+def other(cluster: Cluster, slot: int) -> ClusterNode:
+    """Return a master that does not serve a slot."""
+    return next(node for node in cluster.masters if node is not cluster.owner(slot))
+
+
+async def test_commands_go_to_the_nodes_of_their_keys(router: ClusterRouter) -> None:
+    """In the order given, whatever slots they are of."""
+    names = [f"key-{k}" for k in range(50)]
+    await router.send([("SET", name, name) for name in names])
+    assert await router.send([("GET", name) for name in names]) == [n.encode() for n in names]
+
+
+async def test_keys_on_their_way_are_found_on_whichever_connection(
+    cluster: Cluster, router: ClusterRouter
+) -> None:
+    """ASKING goes with its command, also when the node has many connections open."""
+    names = [b"{move}%d" % k for k in range(4)]
+    await asyncio.gather(*(router.send([("SET", name, name)]) for name in names * 10))
+    slot = cluster.slot(names[0])
+    for _state in cluster.move_slot(slot, other(cluster, slot)):
+        told = await asyncio.gather(*(router.send([("GET", name)]) for name in names * 10))
+        assert told == [[name] for name in names * 10]
+    assert await router.send([("GET", names[0])]) == [names[0]]
+
+
+async def test_a_dead_node_fails_its_own_commands_alone(
+    cluster: Cluster, router: ClusterRouter
+) -> None:
+    """The others of the same call are carried out."""
+    slots = [cluster.slot(f"key-{k}") for k in range(9)]
+    lost = cluster.owner(slots[0])
+    owners = [cluster.owner(slot) for slot in slots]
+    await router.refresh()
+    lost.pause()
+    told = await router.send([("SET", f"key-{k}", k) for k in range(9)])
+    lost.resume()
+    for owner, answer in zip(owners, told, strict=True):
+        assert isinstance(answer, Exception) == (owner is lost)
+
+
+async def test_a_training_chunk_is_refused_whole_by_half_a_slot(
+    cluster: Cluster, rng: np.random.Generator
+) -> None:
+    """With the record moved and the tape index not, a second index would begin beside the first."""
+    replica = await start_replica(cluster.url, Limits())
+    await replica.models.create(
+        "t", ModelSpec("m", INPUTS, 4, "float32", SGD(lr=0.1)), InitialWeights(), ""
+    )
+    name = uuid.uuid4().hex
+    opened = await open_on(replica, "t", name)
+    client = Client([replica], "t", name, opened.session.epoch)
+    await client.forward(draw(rng), train=True)
+    tag = keys.session_tag("t", name)
+    slot = cluster.slot(tag)
+    source, target = cluster.owner(slot), other(cluster, slot)
+    move = cluster.move_slot(slot, target)
+    assert next(move) == "open"
+    source.ask("MIGRATE", "127.0.0.1", target.port, keys.record_key(tag), 0, 5000)
+    xs = draw(rng)
+    assert (await refusal(client.forward(xs, train=True))).reason == "UNKNOWN_OUTCOME"
+    assert target.ask("CLUSTER", "COUNTKEYSINSLOT", slot) == 1
+    assert list(itertools.islice(move, 9))[-1] == "moved"
+    assert (await client.forward(xs, train=True)).chunk_seq == 2
+    for chunk_seq in (1, 2):
+        await client.backward(draw(rng, size=4), chunk_seq)
+    await replica.close()
