@@ -281,7 +281,9 @@ class Training:
             _, params = await self._catalog.params(model, look.head)
         except DomainError:  # the head went on meanwhile
             return None
-        moments = await self._catalog.moments(model, look.head, params)
+        moments = await self._catalog.kept_moments(model, look.head, params)
+        if moments is None:  # a head has some, so it is superseded where they were looked for
+            return None
         work = len(grads) * params.Wh.size
         return await self._scheduler.run(
             4 * work,

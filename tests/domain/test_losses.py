@@ -7,7 +7,7 @@ they have in hand.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -458,3 +458,41 @@ async def test_a_trainer_with_a_log_ends_where_an_undisturbed_one_does(
     calm, rough = [await head_of(replicas[0], tenant, name) for name in ("calm", "rough")]
     assert calm == rough
     assert (trainers[0].told, bool(trainers[1].told)) == (set(), True)
+
+
+async def test_a_step_never_starts_an_optimizer_anew_that_has_moments(
+    replicas: Pair,
+    tenant: str,
+    make_model: ModelMaker,
+    open_session: ClientMaker,
+    raw: Redis,
+    rng: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two masters for a while: the head is of the one, its moments are asked of the other, further on."""
+    await make_model(optimizer=Adam())
+    client = await open_session()
+    for request in ("u1", "u2"):
+        await client.forward(draw(rng), train=True)
+        await client.backward(draw(rng, size=HIDDEN))
+        if request == "u1":
+            await client.update("m", request)
+    backup = await Backup.take(raw, keys.model_tag(tenant, "m"))
+    named = Selector("s", client.epoch, (2,))
+    made = await replicas[0].training.update(tenant, step("m", "u2", named))
+    ahead = await Backup.take(raw, keys.model_tag(tenant, "m"))
+    await backup.restore(raw)
+    models = replicas[1].store.models
+    read = models.read_moments
+
+    async def read_ahead(*which: Any) -> bytes | None:
+        monkeypatch.undo()
+        await ahead.restore(raw)
+        found = await read(*which)
+        await backup.restore(raw)
+        return found
+
+    monkeypatch.setattr(models, "read_moments", read_ahead)
+    replicas[1].catalog.forget(tenant, "m")
+    again = await replicas[1].training.update(tenant, step("m", "u2", named))
+    assert (again.version, again.replayed) == (made.version, False)
