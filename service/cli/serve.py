@@ -12,6 +12,8 @@ from service.cli.options import takes_settings
 from service.cli.output import warn
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from service.settings import Settings
 
 
@@ -27,17 +29,32 @@ def serve(settings: Settings) -> None:
       timernn serve --listen 127.0.0.1:0 --data-dir /var/lib/timernn
       timernn serve --listen 0.0.0.0:50051 --redis-url redis://redis:6379/0
     """
-    # Here, so that the other commands start without the engine and the store.
-    if settings.workers > 1:
-        from service.workers import supervise as run  # noqa: PLC0415
-    else:
-        from service.app import serve as run  # noqa: PLC0415
-
     if not (settings.supervised or is_loopback(settings.listen)):  # once, not once a worker
         warn(f"{settings.listen} may be reached from other machines, without encryption or login")
-    code = asyncio.run(run(settings, announce))
+    code = _run(settings)
     if code:
         raise typer.Exit(code)
+
+
+def _run(settings: Settings) -> int:
+    # Imported here, so that the other commands start without the engine and the store.
+    if settings.workers > 1:
+        from service.workers import supervise  # noqa: PLC0415
+
+        return asyncio.run(supervise(settings, announce))
+    from service.app import serve as serve_one  # noqa: PLC0415
+
+    with asyncio.Runner(loop_factory=_fast_loop()) as runner:
+        return runner.run(serve_one(settings, announce))
+
+
+def _fast_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """Return what makes an event loop faster than asyncio's own; None where there is none."""
+    try:
+        import uvloop  # noqa: PLC0415
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
 
 
 def announce(address: str) -> None:
