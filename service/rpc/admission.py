@@ -31,10 +31,18 @@ class Admission:
 
     def enter(self, size_bytes: int) -> None:
         """Count one operation in, or raise OVERLOADED."""
-        if self.operations >= self._max_operations:
-            raise overloaded("operations_in_flight", f"is at its limit of {self._max_operations}")
+        self._require_room()
         self.add_bytes(size_bytes)
         self.operations += 1
+
+    def add_operation(self) -> None:
+        """Count one operation in whose bytes have been counted, or raise OVERLOADED."""
+        self._require_room()
+        self.operations += 1
+
+    def _require_room(self) -> None:
+        if self.operations >= self._max_operations:
+            raise overloaded("operations_in_flight", f"is at its limit of {self._max_operations}")
 
     def add_bytes(self, size_bytes: int) -> None:
         """Count more bytes of an operation that is in, or raise OVERLOADED."""

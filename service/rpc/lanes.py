@@ -30,6 +30,7 @@ class StreamOperation:
 
     __slots__ = (
         "future",
+        "is_admitted",
         "is_overdue",
         "kind",
         "lanes",
@@ -50,6 +51,7 @@ class StreamOperation:
         self.waiting_for = 0
         self.size_bytes = size_bytes
         self.refusal: Exception | None = None
+        self.is_admitted = False
         self.future: asyncio.Future[Any] | None = None
         self.started_at = 0.0
         self.is_overdue = False

@@ -169,11 +169,10 @@ class OperationStream:
     def _enqueue(self, operation: StreamOperation) -> None:
         self._in_flight += 1
         try:
-            self._admission.enter(operation.size_bytes)
+            self._admission.add_bytes(operation.size_bytes)
         except Exception as error:  # noqa: BLE001 - answered in the operation's turn
             operation.refusal = error
         else:
-            self._admitted += 1
             self._request_bytes += operation.size_bytes
         if self._lanes.add(operation):
             self._startable.append(operation)
@@ -192,6 +191,11 @@ class OperationStream:
             self._answer_error(operation, operation.refusal)
             return
         try:
+            # Not before: what waits here for its session, or for a client that does not read, must
+            # take nobody else's place.
+            self._admission.add_operation()
+            self._admitted += 1
+            operation.is_admitted = True
             future = self._operations.submit(operation, self._histories)
         except Exception as error:  # noqa: BLE001 - answered on the stream
             self._answer_error(operation, error)
@@ -250,8 +254,8 @@ class OperationStream:
 
     def _answer(self, operation: StreamOperation, raw: bytes) -> None:
         if operation.refusal is None:
-            self._admission.leave(operation.size_bytes)
-            self._admitted -= 1
+            self._admission.leave(operation.size_bytes, int(operation.is_admitted))
+            self._admitted -= operation.is_admitted
             self._request_bytes -= operation.size_bytes
         self._answers.append(raw)
         self._answer_bytes += len(raw)

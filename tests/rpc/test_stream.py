@@ -335,6 +335,26 @@ async def test_a_client_that_does_not_read_costs_bounded_memory(
     await sending
 
 
+async def test_a_client_that_does_not_read_takes_nobody_elses_place(
+    serve: Serve, chunk: MakeChunk, until: Until
+) -> None:
+    """What waits until it reads on is not in work: others are let in."""
+    limit = 1 << 20
+    served = await serve(limits=Limits(message_bytes=limit, operations_in_flight=10))
+    served.domain.hidden_size = 1 << 12
+    greedy = served.rnn.Stream()
+    for seq in range(1, 101):
+        await send(greedy, *(chunk("greedy", 4 * seq + k, steps=16) for k in range(4)))
+    (stream,) = served.server._streams._streams
+    await until(lambda: stream._answer_bytes >= limit and stream._in_flight > 10)
+    assert served.server.admission.operations == 0
+    other = served.rnn.Stream()
+    await send(other, chunk("modest", 1))
+    (result,) = (await other.read()).results
+    assert result.WhichOneof("result") == "forward"
+    greedy.cancel()
+
+
 async def test_joined_answers_stay_within_the_message_limit(serve: Serve, chunk: MakeChunk) -> None:
     """A message holds what fits, the rest goes with the next."""
     served = await serve(limits=Limits(message_bytes=20_000))
