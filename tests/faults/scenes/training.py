@@ -25,9 +25,11 @@ class Trainer:
     known: tensor_pb2.WeightsVersion | None = None
 
     @classmethod
-    async def start(cls, model: Model, wire: Wire, rng: np.random.Generator) -> Trainer:
+    async def start(
+        cls, model: Model, wire: Wire, rng: np.random.Generator, **fields: Any
+    ) -> Trainer:
         """Open a session to train with."""
-        return cls(model, await model.open(wire), rng)
+        return cls(model, await model.open(wire, **fields), rng)
 
     async def taped(self, wire: Any) -> rnn_pb.BackwardRequest:
         """Apply a drawn chunk in training mode; lay out its Backward."""
