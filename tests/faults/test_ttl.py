@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-        from instruments.report import Proof
+    from instruments.report import Proof
 
 TTL_S, TAPE_TTL_S = 4.0, 1.5
 SKEW_S = 3600
