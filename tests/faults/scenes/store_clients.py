@@ -16,7 +16,7 @@ from rnn_engine import TimeRNN
 from scenes.wire import is_close
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from numpy.typing import NDArray
 
@@ -186,10 +186,11 @@ class Ending:
 
 
 class Traffic:
-    """Sessions that stream until told to stop, and the longest time without an answer.
+    """Sessions that stream until told to stop, and the longest time that one had no answer.
 
     Attributes:
-        answers: When each answer came, in seconds of the monotonic clock.
+        answers: When each answer came, in seconds of the monotonic clock, and to which session.
+        failures: What ended a session's stream.
     """
 
     def __init__(
@@ -203,7 +204,7 @@ class Traffic:
         **options: Any,
     ) -> None:
         """Open the sessions."""
-        self.answers: list[float] = []
+        self.answers: list[tuple[float, int]] = []
         self.failures: list[str] = []
         self._proof, self._pace_s = proof, pace_s
         self._stop = threading.Event()
@@ -256,9 +257,13 @@ class Traffic:
             self._stop.wait(0.01)
 
     def longest_gap_s(self, since: float) -> float:
-        """Return the longest time without any answer after `since`, in seconds."""
-        times = [since, *sorted(at for at in self.answers if at >= since)]
-        return max((b - a for a, b in itertools.pairwise(times)), default=float("inf"))
+        """Return the longest time that a session had no answer after `since`, in seconds."""
+        return max(self._gap_s(number, since) for number in range(len(self._streamers)))
+
+    def _gap_s(self, number: int, since: float) -> float:
+        times = [since, *(at for at, who in self.answers if who == number and at >= since)]
+        times.append(time.monotonic())
+        return max(later - earlier for earlier, later in itertools.pairwise(times))
 
     def _run(self, streamer: Streamer, number: int) -> None:
         rng = np.random.default_rng((self._proof.seed, number))
@@ -266,13 +271,13 @@ class Traffic:
             while not self._stop.is_set():
                 (xs,) = draw(rng, 1)
                 streamer.forward(xs, self._proof)
-                self.answers.append(time.monotonic())
+                self.answers.append((time.monotonic(), number))
                 self._stop.wait(self._pace_s)
         except timernn.Error as error:
             self.failures.append(f"{streamer.session.session_id}: {error!r}")
 
 
-def slices(count: int, size: int) -> Iterator[range]:
-    """Cut `count` into parts of `size`."""
-    for start in range(0, count, size):
-        yield range(start, min(count, start + size))
+def note_wait(traffic: Traffic, since: float, proof: Proof) -> None:
+    """Note how long a session waited at most, its healing included."""
+    wait_s = traffic.longest_gap_s(since)
+    proof.figures["longest wait s"] = max(wait_s, proof.figures.get("longest wait s", 0.0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ import grpc
 import numpy as np
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from timernn import errors
 from timernn._core.convert import tensor_to_proto
 from timernn._core.status import error_from_rpc
 from timernn.v1 import session_service_pb2 as session_pb
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from timernn import errors
+    from instruments.report import Proof
 
     Array = NDArray[Any]
 
@@ -147,6 +149,56 @@ class HealthWatch:
             self.liveness_lost |= not self.probe.is_serving("liveness")
 
 
-def zeros(n: int = 1, t: int = 2, d: int = 3) -> Array:
-    """Return a chunk of zeros."""
-    return np.zeros((n, t, d), np.float32)
+class WriteWatch:
+    """Writes to one session of its own again and again, and knows how long that was UNAVAILABLE.
+
+    Each write begins an epoch, so that it depends on none before it: what the store lost is no
+    matter here.
+    """
+
+    def __init__(self, address: str, model_id: str, session_id: str, width: int) -> None:
+        """Open the session; `width` is the model's H."""
+        self._probe = Probe(address)
+        self._model_id, self._session_id = model_id, session_id
+        self._state = tensor_to_proto(np.zeros((1, width), np.float32))
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="writes")
+        self.answered: list[float] = []
+
+    def longest_gap_s(self, since: float) -> float:
+        """Return the longest time without an answer but UNAVAILABLE after `since`, in seconds."""
+        times = [since, *(at for at in self.answered if at >= since), time.monotonic()]
+        return max(later - earlier for earlier, later in itertools.pairwise(times))
+
+    def __enter__(self) -> Self:
+        """Start to write."""
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop."""
+        self._stop.set()
+        self._thread.join()
+        self._probe.channel.close()
+
+    def _run(self) -> None:
+        while not self._stop.wait(0.02):
+            told = self._probe.ask(
+                self._probe.sessions.OpenSession,
+                session_pb.OpenSessionRequest(
+                    model_id=self._model_id,
+                    session_id=self._session_id,
+                    batch_size=1,
+                    initial_state=self._state,
+                    on_exists=session_pb.ON_EXISTS_RESET,
+                ),
+            )
+            if not isinstance(told.error, errors.Unavailable):
+                self.answered.append(time.monotonic())
+
+
+def note_gap(watch: WriteWatch, since: float, limit_s: float, proof: Proof) -> None:
+    """Note for how long the service was UNAVAILABLE, and hold it to its limit."""
+    gap_s = watch.longest_gap_s(since)
+    proof.figures["UNAVAILABLE for s"] = max(gap_s, proof.figures.get("UNAVAILABLE for s", 0.0))
+    proof.require(gap_s <= limit_s, f"UNAVAILABLE for {gap_s:.2f} s, the limit is {limit_s}")
