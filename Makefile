@@ -88,5 +88,5 @@ image-test: ## Build the image, start it, ping it (docker, podman or buildah).
 
 .PHONY: clean
 clean: ## Remove what the targets made.
-	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-mlserver build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
