@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -192,8 +193,7 @@ class Sessions:
         if resumed:
             _check_resumable(snapshot.head, start.head)
         elif snapshot.head.epoch != number:
-            text = f"epoch {number} began and was ended by another writer at once"
-            raise Aborted("EPOCH_FENCED", text, epoch=snapshot.head.epoch)
+            return _overtaken(session_id, snapshot, start, outcome, number)
         if resumed or start.mode in ("live", OnExists.RESET.value):
             # An Open has told the list already, but of a life that may be longer or shorter.
             await self._store.touch_session(tenant, session_id, snapshot.head.ttl_ms)
@@ -295,3 +295,22 @@ def _opened(
     head = snapshot.head
     state = state_from_bytes(snapshot.last.h, head.dtype, head.batch_size)
     return OpenedSession(_view(session_id, snapshot), state, resumed, replayed)
+
+
+def _overtaken(
+    session_id: str,
+    snapshot: SessionSnapshot,
+    start: EpochStart,
+    outcome: EpochOutcome,
+    number: int,
+) -> OpenedSession:
+    """Answer with the beginning of an epoch that another writer has ended since.
+
+    It did begin, so this is no refusal; whoever goes on from it is fenced.
+    """
+    if outcome is not EpochOutcome.BEGUN:  # an earlier call began it, and chunks may have followed
+        text = f"epoch {number} began and was ended by another writer"
+        raise Aborted("EPOCH_FENCED", text, epoch=snapshot.head.epoch)
+    head = replace(start.head, epoch=number, chunk_seq=0)
+    begun = replace(snapshot, head=head, last=start.first)
+    return _opened(session_id, begun, resumed=False, replayed=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -609,3 +609,31 @@ async def test_tenants_do_not_see_each_other(
     for call in calls:
         with pytest.raises(NotFound):
             await call
+
+
+async def test_a_reset_that_another_one_overtakes_was_made_all_the_same(
+    replicas: Pair, tenant: str, make_model: ModelMaker, open_session: ClientMaker
+) -> None:
+    """It is answered as it began, though the next one ended it before it could be read back."""
+    await make_model()
+    client = await open_session()
+    begun: list[int] = []
+
+    class Overtaken:
+        """A store on which each new epoch is followed by another one at once."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(replicas[0].store.sessions, name)
+
+        async def begin_epoch(self, *arguments: Any) -> Any:
+            outcome, number = await replicas[0].store.sessions.begin_epoch(*arguments)
+            view, _ = await replicas[1].sessions.begin_epoch(tenant, new_epoch())
+            begun.append(view.epoch)
+            return outcome, number
+
+    replicas[0].sessions._store = Overtaken()
+    view, replayed = await replicas[0].sessions.begin_epoch(tenant, new_epoch())
+    assert client.epoch < view.epoch < begun[0]
+    assert (view.chunk_seq, replayed) == (0, False)
+    late = await refusal(client.forward(np.zeros((ROWS, 1, INPUTS), np.float32), epoch=view.epoch))
+    assert late.reason == "EPOCH_FENCED"
