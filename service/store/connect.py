@@ -6,17 +6,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from redis import exceptions as redis_errors
+from redis.asyncio import Redis
 
 from service.store.cluster import ClusterRouter
 from service.store.failures import as_domain_error
 from service.store.models import RedisModelStore
 from service.store.scripts import ScriptRunner
 from service.store.sessions import RedisSessionStore
-from service.store.urls import connect
+from service.store.urls import OneMasterPool, connect
 
 if TYPE_CHECKING:
-    from redis.asyncio import Redis
-
     from service.settings import Settings
 
 
@@ -57,6 +56,8 @@ class Store:
         """Read what each primary tells of its memory, its role and its file."""
         client = self._client
         sections = ("memory", "replication", "persistence")
+        if isinstance(client, Redis) and isinstance(client.connection_pool, OneMasterPool):
+            await client.connection_pool.follow()
         nodes = await client.primaries() if isinstance(client, ClusterRouter) else [client]
         return [await node.info(*sections) for node in nodes]
 

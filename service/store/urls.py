@@ -13,13 +13,15 @@ TLS. What follows `?` in the first form is redis-py's; a Sentinel URL may have
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from redis import exceptions as redis_errors
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
-from redis.asyncio.sentinel import Sentinel
+from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
 from redis.backoff import NoBackoff
 
 from service.store.cluster import ClusterRouter
@@ -45,6 +47,33 @@ class Address:
     password: str | None
     is_tls: bool
     options: dict[str, str]
+
+
+class OneMasterPool(SentinelConnectionPool):
+    """Connections to the master that was named last, and to no other.
+
+    After a failover the old master may wake up and serve for a while whoever is connected to it. Were
+    some connections to the one and some to the other, one call would find what the next one misses.
+    """
+
+    async def get_connection(self, *args: Any, **options: Any) -> Any:
+        """Take a connection; one to an earlier master is made again."""
+        base: Any = super()
+        connection = await base.get_connection(*args, **options)
+        if self.master_address not in (None, (connection.host, connection.port)):
+            try:
+                await connection.disconnect()
+                await connection.connect()
+            except BaseException:
+                await self.release(connection)
+                raise
+        return connection
+
+    async def follow(self) -> None:
+        """Ask the sentinels who the master is; while they do not say, the one named last stays."""
+        pool: Any = self
+        with contextlib.suppress(redis_errors.RedisError, OSError):
+            await pool.get_master_address()
 
 
 def connect(url: str, settings: Settings) -> Redis | ClusterRouter:
@@ -104,11 +133,17 @@ def _connect_sentinel(address: Address, settings: Settings) -> Redis:
     }
     sentinel = Sentinel(
         address.hosts,
-        sentinel_kwargs={**_link_options(settings), **credentials, "ssl": address.is_tls},
+        sentinel_kwargs={
+            **_link_options(settings),
+            **credentials,
+            "ssl": address.is_tls,
+            "retry": Retry(NoBackoff(), 0),  # another sentinel is asked instead
+        },
         **options,
     )
     client: Redis = sentinel.master_for(
         address.name,
+        connection_pool_class=OneMasterPool,
         db=address.database,
         username=address.username,
         password=address.password,
