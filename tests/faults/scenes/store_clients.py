@@ -33,8 +33,8 @@ PATIENT = timernn.RetryPolicy(
 
 def connect(addresses: Sequence[str], **options: Any) -> timernn.Client:
     """Connect with patience for a busy machine."""
-    options = {"timeout": 60, "connect_timeout": 60, "retry": PATIENT} | options
-    return timernn.connect(list(addresses), **options)
+    patient: dict[str, Any] = {"timeout": 60, "connect_timeout": 60, "retry": PATIENT}
+    return timernn.connect(list(addresses), **(patient | options))
 
 
 def create_model(client: timernn.Client, model_id: str, seed: int = 1) -> None:
@@ -210,7 +210,7 @@ class Traffic:
         self._stop = threading.Event()
         self._streamers = [
             Streamer(
-                addresses[k % len(addresses) :] + addresses[: k % len(addresses)],
+                [*addresses[k % len(addresses) :], *addresses[: k % len(addresses)]],
                 model_id,
                 f"{model_id}-{proof.seed}-{k}",
                 **options,
