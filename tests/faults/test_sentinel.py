@@ -28,14 +28,14 @@ MOST_S = DOWN_AFTER_S + 2.0
 AFTER_S = 1.0
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def group() -> Iterator[SentinelGroup]:
     """A master, a replica and three sentinels."""
     with SentinelGroup(down_after_ms=int(1000 * DOWN_AFTER_S)) as running:
         yield running
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def replicas(group: SentinelGroup) -> Iterator[list[ServiceProcess]]:
     """Two replicas that ask the sentinels."""
     with replicas_on(group.url) as running:
@@ -85,17 +85,18 @@ def test_a_failover_under_load_is_ridden_out(
 ) -> None:
     """Streams and a training run go on over it, what it lost is healed, no server restarts."""
     addresses, data = addresses_of(replicas), draw(np.random.default_rng(seed), 60)
+    model_id = f"{fault.__name__}-{seed}-{rounds}"
     with connect(addresses, log_limit=512) as client:
-        wanted = Ending(client, "calm", data)
-        create_model(client, "m")
+        wanted = Ending(client, f"{model_id}-calm", data)
+        create_model(client, model_id)
         with (
-            Traffic(addresses, "m", proof, log_limit=512) as traffic,
-            WriteWatch(addresses[0], "m", "watched", H) as watch,
+            Traffic(addresses, model_id, proof, log_limit=512) as traffic,
+            WriteWatch(addresses[0], model_id, f"{model_id}-watched", H) as watch,
             ThreadPoolExecutor(1) as pool,
         ):
             traffic.note_steady(2.0)
             for number in range(rounds):
-                trainer = Trainer(client, f"m{number}")
+                trainer = Trainer(client, f"{model_id}-{number}")
                 training = pool.submit(trainer.run, data, lambda _number, _comes: time.sleep(0.02))
                 traffic.run_for(0.5)
                 master, began = group.master(), time.monotonic()
@@ -132,18 +133,19 @@ def test_more_calls_at_once_than_connections_wait_for_one(
 ) -> None:
     """A burst of training calls beyond the pool's size is served, before and after a failover."""
     addresses = addresses_of(replicas)
-    data = draw(np.random.default_rng(seed), 4)
+    data, model_id = draw(np.random.default_rng(seed), 4), f"burst-{seed}-{sessions}"
     with connect(addresses[:1]) as client:
-        wanted = Ending(client, "calm", data)
-        create_model(client, "m")
-        with Traffic(addresses, "m", proof) as traffic:
+        wanted = Ending(client, f"{model_id}-calm", data)
+        create_model(client, model_id)
+        with Traffic(addresses, model_id, proof) as traffic:
             traffic.note_steady(2.0)
             kill(group, group.master())
             proof.hit("master: kill")
             traffic.wait_for_answers(100)
+        _wait_settled(group)
 
         def train(number: int) -> None:
-            trainer = Trainer(client, f"m{number}")
+            trainer = Trainer(client, f"{model_id}-{number}")
             trainer.check(trainer.run(data, lambda _number, _comes: None), wanted, proof)
 
         with ThreadPoolExecutor(sessions) as pool:

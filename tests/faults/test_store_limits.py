@@ -204,14 +204,15 @@ def test_an_unfit_store_is_told_by_health_and_by_every_write(
         Probe(addresses[0]) as other,
     ):
         place = probe.open(model_id, "")
-        for _ in range(rounds):
+        for number in range(rounds):
             with HealthWatch(other) as health:
                 health.wait_for(is_serving=True)
                 with unfit(store):
                     began = time.monotonic()
                     _check_writes(probe, place, proof, is_refused=unfit is not evicting)
                     noticed = health.wait_for(is_serving=False) - began
-                    _check_start_refused(store, proof)
+                    if not number:
+                        _check_start_refused(store, proof)
                 ended = time.monotonic()
                 recovered = health.wait_for(is_serving=True) - ended
             proof.hit(f"store {unfit.__name__}")
