@@ -1,0 +1,206 @@
+"""More work than a replica can do: it sheds the surplus at once and keeps its pace."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import numpy as np
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from scenes.figures import figure
+from scenes.fleet import Fleet
+from scenes.wire import TIMEOUT_S, Wire, outcome, told
+from timernn import errors
+from timernn._core.channels import channel_options
+from timernn._core.convert import tensor_to_proto
+from timernn.v1 import model_service_pb2 as model_pb
+from timernn.v1 import time_rnn_service_pb2 as rnn_pb
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from instruments.report import Proof
+
+IN_FLIGHT = 16
+CALLERS = 8  # connections
+# Several ms of arithmetic a call: what a replica refuses costs it about 0.3 ms, so calls that are as
+# cheap as their refusal could not keep their pace, whatever the replica did.
+ROWS, STEPS, HIDDEN = 8, 48, 512
+TRIALS = 5
+QUICK_S, HEALTHY_S, GOODPUT = 0.010, 0.050, 0.8
+
+
+@pytest.fixture(scope="module")
+def fleet() -> Iterator[Fleet]:
+    """One replica that takes little at once."""
+    with Fleet(1, "--limit-operations-in-flight", str(IN_FLIGHT)) as running:
+        yield running
+
+
+@dataclass
+class Load:
+    """What came of the calls offered in some seconds."""
+
+    done: int = 0
+    refused: int = 0
+    others: list[Any] = field(default_factory=list)
+    refusal_s: list[float] = field(default_factory=list)
+    health_s: list[float] = field(default_factory=list)
+
+
+class Bench:
+    """Calls of a fixed size to one replica, and a look at its health beside them."""
+
+    def __init__(
+        self, wires: list[Wire], address: str, model_id: str, rng: np.random.Generator
+    ) -> None:
+        """Take open connections and the address to ask for health."""
+        self._wires, self._address = wires, address
+        xs = rng.standard_normal((ROWS, STEPS, 16)).astype(np.float32)
+        self._request = rnn_pb.ForwardRequest(
+            model_id=model_id, xs=tensor_to_proto(xs), return_hs=rnn_pb.RETURN_HS_NONE
+        )
+
+    async def capacity(self, seconds: float) -> float:
+        """Return the calls a second that a few callers get done who wait for each answer."""
+        end, done = time.monotonic() + seconds, 0
+
+        async def call(wire: Wire) -> None:
+            nonlocal done
+            while time.monotonic() < end:
+                await wire.forward(self._request)
+                done += 1
+
+        await asyncio.gather(*map(call, self._wires))
+        return done / seconds
+
+    async def offer(self, per_s: float, seconds: float) -> Load:
+        """Start so many calls a second, whatever becomes of them."""
+        load = Load()
+        calls: set[asyncio.Task[None]] = set()
+        watching = asyncio.create_task(self._watch(load))
+        started = time.monotonic()
+        for number in range(int(per_s * seconds)):
+            await asyncio.sleep(max(0.0, started + number / per_s - time.monotonic()))
+            task = asyncio.create_task(self._call(self._wires[number % CALLERS], load))
+            calls.add(task)
+            task.add_done_callback(calls.discard)
+        await asyncio.gather(*calls)
+        load.done = int(load.done * seconds / (time.monotonic() - started))
+        watching.cancel()
+        await asyncio.wait([watching])
+        return load
+
+    async def _call(self, wire: Wire, load: Load) -> None:
+        started = time.monotonic()
+        answer = await outcome(wire.forward(self._request))
+        if isinstance(answer, errors.Overloaded):
+            load.refused += 1
+            load.refusal_s.append(time.monotonic() - started)
+        elif isinstance(answer, errors.Error):
+            load.others.append(answer)
+        else:
+            load.done += 1
+
+    async def _watch(self, load: Load) -> None:
+        async with grpc.aio.insecure_channel(self._address, channel_options(1 << 20)) as channel:
+            stub: Any = health_pb2_grpc.HealthStub(channel)
+            while True:
+                started = time.monotonic()
+                answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_S)
+                assert answer.status == health_pb2.HealthCheckResponse.SERVING
+                load.health_s.append(time.monotonic() - started)
+                await asyncio.sleep(0.02)
+
+
+def quantile(values: list[float], share: float) -> float:
+    """Return the value that this share of the values does not exceed; 0 for none."""
+    return float(np.quantile(values, share)) if values else 0.0
+
+
+@dataclass
+class Trial:
+    """One climb to four times the capacity.
+
+    Attributes:
+        capacity: Calls a second of callers who wait for each answer.
+        idle: At a tenth of it.
+        loads: At 1, 2 and 4 times of it.
+    """
+
+    seconds: float
+    capacity: float
+    idle: Load
+    loads: dict[int, Load]
+
+    @classmethod
+    async def run(cls, bench: Bench, seconds: float) -> Trial:
+        """Measure the capacity, then offer less and more."""
+        capacity = await bench.capacity(seconds / 2)
+        idle = await bench.offer(capacity / 10, seconds / 4)
+        loads = {factor: await bench.offer(factor * capacity, seconds) for factor in (1, 2, 4)}
+        return cls(seconds, capacity, idle, loads)
+
+    def shortfalls(self) -> list[str]:
+        """Return what fell short of the figures."""
+        worst = self.loads[4]
+        peak = max(self.capacity, *(load.done / self.seconds for load in self.loads.values()))
+        # What an idle server's answers take is the machine's, and the callers' own, not the load's.
+        floor = quantile(self.idle.health_s, 0.99)
+        refusal, health = quantile(worst.refusal_s, 0.5), quantile(worst.health_s, 0.99)
+        found = []
+        if worst.done / self.seconds < GOODPUT * peak:
+            found.append(f"goodput at 4x is {worst.done / self.seconds:.0f}/s of {peak:.0f}/s")
+        if refusal > QUICK_S + floor:
+            found.append(f"a refusal took {refusal * 1000:.0f} ms at 4x (median)")
+        if health > HEALTHY_S + floor:
+            found.append(f"health took {health * 1000:.0f} ms at 4x (p99)")
+        return found
+
+    def note(self, proof: Proof) -> None:
+        """Write down what was measured; whatever was answered must have been one of two things."""
+        for factor, load in self.loads.items():
+            proof.checked(load.done + load.refused)
+            proof.hit(f"refused at {factor}x", load.refused)
+            proof.figures[f"goodput {factor}x /s"] = load.done / self.seconds
+            proof.figures[f"refusal p50 {factor}x s"] = quantile(load.refusal_s, 0.5)
+            proof.figures[f"health p99 {factor}x s"] = quantile(load.health_s, 0.99)
+            proof.require(not load.others, f"at {factor}x: {load.others[:1]}")
+            if factor > 1:
+                proof.require(load.refused, f"at {factor}x nothing was refused")
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.promise("R16", "overload sheds and does not collapse")
+@figure("seconds", 2, 20)
+async def test_goodput_holds_at_four_times_the_capacity(
+    fleet: Fleet, proof: Proof, seed: int, seconds: int
+) -> None:
+    """At 1, 2 and 4 times what it can do, a replica does as much, and refuses the rest at once.
+
+    Whoever else uses the machine can only make the figures worse: the best of five trials counts.
+    """
+    wires = [Wire(fleet.addresses[0]) for _ in range(CALLERS)]
+    model_id = f"big-{seed}"
+    spec = model_pb.ModelSpec(model_id=model_id, input_size=16, hidden_size=HIDDEN)
+    request = model_pb.CreateModelRequest(spec=spec, seed=1)
+    await told(wires[0].models.CreateModel(request, timeout=TIMEOUT_S))
+    bench = Bench(wires, fleet.addresses[0], model_id, np.random.default_rng(seed))
+    await bench.capacity(0.5)  # warm
+    shortfalls: list[str] = []
+    for _ in range(TRIALS):
+        trial = await Trial.run(bench, seconds)
+        shortfalls = trial.shortfalls()
+        if not shortfalls:
+            break
+    proof.steady(int(trial.capacity), 1.0)
+    trial.note(proof)
+    for shortfall in shortfalls:
+        proof.violated(shortfall)
+    for wire in wires:
+        await wire.channel.close()
