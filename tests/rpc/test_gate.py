@@ -36,16 +36,21 @@ def path_of(method: MethodDescriptor) -> str:
     return f"/{method.containing_service.full_name}/{method.name}"
 
 
-async def call_raw(channel: Any, method: MethodDescriptor, raw: bytes) -> Any:
+async def call_raw(
+    channel: Any, method: MethodDescriptor, raw: bytes, *, writes: bool = True
+) -> Any:
     """Call any method with bytes and return its first answer's."""
     path = path_of(method)
     if method.client_streaming and method.server_streaming:
         both = channel.stream_stream(path)()
+        # gRPC's client loses the status of a call that ends while it writes: what is refused before the
+        # first message is read must not write one.
         with contextlib.suppress(asyncio.InvalidStateError):  # refused already
-            await both.write(raw)
+            if writes:
+                await both.write(raw)
         return await both.read()
     if method.client_streaming:
-        return await channel.stream_unary(path)(iter([raw]))
+        return await channel.stream_unary(path)(iter([raw] if writes else []))
     if method.server_streaming:
         return await channel.unary_stream(path)(raw).read()
     return await channel.unary_unary(path)(raw)
@@ -70,7 +75,7 @@ async def test_every_method_passes_the_authenticator(
     """No method of any service, health and reflection included, is reached without a principal."""
     gatekeeper = DenyAll()
     served = await serve(authenticator=gatekeeper)
-    refusal = await refused(call_raw(served.channel, method, b""))
+    refusal = await refused(call_raw(served.channel, method, b"", writes=False))
     assert refusal.reason == "NOBODY"
     assert gatekeeper.tried == [path_of(method)]
 
