@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 # Beyond the limit on messages, so that one a little too large is refused by us, with a reason.
 _MESSAGE_MARGIN_BYTES: Final = 64 << 10
+_HANDOVER_S: Final = 0.05
 
 _SERVICES: Final = {
     name: module.DESCRIPTOR.services_by_name[name]
@@ -118,6 +120,10 @@ class RpcServer:
         self.health.end()
         self._gate.is_draining = True
         self._streams.drain()
+        if grace_s:
+            # gRPC's stop cancels what it has accepted and not yet handed over; until then the gate still
+            # refuses it, with a reason.
+            await asyncio.sleep(_HANDOVER_S)
         await self._server.stop(grace_s)
 
     def _add_services(self, domain: Domain, info: ServerInfo) -> None:
