@@ -64,7 +64,8 @@ LIMITS_HELP = {
     "operations_per_message": "Operations in one message of a stream.",
     "stream_operations_in_flight": "Operations of one stream that may be unanswered at once.",
     "operations_in_flight": "Operations that may be in work or waiting at once.",
-    "request_bytes_in_flight": "Bytes of requests that may be in work or waiting at once.",
+    "request_bytes_in_flight": "Bytes of requests that may be in work or waiting at once, and of the"
+    " answers that are being made.",
     "sessions_per_tenant": "Live sessions of a tenant.",
     "models_per_tenant": "Models of a tenant.",
     "weights_bytes": "Largest weights version, without the optimizer's moments.",

@@ -80,6 +80,11 @@ class Catalog:
             self.start_reading(tenant, model_id)
         return model
 
+    def spec(self, tenant: str, model_id: str) -> ModelSpec | None:
+        """Return a model's specification if this process has seen it, however old its head."""
+        model = self._models.get((tenant, model_id))
+        return None if model is None else model.spec
+
     async def get(self, tenant: str, model_id: str, *, fresh: bool = False) -> KnownModel:
         """Return a model; `fresh` means read after this call began.
 

@@ -137,6 +137,14 @@ class Recurrence:
             lane.append(call)
         return call.answer
 
+    def sizes(self, tenant: str, session_id: str, model_id: str) -> tuple[int, int]:
+        """Return D and H of what a request would run; the limits where that is not in hand."""
+        live = self._live.get((tenant, session_id)) if session_id else None
+        spec = self._catalog.spec(tenant, model_id if live is None else live.model_id)
+        if spec is None:
+            return self._limits.input_size, self._limits.hidden_size
+        return spec.input_size, spec.hidden_size
+
     async def drain(self) -> None:
         """Wait until every chunk submitted has its answer."""
         while self._lanes or self._tasks:

@@ -18,7 +18,8 @@ class Admission:
 
     Attributes:
         operations: Operations in work or waiting.
-        request_bytes: Bytes of their requests, and of uploads and downloads under way.
+        request_bytes: Bytes of their requests and of the answers to come, and of uploads and downloads
+            under way.
     """
 
     __slots__ = ("_max_bytes", "_max_operations", "operations", "request_bytes")
@@ -44,9 +45,10 @@ class Admission:
         if self.operations >= self._max_operations:
             raise overloaded("operations_in_flight", f"is at its limit of {self._max_operations}")
 
-    def add_bytes(self, size_bytes: int) -> None:
-        """Count more bytes of an operation that is in, or raise OVERLOADED."""
-        if self.request_bytes and self.request_bytes + size_bytes > self._max_bytes:
+    def add_bytes(self, size_bytes: int, held_bytes: int = 0) -> None:
+        """Count more bytes for one who holds some already, or raise OVERLOADED."""
+        others_bytes = self.request_bytes - held_bytes
+        if others_bytes and self.request_bytes + size_bytes > self._max_bytes:
             raise overloaded("request_bytes_in_flight", f"is at its limit of {self._max_bytes}")
         self.request_bytes += size_bytes
 
@@ -86,5 +88,5 @@ class Ticket:
     def reserve(self, size_bytes: int) -> None:
         """Count more bytes that this call is about to hold, or raise OVERLOADED."""
         if self._admission:
-            self._admission.add_bytes(size_bytes)
+            self._admission.add_bytes(size_bytes, self._size_bytes)
             self._size_bytes += size_bytes

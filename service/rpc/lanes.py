@@ -22,6 +22,7 @@ class StreamOperation:
         lanes: The sessions that it belongs to.
         waiting_for: In how many lanes another is before it.
         size_bytes: Its part of the message it came in.
+        expected_bytes: The most that its answer can have, once it is started.
         refusal: Why it is not even tried.
         future: The domain's answer to come.
         started_at: When it was started, in the loop's seconds.
@@ -29,6 +30,7 @@ class StreamOperation:
     """
 
     __slots__ = (
+        "expected_bytes",
         "future",
         "is_admitted",
         "is_overdue",
@@ -50,6 +52,7 @@ class StreamOperation:
         self.lanes = _lanes_of(self.kind, self.request, max_names)
         self.waiting_for = 0
         self.size_bytes = size_bytes
+        self.expected_bytes = 0
         self.refusal: Exception | None = None
         self.is_admitted = False
         self.future: asyncio.Future[Any] | None = None

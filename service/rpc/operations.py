@@ -6,6 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 from service.domain.errors import bad_field
+from service.rpc.answers import AnswerSizes
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -20,15 +21,25 @@ if TYPE_CHECKING:
 class Operations:
     """Starts operations of one tenant."""
 
-    __slots__ = ("_reader", "_recurrence", "_tenant", "_training")
+    __slots__ = ("_reader", "_recurrence", "_sizes", "_tenant", "_training")
 
     def __init__(
-        self, tenant: str, reader: OperationReader, recurrence: Recurrence, training: Training
+        self,
+        tenant: str,
+        reader: OperationReader,
+        recurrence: Recurrence,
+        training: Training,
+        message_bytes: int,
     ) -> None:
         self._tenant = tenant
         self._reader = reader
         self._recurrence = recurrence
         self._training = training
+        self._sizes = AnswerSizes(tenant, recurrence, message_bytes)
+
+    def answer_bytes(self, operation: StreamOperation) -> int:
+        """Return the most bytes that an operation's answer can have."""
+        return self._sizes.most_bytes(operation.kind, operation.request)
 
     def submit(self, operation: StreamOperation, histories: Histories) -> asyncio.Future[Any]:
         """Check an operation and start it; raise a DomainError when it is refused."""

@@ -83,6 +83,7 @@ class OperationStream:
         self._admitted = 0
         self._request_bytes = 0
         self._answer_bytes = 0
+        self._expected_bytes = 0  # of the answers of what was started, at most
 
         self._wake = asyncio.Event()  # for the writer: an answer, or the end
         self._room = asyncio.Event()  # for the reader
@@ -182,9 +183,13 @@ class OperationStream:
         if self._is_starting:
             return
         self._is_starting = True
-        while self._startable and self._answer_bytes < self._limits.message_bytes:
+        while self._startable and self._has_room():
             self._start(self._startable.popleft())
         self._is_starting = False
+
+    def _has_room(self) -> bool:
+        """Tell whether the answers that wait, and those to come, leave room for another."""
+        return self._answer_bytes + self._expected_bytes < self._limits.message_bytes
 
     def _start(self, operation: StreamOperation) -> None:
         if operation.refusal:
@@ -193,9 +198,7 @@ class OperationStream:
         try:
             # Not before: what waits here for its session, or for a client that does not read, must
             # take nobody else's place.
-            self._admission.add_operation()
-            self._admitted += 1
-            operation.is_admitted = True
+            self._admit(operation)
             future = self._operations.submit(operation, self._histories)
         except Exception as error:  # noqa: BLE001 - answered on the stream
             self._answer_error(operation, error)
@@ -204,6 +207,15 @@ class OperationStream:
         operation.started_at = self._loop.time()
         self._started.add(operation)
         future.add_done_callback(partial(self._on_done, operation))
+
+    def _admit(self, operation: StreamOperation) -> None:
+        self._admission.add_operation()
+        self._admitted += 1
+        operation.is_admitted = True
+        expected = self._operations.answer_bytes(operation)
+        self._admission.add_bytes(expected, self._request_bytes + self._expected_bytes)
+        operation.expected_bytes = expected
+        self._expected_bytes += expected
 
     def _on_done(self, operation: StreamOperation, future: asyncio.Future[Any]) -> None:
         error: BaseException | None
@@ -254,7 +266,9 @@ class OperationStream:
 
     def _answer(self, operation: StreamOperation, raw: bytes) -> None:
         if operation.refusal is None:
-            self._admission.leave(operation.size_bytes, int(operation.is_admitted))
+            held = operation.size_bytes + operation.expected_bytes
+            self._admission.leave(held, int(operation.is_admitted))
+            self._expected_bytes -= operation.expected_bytes
             self._admitted -= operation.is_admitted
             self._request_bytes -= operation.size_bytes
         self._answers.append(raw)
@@ -307,7 +321,7 @@ class OperationStream:
         """Give back what is held, whatever the stream ended with."""
         self._is_closed = True
         self._end()
-        self._admission.leave(self._request_bytes, self._admitted)
+        self._admission.leave(self._request_bytes + self._expected_bytes, self._admitted)
         for operation in self._started:
             if operation.future:
                 operation.future.cancel()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from service.rpc.answers import AnswerSizes
 from service.rpc.operations import Operations
 from service.rpc.stream import OperationStream, StreamRules
 from service.rpc.time_rnn_messages import (
@@ -44,6 +45,7 @@ class TimeRnnService:
     async def forward(self, call: Call, request: pb.ForwardRequest) -> pb.ForwardResponse:
         """Apply one chunk."""
         wanted = self._reader.forward(request)
+        call.ticket.reserve(self._answer_bytes(call, "forward", request))
         response = pb.ForwardResponse()
         fill_forward(response, await self._recurrence.forward(call.tenant, wanted))
         return response
@@ -51,6 +53,7 @@ class TimeRnnService:
     async def backward(self, call: Call, request: pb.BackwardRequest) -> pb.BackwardResponse:
         """Leave one contribution."""
         wanted = self._reader.backward(request)
+        call.ticket.reserve(self._answer_bytes(call, "backward", request))
         response = pb.BackwardResponse()
         fill_backward(response, await self._training.backward(call.tenant, wanted))
         return response
@@ -73,13 +76,23 @@ class TimeRnnService:
 
     async def stream(self, call: Call) -> None:
         """Serve one stream of operations."""
-        operations = Operations(call.tenant, self._reader, self._recurrence, self._training)
+        operations = Operations(
+            call.tenant,
+            self._reader,
+            self._recurrence,
+            self._training,
+            self._limits.message_bytes,
+        )
         stream = OperationStream(call.context, operations, self._gate, self._limits, self._rules)
         self._streams.add(stream)
         try:
             await stream.run()
         finally:
             self._streams.discard(stream)
+
+    def _answer_bytes(self, call: Call, kind: str, request: Any) -> int:
+        sizes = AnswerSizes(call.tenant, self._recurrence, self._limits.message_bytes)
+        return sizes.most_bytes(kind, request)
 
     def drain(self) -> None:
         """Ask every stream to end once it has answered what it accepted."""

@@ -64,6 +64,11 @@ class StandIn:
     answers: dict[str, Any] = field(default_factory=dict)
     hidden_size: int = HIDDEN_SIZE
 
+    def sizes(self, tenant: str, session_id: str, model_id: str) -> tuple[int, int]:
+        """Tell D and H."""
+        del tenant, session_id, model_id
+        return 1, self.hidden_size
+
     def submit_forward(self, tenant: str, forward: Forward) -> asyncio.Future[ForwardResult]:
         """Take a chunk."""
         future: asyncio.Future[ForwardResult] = asyncio.get_running_loop().create_future()

@@ -335,6 +335,27 @@ async def test_a_client_that_does_not_read_costs_bounded_memory(
     await sending
 
 
+async def test_a_frame_of_large_answers_is_worked_on_a_message_at_a_time(
+    serve: Serve, chunk: MakeChunk, until: Until
+) -> None:
+    """What a frame asks for is bounded before it is computed, however small the request is."""
+    limit = 1 << 20
+    served = await serve(limits=Limits(message_bytes=limit))
+    served.domain.hidden_size = 1 << 12
+    served.domain.hold = True
+    call = served.rnn.Stream()
+    await send(call, *(chunk(f"s{index}", 1, steps=15, tag=index) for index in range(40)))
+    await until(lambda: served.domain.held)
+    one_answer = 16 * (1 << 12) * 4
+    assert len(served.domain.held) == limit // one_answer
+    assert served.server.admission.request_bytes >= limit
+    served.domain.hold = False
+    served.domain.release()
+    results = await read_results(call, 40)
+    assert sorted(result.tag for result in results) == list(range(40))
+    await until(lambda: served.server.admission.request_bytes == 0)
+
+
 async def test_a_client_that_does_not_read_takes_nobody_elses_place(
     serve: Serve, chunk: MakeChunk, until: Until
 ) -> None:

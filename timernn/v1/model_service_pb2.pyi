@@ -1174,7 +1174,9 @@ class Limits(_message.Message):
     operations_in_flight: _builtins.int
     """Output only. Operations of one replica that may be in work or waiting at once; more are OVERLOADED."""
     request_bytes_in_flight: _builtins.int
-    """Output only. Bytes of requests of one replica that may be in work or waiting at once."""
+    """Output only. Bytes of requests of one replica that may be in work or waiting at once, with those
+    that the answers to the ones in work can have.
+    """
     sessions_per_tenant: _builtins.int
     """Output only. Live sessions of a tenant."""
     models_per_tenant: _builtins.int
