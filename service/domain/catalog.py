@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from rnn_engine import init_moments
+from service.domain.recent import Recent
 from service.domain.refusals import model_not_found, version_gone, weights_forked
 from service.domain.weights import (
     moments_from_bytes,
     params_from_bytes,
-    spec_bytes,
     spec_from_bytes,
 )
 
@@ -55,14 +55,14 @@ class Catalog:
         """Keep weights up to the limit and heads up to their age."""
         self._store = store
         self._max_age_s = head_max_age_ms / 1000
-        self._limit_bytes = weights_limit_bytes
         self._clock = clock
         self._models: OrderedDict[tuple[str, str], KnownModel] = OrderedDict()
         self._reading: dict[tuple[str, str], asyncio.Task[KnownModel]] = {}
-        self._weights: OrderedDict[WeightsName, Params] = OrderedDict()
-        self._weights_bytes = 0
-        self._moments: OrderedDict[tuple[str, str], tuple[Version, Moments]] = OrderedDict()
-        self._moments_bytes = 0
+        self._weights: Recent[WeightsName, Params] = Recent(weights_limit_bytes, _params_bytes)
+        # Of each model's head, by tenant and model.
+        self._moments: Recent[tuple[str, str], tuple[Version, Moments]] = Recent(
+            weights_limit_bytes, _moments_bytes
+        )
 
     def now(self) -> float:
         """Return the time by which a head's age is told."""
@@ -146,7 +146,6 @@ class Catalog:
         """
         cached = self._weights.get((model.incarnation, version))
         if cached is not None:
-            self._weights.move_to_end((model.incarnation, version))
             return version, cached
         model_id = model.spec.model_id
         found = await self._store.find_version(model.tenant, model_id, version.number)
@@ -158,7 +157,7 @@ class Catalog:
         if data is None:
             raise version_gone(version, model.head)
         params = params_from_bytes(model.spec, data)
-        self._keep(model, found, params)
+        self._weights.put((model.incarnation, found), params)
         return found, params
 
     async def moments(self, model: KnownModel, version: Version, params: Params) -> Moments:
@@ -187,14 +186,14 @@ class Catalog:
         asked_at: float,
     ) -> None:
         """Learn of a head that this process asked for at a time, and made: it may be older by now."""
-        self._keep(model, version, params)
-        self._keep_moments((model.tenant, model.spec.model_id), version, moments)
+        self._weights.put((model.incarnation, version), params)
+        self._moments.put((model.tenant, model.spec.model_id), (version, moments))
         self._learn(replace(model, head=version, read_at=asked_at))
 
     def forget(self, tenant: str, model_id: str) -> None:
         """Forget a model that was deleted."""
         self._models.pop((tenant, model_id), None)
-        self._drop_moments((tenant, model_id))
+        self._moments.drop((tenant, model_id))
 
     def start_reading(self, tenant: str, model_id: str) -> asyncio.Task[KnownModel]:
         """Read a model once for all who wait for it, or join the read under way."""
@@ -236,31 +235,14 @@ class Catalog:
         while len(self._models) > 4096:
             self._models.popitem(last=False)
 
-    def _keep(self, model: KnownModel, version: Version, params: Params) -> None:
-        name = (model.incarnation, version)
-        if name not in self._weights:
-            self._weights_bytes += spec_bytes(model.spec)
-        self._weights[name] = params
-        self._weights.move_to_end(name)
-        while self._weights_bytes > self._limit_bytes and len(self._weights) > 1:
-            _, oldest = self._weights.popitem(last=False)
-            self._weights_bytes -= oldest.Wx.nbytes + oldest.Wh.nbytes + oldest.b.nbytes
 
-    def _keep_moments(self, key: tuple[str, str], version: Version, moments: Moments) -> None:
-        self._drop_moments(key)
-        self._moments[key] = (version, moments)
-        self._moments_bytes += _bytes_of(moments)
-        while self._moments_bytes > self._limit_bytes and len(self._moments) > 1:
-            self._drop_moments(next(iter(self._moments)))
-
-    def _drop_moments(self, key: tuple[str, str]) -> None:
-        known = self._moments.pop(key, None)
-        if known is not None:
-            self._moments_bytes -= _bytes_of(known[1])
+def _params_bytes(params: Params) -> int:
+    return params.Wx.nbytes + params.Wh.nbytes + params.b.nbytes
 
 
-def _bytes_of(moments: Moments) -> int:
-    return 1024 + sum(slot.Wx.nbytes + slot.Wh.nbytes + slot.b.nbytes for slot in moments.slots)
+def _moments_bytes(known: tuple[Version, Moments]) -> int:
+    slots = known[1].slots
+    return 1024 + sum(slot.Wx.nbytes + slot.Wh.nbytes + slot.b.nbytes for slot in slots)
 
 
 def _same_life(model: KnownModel, incarnation: bytes) -> KnownModel:

@@ -6,11 +6,12 @@ the session's any more costs a second try, never a wrong answer.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from service.domain.recent import Recent
 
 if TYPE_CHECKING:
     from rnn_engine import Array
@@ -34,41 +35,19 @@ class LiveSession:
     ttl_ms: int
 
 
-class LiveSessions:
-    """The sessions used last, up to a number of bytes."""
+class LiveSessions(Recent["SessionKey", LiveSession]):
+    """The sessions used last, by tenant and session_id, up to a number of bytes."""
 
     def __init__(self, limit_bytes: int) -> None:
         """Start empty."""
-        self._sessions: OrderedDict[SessionKey, LiveSession] = OrderedDict()
-        self._limit = limit_bytes
-        self._bytes = 0
-
-    def get(self, key: SessionKey) -> LiveSession | None:
-        """Return a session if it is in hand."""
-        return self._sessions.get(key)
-
-    def put(self, key: SessionKey, session: LiveSession) -> None:
-        """Take a session in hand, and let go of those unused longest over the limit."""
-        self.drop(key)
-        self._sessions[key] = session
-        self._bytes += session.h.nbytes + _ENTRY_BYTES
-        while self._bytes > self._limit and len(self._sessions) > 1:
-            _, oldest = self._sessions.popitem(last=False)
-            self._bytes -= oldest.h.nbytes + _ENTRY_BYTES
+        super().__init__(limit_bytes, lambda session: session.h.nbytes + _ENTRY_BYTES)
 
     def advance(
         self, key: SessionKey, base: LiveSession, chunk_seq: int, token: bytes, h: Array
     ) -> None:
         """Move a session on from where a chunk was computed, unless something newer is in hand."""
-        if self._sessions.get(key) is base:
+        if self.get(key) is base:
             base.chunk_seq, base.token, base.h = chunk_seq, token, h
-            self._sessions.move_to_end(key)
-
-    def drop(self, key: SessionKey) -> None:
-        """Let go of a session."""
-        known = self._sessions.pop(key, None)
-        if known is not None:
-            self._bytes -= known.h.nbytes + _ENTRY_BYTES
 
 
 def live_from_snapshot(snapshot: SessionSnapshot) -> LiveSession:

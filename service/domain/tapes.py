@@ -8,13 +8,13 @@ again, bit for bit, for a fraction of what it costs to keep them.
 from __future__ import annotations
 
 import struct
-from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from rnn_engine import Tape, rnn_forward
+from service.domain.recent import Recent
 from service.domain.types import Version
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def tape_from_bytes(data: bytes, dtype: str) -> StoredTape:
     return StoredTape(Version(number, digest), xs, h0)
 
 
-class RecentTapes:
+class RecentTapes(Recent[bytes, StoredTape]):
     """The tapes that this process wrote last, so that they need not be read back.
 
     A tape is found by its chunk's token, which stands for everything that made it; whether it may
@@ -63,24 +63,8 @@ class RecentTapes:
     """
 
     def __init__(self, limit_bytes: int) -> None:
-        """Keep at most this many bytes."""
-        self._tapes: OrderedDict[bytes, StoredTape] = OrderedDict()
-        self._limit = limit_bytes
-        self._bytes = 0
-
-    def put(self, token: bytes, stored: StoredTape) -> None:
-        """Remember a tape, and forget the oldest ones over the limit."""
-        if token in self._tapes:
-            return
-        self._tapes[token] = stored
-        self._bytes += _size(stored)
-        while self._bytes > self._limit:
-            _, oldest = self._tapes.popitem(last=False)
-            self._bytes -= _size(oldest)
-
-    def get(self, token: bytes) -> StoredTape | None:
-        """Return the tape of the chunk with this token, if it is still here."""
-        return self._tapes.get(token)
+        """Start empty."""
+        super().__init__(limit_bytes, _size)
 
 
 def _size(stored: StoredTape) -> int:

@@ -8,7 +8,6 @@ same contributions give the same weights bit for bit, on whichever replica.
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -31,6 +30,7 @@ from service.domain.errors import (
 )
 from service.domain.heads import HeadRequest, NextHead
 from service.domain.ports import AbsentSession, CountOutcome
+from service.domain.recent import Recent
 from service.domain.refusals import (
     answer_too_large,
     check_epoch,
@@ -91,7 +91,10 @@ class Training:
         self._heads = heads
         self._scheduler = scheduler
         self._limits = limits
-        self._recent_grads = _RecentGrads(limits.contribution_bytes_per_model // 4)
+        # Those counted last, so that an Update need not read them back.
+        self._recent_grads: Recent[tuple[bytes, bytes], Grads] = Recent(
+            limits.contribution_bytes_per_model // 4, _grads_bytes
+        )
 
     async def backward(self, tenant: str, op: Backward) -> BackwardResult:
         """Compute a chunk's gradients and count them once; make a step right after if asked."""
@@ -119,8 +122,10 @@ class Training:
 
     async def update(self, tenant: str, op: Update) -> UpdateResult:
         """Make one optimizer step from waiting contributions."""
+        names = self._names(tenant, op.selectors)
 
         async def step(model: KnownModel, look: UpdateLook) -> NextHead | None:
+            _check_names(names, look)
             return await self._step(tenant, op, model, look)
 
         request = HeadRequest(
@@ -129,7 +134,7 @@ class Training:
             op.request_id,
             update_digest(op),
             op.expected,
-            self._names(tenant, op.selectors),
+            names,
         )
         answer = await self._heads.advance(request, step)
         return _update_result(op.model_id, answer)
@@ -273,7 +278,6 @@ class Training:
     async def _step(
         self, tenant: str, op: Update, model: KnownModel, look: UpdateLook
     ) -> NextHead | None:
-        _check_names(self._names(tenant, op.selectors), look)
         grads = await self._gradients(tenant, model, look.waiting)
         if grads is None:
             return None
@@ -310,27 +314,6 @@ class Training:
             for one, data in zip(missing, found, strict=True):
                 known[one] = grads_from_bytes(model.spec, data)
         return [grads for one in waiting if (grads := known[one]) is not None]
-
-
-class _RecentGrads:
-    """The gradients that this process counted last, so that an Update need not read them back."""
-
-    def __init__(self, limit_bytes: int) -> None:
-        self._grads: OrderedDict[tuple[bytes, bytes], Grads] = OrderedDict()
-        self._limit = limit_bytes
-        self._bytes = 0
-
-    def put(self, name: tuple[bytes, bytes], grads: Grads) -> None:
-        if name in self._grads:
-            return
-        self._grads[name] = grads
-        self._bytes += _grads_bytes(grads)
-        while self._bytes > self._limit:
-            _, oldest = self._grads.popitem(last=False)
-            self._bytes -= _grads_bytes(oldest)
-
-    def get(self, name: tuple[bytes, bytes]) -> Grads | None:
-        return self._grads.get(name)
 
 
 def _grads_bytes(grads: Grads) -> int:
