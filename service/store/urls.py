@@ -25,6 +25,7 @@ from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
 from redis.backoff import NoBackoff
 
 from service.store.cluster import ClusterRouter
+from service.store.links import WITHOUT_NOTICES, watch_links
 
 if TYPE_CHECKING:
     from urllib.parse import SplitResult
@@ -89,10 +90,7 @@ def connect(url: str, settings: Settings) -> Redis | ClusterRouter:
         return _connect_sentinel(parse_address(url, _SENTINEL_PORT), settings)
     if kind == "cluster":
         return _connect_cluster(parse_address(url, _REDIS_PORT), settings)
-    pool = BlockingConnectionPool.from_url(
-        url, max_connections=settings.store_connections, **_pool_options(settings)
-    )
-    return Redis.from_pool(pool)  # which closes it with itself
+    return _connect_one(url, settings)
 
 
 def parse_address(url: str, default_port: int) -> Address:
@@ -119,6 +117,18 @@ def parse_address(url: str, default_port: int) -> Address:
         is_tls=scheme == "rediss",
         options={key: values[-1] for key, values in parse_qs(parts.query).items()},
     )
+
+
+def _connect_one(url: str, settings: Settings, **credentials: str | None) -> Redis:
+    pool = BlockingConnectionPool.from_url(
+        url,
+        max_connections=settings.store_connections,
+        maint_notifications_config=WITHOUT_NOTICES,
+        **credentials,
+        **_pool_options(settings),
+    )
+    watch_links(pool)
+    return Redis.from_pool(pool)  # which closes it with itself
 
 
 def _connect_sentinel(address: Address, settings: Settings) -> Redis:
@@ -151,20 +161,15 @@ def _connect_sentinel(address: Address, settings: Settings) -> Redis:
         # It has no pool that waits: ScriptRunner bounds the calls, the rest is for health.
         max_connections=settings.store_connections + _SPARE_CONNECTIONS,
     )
+    watch_links(client.connection_pool)
     return client
 
 
 def _connect_cluster(address: Address, settings: Settings) -> ClusterRouter:
     def make_client(host: str, port: int) -> Redis:
         scheme = "rediss" if address.is_tls else "redis"
-        pool = BlockingConnectionPool.from_url(
-            f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}",
-            username=address.username,
-            password=address.password,
-            max_connections=settings.store_connections,
-            **_pool_options(settings),
-        )
-        return Redis.from_pool(pool)
+        url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+        return _connect_one(url, settings, username=address.username, password=address.password)
 
     return ClusterRouter(address.hosts, make_client)
 

@@ -1,0 +1,74 @@
+"""Connections that were cut are made again before a call is sent over them."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import uvloop
+from redis import exceptions as redis_errors
+
+from instruments.proxy import FaultProxy
+from instruments.redis_servers import RedisServer, wait_until
+from service.settings import Settings
+from service.store.connect import open_store
+from service.store.urls import connect
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Iterator
+
+    Run = Callable[[Coroutine[Any, Any, None]], None]
+
+CALLS = 8
+LOOPS = pytest.mark.parametrize("run", [asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[RedisServer]:
+    """A server on a port."""
+    with RedisServer(append_only=False) as running:
+        yield running
+
+
+@LOOPS
+@pytest.mark.parametrize("cut", [FaultProxy.reset_all, FaultProxy.close_all])
+def test_no_call_fails_for_connections_that_were_cut_while_idle(
+    server: RedisServer, cut: Callable[[FaultProxy], int], run: Run
+) -> None:
+    """Many at once after a failover: each would have met two dead connections, and been STORE_DOWN."""
+
+    async def scene(proxy: FaultProxy) -> None:
+        store = await open_store(f"redis://{proxy.address}", Settings())
+        looks = [("t", f"s{number}") for number in range(CALLS)]
+        await asyncio.gather(*(store.sessions.read_session(*look) for look in looks))
+        assert await asyncio.to_thread(cut, proxy) == CALLS
+        await asyncio.to_thread(wait_until, "the cuts", lambda: _clients(server) == 1)
+        await store.check()
+        await asyncio.gather(*(store.sessions.read_session(*look) for look in looks))
+        await store.close()
+
+    with FaultProxy(server.address) as proxy:
+        run(scene(proxy))
+
+
+@LOOPS
+def test_a_connection_closed_under_a_call_is_a_lost_one(server: RedisServer, run: Run) -> None:
+    """It closes after it was handed out: to be sent again elsewhere, not a bug of ours."""
+
+    async def scene() -> None:
+        client: Any = connect(server.url, Settings())
+        link = await client.connection_pool.get_connection()
+        link._writer.transport.abort()
+        await asyncio.sleep(0)
+        with pytest.raises(redis_errors.ConnectionError):
+            await link.send_command("PING")
+        await client.connection_pool.release(link)
+        assert await client.ping()
+        await client.aclose()
+
+    run(scene())
+
+
+def _clients(server: RedisServer) -> int:
+    return int(server.info("clients")["connected_clients"])
