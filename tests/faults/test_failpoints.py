@@ -14,7 +14,7 @@ from instruments.processes import ServiceProcess
 from scenes.figures import figure
 from scenes.fleet import Fleet, start_all
 from scenes.training import Trainer
-from scenes.wire import Model, Wire, steady_traffic, told
+from scenes.wire import TIMEOUT_S, Model, Wire, steady_traffic, told
 from timernn import errors
 
 if TYPE_CHECKING:
@@ -22,11 +22,20 @@ if TYPE_CHECKING:
 
     from instruments.report import Proof
 
-POINTS = {
-    "Forward": ("after_read", "after_compute", "before_commit", "after_commit"),
-    "Backward": ("after_tape_read", "before_count", "after_count"),
-    "Update": ("after_look", "before_update", "after_update"),
+FORWARD = ("after_read", "after_compute", "before_commit", "after_commit")
+BACKWARD = ("after_tape_read", "before_count", "after_count")
+UPDATE = ("after_look", "before_update", "after_update")
+# What each operation passes on its way. A Backward and an Update read, compute and write in steps of
+# their own, so the points of a chunk are not on their way, nor theirs on its; the runs check that: a
+# point that is not on an operation's way ends the process. `before_drain` is on the way of none.
+PATHS = {
+    "Forward": FORWARD,
+    "Forward over Stream": FORWARD,
+    "Backward": BACKWARD,
+    "Backward with its Update": BACKWARD + UPDATE,
+    "Update": UPDATE,
 }
+POINTS = FORWARD + BACKWARD + UPDATE
 STEPS = 5  # enough to pass every point once
 EXIT_CODE = 137
 RECOVERY_S = 2.0
@@ -41,11 +50,17 @@ def fleet() -> Iterator[Fleet]:
 
 
 class Failover:
-    """Stubs that try one replica, and then another that is well."""
+    """Stubs that try one replica with one operation, and then another that is well.
 
-    def __init__(self, first: Wire, second: Wire, timeout_s: float) -> None:
+    All other operations go to the one that is well.
+    """
+
+    def __init__(self, operation: str, first: Wire, second: Wire, timeout_s: float) -> None:
         """Give the first so many seconds."""
+        self._method = operation.partition(" ")[0]
+        self._is_streamed = operation.endswith("over Stream")
         self._first, self._second, self._timeout_s = first, second, timeout_s
+        self.has_update = operation.endswith("with its Update")
         self.failures: list[errors.Error] = []
         self.slowest_s = 0.0
         self.rnn = self
@@ -62,29 +77,42 @@ class Failover:
         """Send an Update."""
         return await self._send("Update", request)
 
-    async def _send(self, name: str, request: Any) -> Any:
+    async def _send(self, method: str, request: Any) -> Any:
+        if method != self._method:
+            return await self._send_to(self._second, method, request, TIMEOUT_S)
         started = time.monotonic()
         try:
-            return await told(getattr(self._first.rnn, name)(request, timeout=self._timeout_s))
+            return await self._send_to(self._first, method, request, self._timeout_s)
         except (errors.Unavailable, errors.DeadlineExceeded, errors.Internal) as error:
             self.failures.append(error)
-        if name == "Backward":
+        if method == "Backward":
             request.resent = True
-        answer = await told(getattr(self._second.rnn, name)(request, timeout=60))
+        answer = await self._send_to(self._second, method, request, TIMEOUT_S)
         self.slowest_s = max(self.slowest_s, time.monotonic() - started)
         return answer
 
+    async def _send_to(self, wire: Wire, method: str, request: Any, timeout_s: float) -> Any:
+        if self._is_streamed and method == self._method:
+            return await wire.streamed(request, timeout_s)
+        return await told(getattr(wire.rnn, method)(request, timeout=timeout_s))
 
-async def train(wire: Any, model: Model, well: Wire, seed: int) -> list[Any]:
+
+async def train(failover: Failover, model: Model, well: Wire, seed: int) -> list[Any]:
     """Make the same steps each time; return what was answered, for comparison bit by bit."""
     trainer = await Trainer.start(model, well, np.random.default_rng(seed))
     found: list[Any] = []
     for number in range(STEPS):
-        gradient = await trainer.taped(wire)
+        gradient, update = await trainer.taped(failover), trainer.update(f"{number}")
         found.append(gradient.state_token)
-        counted = await trainer.count(wire, gradient)
+        if failover.has_update:
+            gradient.update.CopyFrom(update)
+        counted = await trainer.count(failover, gradient)
         found.append((counted.dxs.data, counted.dh0.data, counted.gradient_norm))
-        made = await trainer.step(wire, trainer.update(f"{number}"))
+        if failover.has_update:
+            made = counted.update
+            trainer.known = made.version
+        else:
+            made = await trainer.step(failover, update)
         found.append((made.version.number, made.version.digest, made.contribution_count))
     return [*found, await trainer.head(well)]
 
@@ -103,12 +131,15 @@ class Bench:
         rng = np.random.default_rng(self._seed)
         model = await Model.create(self._well, rng, f"traffic-{self._seed}")
         await steady_traffic(self._proof, [self._well], model, rng, sessions=8)
-        self._wanted = await train(self._well, await self._model(), self._well, self._seed)
+        calm = Failover("", self._well, self._well, TIMEOUT_S)
+        self._wanted = await train(calm, await self._model(), self._well, self._seed)
 
-    async def compare(self, replica: ServiceProcess, what: str, timeout_s: float = 30) -> Failover:
-        """Train over a replica that fails and compare all answers with the undisturbed run's."""
+    async def compare(
+        self, operation: str, replica: ServiceProcess, what: str, timeout_s: float = 30
+    ) -> Failover:
+        """Train with an operation's calls to a replica that fails; compare with the undisturbed run."""
         async with Wire(replica.address) as failing:
-            failover = Failover(failing, self._well, timeout_s)
+            failover = Failover(operation, failing, self._well, timeout_s)
             found = await train(failover, await self._model(), self._well, self._seed)
             for number, (got, wanted) in enumerate(zip(found, self._wanted, strict=True)):
                 self._proof.require(got == wanted, f"{what}: answer {number} is another")
@@ -138,12 +169,13 @@ def failing(fleet: Fleet, failpoints: Sequence[str], stack: ExitStack) -> list[S
 
 @pytest.mark.timeout(300)
 @pytest.mark.promise("R5", "another replica finishes what one leaves at any point")
+@pytest.mark.parametrize("operation", PATHS)
 @figure("rounds", 1, 5)
 async def test_training_over_a_replica_that_dies_at_any_point_is_undisturbed(
-    fleet: Fleet, proof: Proof, seed: int, rounds: int
+    fleet: Fleet, proof: Proof, seed: int, rounds: int, operation: str
 ) -> None:
-    """The process ends without a word at each of ten points; answers and weights stay the same."""
-    points = [point for each in POINTS.values() for point in each] * rounds
+    """The process ends without a word at each point of its way; answers and weights stay the same."""
+    points = PATHS[operation] * rounds
     async with Wire(fleet.addresses[0]) as well:
         bench = Bench(well, proof, seed)
         await bench.prepare()
@@ -154,19 +186,20 @@ async def test_training_over_a_replica_that_dies_at_any_point_is_undisturbed(
                     failing, fleet, [f"{point}=exit" for point in now], stack
                 )
                 for point, replica in zip(now, replicas, strict=True):
-                    failover = await bench.compare(replica, f"exit {point}")
+                    what = f"{operation}: exit {point}"
+                    failover = await bench.compare(operation, replica, what)
                     proof.require(replica.wait() == EXIT_CODE, f"{point} was not reached")
-                    proof.hit(f"exit {point}")
+                    proof.hit(what)
                     proof.figures["recovery s"] = max(
                         proof.figures.get("recovery s", 0.0), failover.slowest_s
                     )
                     proof.require(
                         failover.slowest_s < RECOVERY_S,
-                        f"exit {point}: recovered after {failover.slowest_s:.1f} s",
+                        f"{what}: recovered after {failover.slowest_s:.1f} s",
                     )
                     proof.require(
                         not any(isinstance(each, errors.Internal) for each in failover.failures),
-                        f"exit {point}: {failover.failures!r}",
+                        f"{what}: {failover.failures!r}",
                     )
 
 
@@ -176,27 +209,42 @@ async def test_training_over_a_replica_that_dies_at_any_point_is_undisturbed(
 async def test_training_over_a_replica_that_sleeps_or_fails_is_undisturbed(
     fleet: Fleet, proof: Proof, seed: int, action: str
 ) -> None:
-    """Each point is passed once with a sleep beyond the deadline, a cancellation or an error."""
-    points = [point for each in POINTS.values() for point in each]
-    text = ";".join(f"{point}={action}" for point in points)
+    """Each point of a way is passed once with a sleep beyond the deadline, a cancel or an error."""
+    texts = [
+        ";".join(f"{point}={action if point in path else 'exit'}" for point in POINTS)
+        for path in PATHS.values()
+    ]
     async with Wire(fleet.addresses[0]) as well:
         bench = Bench(well, proof, seed)
         await bench.prepare()
         with ExitStack() as stack:
-            (replica,) = await asyncio.to_thread(failing, fleet, [text], stack)
-            failures: list[errors.Error] = []
-            for attempt in range(4):
-                # A chunk that sleeps holds up its session's next ones: another session goes on.
-                failover = await bench.compare(replica, action, 0.5 if "sleep" in action else 30)
-                failures += failover.failures
-                if all(f"failpoint {point}:" in replica.log for point in points):
-                    break
-                assert attempt < 3, f"not every point was passed: {replica.log[-2000:]}"
-            for point in points:
-                proof.hit(f"{action} {point}", replica.log.count(f"failpoint {point}:"))
-            assert replica.is_alive
-            check_failures(proof, action, failures)
-            proof.require(replica.terminate() == 0, "it did not end in order")
+            replicas = await asyncio.to_thread(failing, fleet, texts, stack)
+            await asyncio.gather(
+                *(
+                    pass_all_points(bench, operation, replica, action, proof)
+                    for operation, replica in zip(PATHS, replicas, strict=True)
+                )
+            )
+
+
+async def pass_all_points(
+    bench: Bench, operation: str, replica: ServiceProcess, action: str, proof: Proof
+) -> None:
+    """Train until every point of an operation's way has done what it says, and no other one has."""
+    failures: list[errors.Error] = []
+    what, path = f"{operation}: {action}", PATHS[operation]
+    for attempt in range(len(path)):
+        # A chunk that sleeps holds up its session's next ones: another session goes on.
+        failover = await bench.compare(operation, replica, what, 0.5 if "sleep" in action else 30)
+        failures += failover.failures
+        if all(f"failpoint {point}:" in replica.log for point in path):
+            break
+        assert attempt < len(path) - 1, f"{what}: not every point: {replica.log[-2000:]}"
+    for point in path:
+        proof.hit(f"{what} {point}", replica.log.count(f"failpoint {point}:"))
+    proof.require(replica.is_alive, f"{what}: a point that is not on its way was passed")
+    check_failures(proof, action, failures)
+    proof.require(await asyncio.to_thread(replica.terminate) == 0, f"{what}: it did not end well")
 
 
 def check_failures(proof: Proof, action: str, failures: list[errors.Error]) -> None:

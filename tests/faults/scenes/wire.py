@@ -14,7 +14,7 @@ from rnn_engine import TimeRNN
 from timernn import errors
 from timernn._core.channels import channel_options
 from timernn._core.convert import tensor_from_proto, tensor_to_proto
-from timernn._core.status import error_from_rpc
+from timernn._core.status import error_from_rpc, error_from_status
 from timernn.v1 import model_service_pb2 as model_pb
 from timernn.v1 import session_service_pb2 as session_pb
 from timernn.v1 import tensor_pb2
@@ -52,6 +52,22 @@ class Wire:
     ) -> rnn_pb.ForwardResponse:
         """Send a Forward once."""
         answer: rnn_pb.ForwardResponse = await told(self.rnn.Forward(request, timeout=timeout_s))
+        return answer
+
+    async def streamed(
+        self, request: rnn_pb.ForwardRequest, timeout_s: float = TIMEOUT_S
+    ) -> rnn_pb.ForwardResponse:
+        """Send a Forward once, on a stream of its own."""
+        call = self.rnn.Stream(timeout=timeout_s)
+        try:
+            operation = rnn_pb.Operation(forward=request)
+            await told(call.write(rnn_pb.StreamRequest(operations=[operation])))
+            (result,) = (await told(call.read())).results
+        finally:
+            call.cancel()
+        if result.HasField("error"):
+            raise error_from_status(result.error)
+        answer: rnn_pb.ForwardResponse = result.forward
         return answer
 
     async def __aenter__(self) -> Self:
