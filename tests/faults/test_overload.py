@@ -34,6 +34,7 @@ CALLERS = 8  # connections
 # hardly dearer than their refusal could not keep their pace, unless their callers wait as they are told.
 ROWS, STEPS, INPUTS, HIDDEN = 8, 128, 4, 512
 TRIALS = 5
+OVERLOADS = (2, 4)  # times the capacity
 QUICK_S, HEALTHY_S, GOODPUT = 0.010, 0.050, 0.8
 
 
@@ -149,23 +150,24 @@ class Trial:
         """Measure the capacity, then offer less and more."""
         capacity = await bench.capacity(seconds / 2)
         idle = await bench.offer(capacity / 10, seconds / 4)
-        loads = {factor: await bench.offer(factor * capacity, seconds) for factor in (1, 2, 4)}
+        loads = {factor: await bench.offer(factor * capacity, seconds) for factor in (1, *OVERLOADS)}
         return cls(seconds, capacity, idle, loads)
 
     def shortfalls(self) -> dict[str, str]:
         """Return what fell short of which figure."""
-        worst = self.loads[4]
+        found, rate = {}, self.loads[4].done / self.seconds
         peak = max(self.capacity, *(load.done / self.seconds for load in self.loads.values()))
+        if rate < GOODPUT * peak:
+            found["goodput at 4x"] = f"it is {rate:.0f}/s of {peak:.0f}/s"
         # What an idle server's answers take is the machine's, and the callers' own, not the load's.
         floor = quantile(self.idle.health_s, 0.99)
-        refusal, health = quantile(worst.refusal_s, 0.5), quantile(worst.health_s, 0.99)
-        found = {}
-        if worst.done / self.seconds < GOODPUT * peak:
-            found["goodput"] = f"it is {worst.done / self.seconds:.0f}/s of {peak:.0f}/s"
-        if refusal > QUICK_S + floor:
-            found["refusal (median)"] = f"it took {refusal * 1000:.0f} ms"
-        if health > HEALTHY_S + floor:
-            found["health (p99)"] = f"it took {health * 1000:.0f} ms"
+        for factor in OVERLOADS:
+            load = self.loads[factor]
+            refusal, health = quantile(load.refusal_s, 0.5), quantile(load.health_s, 0.99)
+            if refusal > QUICK_S + floor:
+                found[f"refusal (median) at {factor}x"] = f"it took {refusal * 1000:.0f} ms"
+            if health > HEALTHY_S + floor:
+                found[f"health (p99) at {factor}x"] = f"it took {health * 1000:.0f} ms"
         return found
 
     def note(self, proof: Proof) -> None:
@@ -178,7 +180,7 @@ class Trial:
             proof.figures[f"refusal p50 {factor}x s"] = quantile(load.refusal_s, 0.5)
             proof.figures[f"health p99 {factor}x s"] = quantile(load.health_s, 0.99)
             proof.require(not load.others, f"at {factor}x: {load.others[:1]}")
-            if factor > 1:
+            if factor in OVERLOADS:
                 proof.require(load.refused, f"at {factor}x nothing was refused")
 
 
@@ -205,16 +207,18 @@ async def test_goodput_holds_at_four_times_the_capacity(
     gc.collect()
     gc.freeze()  # what earlier tests left would be looked through while calls are timed
     await bench.capacity(0.5)  # warm
-    missed = dict.fromkeys(("goodput", "refusal (median)", "health (p99)"), "")
-    for _ in range(TRIALS):
+    trial = await Trial.run(bench, seconds)
+    missed = trial.shortfalls()
+    for trials in range(1, TRIALS + 1):
+        proof.figures["trials"] = trials
+        if not missed or trials == TRIALS:
+            break
         trial = await Trial.run(bench, seconds)
         found = trial.shortfalls()
-        missed = {figure: found[figure] for figure in missed if figure in found}
-        if not missed:
-            break
+        missed = {name: found[name] for name in missed if name in found}
     trial.note(proof)
     for name, text in missed.items():
-        proof.violated(f"{name} at 4x: {text}")
+        proof.violated(f"{name}: {text}")
     gc.unfreeze()
     for wire in wires:
         await wire.channel.close()
