@@ -1,9 +1,10 @@
 """Joins chunks that wait for the same weights into one forward.
 
-A chunk never waits for company: what has queued while the engine was busy is the next batch. Each set
-of weights has its own queue, so one model's long work does not hold up another's. INFER chunks of a
-batch run as one ragged forward; a TRAIN chunk runs by itself, in its own matrix shapes, so that its
-result does not depend on who else is there, bit for bit.
+A chunk never waits for company: what has queued while the engine was busy, or while the store was so
+busy that a result would have had to wait for it, is the next batch. Each set of weights has its own
+queue, so one model's long work does not hold up another's. INFER chunks of a batch run as one ragged
+forward; a TRAIN chunk runs by itself, in its own matrix shapes, so that its result does not depend on
+who else is there, bit for bit.
 """
 
 from __future__ import annotations
@@ -73,6 +74,7 @@ class Scheduler:
         """Bound the rows of a joined forward and the threads that compute."""
         self._max_rows = max_batch_rows
         self._queues: dict[int, _Queue] = {}
+        self._held: list[_Queue] | None = None
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="compute")
 
     def submit(self, chunk: Chunk) -> None:
@@ -84,6 +86,16 @@ class Scheduler:
         if not queue.is_busy:
             queue.is_busy = True
             asyncio.get_running_loop().call_soon(self._run_next, queue)
+
+    def hold(self) -> None:
+        """Let chunks gather: computed now, they would wait for the store all the same."""
+        self._held = self._held or []
+
+    def release(self) -> None:
+        """Compute what has gathered."""
+        held, self._held = self._held, None
+        for queue in held or ():
+            self._run_next(queue)
 
     async def run(self, work: int, function: Callable[..., Result], *arguments: Any) -> Result:
         """Run other arithmetic: inline when it is small, else in a thread."""
@@ -97,6 +109,9 @@ class Scheduler:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _run_next(self, queue: _Queue) -> None:
+        if self._held is not None and not queue.waiting[0].alone:
+            self._held.append(queue)
+            return
         batch = self._take_batch(queue)
         if sum(chunk.work for chunk in batch) <= INLINE_WORK:
             _quietly(_compute, batch)

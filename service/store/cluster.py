@@ -2,8 +2,8 @@
 
 redis-py's own cluster client sends ASKING and the command that it is for over two connections of its
 pool, so that keys of a slot on its move cannot be reached, closes every connection after a few moved
-slots, and does not look for the new master when a pipeline fails. Here every round trip is a plain
-pipeline to one node, and ASKING goes right before its command.
+slots, and does not look for the new master when a pipeline fails. Here every round trip is one
+send to one node, and ASKING goes right before its command.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ from service.store.failures import is_lost_connection
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from redis.asyncio import Redis
+    from service.store.links import Command, StoreClient
 
     Node = tuple[str, int]
-    Command = tuple[Any, ...]
 
 REDIRECTS = 8  # followed for one command
 PAUSE_S = 0.03  # before a command is sent again whose keys are on their way
@@ -36,7 +35,9 @@ _NO_NODE = redis_errors.ClusterDownError("no node serves the slot")
 class ClusterRouter:
     """One client's view of a cluster: who serves which slot, and connections to each node."""
 
-    def __init__(self, seeds: Iterable[Node], make_client: Callable[[str, int], Redis]) -> None:
+    def __init__(
+        self, seeds: Iterable[Node], make_client: Callable[[str, int], StoreClient]
+    ) -> None:
         """Know where to ask first; nothing is sent yet.
 
         Args:
@@ -45,7 +46,7 @@ class ClusterRouter:
         """
         self._seeds = list(seeds)
         self._make_client = make_client
-        self._clients: dict[Node, Redis] = {}
+        self._clients: dict[Node, StoreClient] = {}
         self._slots: dict[int, Node] = {}
         self._refreshed_at = float("-inf")
         self._is_stale = True
@@ -85,7 +86,7 @@ class ClusterRouter:
             self._slots = await self._ask_any()
             self._refreshed_at, self._is_stale = time.monotonic(), False
 
-    async def primaries(self) -> list[Redis]:
+    async def primaries(self) -> list[StoreClient]:
         """Return a client of each node that serves slots, after a fresh look."""
         await self.refresh(is_forced=True)
         return [self._client(node) for node in sorted(set(self._slots.values()))]
@@ -120,13 +121,11 @@ class ClusterRouter:
         await asyncio.gather(*(trip(node, some) for node, some in by_node.items()))
 
     async def _trip(self, node: Node, sent: list[tuple[Command, bool]]) -> list[Any]:
-        pipeline = self._client(node).pipeline(transaction=False)
+        on_wire: list[Command] = []
         for command, is_asking in sent:
-            if is_asking:
-                pipeline.execute_command("ASKING")
-            pipeline.execute_command(*command)
+            on_wire += (("ASKING",), command) if is_asking else (command,)
         try:
-            told = iter(await pipeline.execute(raise_on_error=False))
+            told = iter(await self._client(node).round_trip(on_wire))
         except Exception as error:  # noqa: BLE001 - it becomes the answer of each command
             self._is_stale = True  # it may not be the one to ask any more
             return [error] * len(sent)
@@ -154,14 +153,16 @@ class ClusterRouter:
         error: Exception = _NO_NODE
         for node in dict.fromkeys([*known, *self._seeds]):
             try:
-                told = await self._client(node).execute_command("CLUSTER", "SLOTS")
+                (told,) = await self._client(node).round_trip([("CLUSTER", "SLOTS")])
             except (redis_errors.RedisError, OSError) as failure:
                 error = failure
             else:
-                return _served(told, node[0])
+                if not isinstance(told, Exception):
+                    return _served(told, node[0])
+                error = told
         raise error
 
-    def _client(self, node: Node) -> Redis:
+    def _client(self, node: Node) -> StoreClient:
         if node not in self._clients:
             self._clients[node] = self._make_client(*node)
         return self._clients[node]

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from redis import exceptions as redis_errors
-from redis.asyncio import Redis
 
 from service.store.cluster import ClusterRouter
 from service.store.failures import as_domain_error
+from service.store.links import StoreClient
 from service.store.models import RedisModelStore
 from service.store.scripts import ScriptRunner
 from service.store.sessions import RedisSessionStore
@@ -29,7 +29,7 @@ class Store:
 
     sessions: RedisSessionStore
     models: RedisModelStore
-    _client: Redis | ClusterRouter
+    _client: StoreClient | ClusterRouter
     _needs_replica: bool = False
 
     async def check(self) -> None:
@@ -56,7 +56,7 @@ class Store:
         """Read what each primary tells of its memory, its role and its file."""
         client = self._client
         sections = ("memory", "replication", "persistence")
-        if isinstance(client, Redis) and isinstance(client.connection_pool, OneMasterPool):
+        if isinstance(client, StoreClient) and isinstance(client.connection_pool, OneMasterPool):
             await client.connection_pool.follow()
         nodes = await client.primaries() if isinstance(client, ClusterRouter) else [client]
         return [await node.info(*sections) for node in nodes]

@@ -20,7 +20,7 @@ from service.store.failures import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from redis.asyncio import Redis
+    from service.store.links import Command, StoreClient
 
 WAIT_MARK = b"timernn-wait"  # the key that is written so that WAIT has something to wait for
 
@@ -45,12 +45,12 @@ class Call:
     arguments: Sequence[Argument]
 
     @property
-    def by_digest(self) -> tuple[Any, ...]:
+    def by_digest(self) -> Command:
         """The command that names the script by its digest."""
         return ("EVALSHA", self.script.sha, len(self.keys), *self.keys, *self.arguments)
 
     @property
-    def by_text(self) -> tuple[Any, ...]:
+    def by_text(self) -> Command:
         """The command that carries the script."""
         return ("EVAL", self.script.text, len(self.keys), *self.keys, *self.arguments)
 
@@ -74,7 +74,7 @@ class ScriptRunner:
 
     def __init__(
         self,
-        client: Redis | ClusterRouter,
+        client: StoreClient | ClusterRouter,
         *,
         connections: int = 32,
         patience_s: float = 0.5,
@@ -129,7 +129,7 @@ class ScriptRunner:
                 answers[i] = answer
         return [as_domain_error(a) if isinstance(a, Exception) else a for a in answers]
 
-    async def run_commands(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
+    async def run_commands(self, commands: Sequence[Command]) -> list[Any]:
         """Run plain commands, each good to be sent twice, in one round trip.
 
         Raises:
@@ -147,7 +147,7 @@ class ScriptRunner:
     def _is_worth_resending(self, answer: object, attempt: int) -> bool:
         return is_missing_script(answer) or (is_lost_connection(answer) and attempt < self._resends)
 
-    async def _send(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
+    async def _send(self, commands: Sequence[Command]) -> list[Any]:
         if isinstance(self._client, ClusterRouter):
             return await self._client.send(commands)
         try:
@@ -163,15 +163,12 @@ class ScriptRunner:
         finally:
             self._trips.release()
 
-    async def _send_to(self, client: Redis, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
-        pipeline = client.pipeline(transaction=False)
-        for command in commands:
-            pipeline.execute_command(*command)
+    async def _send_to(self, client: StoreClient, commands: Sequence[Command]) -> list[Any]:
         if self._wait_replicas:
-            pipeline.execute_command("SET", WAIT_MARK, 1)
-            pipeline.execute_command("WAIT", self._wait_replicas, self._wait_ms)
+            waiting = (("SET", WAIT_MARK, 1), ("WAIT", self._wait_replicas, self._wait_ms))
+            commands = (*commands, *waiting)
         try:
-            answers = await pipeline.execute(raise_on_error=False)
+            answers = await client.round_trip(commands)
         except Exception as error:  # noqa: BLE001 - every failure becomes the answer of each command
             return [error] * len(commands)
         return self._acknowledged(answers) if self._wait_replicas else answers

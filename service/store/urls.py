@@ -15,17 +15,17 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from redis import exceptions as redis_errors
-from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio import BlockingConnectionPool
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
 from redis.backoff import NoBackoff
 
 from service.store.cluster import ClusterRouter
-from service.store.links import WITHOUT_NOTICES, watch_links
+from service.store.links import WITHOUT_NOTICES, StoreClient, watch_links
 
 if TYPE_CHECKING:
     from urllib.parse import SplitResult
@@ -77,7 +77,7 @@ class OneMasterPool(SentinelConnectionPool):
             await pool.get_master_address()
 
 
-def connect(url: str, settings: Settings) -> Redis | ClusterRouter:
+def connect(url: str, settings: Settings) -> StoreClient | ClusterRouter:
     """Make the client of the store that a URL names; nothing is sent yet.
 
     The client's own retries are off: a commit is sent again by its number, never blindly.
@@ -119,7 +119,7 @@ def parse_address(url: str, default_port: int) -> Address:
     )
 
 
-def _connect_one(url: str, settings: Settings, **credentials: str | None) -> Redis:
+def _connect_one(url: str, settings: Settings, **credentials: str | None) -> StoreClient:
     pool = BlockingConnectionPool.from_url(
         url,
         max_connections=settings.store_connections,
@@ -128,10 +128,10 @@ def _connect_one(url: str, settings: Settings, **credentials: str | None) -> Red
         **_pool_options(settings),
     )
     watch_links(pool)
-    return Redis.from_pool(pool)  # which closes it with itself
+    return cast("StoreClient", StoreClient.from_pool(pool))  # which closes it with itself
 
 
-def _connect_sentinel(address: Address, settings: Settings) -> Redis:
+def _connect_sentinel(address: Address, settings: Settings) -> StoreClient:
     if not address.name:
         raise ValueError("expected redis+sentinel://host:26379,…/NAME with the name of the master")
     options = _pool_options(settings)
@@ -151,8 +151,9 @@ def _connect_sentinel(address: Address, settings: Settings) -> Redis:
         },
         **options,
     )
-    client: Redis = sentinel.master_for(
+    client: StoreClient = sentinel.master_for(
         address.name,
+        redis_class=StoreClient,
         connection_pool_class=OneMasterPool,
         db=address.database,
         username=address.username,
@@ -166,7 +167,7 @@ def _connect_sentinel(address: Address, settings: Settings) -> Redis:
 
 
 def _connect_cluster(address: Address, settings: Settings) -> ClusterRouter:
-    def make_client(host: str, port: int) -> Redis:
+    def make_client(host: str, port: int) -> StoreClient:
         scheme = "rediss" if address.is_tls else "redis"
         url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
         return _connect_one(url, settings, username=address.username, password=address.password)

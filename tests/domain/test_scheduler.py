@@ -83,6 +83,21 @@ async def test_what_has_queued_is_one_batch_up_to_the_rows(
     assert [len(batch) for batch in batches] == [2] * 5
 
 
+async def test_what_comes_while_the_store_is_busy_is_one_batch(
+    scheduler: Scheduler, params: Params, batches: list[list[Chunk]]
+) -> None:
+    """Only a chunk that is computed by itself anyway does not wait for the others."""
+    scheduler.hold()
+    early = [submit(scheduler, params) for _ in range(2)]
+    await asyncio.sleep(0)
+    late = submit(scheduler, params)
+    await submit(scheduler, Params(params.Wx.copy(), params.Wh, params.b), alone=True)
+    assert [len(batch) for batch in batches] == [1]
+    scheduler.release()
+    await asyncio.gather(*early, late)
+    assert [len(batch) for batch in batches] == [1, 3]
+
+
 async def test_a_batch_is_bounded_in_bytes(
     scheduler: Scheduler,
     params: Params,

@@ -70,5 +70,38 @@ def test_a_connection_closed_under_a_call_is_a_lost_one(server: RedisServer, run
     run(scene())
 
 
+@LOOPS
+def test_an_answer_that_came_too_late_is_nobodys(server: RedisServer, run: Run) -> None:
+    """The link that it would come on is given up, so the next round trip reads its own answers."""
+
+    async def scene() -> None:
+        client: Any = connect(server.url, Settings(store_timeout_ms=50))
+        await client.round_trip([("SET", "k", "value")])
+        with pytest.raises(TimeoutError):
+            await client.round_trip([("BLPOP", "nothing", 0.2)])
+        assert await client.round_trip([("GET", "k"), ("STRLEN", "k")]) == [b"value", 5]
+        await client.aclose()
+
+    run(scene())
+
+
+@LOOPS
+def test_an_error_stands_in_its_commands_place(server: RedisServer, run: Run) -> None:
+    """Those after it in the round trip are answered as well, and the link stays in use."""
+
+    async def scene() -> None:
+        client: Any = connect(server.url, Settings())
+        for _ in range(2):
+            first, failed, last = await client.round_trip(
+                [("ECHO", "a"), ("NO-SUCH-COMMAND",), ("ECHO", memoryview(b"b"))]
+            )
+            assert (first, last) == (b"a", b"b")
+            assert isinstance(failed, redis_errors.ResponseError)
+        assert len(client._kept) == 1
+        await client.aclose()
+
+    run(scene())
+
+
 def _clients(server: RedisServer) -> int:
     return int(server.info("clients")["connected_clients"])

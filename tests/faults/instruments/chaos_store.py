@@ -64,22 +64,13 @@ class Chaos:
 
 
 def disturb_client(client: T, chaos: Chaos) -> T:
-    """Hit every command and every pipeline of a redis.asyncio client, or cluster client.
+    """Hit every command and every round trip of the store's client, which is changed in place.
 
-    The client is changed in place and returned: its scripts, type and connections stay its own.
-    A pipeline is one call: it is hit when it is executed, as a whole.
+    A round trip is one call: it is hit as a whole.
     """
     target = cast("Any", client)
     target.execute_command = functools.partial(chaos.around, target.execute_command)
-    make_pipeline = target.pipeline
-
-    @functools.wraps(make_pipeline)
-    def pipeline(*args: Any, **kwargs: Any) -> Any:
-        made = make_pipeline(*args, **kwargs)
-        made.execute = functools.partial(chaos.around, made.execute)
-        return made
-
-    target.pipeline = pipeline
+    target.round_trip = functools.partial(chaos.around, target.round_trip)
     return client
 
 

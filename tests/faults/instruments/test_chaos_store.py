@@ -1,11 +1,13 @@
 from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 import pytest
 import redis
-import redis.asyncio
 
 from instruments.chaos_store import Chaos, disturb_calls, disturb_client
 from instruments.redis_servers import RedisServer
+from service.settings import Settings
+from service.store.urls import connect
 
 INCREMENT = "return redis.call('INCR', KEYS[1])"
 
@@ -18,10 +20,10 @@ def server() -> Iterator[RedisServer]:
 
 
 @pytest.fixture
-async def client(server: RedisServer) -> AsyncIterator[redis.asyncio.Redis]:
+async def client(server: RedisServer) -> AsyncIterator[Any]:
     """A client of an empty server."""
     server.ask("FLUSHALL")
-    made = redis.asyncio.Redis(port=server.port)
+    made = connect(server.url, Settings())
     yield made
     await made.aclose()
 
@@ -82,9 +84,7 @@ async def test_only_the_methods_named_are_hit() -> None:
     assert account.balance in (0, 1)
 
 
-async def test_a_real_client_fails_before_or_after_the_script(
-    client: redis.asyncio.Redis,
-) -> None:
+async def test_a_real_client_fails_before_or_after_the_script(client: Any) -> None:
     """The number on the server is that of the calls that were not hit before."""
     chaos = Chaos(seed=5)
     disturb_client(client, chaos)
@@ -99,18 +99,15 @@ async def test_a_real_client_fails_before_or_after_the_script(
     assert await client.get("k") == str(100 - chaos.counts["before"]).encode()
 
 
-async def test_a_pipeline_is_hit_as_a_whole(client: redis.asyncio.Redis) -> None:
-    """Both commands of a pipeline happened, or neither."""
+async def test_a_round_trip_is_hit_as_a_whole(client: Any) -> None:
+    """Both of its commands happened, or neither."""
     chaos, failed = Chaos(seed=5), 0
     disturb_client(client, chaos)
     for _ in range(100):
-        async with client.pipeline(transaction=False) as pipe:
-            pipe.incr("a")
-            pipe.eval(INCREMENT, 1, "b")
-            try:
-                await pipe.execute()
-            except (redis.ConnectionError, redis.TimeoutError):
-                failed += 1
+        try:
+            await client.round_trip([("INCR", "a"), ("EVAL", INCREMENT, 1, "b")])
+        except (redis.ConnectionError, redis.TimeoutError):
+            failed += 1
     chaos.probability = 0.0
     assert failed == chaos.fault_count > 10
     assert await client.mget("a", "b") == [str(100 - chaos.counts["before"]).encode()] * 2
