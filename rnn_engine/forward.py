@@ -13,8 +13,11 @@ from rnn_engine.params import SEQUENCE_NDIM
 if TYPE_CHECKING:
     from rnn_engine.params import Array, Params
 
+SMALL_INPUT_BYTES = 48 * 1024
+"""Up to this size of Wx, reading it again at each step costs less than one NumPy call."""
 
-@dataclass(frozen=True, slots=True, eq=False)
+
+@dataclass(slots=True, eq=False)  # Not frozen: that takes as long to make as a small product.
 class Tape:
     """What a forward pass leaves for its backward pass.
 
@@ -50,10 +53,11 @@ def rnn_forward(params: Params, xs: Array, h0: Array) -> Tape:
     """
     check_sequence(params, xs, h0)
     n, t, _ = xs.shape
+    if n == 1 and params.Wx.nbytes <= SMALL_INPUT_BYTES:
+        return Tape(xs, h0, _recur_joined(params.joined, xs, h0)[None])
     # BLAS sums in another order where an operand is strided: one layout, or bits would depend on it.
     h = np.ascontiguousarray(h0)
-    hs = time_major_rows(xs).dot(params.Wx)
-    hs += params.b
+    hs = time_major_rows(xs).reshape(t * n, -1).dot(params.input_part)
     if n == 1:
         _recur_vector(params.Wh, h[0], hs)
         return Tape(xs, h0, hs[None])
@@ -69,21 +73,48 @@ def check_sequence(params: Params, xs: Array, h0: Array) -> None:
         ShapeError: If N, D or H disagree, or a dimension is 0.
         DTypeError: If xs or h0 has another type than the weights.
     """
+    shape, dtype = xs.shape, params.Wx.dtype
     d, h = params.Wx.shape
-    if xs.ndim != SEQUENCE_NDIM or xs.shape[2] != d or 0 in xs.shape:
-        raise ShapeError("xs", f"(N, T, {d}) with N, T >= 1", xs.shape)
-    if h0.shape != (xs.shape[0], h):
-        raise ShapeError("h0", f"({xs.shape[0]}, {h})", h0.shape)
-    if xs.dtype != params.Wx.dtype:
-        raise DTypeError("xs", f"{params.dtype} like the weights", xs.dtype)
-    if h0.dtype != params.Wx.dtype:
-        raise DTypeError("h0", f"{params.dtype} like the weights", h0.dtype)
+    if len(shape) != SEQUENCE_NDIM or shape[2] != d or 0 in shape:
+        raise ShapeError("xs", f"(N, T, {d}) with N, T >= 1", shape)
+    if h0.shape != (shape[0], h):
+        raise ShapeError("h0", f"({shape[0]}, {h})", h0.shape)
+    if xs.dtype != dtype:
+        raise DTypeError("xs", f"{dtype} like the weights", xs.dtype)
+    if h0.dtype != dtype:
+        raise DTypeError("h0", f"{dtype} like the weights", h0.dtype)
 
 
-def time_major_rows(xs: Array) -> Array:
-    """Return xs (N, T, D) as (T N, D) in C order, copied only if it does not lie so."""
+def time_major_rows(xs: Array, room: int = 0) -> Array:
+    """Return xs (N, T, D) as rows [.., x_t, 1], shape (T, N, room + D + 1) in C order.
+
+    The 1 takes the bias along in a product. The first `room` columns are left for the caller to fill.
+    """
     n, t, d = xs.shape
-    return np.ascontiguousarray(xs.swapaxes(0, 1)).reshape(t * n, d)
+    rows = np.empty((t, n, room + d + 1), xs.dtype)
+    rows[..., room:-1] = xs.swapaxes(0, 1)
+    rows[..., -1] = 1
+    return rows
+
+
+def _recur_joined(joined: Array, xs: Array, h0: Array) -> Array:
+    """Return the hidden states (T, H) of one row after h0 (1, H).
+
+    A step is two calls, not three: the row [h_{t-1}, x_t, 1] times all weights, which needs no
+    addition after it, and tanh, both into the row of the next step.
+    """
+    h = joined.shape[1]
+    rows = np.empty((xs.shape[1] + 1, len(joined)), joined.dtype)
+    states = rows[:, :h]
+    states[0] = h0
+    rows[:-1, h:-1] = xs
+    rows[:, -1] = 1
+    times_joined, tanh = joined.T.dot, np.tanh
+    states = states[1:]
+    for row, state in zip(rows, states, strict=False):
+        times_joined(row, state)
+        tanh(state, state)
+    return states.copy()  # A view would keep the inputs in memory as well.
 
 
 def _recur_vector(Wh: Array, h: Array, hs: Array) -> None:

@@ -49,8 +49,10 @@ def rnn_forward_many(params: Params, xs: Sequence[Array], h0: Sequence[Array]) -
     if len({t for _, t in counts}) == 1:
         return _forward_equal(params, xs, h0, counts)
     order, active, to_packed, to_sequences = _pack(counts)
-    packed = _join_rows(xs).take(to_packed, axis=0).dot(params.Wx)
-    packed += params.b
+    rows = np.empty((len(to_packed), params.input_size + 1), params.dtype)
+    rows[:, :-1] = _join_rows(xs).take(to_packed, axis=0)
+    rows[:, -1] = 1
+    packed = rows.dot(params.input_part)
     _recur_packed(params.Wh, np.concatenate(h0).take(order, axis=0), packed, active)
     return _split(packed.take(to_sequences, axis=0), counts)
 

@@ -20,7 +20,11 @@ if TYPE_CHECKING:
     from tests.rnn_engine.conftest import Case, CaseMaker
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 3, 2), (1, 6, 3, 2), (4, 1, 2, 3), (4, 6, 2, 3)])
+# One row by a recipe for small inputs and by one for large ones, then batches.
+SIZES = [(1, 1, 3, 2), (1, 6, 3, 2), (1, 1, 900, 8), (1, 6, 900, 8), (4, 1, 2, 3), (4, 6, 2, 3)]
+
+
+@pytest.mark.parametrize("sizes", SIZES)
 def test_forward_is_the_formula(case_of: CaseMaker, sizes: tuple[int, int, int, int]) -> None:
     """Each state is tanh of the input's and the last state's products and the bias."""
     case = case_of(*sizes)
@@ -28,7 +32,7 @@ def test_forward_is_the_formula(case_of: CaseMaker, sizes: tuple[int, int, int, 
     hs = rnn_forward(p, case.xs, case.h0).hs
     for t in range(sizes[1]):
         h = np.tanh(case.xs[:, t] @ p.Wx + h @ p.Wh + p.b)
-        np.testing.assert_allclose(hs[:, t], h, rtol=1e-13)
+        np.testing.assert_allclose(hs[:, t], h, rtol=1e-13, atol=1e-14)
 
 
 @given(n=st.integers(1, 3), t=st.integers(2, 12), seed=st.integers(0, 2**32 - 1), data=st.data())
@@ -72,7 +76,7 @@ def _strided(array: Array) -> Array:
 
 @pytest.mark.parametrize("lay", [_unaligned, _strided, np.asfortranarray])
 @pytest.mark.parametrize("n", [1, 16])
-@pytest.mark.parametrize("h", [5, 64, 100])
+@pytest.mark.parametrize("h", [5, 64, 100, 200])
 def test_where_the_inputs_lie_changes_no_bit(
     case_of: CaseMaker, n: int, h: int, lay: Callable[[Array], Array]
 ) -> None:
@@ -108,6 +112,18 @@ def test_rows_of_a_batch_do_not_touch(case: Case) -> None:
     assert np.isnan(hs[1]).all()
     expected = rnn_forward(case.params, case.xs, case.h0).hs
     assert np.array_equal(hs[[0, 2]], expected[[0, 2]])
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_no_step_sees_a_later_one(case_of: CaseMaker, sizes: tuple[int, int, int, int]) -> None:
+    """A NaN among the inputs leaves the states before it as they are."""
+    case = case_of(*sizes)
+    xs = case.xs.copy()
+    xs[:, -1] = np.nan
+    hs = rnn_forward(case.params, xs, case.h0).hs
+    assert np.isnan(hs[:, -1]).all()
+    expected = rnn_forward(case.params, case.xs, case.h0).hs
+    assert np.array_equal(hs[:, :-1], expected[:, :-1])
 
 
 @pytest.mark.parametrize(
@@ -159,3 +175,15 @@ def test_params_tell_their_sizes() -> None:
     params = Params(np.zeros((3, 4)), np.zeros((4, 4)), np.zeros(4))
     assert (params.input_size, params.hidden_size) == (3, 4)
     assert params.dtype == np.float64
+
+
+def test_params_are_copies_in_one_block(rng: np.random.Generator) -> None:
+    """Writing into the arrays that Params was made from changes no weight; `joined` is all three."""
+    Wx, Wh, b = rng.normal(size=(3, 4)), rng.normal(size=(4, 4)), rng.normal(size=4)
+    params = Params(Wx, Wh, b)
+    expected = np.concatenate([Wh, Wx, b[None]])
+    for array in (Wx, Wh, b):
+        array[...] = 0
+    p = params
+    for parts in ([p.joined], [p.Wh, p.Wx, p.b[None]], [p.Wh, p.input_part]):
+        assert np.array_equal(np.concatenate(parts), expected)
