@@ -102,11 +102,29 @@ class _Stream:
 
     def __init__(self, call: Any) -> None:
         self._call = call
+        self._has_begun = False
 
     async def write(self, message: Any) -> None:
+        if not self._has_begun:
+            await self._wait_until_begun()
         # It has ended: the read that follows tells why.
         with contextlib.suppress(asyncio.InvalidStateError):
             await self._call.write(message)
+
+    async def _wait_until_begun(self) -> None:
+        """Wait until the call is on its way or over: gRPC's write waits for the first alone."""
+        # A call that its channel's close cancels before never begins.
+        waits = [
+            asyncio.ensure_future(each)
+            for each in (self._call.wait_for_connection(), self._call.code())
+        ]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+            await asyncio.gather(*waits, return_exceptions=True)
+        self._has_begun = True
 
     async def read(self) -> Any:
         message = await self._call.read()

@@ -151,3 +151,19 @@ async def test_training(client: timernn.aio.Client) -> None:
     version = await sessions[0].update()
     result = await client.update("m", sessions=sessions)
     assert (version.number, result.version.number, result.contribution_count) == (2, 3, 1)
+
+
+@pytest.mark.parametrize("turns", range(2, 12, 2))
+async def test_a_stream_that_begins_as_its_client_is_closed_ends(stand_in: Any, turns: int) -> None:
+    """A write of gRPC waits for its call to be on its way, also when it never will be."""
+
+    async def stream(session: timernn.aio.Session) -> None:
+        async for _ in session.stream([XS]):
+            pass
+
+    async with timernn.aio.connect(stand_in.address, timeout=5) as client:
+        streaming = asyncio.create_task(stream(await client.session("m")))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+    done, _ = await asyncio.wait([streaming], timeout=5)
+    assert done
