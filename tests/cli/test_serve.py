@@ -105,3 +105,12 @@ def test_a_port_in_use_is_one_line(
         failed = bare("serve", "--listen", server.address, "--data-dir", data)
     assert failed.code == 1
     assert server.address in one_line(failed.err)
+
+
+@pytest.mark.parametrize("text", ["before_commit=exit", "before_lunch=exit", "before_commit=dance"])
+def test_failpoints_are_refused_in_production(bare: Callable[..., Any], text: str) -> None:
+    """Neither an option nor a variable lets a server die on purpose unless --testing stands beside it."""
+    for options, env in ((("--failpoints", text), {}), ((), {"TIMERNN_FAILPOINTS": text})):
+        failed = bare("serve", "--listen", "127.0.0.1:0", *options, **env)
+        assert (failed.code, failed.out) == (1, "")
+        assert "--failpoints" in one_line(failed.err)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import os
 import random
 import statistics
@@ -198,19 +199,22 @@ async def test_a_leak_on_purpose_is_seen(fleet: Fleet, proof: Proof, seed: int) 
 @pytest.mark.timeout(300)
 @pytest.mark.promise("R18", "no leak, in the server or the client library")
 async def test_every_call_ends_with_its_client(fleet: Fleet, proof: Proof, seed: int) -> None:
-    """A client that is closed leaves no call waiting, here or on the server."""
-    rng = np.random.default_rng(seed)
-    async with Wire(fleet.replicas[0].address) as wire, Wire(fleet.replicas[1].address) as other:
+    """A client that is closed with calls and streams under way leaves none of them waiting."""
+    rng, address = np.random.default_rng(seed), fleet.replicas[0].address
+    async with Wire(address) as wire, Wire(fleet.replicas[1].address) as other:
         model = await Model.create(wire, rng, f"exit-{seed}")
         await steady_traffic(proof, [wire, other], model, rng)
     proxy = fleet.store_proxies[0]
     for _ in range(5):
-        async with timernn.aio.connect(fleet.replicas[0].address, timeout=60) as client:
+        async with timernn.aio.connect(address, timeout=60) as client:
             sessions = [await client.session(model.model_id, batch_size=N) for _ in range(20)]
             await asyncio.gather(*(session.forward(draw(rng)) for session in sessions))
             stalls = proxy.counts["stall"]
             proxy.set(Faults(up=Link(stall=True)))
-            calls = [asyncio.create_task(each.forward(draw(rng))) for each in sessions]
+            calls: list[asyncio.Task[Any]] = [
+                asyncio.create_task(drain(each, draw(rng)) if k % 2 else each.forward(draw(rng)))
+                for k, each in enumerate(sessions)
+            ]
             await asyncio.to_thread(wait_for_stall, proxy, stalls)
         done, pending = await asyncio.wait(calls, timeout=10)
         proof.hit("client closed with calls under way")
@@ -218,6 +222,12 @@ async def test_every_call_ends_with_its_client(fleet: Fleet, proof: Proof, seed:
         for call in done:
             proof.require(call.cancelled() or call.exception(), "a call succeeded without a client")
         proxy.set(Faults())
+
+
+async def drain(session: Any, xs: Any) -> None:
+    """Stream a chunk again and again until something stops it."""
+    async for _ in session.stream(itertools.repeat(xs)):
+        pass
 
 
 def wait_for_stall(proxy: FaultProxy, before: int) -> None:

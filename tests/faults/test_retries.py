@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from scenes.wire import (
     steady_traffic,
     told,
 )
+from timernn._core.place import SessionPlace
 from timernn.v1 import time_rnn_service_pb2 as rnn_pb
 
 if TYPE_CHECKING:
@@ -51,6 +53,19 @@ def fleet() -> Iterator[Fleet]:
 def _healed(fleet: Fleet) -> Iterator[None]:
     yield
     fleet.heal()
+
+
+@pytest.fixture
+def replays(monkeypatch: pytest.MonkeyPatch) -> Counter[bool]:
+    """How many answers that the client library took were replayed, and how many not."""
+    taken, advance = Counter[bool](), SessionPlace.advance
+
+    def count(self: SessionPlace, request: Any, answer: rnn_pb.ForwardResponse) -> None:
+        taken[answer.replayed] += 1
+        advance(self, request, answer)
+
+    monkeypatch.setattr(SessionPlace, "advance", count)
+    return taken
 
 
 class Stream:
@@ -86,7 +101,7 @@ class Stream:
 @pytest.mark.promise("R1", "a chunk is applied once, in order, whatever is retried")
 @figure("sessions", 50, 200)
 async def test_each_chunk_is_applied_once_however_many_answers_are_lost(
-    fleet: Fleet, proof: Proof, seed: int, sessions: int
+    fleet: Fleet, proof: Proof, seed: int, sessions: int, replays: Counter[bool]
 ) -> None:
     """Sessions stream 40 chunks while a fifth of all answers is lost on both sides of the server."""
     chunks, rng = 40, np.random.default_rng(seed)
@@ -114,6 +129,9 @@ async def test_each_chunk_is_applied_once_however_many_answers_are_lost(
     await asyncio.gather(*(stream.close(proof, chunks) for stream in streams))
     for name, count in faults_of(fleet).items():
         proof.hit(name, count - before.get(name, 0))
+    proof.figures["replayed"] = replays[True]
+    assert replays.total() == sessions * chunks
+    assert replays[True] > sessions
     assert proof.faults["client drop_reply"] > sessions
     assert proof.faults["store drop_reply"] > sessions / 5
 
