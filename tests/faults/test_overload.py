@@ -150,7 +150,9 @@ class Trial:
         """Measure the capacity, then offer less and more."""
         capacity = await bench.capacity(seconds / 2)
         idle = await bench.offer(capacity / 10, seconds / 4)
-        loads = {factor: await bench.offer(factor * capacity, seconds) for factor in (1, *OVERLOADS)}
+        loads = {
+            factor: await bench.offer(factor * capacity, seconds) for factor in (1, *OVERLOADS)
+        }
         return cls(seconds, capacity, idle, loads)
 
     def shortfalls(self) -> dict[str, str]:
