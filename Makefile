@@ -78,6 +78,10 @@ faults: setup ## Break the service on purpose, minutes.
 faults-long: setup ## The same at length, up to hours.
 	@$(BIN)/python -m pytest tests/faults -m "not soak" --timeout=7200 $(PYTEST_ARGS)
 
+.PHONY: faults-docs
+faults-docs: setup ## Put what the last whole `make faults` found into docs/reliability.md.
+	@$(BIN)/python tests/faults/instruments/page.py
+
 .PHONY: soak
 soak: setup ## Hours of mixed load, watched for leaks.
 	@$(BIN)/python -m pytest tests/faults -m soak --timeout=0 $(PYTEST_ARGS)

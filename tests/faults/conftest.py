@@ -1,15 +1,20 @@
 """What every fault test shares: its seed, its proof, and the table at the end."""
 
+import shlex
+import time
 import zlib
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
 
-from instruments.report import Proof, Report, run_seeds
+from instruments.report import Proof, Report, Run, run_seeds
 
-RESULTS = Path(__file__).parent / "results"
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+SHORT, LONG = "not long and not soak", "not soak"  # what the Makefile's targets choose
 _REPORT = pytest.StashKey[Report]()
+_STARTED = pytest.StashKey[float]()
 _PROOF = pytest.StashKey[Proof]()
 _HAS_FAILED = pytest.StashKey[bool]()
 
@@ -17,6 +22,7 @@ _HAS_FAILED = pytest.StashKey[bool]()
 def pytest_configure(config: pytest.Config) -> None:
     """Open the report of the session."""
     config.stash[_REPORT] = Report()
+    config.stash[_STARTED] = time.monotonic()
     config.addinivalue_line(
         "markers",
         "promise(id, text, control=False): what the test proves; a control needs no fault.",
@@ -74,4 +80,23 @@ def pytest_terminal_summary(
     terminalreporter.section("promises under fire")
     for line in report.table():
         terminalreporter.line(line)
-    report.write(RESULTS)
+    report.write(RESULTS, run_of(terminalreporter, config))
+
+
+def run_of(terminal: pytest.TerminalReporter, config: pytest.Config) -> Run:
+    """Tell which run this was: whole, as `make faults` makes it, or of a part."""
+    counts = {name: len(terminal.stats.get(name, ())) for name in ("passed", "failed", "error")}
+    options = config.option
+    is_whole = not (options.keyword or options.deselect) and [
+        Path(each).resolve() for each in config.args
+    ] == [HERE]
+    command = {SHORT: "make faults", LONG: "make faults-long"}.get(options.markexpr)
+    if not is_whole or command is None:
+        is_whole, command = False, shlex.join(["pytest", *config.invocation_params.args])
+    return Run(
+        command=command,
+        is_whole=is_whole,
+        seconds=time.monotonic() - config.stash[_STARTED],
+        passed=counts["passed"],
+        failed=counts["failed"] + counts["error"],
+    )

@@ -4,15 +4,20 @@ A promise is proved by a run in which faults really happened and traffic flowed 
 without either proves nothing and fails, however green its assertions are.
 """
 
+import contextlib
 import json
 import math
 import os
 import platform
+import re
+import subprocess
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+
+from instruments.redis_servers import server_binary
 
 STEADY_OPERATIONS_PER_S = 50.0
 """Traffic that must flow before the first fault."""
@@ -105,7 +110,43 @@ class Row:
     figures: dict[str, float]
 
 
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One call of pytest.
+
+    Attributes:
+        command: What to type to have it again.
+        is_whole: Whether no test was left out but those for longer runs.
+        seconds: How long it took.
+        passed: Tests that passed.
+        failed: Tests that failed, or whose proof fell short.
+    """
+
+    command: str
+    is_whole: bool
+    seconds: float
+    passed: int
+    failed: int
+
+    def facts(self) -> dict[str, str]:
+        """Return the machine and the versions of what took part."""
+        store = subprocess.run(
+            [server_binary(), "--version"], capture_output=True, text=True, check=True
+        ).stdout
+        return {
+            "machine": f"{os.cpu_count()} cores ({_processor()}), {platform.system()}",
+            "Python": platform.python_version(),
+            "store": re.sub(r"^(\w+) server v=(\S+).*", r"\1 \2", store.strip()),
+            **{name: metadata.version(name) for name in ("grpcio", "redis", "numpy")},
+        }
+
+
 HEADINGS = ("promise", "runs", "faults injected", "operations checked", "violations", "seed")
+FIGURE_HEADINGS = (
+    "promise",
+    "operations/s before the first fault",
+    "figures, the largest of its runs",
+)
 
 
 class Report:
@@ -139,28 +180,39 @@ class Report:
         ]
         return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
 
-    def markdown(self) -> str:
-        """Return the table for the documentation."""
-        head = "| " + " | ".join(HEADINGS) + " |\n|" + " --- |" * len(HEADINGS) + "\n"
-        return head + "".join("| " + " | ".join(_cells(row)) + " |\n" for row in self.rows())
+    def markdown(self, run: Run) -> str:
+        """Return what the documentation tells of a run: where it was, the table, the figures."""
+        facts = run.facts()
+        told = (
+            f"`{run.command}`, {run.seconds:.0f} s: {run.passed} tests passed, {run.failed} failed."
+        )
+        where = ", ".join(f"{name} {value}" for name, value in facts.items() if name != "machine")
+        figures = [
+            (row.promise, f"{row.steady_rate:,.0f}" if row.steady_rate else "", _figures(row))
+            for row in self.rows()
+        ]
+        return "\n".join(
+            (
+                f"{told} On {facts['machine']}; {where}.",
+                "",
+                *_markdown_table(HEADINGS, map(_cells, self.rows())),
+                "",
+                *_markdown_table(FIGURE_HEADINGS, figures),
+                "",
+            )
+        )
 
-    def write(self, directory: Path) -> None:
+    def write(self, directory: Path, run: Run) -> None:
         """Write `faults.json` and `faults.md` into a directory that git ignores."""
         directory.mkdir(parents=True, exist_ok=True)
         (directory / ".gitignore").write_text("*\n")
-        (directory / "faults.md").write_text(self.markdown())
-        (directory / "faults.json").write_text(json.dumps(self._document(), indent=2) + "\n")
-
-    def _document(self) -> dict[str, Any]:
-        machine = {
-            "python": platform.python_version(),
-            "system": platform.platform(),
-            "cores": os.cpu_count(),
+        (directory / "faults.md").write_text(self.markdown(run))
+        document = {
+            "run": asdict(run),
+            "where": run.facts(),
+            "promises": [asdict(row) for row in self.rows()],
         }
-        rows = [
-            {name: getattr(row, name) for name in Row.__dataclass_fields__} for row in self.rows()
-        ]
-        return {"machine": machine, "promises": rows}
+        (directory / "faults.json").write_text(json.dumps(document, indent=2) + "\n")
 
     def _row(self, promise: str) -> Row:
         proofs = [proof for proof in self._proofs if proof.promise == promise]
@@ -190,6 +242,32 @@ def _cells(row: Row) -> tuple[str, ...]:
         f"{len(row.violations)}",
         ", ".join(map(str, row.seeds[:3])) + (", …" if len(row.seeds) > 3 else ""),
     )
+
+
+def _figures(row: Row) -> str:
+    return "; ".join(f"{name} {_three_digits(value)}" for name, value in row.figures.items())
+
+
+def _three_digits(value: float) -> str:
+    """Write a number with three digits that count, or whole."""
+    places = 0 if abs(value) >= 100 or value == int(value) else 1 if abs(value) >= 10 else 2
+    return f"{value:,.{places if abs(value) >= 1 else 3}f}" if value else "0"
+
+
+def _markdown_table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> Iterator[str]:
+    lines = [list(headings), *map(list, rows)]
+    for number, cells in enumerate(lines):
+        yield "| " + " | ".join(cells) + " |"
+        if not number:
+            yield "|" + " --- |" * len(cells)
+
+
+def _processor() -> str:
+    """Return the processor's name where the system tells it."""
+    with contextlib.suppress(OSError):
+        names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        return str(names[0]) if names else platform.machine()
+    return platform.machine()
 
 
 def _natural(promise: str) -> tuple[str, int, str]:

@@ -3,10 +3,11 @@ from pathlib import Path
 
 import pytest
 
-from instruments.report import Proof, Report
+from instruments.report import Proof, Report, Run
 
 pytest_plugins = ["pytester"]
 
+RUN = Run("make faults", is_whole=True, seconds=60.0, passed=3, failed=0)
 CONFTEST = Path(__file__).parents[1] / "conftest.py"
 
 
@@ -67,8 +68,11 @@ def test_the_report_is_written_where_git_does_not_look(tmp_path: Path) -> None:
     proof = proved("R1")
     proof.figures["replayed"] = 9.0
     report.add(proof, "applied once")
-    report.write(tmp_path)
-    assert "| R1 applied once | 1 | 5 | 100 | 0 | 1 |" in (tmp_path / "faults.md").read_text()
+    report.write(tmp_path, RUN)
+    text = (tmp_path / "faults.md").read_text()
+    assert text.startswith("`make faults`, 60 s: 3 tests passed, 0 failed. On ")
+    assert "| R1 applied once | 1 | 5 | 100 | 0 | 1 |" in text
+    assert "| R1 | 100 | replayed 9 |" in text
     (row,) = json.loads((tmp_path / "faults.json").read_text())["promises"]
     assert (row["steady_rate"], row["figures"]) == (100.0, {"replayed": 9.0})
     assert (tmp_path / ".gitignore").read_text() == "*\n"
