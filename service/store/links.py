@@ -97,13 +97,18 @@ class StoreClient(Redis):
         link = await self._take()
         try:
             answers: list[Any] = await link.round_trip(commands)
-        except BaseException:
-            # The others lead to the same server: none of them is to fail the call that is sent again.
-            for other in (link, *self._kept):
-                await self._give_up(other)
-            self._kept.clear()
+        except BaseException as error:
+            unfit = [link]
+            if not isinstance(error, asyncio.CancelledError):
+                # The others lead to the same server: none of them is to fail the call that is sent
+                # again, nor to be taken by anybody while they are given up.
+                unfit += self._kept
+                self._kept = []
+            for each in unfit:
+                await self._give_up(each)
             raise
-        if len(self._kept) < KEPT_LINKS:
+        # One at least stays with the pool, for health.
+        if len(self._kept) < min(KEPT_LINKS, self.connection_pool.max_connections - 1):
             self._kept.append(link)
         else:
             await self.connection_pool.release(link)

@@ -103,5 +103,59 @@ def test_an_error_stands_in_its_commands_place(server: RedisServer, run: Run) ->
     run(scene())
 
 
+@LOOPS
+def test_a_link_taken_meanwhile_is_not_given_up_with_the_others(
+    server: RedisServer, run: Run
+) -> None:
+    """A failed round trip gives up all idle links; one that is in work again is not among them."""
+
+    async def scene() -> None:
+        client: Any = connect(server.url, Settings())
+        pool = client.connection_pool
+        await asyncio.gather(*(client.round_trip([("PING",)]) for _ in range(4)))
+        release = pool.release
+
+        async def release_late(link: Any) -> None:
+            await asyncio.sleep(0.01)
+            await release(link)
+
+        pool.release = release_late
+        client._kept[-1].round_trip = broken
+        told = await asyncio.gather(
+            client.round_trip([("PING",)]),
+            *(_later(client.round_trip, [("BLPOP", "nothing", 0.05)]) for _ in range(3)),
+            return_exceptions=True,
+        )
+        assert isinstance(told[0], redis_errors.ConnectionError)
+        assert told[1:] == [[None]] * 3
+        assert set(client._kept) == set(pool._in_use_connections)
+        await client.aclose()
+
+    async def broken(_commands: Any) -> None:
+        await asyncio.sleep(0)
+        raise redis_errors.ConnectionError("the link broke")
+
+    run(scene())
+
+
+async def _later(call: Callable[..., Coroutine[Any, Any, Any]], *arguments: Any) -> Any:
+    await asyncio.sleep(0.005)
+    return await call(*arguments)
+
+
+@pytest.mark.parametrize("connections", [1, 4])
+def test_health_finds_a_connection_beside_kept_ones(server: RedisServer, connections: int) -> None:
+    """Idle links are never all that the store may have."""
+
+    async def scene() -> None:
+        store = await open_store(server.url, Settings(store_connections=connections))
+        looks = (store.sessions.read_session("t", f"s{number}") for number in range(CALLS))
+        await asyncio.gather(*looks)
+        await store.check()
+        await store.close()
+
+    asyncio.run(scene())
+
+
 def _clients(server: RedisServer) -> int:
     return int(server.info("clients")["connected_clients"])
