@@ -94,7 +94,8 @@ def _recur_back_vector(Wh: Array, dhs: Array, dzs: Array, dh: Array) -> None:
     """Turn dzs (T, H) from 1 - h_t^2 into dz_t and dh (H,) into dh0, in place."""
     add, multiply = np.add, np.multiply
     times_WhT = Wh.dot
-    for dh_t, dz in zip(dhs[::-1], dzs[::-1], strict=True):
+    # The range ends the loop: an array ends one by raising IndexError, which costs half a step.
+    for _, dh_t, dz in zip(range(len(dzs)), dhs[::-1], dzs[::-1]):  # noqa: B905 - strict costs more
         add(dh, dh_t, dh)
         multiply(dz, dh, dz)
         times_WhT(dz, dh)

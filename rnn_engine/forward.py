@@ -103,15 +103,16 @@ def _recur_joined(joined: Array, xs: Array, h0: Array) -> Array:
     A step is two calls, not three: the row [h_{t-1}, x_t, 1] times all weights, which needs no
     addition after it, and tanh, both into the row of the next step.
     """
-    h = joined.shape[1]
-    rows = np.empty((xs.shape[1] + 1, len(joined)), joined.dtype)
+    t, h = xs.shape[1], joined.shape[1]
+    rows = np.empty((t + 1, len(joined)), joined.dtype)
     states = rows[:, :h]
     states[0] = h0
     rows[:-1, h:-1] = xs
     rows[:, -1] = 1
     times_joined, tanh = joined.T.dot, np.tanh
     states = states[1:]
-    for row, state in zip(rows, states, strict=False):
+    # The range ends the loop: an array ends one by raising IndexError, which costs half a step.
+    for _, row, state in zip(range(t), rows, states):  # noqa: B905 - strict costs more
         times_joined(row, state)
         tanh(state, state)
     return states.copy()  # A view would keep the inputs in memory as well.
