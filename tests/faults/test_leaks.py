@@ -9,6 +9,8 @@ import os
 import random
 import statistics
 import time
+from concurrent import futures
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -222,6 +224,44 @@ async def test_every_call_ends_with_its_client(fleet: Fleet, proof: Proof, seed:
         for call in done:
             proof.require(call.cancelled() or call.exception(), "a call succeeded without a client")
         proxy.set(Faults())
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.promise("R18", "no leak, in the server or the client library")
+async def test_every_call_ends_with_its_blocking_client(
+    fleet: Fleet, proof: Proof, seed: int
+) -> None:
+    """The same of threads that call and stream over one blocking client."""
+    rng, address = np.random.default_rng(seed), fleet.replicas[0].address
+    async with Wire(address) as wire, Wire(fleet.replicas[1].address) as other:
+        model = await Model.create(wire, rng, f"blocking-{seed}")
+        await steady_traffic(proof, [wire, other], model, rng)
+    proxy = fleet.store_proxies[0]
+    with ThreadPoolExecutor(20) as pool:
+        for _ in range(5):
+            with timernn.connect(address, timeout=60) as client:
+                sessions = [client.session(model.model_id, batch_size=N) for _ in range(20)]
+                for session in sessions:
+                    session.forward(draw(rng))
+                stalls = proxy.counts["stall"]
+                proxy.set(Faults(up=Link(stall=True)))
+                calls = [
+                    pool.submit(drain_blocking if k % 2 else timernn.Session.forward, each, xs)
+                    for k, (each, xs) in enumerate((each, draw(rng)) for each in sessions)
+                ]
+                wait_for_stall(proxy, stalls)
+            done, pending = futures.wait(calls, timeout=10)
+            proof.hit("blocking client closed with calls under way")
+            proof.require(not pending, f"{len(pending)} calls outlived their client")
+            for call in done:
+                proof.require(call.exception(), "a call succeeded without a client")
+            proxy.set(Faults())
+
+
+def drain_blocking(session: Any, xs: Any) -> None:
+    """Stream a chunk again and again until something stops it."""
+    for _ in session.stream(itertools.repeat(xs)):
+        pass
 
 
 async def drain(session: Any, xs: Any) -> None:
