@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import os
 from typing import TYPE_CHECKING
 
 import typer
@@ -15,6 +16,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from service.settings import Settings
+
+
+# gRPC's own poller for Python hands each event from thread to thread; the one it had before waits for
+# events where they are picked up, which saves a tenth to a fifth of what a message costs.
+_GRPC_EXPERIMENTS = "-event_engine_poller_for_python"
 
 
 @takes_settings
@@ -42,6 +48,7 @@ def _run(settings: Settings) -> int:
         from service.workers import supervise  # noqa: PLC0415
 
         return asyncio.run(supervise(settings, announce))
+    os.environ.setdefault("GRPC_EXPERIMENTS", _GRPC_EXPERIMENTS)
     from service.app import serve as serve_one  # noqa: PLC0415
 
     with asyncio.Runner(loop_factory=_fast_loop()) as runner:

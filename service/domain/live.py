@@ -34,6 +34,10 @@ class LiveSession:
     h: Array
     ttl_ms: int
 
+    def advance(self, chunk_seq: int, token: bytes, h: Array) -> None:
+        """Move on by a chunk computed from here; who holds another state does not see it."""
+        self.chunk_seq, self.token, self.h = chunk_seq, token, h
+
 
 class LiveSessions(Recent["SessionKey", LiveSession]):
     """The sessions used last, by tenant and session_id, up to a number of bytes."""
@@ -41,13 +45,6 @@ class LiveSessions(Recent["SessionKey", LiveSession]):
     def __init__(self, limit_bytes: int) -> None:
         """Start empty."""
         super().__init__(limit_bytes, lambda session: session.h.nbytes + _ENTRY_BYTES)
-
-    def advance(
-        self, key: SessionKey, base: LiveSession, chunk_seq: int, token: bytes, h: Array
-    ) -> None:
-        """Move a session on from where a chunk was computed, unless something newer is in hand."""
-        if self.get(key) is base:
-            base.chunk_seq, base.token, base.h = chunk_seq, token, h
 
 
 def live_from_snapshot(snapshot: SessionSnapshot) -> LiveSession:

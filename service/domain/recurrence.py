@@ -295,7 +295,7 @@ class Recurrence:
         base, op = call.base, call.op
         assert base is not None and call.h is not None and call.tape is not None  # noqa: S101, PT018
         assert call.version is not None  # noqa: S101
-        self._live.advance(call.key, base, op.chunk_seq, call.token, call.h)
+        base.advance(op.chunk_seq, call.token, call.h)
         if op.train:
             self._tapes.put(
                 call.token, StoredTape(call.version, call.tape.xs, call.tape.h0, call.tape.hs)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from rnn_engine import Array, Grads, Params
@@ -18,8 +18,7 @@ DIGEST_BYTES = 16
 NO_TOKEN = b""
 
 
-@dataclass(frozen=True, slots=True)
-class Version:
+class Version(NamedTuple):  # hashed for each chunk, which a dataclass does in Python
     """The name of immutable weights; an empty digest in a request means any content."""
 
     number: int

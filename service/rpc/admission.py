@@ -30,20 +30,12 @@ class Admission:
         self.operations = 0
         self.request_bytes = 0
 
-    def enter(self, size_bytes: int) -> None:
-        """Count one operation in, or raise OVERLOADED."""
-        self._require_room()
-        self.add_bytes(size_bytes)
-        self.operations += 1
-
-    def add_operation(self) -> None:
-        """Count one operation in whose bytes have been counted, or raise OVERLOADED."""
-        self._require_room()
-        self.operations += 1
-
-    def _require_room(self) -> None:
+    def enter(self, size_bytes: int, held_bytes: int = 0) -> None:
+        """Count one operation in, for one who holds some bytes already, or raise OVERLOADED."""
         if self.operations >= self._max_operations:
             raise overloaded("operations_in_flight", f"is at its limit of {self._max_operations}")
+        self.add_bytes(size_bytes, held_bytes)
+        self.operations += 1
 
     def add_bytes(self, size_bytes: int, held_bytes: int = 0) -> None:
         """Count more bytes for one who holds some already, or raise OVERLOADED."""

@@ -6,12 +6,11 @@ model's. What is in work is bounded by what it will hold, not by what it was sen
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-from timernn.v1.tensor_pb2 import D_TYPE_FLOAT64
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from service.domain.recurrence import Recurrence
+    from service.domain.types import Backward, Forward
 
 
 class AnswerSizes:
@@ -24,18 +23,14 @@ class AnswerSizes:
         self._recurrence = recurrence
         self._message_bytes = message_bytes  # no answer is larger
 
-    def most_bytes(self, kind: str, request: Any) -> int:
-        """Return the most bytes that the arrays of an answer can have; the request may be wrong."""
-        if kind == "forward":
-            tensor, model_id = request.xs, request.model_id
-        elif kind == "backward":
-            tensor, model_id = request.dhs, ""
-        else:
-            return 0
-        if len(tensor.shape) != 3:
-            return 0  # it will be refused
-        n, t, _ = tensor.shape
-        d, h = self._recurrence.sizes(self._tenant, request.session_id, model_id)
-        item_bytes = 8 if tensor.dtype == D_TYPE_FLOAT64 else 4
-        size = n * (t + 1) * (h if kind == "forward" else max(d, h)) * item_bytes
-        return int(min(max(size, 0), self._message_bytes))
+    def forward(self, op: Forward) -> int:
+        """Return the most bytes that the arrays of a Forward's answer can have."""
+        n, t, _ = op.xs.shape
+        _, h = self._recurrence.sizes(self._tenant, op.session_id, op.model_id)
+        return int(min(n * (t + 1) * h * op.xs.itemsize, self._message_bytes))
+
+    def backward(self, op: Backward) -> int:
+        """Return the most bytes that the arrays of a Backward's answer can have."""
+        n, t, _ = op.dhs.shape
+        width = max(self._recurrence.sizes(self._tenant, op.session_id, ""))
+        return int(min(n * (t + 1) * width * op.dhs.itemsize, self._message_bytes))

@@ -6,13 +6,15 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 from service.domain.errors import bad_field
+from service.domain.types import NO_TOKEN
 from service.rpc.answers import AnswerSizes
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Callable, Coroutine
 
     from service.domain.recurrence import Recurrence
     from service.domain.training import Training
+    from service.domain.types import Forward
     from service.rpc.histories import Histories
     from service.rpc.lanes import StreamOperation
     from service.rpc.time_rnn_messages import OperationReader
@@ -37,31 +39,42 @@ class Operations:
         self._training = training
         self._sizes = AnswerSizes(tenant, recurrence, message_bytes)
 
-    def answer_bytes(self, operation: StreamOperation) -> int:
-        """Return the most bytes that an operation's answer can have."""
-        return self._sizes.most_bytes(operation.kind, operation.request)
+    def submit(
+        self, operation: StreamOperation, histories: Histories, admit: Callable[[int], None]
+    ) -> asyncio.Future[Any]:
+        """Check an operation and start it; raise a DomainError when it is refused.
 
-    def submit(self, operation: StreamOperation, histories: Histories) -> asyncio.Future[Any]:
-        """Check an operation and start it; raise a DomainError when it is refused."""
+        Args:
+            operation: What came.
+            histories: What its stream has answered.
+            admit: Told the most bytes that the answer can have; refuses, or the operation starts.
+        """
         request = operation.request
         match operation.kind:
             case "forward":
-                return self._forward(operation, histories)
+                chunk = self._forward(operation, histories)
+                admit(self._sizes.forward(chunk))
+                return self._recurrence.submit_forward(self._tenant, chunk)
             case "backward":
                 wanted = self._reader.backward(request)
+                admit(self._sizes.backward(wanted))
                 return _task(self._training.backward(self._tenant, wanted))
             case "update":
-                return _task(self._training.update(self._tenant, self._reader.update(request)))
+                step = self._reader.update(request)
+                admit(0)
+                return _task(self._training.update(self._tenant, step))
             case "discard_gradients":
-                return _task(self._training.discard(self._tenant, self._reader.discard(request)))
+                discard = self._reader.discard(request)
+                admit(0)
+                return _task(self._training.discard(self._tenant, discard))
         raise bad_field("operation", "required")
 
-    def _forward(self, operation: StreamOperation, histories: Histories) -> asyncio.Future[Any]:
-        request, token = operation.request, b""
+    def _forward(self, operation: StreamOperation, histories: Histories) -> Forward:
+        request, token = operation.request, NO_TOKEN
         if operation.lanes and not request.previous_token:
             (session_id,) = operation.lanes
             token = histories.previous_token(session_id, request.epoch, request.chunk_seq)
-        return self._recurrence.submit_forward(self._tenant, self._reader.forward(request, token))
+        return self._reader.forward(request, token)
 
 
 def _task(coroutine: Coroutine[Any, Any, Any]) -> asyncio.Future[Any]:

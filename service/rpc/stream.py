@@ -196,10 +196,11 @@ class OperationStream:
             self._answer_error(operation, operation.refusal)
             return
         try:
-            # Not before: what waits here for its session, or for a client that does not read, must
-            # take nobody else's place.
-            self._admit(operation)
-            future = self._operations.submit(operation, self._histories)
+            # Admitted only now: what waits here for its session, or for a client that does not read,
+            # must take nobody else's place.
+            future = self._operations.submit(
+                operation, self._histories, partial(self._admit, operation)
+            )
         except Exception as error:  # noqa: BLE001 - answered on the stream
             self._answer_error(operation, error)
             return
@@ -208,14 +209,13 @@ class OperationStream:
         self._started.add(operation)
         future.add_done_callback(partial(self._on_done, operation))
 
-    def _admit(self, operation: StreamOperation) -> None:
-        self._admission.add_operation()
+    def _admit(self, operation: StreamOperation, answer_bytes: int) -> None:
+        held_bytes = self._request_bytes + self._expected_bytes
+        self._admission.enter(answer_bytes, held_bytes)
         self._admitted += 1
         operation.is_admitted = True
-        expected = self._operations.answer_bytes(operation)
-        self._admission.add_bytes(expected, self._request_bytes + self._expected_bytes)
-        operation.expected_bytes = expected
-        self._expected_bytes += expected
+        operation.expected_bytes = answer_bytes
+        self._expected_bytes += answer_bytes
 
     def _on_done(self, operation: StreamOperation, future: asyncio.Future[Any]) -> None:
         error: BaseException | None

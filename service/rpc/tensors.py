@@ -21,6 +21,8 @@ from timernn.v1.tensor_pb2 import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rnn_engine import Array
     from service.domain.types import Version
 
@@ -65,16 +67,20 @@ def tensor_from_proto(name: str, tensor: Tensor, rule: TensorRule) -> Array:
     dtype = DTYPES.get(tensor.dtype)
     if dtype is None:
         raise bad_tensor(f"{name}.dtype", _dtype_expected(tensor.dtype))
-    if len(tensor.shape) != rule.rank:
-        raise _bad_rank(name, len(tensor.shape), rule)
-    shape = tuple(tensor.shape)
-    count = _count(name, shape, rule)
+    shape = tensor.shape[:]  # a slice: to iterate costs more, the end of it is an exception
+    if len(shape) != rule.rank:
+        raise _bad_rank(name, len(shape), rule)
+    count = 1
+    for size, limit in zip(shape, rule.limits):  # noqa: B905 - compared just now, and this is per chunk
+        if not 0 < size <= limit:
+            raise _bad_dimension(name, shape, rule)
+        count *= size
     data = tensor.data
     if len(data) != count * dtype.itemsize:
-        expected = f"{count * dtype.itemsize} bytes for {shape} {dtype.name}"
+        expected = f"{count * dtype.itemsize} bytes for {tuple(shape)} {dtype.name}"
         raise bad_tensor(f"{name}.data", f"expected {expected}, got {len(data)}")
-    array: Array = np.ndarray(shape, dtype, data)
     flat = np.frombuffer(data, dtype)
+    array: Array = flat.reshape(shape)
     # A dot product with itself costs less than half of isfinite; large finite values overflow it, and
     # only then each element is looked at. vdot, because dot warns of the overflow.
     if not math.isfinite(np.vdot(flat, flat)):
@@ -127,21 +133,12 @@ def _dtype_expected(dtype: int) -> str:
     return f"expected D_TYPE_FLOAT32 or D_TYPE_FLOAT64, got {got}"
 
 
-def _count(name: str, shape: tuple[int, ...], rule: TensorRule) -> int:
-    count = 1
-    for size, limit in zip(shape, rule.limits, strict=True):
-        if not 0 < size <= limit:
-            raise _bad_dimension(name, shape, rule)
-        count *= size
-    return count
-
-
 def _bad_rank(name: str, rank: int, rule: TensorRule) -> InvalidArgument:
     dims = ",".join(rule.letters)
     return bad_tensor(f"{name}.shape", f"expected {rule.rank} dims ({dims}), got {rank}")
 
 
-def _bad_dimension(name: str, shape: tuple[int, ...], rule: TensorRule) -> InvalidArgument:
+def _bad_dimension(name: str, shape: Sequence[int], rule: TensorRule) -> InvalidArgument:
     sizes = zip(shape, rule.limits, strict=True)
     axis = next(axis for axis, (size, limit) in enumerate(sizes) if not 0 < size <= limit)
     letter, limit = rule.letters[axis], rule.limits[axis]

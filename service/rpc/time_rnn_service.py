@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from service.rpc.answers import AnswerSizes
 from service.rpc.operations import Operations
@@ -45,7 +45,7 @@ class TimeRnnService:
     async def forward(self, call: Call, request: pb.ForwardRequest) -> pb.ForwardResponse:
         """Apply one chunk."""
         wanted = self._reader.forward(request)
-        call.ticket.reserve(self._answer_bytes(call, "forward", request))
+        call.ticket.reserve(self._sizes(call).forward(wanted))
         response = pb.ForwardResponse()
         fill_forward(response, await self._recurrence.forward(call.tenant, wanted))
         return response
@@ -53,7 +53,7 @@ class TimeRnnService:
     async def backward(self, call: Call, request: pb.BackwardRequest) -> pb.BackwardResponse:
         """Leave one contribution."""
         wanted = self._reader.backward(request)
-        call.ticket.reserve(self._answer_bytes(call, "backward", request))
+        call.ticket.reserve(self._sizes(call).backward(wanted))
         response = pb.BackwardResponse()
         fill_backward(response, await self._training.backward(call.tenant, wanted))
         return response
@@ -90,9 +90,8 @@ class TimeRnnService:
         finally:
             self._streams.discard(stream)
 
-    def _answer_bytes(self, call: Call, kind: str, request: Any) -> int:
-        sizes = AnswerSizes(call.tenant, self._recurrence, self._limits.message_bytes)
-        return sizes.most_bytes(kind, request)
+    def _sizes(self, call: Call) -> AnswerSizes:
+        return AnswerSizes(call.tenant, self._recurrence, self._limits.message_bytes)
 
     def drain(self) -> None:
         """Ask every stream to end once it has answered what it accepted."""
