@@ -1,10 +1,10 @@
 """Joins chunks that wait for the same weights into one forward.
 
-A chunk never waits for company: what has queued while the engine was busy, or while the store was so
-busy that a result would have had to wait for it, is the next batch. Each set of weights has its own
-queue, so one model's long work does not hold up another's. INFER chunks of a batch run as one ragged
-forward; a TRAIN chunk runs by itself, in its own matrix shapes, so that its result does not depend on
-who else is there, bit for bit.
+A chunk never waits for company: what has queued while the engine was busy is the next batch, and what
+has come already but lies in the loop's queue still joins it. Each set of weights has its own queue, so
+one model's long work does not hold up another's. INFER chunks of a batch run as one ragged forward; a
+TRAIN chunk runs by itself, in its own matrix shapes, so that its result does not depend on who else is
+there, bit for bit.
 """
 
 from __future__ import annotations
@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 # Up to this many multiply-adds, about 2 ms, arithmetic runs on the loop itself: a thread would have to
 # ask the loop for the interpreter at every step of the recurrence and be slower for both.
 INLINE_WORK = 1 << 24
+
+# Of the loop, without a new chunk, before what has gathered is computed. From the socket to here a chunk
+# takes up to three; of a lone one they take some microseconds.
+TURNS = 3
 
 MAX_BATCH_BYTES = 1 << 26  # of the hidden states that one batch computes
 
@@ -74,7 +78,6 @@ class Scheduler:
         """Bound the rows of a joined forward and the threads that compute."""
         self._max_rows = max_batch_rows
         self._queues: dict[int, _Queue] = {}
-        self._held: list[_Queue] | None = None
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="compute")
 
     def submit(self, chunk: Chunk) -> None:
@@ -85,17 +88,7 @@ class Scheduler:
         queue.waiting.append(chunk)
         if not queue.is_busy:
             queue.is_busy = True
-            asyncio.get_running_loop().call_soon(self._run_next, queue)
-
-    def hold(self) -> None:
-        """Let chunks gather: computed now, they would wait for the store all the same."""
-        self._held = self._held or []
-
-    def release(self) -> None:
-        """Compute what has gathered."""
-        held, self._held = self._held, None
-        for queue in held or ():
-            self._run_next(queue)
+            self._gather(queue)
 
     async def run(self, work: int, function: Callable[..., Result], *arguments: Any) -> Result:
         """Run other arithmetic: inline when it is small, else in a thread."""
@@ -108,10 +101,16 @@ class Scheduler:
         """Let running work finish and take no more."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
+    def _gather(self, queue: _Queue, known: int = 0, turns: int = 0) -> None:
+        """Compute once the loop has turned a few times and brought no other chunk."""
+        count = len(queue.waiting)
+        turns = turns + 1 if count == known else 0
+        if turns < TURNS and count < self._max_rows:
+            asyncio.get_running_loop().call_soon(self._gather, queue, count, turns)
+        else:
+            self._run_next(queue)
+
     def _run_next(self, queue: _Queue) -> None:
-        if self._held is not None and not queue.waiting[0].alone:
-            self._held.append(queue)
-            return
         batch = self._take_batch(queue)
         if sum(chunk.work for chunk in batch) <= INLINE_WORK:
             _quietly(_compute, batch)
@@ -136,7 +135,7 @@ class Scheduler:
 
     def _finish(self, queue: _Queue, batch: Sequence[Chunk]) -> None:
         if queue.waiting:
-            asyncio.get_running_loop().call_soon(self._run_next, queue)
+            self._gather(queue)
         else:
             queue.is_busy = False
             del self._queues[id(batch[0].params)]

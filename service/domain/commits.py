@@ -14,7 +14,6 @@ from service.domain.refusals import cancelled_midway
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from service.compute.scheduler import Scheduler
     from service.domain.ports import ChunkCommit, ChunkOutcome, SessionStore
 
     Told = Callable[[ChunkOutcome | Exception], None]
@@ -29,10 +28,9 @@ TRIP_BYTES = (
 class Committer:
     """One replica's commits."""
 
-    def __init__(self, store: SessionStore, scheduler: Scheduler) -> None:
-        """Start idle; the scheduler is held while all round trips are under way."""
+    def __init__(self, store: SessionStore) -> None:
+        """Start idle."""
         self._store = store
-        self._scheduler = scheduler
         self._waiting: deque[tuple[ChunkCommit, Told]] = deque()
         self._under_way = 0
         self._tasks: set[asyncio.Task[None]] = set()
@@ -55,8 +53,6 @@ class Committer:
         while self._waiting and self._under_way < ROUND_TRIPS:
             self._under_way += 1
             self._spawn(self._take_batch()).add_done_callback(self._landed)
-        if self._under_way == ROUND_TRIPS:
-            self._scheduler.hold()
 
     def _take_batch(self) -> list[tuple[ChunkCommit, Told]]:
         batch, size = [], 0
@@ -68,8 +64,6 @@ class Committer:
     def _landed(self, _task: asyncio.Task[None]) -> None:
         self._under_way -= 1
         self._send_waiting()
-        if self._under_way < ROUND_TRIPS:
-            self._scheduler.release()
 
     def _spawn(self, batch: list[tuple[ChunkCommit, Told]]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(self._send(batch))

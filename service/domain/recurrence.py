@@ -110,7 +110,7 @@ class Recurrence:
         self._tapes = tapes
         self._scheduler = scheduler
         self._limits = limits
-        self._committer = Committer(store, scheduler)
+        self._committer = Committer(store)
         self._lanes: dict[SessionKey, deque[_Call]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._idle = asyncio.Event()
