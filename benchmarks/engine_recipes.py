@@ -69,9 +69,11 @@ def by_late_bias(work: Work) -> Array:
 
 def by_joined_rows(work: Work) -> Array:
     """Take rows [h, x, 1] for a batch as well."""
-    h = work.params.hidden_size
-    rows = forward.time_major_rows(work.xs, room=h)
-    hs = np.empty((*rows.shape[:2], h), rows.dtype)
+    (n, t, _), h = work.xs.shape, work.params.hidden_size
+    rows = np.empty((t, n, len(work.params.joined)), work.xs.dtype)
+    rows[..., h:-1] = work.xs.swapaxes(0, 1)
+    rows[..., -1] = 1
+    hs = np.empty((t, n, h), rows.dtype)
     state = work.h0
     for row, out in zip(rows, hs, strict=True):
         row[:, :h] = state
@@ -84,7 +86,7 @@ def by_joined_rows(work: Work) -> Array:
 def by_slabs(work: Work) -> Array:
     """Cut every product into slabs of rows that are small to OpenBLAS."""
     n, t, _ = work.xs.shape
-    rows = forward.time_major_rows(work.xs).reshape(t * n, -1)
+    rows = forward.time_major_rows(work.xs)
     zs = np.empty((t * n, work.params.hidden_size), rows.dtype)
     _multiply_in_slabs(rows, work.params.input_part, zs)
     return _batch(work, zs.reshape(t, n, -1), _multiply_in_slabs)
@@ -98,7 +100,7 @@ def _multiply_in_slabs(rows: Array, matrix: Array, out: Array) -> None:
 
 def _inputs(work: Work) -> Array:
     n, t, _ = work.xs.shape
-    rows = forward.time_major_rows(work.xs).reshape(t * n, -1)
+    rows = forward.time_major_rows(work.xs)
     zs: Array = rows.dot(work.params.input_part)
     return zs.reshape(t, n, -1)
 

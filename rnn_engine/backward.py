@@ -65,11 +65,13 @@ def rnn_backward(params: Params, tape: Tape, dhs: Array, dh_next: Array | None =
         _recur_back_batch(params.Wh, dhs.swapaxes(0, 1), dzs, dh0)
     dzs = dzs.reshape(t * n, h)
     # Copied whatever its layout was: the same numbers give the same bits, from memory or from a store.
-    rows = time_major_rows(tape.xs, room=h)
-    rows[0, :, :h] = tape.h0
-    rows[1:, :, :h] = hs[:-1]
-    d_joined = rows.reshape(t * n, -1).T.dot(dzs)
-    grads = Grads(dWx=d_joined[h:-1], dWh=d_joined[:h], db=d_joined[-1])
+    h_prev = np.empty((t, n, h), params.dtype)
+    h_prev[0] = tape.h0
+    h_prev[1:] = hs[:-1]
+    d_input_part = time_major_rows(tape.xs).T.dot(dzs)
+    grads = Grads(
+        dWx=d_input_part[:-1], dWh=h_prev.reshape(t * n, h).T.dot(dzs), db=d_input_part[-1]
+    )
     dxs = dzs.dot(params.Wx.T).reshape(t, n, d).swapaxes(0, 1)
     return Backward(dxs, dh0, grads)
 

@@ -57,7 +57,7 @@ def rnn_forward(params: Params, xs: Array, h0: Array) -> Tape:
         return Tape(xs, h0, _recur_joined(params.joined, xs, h0)[None])
     # BLAS sums in another order where an operand is strided: one layout, or bits would depend on it.
     h = np.ascontiguousarray(h0)
-    hs = time_major_rows(xs).reshape(t * n, -1).dot(params.input_part)
+    hs = time_major_rows(xs).dot(params.input_part)
     if n == 1:
         _recur_vector(params.Wh, h[0], hs)
         return Tape(xs, h0, hs[None])
@@ -85,16 +85,16 @@ def check_sequence(params: Params, xs: Array, h0: Array) -> None:
         raise DTypeError("h0", f"{dtype} like the weights", h0.dtype)
 
 
-def time_major_rows(xs: Array, room: int = 0) -> Array:
-    """Return xs (N, T, D) as rows [.., x_t, 1], shape (T, N, room + D + 1) in C order.
+def time_major_rows(xs: Array) -> Array:
+    """Return xs (N, T, D) as rows [x_t, 1], shape (T N, D + 1) in C order.
 
-    The 1 takes the bias along in a product. The first `room` columns are left for the caller to fill.
+    The 1 takes the bias along in a product, and its gradient in the one of the way back.
     """
     n, t, d = xs.shape
-    rows = np.empty((t, n, room + d + 1), xs.dtype)
-    rows[..., room:-1] = xs.swapaxes(0, 1)
+    rows = np.empty((t, n, d + 1), xs.dtype)
+    rows[..., :-1] = xs.swapaxes(0, 1)
     rows[..., -1] = 1
-    return rows
+    return rows.reshape(t * n, d + 1)
 
 
 def _recur_joined(joined: Array, xs: Array, h0: Array) -> Array:
