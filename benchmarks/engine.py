@@ -24,6 +24,7 @@ from benchmarks.engine_peers import (
     BareProducts,
     Engine,
     fewest_calls,
+    fewest_ragged_calls,
     installed_peers,
     make_work,
     onnx_session,
@@ -169,21 +170,23 @@ def _run_products(size: tuple[int, int, int, int], budget_s: float) -> list[Row]
     samples = _time(
         {
             "forward": lambda: rnn_forward(work.params, work.xs, work.h0),
+            FLOOR: fewest_calls(work),
             "bare forward": bare.forward,
             "backward": lambda: rnn_backward(work.params, tape, work.dhs),
             "bare backward": bare.backward,
         },
         3 * budget_s,
     )
+    against = [("forward", "forward"), (FLOOR, "forward"), ("backward", "backward")]
     return [
         compare(
             f"{what} over bare products, {_label(size)}",
             "µs",
             _microseconds(samples[what]),
-            _microseconds(samples[f"bare {what}"]),
-            bar,
+            _microseconds(samples[f"bare {products}"]),
+            PRODUCT_BARS.get(what),
         )
-        for what, bar in PRODUCT_BARS.items()
+        for what, products in against
     ]
 
 
@@ -204,13 +207,23 @@ def _run_ragged(peers: list[str], budget_s: float) -> list[Row]:
         feeds = _padded(sequences)
         session = onnx_session(params)
         contestants["onnxruntime on the padded batch"] = lambda: session.run(None, feeds)
+    contestants[FLOOR] = fewest_ragged_calls(params, lengths)
     samples = _time(contestants, 4 * budget_s)
-    bars = [RAGGED_SINGLES_BAR, RAGGED_ONNX_BAR]
+    bars = {
+        "64 single forwards": RAGGED_SINGLES_BAR,
+        "onnxruntime on the padded batch": RAGGED_ONNX_BAR,
+    }
     return [
         compare(
-            f"64 ragged sequences / {name}", "passes/s", rates(samples["ours"]), rates(peer), bar
+            f"64 ragged sequences{suffix} / {peer}",
+            "passes/s",
+            rates(samples[who]),
+            rates(samples[peer]),
+            bar if who == "ours" else None,
         )
-        for (name, peer), bar in zip(list(samples.items())[1:], bars, strict=False)
+        for who, suffix in (("ours", ""), (FLOOR, f", {FLOOR}"))
+        for peer, bar in bars.items()
+        if peer in samples
     ]
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from rnn_engine import Params, rnn_backward, rnn_forward
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from rnn_engine import Array
 
@@ -280,5 +280,25 @@ def fewest_calls(work: Work) -> Callable[[], None]:
             h.dot(Wh, product)
             tanh(product, state)
             h = state
+
+    return call
+
+
+def fewest_ragged_calls(params: Params, lengths: Sequence[int]) -> Callable[[], None]:
+    """Return the same for sequences of different lengths, packed by time, the longest first."""
+    counts = [sum(length > t for length in lengths) for t in range(max(lengths))]
+    d, h = params.Wx.shape
+    rows, first = np.ones((sum(counts), d), params.dtype), np.ones((counts[0], h), params.dtype)
+    z, packed = np.empty((2, len(rows), h), params.dtype)
+    states = np.split(packed, np.cumsum(counts)[:-1])
+    products = [np.empty_like(state) for state in states]
+
+    def call() -> None:
+        last = first
+        rows.dot(params.Wx, z)
+        for product, state in zip(products, states, strict=True):
+            last[: len(state)].dot(params.Wh, product)
+            np.tanh(product, state)
+            last = state
 
     return call
