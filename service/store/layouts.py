@@ -105,9 +105,9 @@ def state_to_bytes(state: StoredState) -> bytes:
     return head + state.h
 
 
-def commit_to_parts(commit: ChunkCommit) -> tuple[bytes, bytes, bytes]:
-    """Lay out a chunk's commit, as commit_chunks.lua reads it."""
-    state, tape = commit.state, commit.tape or b""
+def commit_to_parts(commit: ChunkCommit) -> tuple[bytes, bytes]:
+    """Lay out a chunk's commit without its tape, as commit_chunks.lua reads it."""
+    state = commit.state
     fixed = _COMMIT.pack(
         commit.epoch,
         commit.acknowledged_seq,
@@ -118,9 +118,9 @@ def commit_to_parts(commit: ChunkCommit) -> tuple[bytes, bytes, bytes]:
         state.version.number,
         state.version.digest,
         len(state.h),
-        len(tape),
+        len(commit.tape or b""),
     )
-    return fixed, state.h, tape
+    return fixed, state.h
 
 
 def absence_from_marker(marker: bytes) -> AbsentSession:

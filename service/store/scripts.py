@@ -38,11 +38,12 @@ class Script:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call of a script."""
+    """One call of a script; `first` is sent right before it, whenever it is sent."""
 
     script: Script
     keys: Sequence[bytes]
     arguments: Sequence[Argument]
+    first: Sequence[Command] = ()
 
     @property
     def by_digest(self) -> Command:
@@ -119,15 +120,29 @@ class ScriptRunner:
 
     async def run_many(self, calls: Sequence[Call]) -> list[Any]:
         """Run scripts in one round trip; a failure stands in its script's place."""
-        answers = await self._send([call.by_digest for call in calls])
+        answers = await self._send_calls(calls, [call.by_digest for call in calls])
         for attempt in range(self._resends + 1):
             again = [i for i, a in enumerate(answers) if self._is_worth_resending(a, attempt)]
             if not again:
                 break
-            resent = await self._send([calls[i].by_text for i in again])
+            some = [calls[i] for i in again]
+            resent = await self._send_calls(some, [call.by_text for call in some])
             for i, answer in zip(again, resent, strict=True):
                 answers[i] = answer
         return [as_domain_error(a) if isinstance(a, Exception) else a for a in answers]
+
+    async def _send_calls(self, calls: Sequence[Call], forms: Sequence[Command]) -> list[Any]:
+        commands = [
+            command
+            for call, form in zip(calls, forms, strict=True)
+            for command in (*call.first, form)
+        ]
+        told = iter(await self._send(commands))
+        answers = []
+        for call in calls:
+            given = [next(told) for _ in range(len(call.first) + 1)]
+            answers.append(next((each for each in given if isinstance(each, Exception)), given[-1]))
+        return answers
 
     async def run_commands(self, commands: Sequence[Command]) -> list[Any]:
         """Run plain commands, each good to be sent twice, in one round trip.

@@ -24,8 +24,10 @@ if TYPE_CHECKING:
         EpochStart,
     )
     from service.settings import Limits
+    from service.store.links import Command
     from service.store.scripts import Argument, ScriptRunner
 
+ORPHAN_MS = 60_000  # a tape whose commit never came lives so long
 MARKER_MS = DAY_MS  # how much longer than its session a marker lives
 
 _READ = load_script("read_session")
@@ -210,13 +212,21 @@ class RedisSessionStore:
             limits.counted_tape_bytes_per_session,
             b"".join(part for commit in commits for part in layouts.commit_to_parts(commit)),
         )
-        return Call(_COMMIT, slot, arguments)
+        first = [_lay_tape(commit) for commit in commits if commit.tape is not None]
+        return Call(_COMMIT, slot, arguments, first)
+
+
+def _lay_tape(commit: ChunkCommit) -> Command:
+    """Return the command that lays down a tape for its commit, which gives it its right name."""
+    tag = keys.session_tag(commit.tenant, commit.session_id)
+    return ("SET", keys.laid_tape_key(tag, commit.state.token), commit.tape, "PX", ORPHAN_MS)
 
 
 def _tape_keys(commit: ChunkCommit) -> list[bytes]:
-    """Name what a chunk in TRAIN mode writes beside its session's record."""
+    """Name what a chunk in TRAIN mode touches beside its session's record."""
     if commit.tape is None:
         return []
     tag = keys.session_tag(commit.tenant, commit.session_id)
     name = layouts.TAPE_NAME.pack(commit.epoch, commit.state.chunk_seq)
-    return [keys.tape_index_key(tag), keys.tape_key(tag, name)]
+    laid = keys.laid_tape_key(tag, commit.state.token)
+    return [keys.tape_index_key(tag), keys.tape_key(tag, name), laid]

@@ -3,21 +3,23 @@
 -- Closes the race between reading h and writing the next h on two replicas. Anything but a match is
 -- STALE: the caller reads again and decides from what is there.
 -- KEYS the sessions' records, one a chunk; a session's other keys are built from its record's. In a
--- cluster one call carries one chunk, and names its tape index and its tape as well, so that a slot on
--- its move refuses it whole; elsewhere a call carries many, which saves most of what it costs.
+-- cluster one call carries one chunk, and names its tape index, its tape and the tape's first name as
+-- well, so that a slot on its move refuses it whole; elsewhere a call carries many, which saves most of
+-- what it costs.
 -- ARGV[1] window: the ring holds one state more  ARGV[2] marker's extra time (ms)  ARGV[3] tape_ttl (ms)
 -- ARGV[4] waiting tapes  ARGV[5] counted tapes  ARGV[6] bytes of counted tapes, at most
 -- ARGV[7] for each chunk: epoch (8) acknowledged seq (8) token of the base (16), the new slot's head: seq (8)
 --         digest (16) token (16) version number (8) version digest (16), bytes of h (4), bytes of the tape
---         (4; 0: none), h, tape
+--         (4; 0: none), h. The tape was laid down under a name of its own right before: passed through the
+--         script it would be copied several times; so it is only given its right name.
 -- Returns for each chunk OK; TOUCH: OK, and a quarter of the ttl has passed since the tenant's list was told;
 -- STALE; QUOTA: too many tapes wait
 local window, extra = tonumber(ARGV[1]), tonumber(ARGV[2])
 local time = redis.call('TIME')
 local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
 
--- Make room for a tape and write it; false when too many wait.
-local function keep_tape(index_key, name, token, tape, ttl)
+-- Make room for a tape and take it over; false when too many wait.
+local function keep_tape(index_key, name, token, laid_key, size, ttl)
   local waiting, counted, counted_bytes, oldest = 0, 0, 0, {}
   local index = redis.call('HGETALL', index_key)
   for i = 1, #index, 2 do
@@ -38,8 +40,9 @@ local function keep_tape(index_key, name, token, tape, ttl)
     counted_bytes = counted_bytes - oldest[i][3]
   end
   local tape_ttl = math.min(tonumber(ARGV[3]), ttl)
-  redis.call('SET', index_key .. name, tape, 'PX', tape_ttl)
-  redis.call('HSET', index_key, name, struct.pack('>I8I8c1', now + tape_ttl, #tape, 'W') .. token)
+  redis.call('RENAME', laid_key, index_key .. name)
+  redis.call('PEXPIRE', index_key .. name, tape_ttl)
+  redis.call('HSET', index_key, name, struct.pack('>I8I8c1', now + tape_ttl, size, 'W') .. token)
   redis.call('PEXPIRE', index_key, tape_ttl)
   return true
 end
@@ -56,7 +59,7 @@ local function widen(key, layout, slots, first, size, seq)
     .. table.concat(ring), 'KEEPTTL')
 end
 
-local function commit(key, at, h, tape)
+local function commit(key, at, h, laid_key, tape_bytes)
   local record = redis.call('GETRANGE', key, 0, 79)
   if record == '' then return 'STALE' end
   local layout, slots, tail, size, epoch, seq, ttl, touched = struct.unpack('>I1I1I2I4I8I8I8I8', record)
@@ -66,9 +69,10 @@ local function commit(key, at, h, tape)
   local first = 80 + tail
   local base = first + (seq % slots) * (64 + size)
   if redis.call('GETRANGE', key, base + 24, base + 39) ~= string.sub(ARGV[7], at + 16, at + 31) then return 'STALE' end
-  if tape ~= '' then
+  if tape_bytes > 0 then
+    if redis.call('STRLEN', laid_key) ~= tape_bytes then return 'STALE' end
     local name = string.sub(ARGV[7], at, at + 7) .. string.sub(ARGV[7], at + 32, at + 39)
-    if not keep_tape(key .. 't', name, string.sub(ARGV[7], at + 56, at + 71), tape, ttl) then return 'QUOTA' end
+    if not keep_tape(key .. 't', name, string.sub(ARGV[7], at + 56, at + 71), laid_key, tape_bytes, ttl) then return 'QUOTA' end
   end
   local lost = next_seq - slots
   if slots <= window and lost >= 0 and lost >= acknowledged then
@@ -86,10 +90,12 @@ end
 
 local answers, at = {}, 1
 while at <= #ARGV[7] do
+  local key = KEYS[#answers + 1]
   local h_bytes, tape_bytes = struct.unpack('>I4I4', ARGV[7], at + 96)
-  local h_at = at + 104
-  local tape_at = h_at + h_bytes
-  answers[#answers + 1] = commit(KEYS[#answers + 1], at, string.sub(ARGV[7], h_at, tape_at - 1), string.sub(ARGV[7], tape_at, tape_at + tape_bytes - 1))
-  at = tape_at + tape_bytes
+  local laid_key = key .. 'u' .. string.sub(ARGV[7], at + 56, at + 71)
+  local answer = commit(key, at, string.sub(ARGV[7], at + 104, at + 103 + h_bytes), laid_key, tape_bytes)
+  if tape_bytes > 0 and answer ~= 'OK' and answer ~= 'TOUCH' then redis.call('UNLINK', laid_key) end
+  answers[#answers + 1] = answer
+  at = at + 104 + h_bytes
 end
 return answers
