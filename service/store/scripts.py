@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 from dataclasses import dataclass
 from importlib import resources
 from typing import TYPE_CHECKING, Any
@@ -137,12 +138,11 @@ class ScriptRunner:
             for call, form in zip(calls, forms, strict=True)
             for command in (*call.first, form)
         ]
-        told = iter(await self._send(commands))
-        answers = []
-        for call in calls:
-            given = [next(told) for _ in range(len(call.first) + 1)]
-            answers.append(next((each for each in given if isinstance(each, Exception)), given[-1]))
-        return answers
+        told = await self._send(commands)
+        # A script decides by what it finds: it says what was done, whatever became of what was sent
+        # before it.
+        lengths = [len(call.first) + 1 for call in calls]
+        return [told[end - 1] for end in itertools.accumulate(lengths)]
 
     async def run_commands(self, commands: Sequence[Command]) -> list[Any]:
         """Run plain commands, each good to be sent twice, in one round trip.

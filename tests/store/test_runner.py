@@ -171,6 +171,15 @@ async def test_a_script_that_fails_does_not_take_its_neighbours(
         await client.aclose()
 
 
+async def test_a_script_that_was_carried_out_is_told_as_such(store_url: str, tenant: str) -> None:
+    """Also when what was sent right before it failed: it may have applied others' chunks."""
+    client: Any = connect(store_url, Settings())
+    key, refused = f"{tenant}z".encode(), ("NO-SUCH-COMMAND",)
+    call = Call(load_script("reserve_model"), (key,), ("m", 10), [refused])
+    assert await ScriptRunner(client).run(call) == b"OK"
+    await client.aclose()
+
+
 async def test_a_silent_store_is_asked_once() -> None:
     """A call is told that the store hangs after one time limit, not after one more each resend."""
     tries = 0
