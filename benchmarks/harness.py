@@ -147,11 +147,17 @@ def write_results(
     path: Path, rows: Sequence[Row], *, machine: dict[str, Any], command: str
 ) -> None:
     """Write comparisons beside the machine and versions they hold for."""
+    results = [row.as_json() for row in rows]
+    write_document(path, machine=machine, command=command, results=results)
+
+
+def write_document(path: Path, *, machine: dict[str, Any], command: str, **parts: Any) -> None:
+    """Write whatever was measured, as JSON, beside the machine and versions it holds for."""
     document = {
         "machine": machine,
         "command": command,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "results": [row.as_json() for row in rows],
+        **parts,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")

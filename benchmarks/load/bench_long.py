@@ -18,21 +18,12 @@ SOAK_SHARE = 0.8
 
 
 def growth(lab: Lab) -> list[Row]:
-    """Compare latency among many live sessions with latency among few, and weigh a session.
-
-    Each session has had two chunks, so that its record is complete: a client that acknowledges what it
-    got leaves the state before its last chunk and the one after.
-    """
+    """Compare latency among many live sessions with latency among few, and weigh a session."""
     many = MANY_SESSIONS[lab.plan.is_long]
     client = lab.client(OURS)
-    lab.prepare(client, mode="open", sessions=FEW_SESSIONS)
-    lab.prepare(client, mode="touch", sessions=FEW_SESSIONS, rounds=ROUNDS)
+    fill_sessions(lab, client, FEW_SESSIONS)
     before = {mode: _latencies(lab, client, mode, FEW_SESSIONS) for mode in ("stream", "roam")}
-    bytes_before = _store_bytes(lab)
-    for count in [*range(FEW_SESSIONS, many, OPENED_AT_ONCE), many]:
-        lab.prepare(client, mode="open", sessions=count)
-    lab.prepare(client, mode="touch", sessions=many, rounds=ROUNDS)
-    session_bytes = (_store_bytes(lab) - bytes_before) / (many - FEW_SESSIONS)
+    session_bytes = weigh_sessions(lab, client, FEW_SESSIONS, many)
     after = {mode: _latencies(lab, client, mode, many) for mode in ("stream", "roam")}
     limit = 1.5 * 2 * 4 * SMALL.hidden + 200
     span = f"{FEW_SESSIONS:,} → {many:,} sessions"
@@ -45,6 +36,24 @@ def growth(lab: Lab) -> list[Row]:
             Bar(1.0, at_most=True),
         ),
     ]  # fmt: skip
+
+
+def fill_sessions(lab: Lab, client: Child, count: int) -> None:
+    """Open sessions up to a number and send each two chunks, so that its record is complete.
+
+    A client that acknowledges what it got leaves the state before its last chunk and the one after.
+    """
+    lab.prepare(client, mode="open", sessions=count)
+    lab.prepare(client, mode="touch", sessions=count, rounds=ROUNDS)
+
+
+def weigh_sessions(lab: Lab, client: Child, few: int, many: int) -> float:
+    """Return what a session costs the store in bytes, all told, where `few` are filled already."""
+    bytes_before = _store_bytes(lab)
+    for count in range(few, many, OPENED_AT_ONCE):
+        lab.prepare(client, mode="open", sessions=count)
+    fill_sessions(lab, client, many)
+    return (_store_bytes(lab) - bytes_before) / (many - few)
 
 
 def _latencies(lab: Lab, client: Child, mode: str, count: int) -> list[float]:

@@ -19,6 +19,13 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
+def machine_line(machine: dict[str, Any]) -> str:
+    """Write a machine as one line of a page."""
+    versions = {"python": machine["python"], **machine["packages"]}
+    names = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    return f"{machine['processor']}, {machine['cores']} cores, {names}, {machine['store']}"
+
+
 def _store_version() -> str:
     done = subprocess.run(  # noqa: S603 - the store's own binary
         [server_binary(), "--version"], capture_output=True, text=True, check=False

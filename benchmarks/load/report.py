@@ -1,12 +1,11 @@
 """What a run leaves behind: the tables, the JSON file, the charts."""
 
-import json
 import statistics
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness import write_document
 from benchmarks.load.lab import Samples
 from benchmarks.load.rows import Row, table
 
@@ -38,19 +37,17 @@ def write_json(
     skipped: Sequence[str],
 ) -> None:
     """Write the results beside the machine and versions they hold for."""
-    document = {
-        "machine": machine,
-        "command": command,
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "results": [row.as_json() for row in rows],
-        "measurements": [
+    write_document(
+        path,
+        machine=machine,
+        command=command,
+        results=[row.as_json() for row in rows],
+        measurements=[
             {"scenario": one.scenario, "server": one.server, "repetitions": one.results}
             for one in samples
         ],
-        "skipped": list(skipped),
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+        skipped=list(skipped),
+    )
 
 
 def draw_charts(rows: Sequence[Row], samples: Sequence[Samples], folder: Path) -> list[Path]:

@@ -51,11 +51,11 @@ def _run(settings: Settings) -> int:
     os.environ.setdefault("GRPC_EXPERIMENTS", _GRPC_EXPERIMENTS)
     from service.app import serve as serve_one  # noqa: PLC0415
 
-    with asyncio.Runner(loop_factory=_fast_loop()) as runner:
+    with asyncio.Runner(loop_factory=fast_loop()) as runner:
         return runner.run(serve_one(settings, announce))
 
 
-def _fast_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
+def fast_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
     """Return what makes an event loop faster than asyncio's own; None where there is none."""
     try:
         import uvloop  # noqa: PLC0415
