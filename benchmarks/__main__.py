@@ -1,17 +1,25 @@
-"""Run every benchmark: the engine, then the service. The command line is passed on to the service's part."""
+"""Run every benchmark: the engine, the service, where a chunk's time goes, and what follows for capacity.
+
+The command line is passed on to the service's part.
+"""
 
 import sys
 
-from benchmarks import engine, service
+from benchmarks import capacity, engine, service, where
 
 
 def main() -> int:
-    """Run both parts.
+    """Run all parts.
 
     Returns:
         The exit code: the first that is not 0.
     """
-    return engine.main([]) or service.main(sys.argv[1:])
+    return (
+        engine.main([])
+        or service.main(sys.argv[1:])
+        or where.main([])
+        or capacity.main(["--charts"] if "--charts" in sys.argv else [])
+    )
 
 
 if __name__ == "__main__":
