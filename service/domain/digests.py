@@ -7,6 +7,8 @@ import secrets
 import struct
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from service.domain.types import DIGEST_BYTES
 
 if TYPE_CHECKING:
@@ -70,7 +72,7 @@ def content_digest(*parts: bytes | memoryview) -> bytes:
 def gradient_digest(op: Backward) -> bytes:
     """Return the 16 bytes that stand for what a Backward was given, its chunk included."""
     arriving = b"" if op.dh_next is None else op.dh_next.tobytes()
-    return content_digest(op.token, op.dhs.tobytes(), arriving)
+    return content_digest(op.token, np.ascontiguousarray(op.dhs).data.cast("B"), arriving)
 
 
 def update_digest(op: Update) -> bytes:

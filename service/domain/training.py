@@ -7,6 +7,7 @@ same contributions give the same weights bit for bit, on whichever replica.
 
 from __future__ import annotations
 
+import asyncio
 import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ from rnn_engine import (
     scale_grads,
     sum_grads,
 )
+from service.compute.scheduler import hash_work
 from service.domain.digests import gradient_digest, update_digest
 from service.domain.errors import (
     Aborted,
@@ -102,9 +104,12 @@ class Training:
         model = await self._catalog.get_life(tenant, head.model_id, head.incarnation)
         self._check_backward(op, stored, model)
         params = await self._tape_params(tenant, op, model, stored)
-        made = await self._scheduler.run(_work(stored), _differentiate, params, stored, op)
+        made, digest = await asyncio.gather(
+            self._scheduler.run(_work(stored), _differentiate, params, stored, op),
+            self._scheduler.run(hash_work(op.dhs.nbytes), gradient_digest, op),  # meanwhile
+        )
         norm = _finite_norm(made)
-        replayed = await self._count(tenant, op, model, made.grads)
+        replayed = await self._count(tenant, op, model, digest, made.grads)
         result = BackwardResult(
             session_id=op.session_id,
             epoch=op.epoch,
@@ -211,10 +216,11 @@ class Training:
 
     # --- contributions ------------------------------------------------------------------------------
 
-    async def _count(self, tenant: str, op: Backward, model: KnownModel, grads: Grads) -> bool:
+    async def _count(
+        self, tenant: str, op: Backward, model: KnownModel, digest: bytes, grads: Grads
+    ) -> bool:
         """Count a contribution, and note in the session's slot that its tape waits no more."""
         name = self._models.contribution_name(tenant, op.session_id, op.epoch, op.chunk_seq)
-        digest = gradient_digest(op)
         outcome = await self._models.count_contribution(
             tenant,
             model.spec.model_id,
