@@ -32,6 +32,11 @@ INLINE_WORK = 1 << 26
 # takes up to three; of a lone one they take some microseconds.
 TURNS = 3
 
+# With so many rows, which are enough to keep a matrix product busy, and so many multiply-adds, about 20 ms,
+# a batch is full: its answers go out while the next one is computed.
+FULL_ROWS = 8
+FULL_WORK = 1 << 29
+
 MAX_BATCH_BYTES = 1 << 26  # of the hidden states that one batch computes
 
 Result = TypeVar("Result")
@@ -39,7 +44,7 @@ Result = TypeVar("Result")
 
 def hash_work(size_bytes: int) -> int:
     """Return the work of hashing or copying so many bytes, in multiply-adds that take as long."""
-    return 8 * size_bytes
+    return 16 * size_bytes
 
 
 @dataclass(slots=True)
@@ -124,12 +129,13 @@ class Scheduler:
     def _take_batch(self, queue: _Queue) -> list[Chunk]:
         batch = [queue.waiting.popleft()]
         rows, steps, _ = batch[0].xs.shape
-        room = MAX_BATCH_BYTES // batch[0].h0[0].nbytes - rows * steps
-        while queue.waiting:
+        room, work = MAX_BATCH_BYTES // batch[0].h0[0].nbytes - rows * steps, batch[0].work
+        while queue.waiting and (rows < FULL_ROWS or work < FULL_WORK):
             n, t, _ = queue.waiting[0].xs.shape
             rows, room = rows + n, room - n * t
             if rows > self._max_rows or room < 0:
                 break
+            work += queue.waiting[0].work
             batch.append(queue.waiting.popleft())
         return batch
 

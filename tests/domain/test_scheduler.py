@@ -109,6 +109,20 @@ async def test_a_batch_is_bounded_in_bytes(
     await submit(scheduler, params, steps=100)
 
 
+async def test_a_batch_of_much_work_is_full_with_the_rows_that_keep_a_product_busy(
+    scheduler: Scheduler,
+    params: Params,
+    batches: list[list[Chunk]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its answers go out while the rest is computed; of little work all goes at once."""
+    monkeypatch.setattr(module, "FULL_ROWS", 3)
+    await asyncio.gather(*(submit(scheduler, params) for _ in range(6)))
+    monkeypatch.setattr(module, "FULL_WORK", 1)
+    await asyncio.gather(*(submit(scheduler, params) for _ in range(6)))
+    assert [len(batch) for batch in batches] == [6, 3, 3]
+
+
 async def test_more_rows_than_a_batch_go_by_themselves(
     scheduler: Scheduler, params: Params, batches: list[list[Chunk]]
 ) -> None:
