@@ -163,7 +163,7 @@ class OperationStream:
         if count > limit:
             raise bad_field("operations", f"must be at most {limit} a message, got {count}")
         max_names = self._limits.contributions_per_model
-        for operation in operations:
+        for operation in operations[:]:  # a slice: the end of a field's iterator is an exception
             self._enqueue(StreamOperation(operation, len(raw) // count, max_names))
         self._start_ready()
 
