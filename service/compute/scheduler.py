@@ -31,6 +31,7 @@ INLINE_WORK = 1 << 26
 # Of the loop, without a new chunk, before what has gathered is computed. From the socket to here a chunk
 # takes up to three; of a lone one they take some microseconds.
 TURNS = 3
+ENOUGH = 64  # chunks are computed without looking for more
 
 # With so many rows, which are enough to keep a matrix product busy, and so many multiply-adds, about 20 ms,
 # a batch is full: its answers go out while the next one is computed.
@@ -110,7 +111,7 @@ class Scheduler:
         """Compute once the loop has turned a few times and brought no other chunk."""
         count = len(queue.waiting)
         turns = turns + 1 if count == known else 0
-        if turns < TURNS and count < self._max_rows:
+        if turns < TURNS and count < ENOUGH:
             asyncio.get_running_loop().call_soon(self._gather, queue, count, turns)
         else:
             self._run_next(queue)
