@@ -56,7 +56,7 @@ from service.domain.tapes import StoredTape, tape_to_bytes
 from service.domain.types import ForwardResult, ReturnHs
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Callable, Coroutine
 
     from rnn_engine import Array, Params, Tape
     from service.compute.scheduler import Scheduler
@@ -70,6 +70,8 @@ if TYPE_CHECKING:
     from service.domain.types import Forward, ModelSpec, Version
     from service.settings import Limits
 
+    Told = Callable[[ForwardResult | Exception], None]
+
 MAX_TRIES = 5
 _RESPONSE_OVERHEAD = 1024  # bytes of an answer beside its tensors, at most
 _BIG_CHUNK_BYTES = 1 << 20  # hashed in a thread
@@ -81,7 +83,7 @@ class _Call:
 
     key: SessionKey
     op: Forward
-    answer: asyncio.Future[ForwardResult]
+    told: Told | None  # None once it was
     digest: bytes = b""
     base: LiveSession | None = None
     version: Version | None = None
@@ -111,7 +113,7 @@ class Recurrence:
         self._scheduler = scheduler
         self._limits = limits
         self._committer = Committer(store)
-        self._lanes: dict[SessionKey, deque[_Call]] = {}
+        self._lanes: dict[SessionKey, deque[_Call] | None] = {}  # in work; behind it, what waits
         self._tasks: set[asyncio.Task[None]] = set()
         self._idle = asyncio.Event()
 
@@ -125,17 +127,35 @@ class Recurrence:
 
     def submit_forward(self, tenant: str, op: Forward) -> asyncio.Future[ForwardResult]:
         """Begin to apply a chunk; chunks of a session are applied in the order of submission."""
-        call = _Call((tenant, op.session_id), op, asyncio.get_running_loop().create_future())
+        answer: asyncio.Future[ForwardResult] = asyncio.get_running_loop().create_future()
+
+        def told(outcome: ForwardResult | Exception) -> None:
+            if answer.done():
+                return
+            if isinstance(outcome, Exception):
+                answer.set_exception(outcome)
+            else:
+                answer.set_result(outcome)
+
+        self.begin_forward(tenant, op, told)
+        return answer
+
+    def begin_forward(self, tenant: str, op: Forward, told: Told) -> None:
+        """Begin to apply a chunk, in the order of its session; `told` is called with what came of it."""
+        call = _Call((tenant, op.session_id), op, told)
         if not op.session_id:
             self._spawn(call, self._run_stateless(call))
-            return call.answer
-        lane = self._lanes.get(call.key)
-        if lane is None:
-            self._lanes[call.key] = deque()
+            return
+        lanes = self._lanes
+        if call.key not in lanes:
+            lanes[call.key] = None
             self._start(call)
+            return
+        lane = lanes[call.key]
+        if lane is None:
+            lanes[call.key] = deque((call,))
         else:
             lane.append(call)
-        return call.answer
 
     def sizes(self, tenant: str, session_id: str, model_id: str) -> tuple[int, int]:
         """Return D and H of what a request would run; the limits where that is not in hand."""
@@ -424,19 +444,18 @@ class Recurrence:
         self._idle.set()
 
     def _end(self, call: _Call, outcome: ForwardResult | Exception) -> None:
-        """Give the answer, if anyone still waits, and let the session's next chunk start."""
-        if not call.answer.done():
-            if isinstance(outcome, Exception):
-                call.answer.set_exception(outcome)
-            else:
-                call.answer.set_result(outcome)
-        lane = self._lanes.get(call.key)
-        if lane is None:
+        """Give the answer, once, and let the session's next chunk start."""
+        told, call.told = call.told, None
+        if told is not None:
+            told(outcome)
+        lanes = self._lanes
+        if call.key not in lanes:
             return
+        lane = lanes[call.key]
         if lane:
             self._start(lane.popleft())
         else:
-            del self._lanes[call.key]
+            del lanes[call.key]
             self._idle.set()
 
 

@@ -24,14 +24,13 @@ class StreamOperation:
         size_bytes: Its part of the message it came in.
         expected_bytes: The most that its answer can have, once it is started.
         refusal: Why it is not even tried.
-        future: The domain's answer to come.
+        task: What it runs as, if it is one.
         started_at: When it was started, in the loop's seconds.
         is_overdue: Whether it was given up for its deadline.
     """
 
     __slots__ = (
         "expected_bytes",
-        "future",
         "is_admitted",
         "is_overdue",
         "kind",
@@ -41,6 +40,7 @@ class StreamOperation:
         "size_bytes",
         "started_at",
         "tag",
+        "task",
         "waiting_for",
     )
 
@@ -55,7 +55,7 @@ class StreamOperation:
         self.expected_bytes = 0
         self.refusal: Exception | None = None
         self.is_admitted = False
-        self.future: asyncio.Future[Any] | None = None
+        self.task: asyncio.Task[Any] | None = None
         self.started_at = 0.0
         self.is_overdue = False
 

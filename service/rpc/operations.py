@@ -1,8 +1,9 @@
-"""A stream's operations, handed to the domain as futures."""
+"""A stream's operations, handed to the domain."""
 
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from service.domain.errors import bad_field
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from service.rpc.histories import Histories
     from service.rpc.lanes import StreamOperation
     from service.rpc.time_rnn_messages import OperationReader
+
+    Admit = Callable[[StreamOperation, int], None]
+    Told = Callable[[StreamOperation, Any], None]
 
 
 class Operations:
@@ -40,34 +44,40 @@ class Operations:
         self._sizes = AnswerSizes(tenant, recurrence, message_bytes)
 
     def submit(
-        self, operation: StreamOperation, histories: Histories, admit: Callable[[int], None]
-    ) -> asyncio.Future[Any]:
+        self, operation: StreamOperation, histories: Histories, admit: Admit, told: Told
+    ) -> None:
         """Check an operation and start it; raise a DomainError when it is refused.
 
         Args:
-            operation: What came.
+            operation: What came; it gets the task that it runs as, if it is one.
             histories: What its stream has answered.
-            admit: Told the most bytes that the answer can have; refuses, or the operation starts.
+            admit: Told the operation and the most bytes that its answer can have; it may refuse.
+            told: Called with the operation and what came of it, unless it was refused.
         """
         request = operation.request
+        if operation.kind == "forward":
+            chunk = self._forward(operation, histories)
+            admit(operation, self._sizes.forward(chunk))
+            self._recurrence.begin_forward(self._tenant, chunk, partial(told, operation))
+            return
+        steps: Coroutine[Any, Any, Any]
         match operation.kind:
-            case "forward":
-                chunk = self._forward(operation, histories)
-                admit(self._sizes.forward(chunk))
-                return self._recurrence.submit_forward(self._tenant, chunk)
             case "backward":
                 wanted = self._reader.backward(request)
-                admit(self._sizes.backward(wanted))
-                return _task(self._training.backward(self._tenant, wanted))
+                admit(operation, self._sizes.backward(wanted))
+                steps = self._training.backward(self._tenant, wanted)
             case "update":
-                step = self._reader.update(request)
-                admit(0)
-                return _task(self._training.update(self._tenant, step))
+                update = self._reader.update(request)
+                admit(operation, 0)
+                steps = self._training.update(self._tenant, update)
             case "discard_gradients":
                 discard = self._reader.discard(request)
-                admit(0)
-                return _task(self._training.discard(self._tenant, discard))
-        raise bad_field("operation", "required")
+                admit(operation, 0)
+                steps = self._training.discard(self._tenant, discard)
+            case _:
+                raise bad_field("operation", "required")
+        operation.task = asyncio.get_running_loop().create_task(steps)
+        operation.task.add_done_callback(lambda done: told(operation, _outcome_of(done)))
 
     def _forward(self, operation: StreamOperation, histories: Histories) -> Forward:
         request, token = operation.request, NO_TOKEN
@@ -77,5 +87,6 @@ class Operations:
         return self._reader.forward(request, token)
 
 
-def _task(coroutine: Coroutine[Any, Any, Any]) -> asyncio.Future[Any]:
-    return asyncio.get_running_loop().create_task(coroutine)
+def _outcome_of(done: asyncio.Task[Any]) -> Any:
+    """Return a task's result, or what it ended with instead."""
+    return asyncio.CancelledError() if done.cancelled() else done.exception() or done.result()

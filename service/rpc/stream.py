@@ -1,7 +1,7 @@
 """TimeRnnService.Stream: many operations for many sessions over one call.
 
-One task reads, one writes; between them an operation is a callback on the domain's future, with no
-task of its own. Answers that are ready together leave in one message. What a stream may hold is
+One task reads, one writes; between them a chunk is a callback that the domain is given, with no task of
+its own. Answers that are ready together leave in one message. What a stream may hold is
 bounded three ways: operations unanswered, bytes of requests, and bytes of answers not yet taken by
 the client. At a bound nothing more is read, and at the last one nothing more is started.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import grpc.aio
@@ -195,19 +194,14 @@ class OperationStream:
         if operation.refusal:
             self._answer_error(operation, operation.refusal)
             return
+        operation.started_at = self._loop.time()
+        self._started.add(operation)
         try:
             # Admitted only now: what waits here for its session, or for a client that does not read,
             # must take nobody else's place.
-            future = self._operations.submit(
-                operation, self._histories, partial(self._admit, operation)
-            )
+            self._operations.submit(operation, self._histories, self._admit, self._told)
         except Exception as error:  # noqa: BLE001 - answered on the stream
-            self._answer_error(operation, error)
-            return
-        operation.future = future
-        operation.started_at = self._loop.time()
-        self._started.add(operation)
-        future.add_done_callback(partial(self._on_done, operation))
+            self._told(operation, error)
 
     def _admit(self, operation: StreamOperation, answer_bytes: int) -> None:
         held_bytes = self._request_bytes + self._expected_bytes
@@ -217,20 +211,16 @@ class OperationStream:
         operation.expected_bytes = answer_bytes
         self._expected_bytes += answer_bytes
 
-    def _on_done(self, operation: StreamOperation, future: asyncio.Future[Any]) -> None:
-        error: BaseException | None
-        if future.cancelled():
-            error = TimeoutError() if operation.is_overdue else asyncio.CancelledError()
-        else:
-            error = future.exception()
-        if self._is_closed:
+    def _told(self, operation: StreamOperation, outcome: Any) -> None:
+        """Answer an operation with its result or its error, unless it was given up."""
+        if self._is_closed or operation not in self._started:
             return
-        self._started.discard(operation)
-        if error is not None:
-            self._answer_error(operation, error)
+        self._started.remove(operation)
+        if isinstance(outcome, BaseException):
+            self._answer_error(operation, TimeoutError() if operation.is_overdue else outcome)
             return
         try:
-            raw = self._encode(operation, future.result())
+            raw = self._encode(operation, outcome)
         except Exception as failure:  # noqa: BLE001 - answered on the stream
             self._answer_error(operation, failure)
             return
@@ -308,14 +298,20 @@ class OperationStream:
         for operation in [
             each for each in self._started if now - each.started_at > self._rules.deadline_s
         ]:
-            operation.is_overdue = True
-            if operation.future:
-                operation.future.cancel()
+            self._give_up(operation)
         if not self._in_flight and now - self._last_read > self._rules.idle_s:
             self._end(idle_stream(self._rules.idle_s))
         if now - self._born > self._rules.age_s:
             self.drain()
         self._sweeper = self._loop.call_later(self._rules.sweep_s, self._sweep)
+
+    def _give_up(self, operation: StreamOperation) -> None:
+        """Answer what took too long; a task is asked to end first, a chunk is carried to its end."""
+        if operation.task is None:
+            self._told(operation, TimeoutError())
+        else:
+            operation.is_overdue = True
+            operation.task.cancel()
 
     def _close(self) -> None:
         """Give back what is held, whatever the stream ended with."""
@@ -323,8 +319,8 @@ class OperationStream:
         self._end()
         self._admission.leave(self._request_bytes + self._expected_bytes, self._admitted)
         for operation in self._started:
-            if operation.future:
-                operation.future.cancel()
+            if operation.task:
+                operation.task.cancel()
 
 
 _FILL: dict[str, Callable[[Any, Any], None]] = {

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from service.rpc.auth import Authenticator
     from service.rpc.stream import StreamRules
 
+    Told = Callable[[ForwardResult | Exception], None]
+
 VERSION = Version(3, b"v" * 16)
 HIDDEN_SIZE = 2
 
@@ -59,7 +61,7 @@ class StandIn:
 
     hold: bool = False
     asked: list[Any] = field(default_factory=list)
-    held: list[tuple[Forward, asyncio.Future[ForwardResult]]] = field(default_factory=list)
+    held: list[tuple[Forward, Told]] = field(default_factory=list)
     failures: dict[int, Exception] = field(default_factory=dict)
     answers: dict[str, Any] = field(default_factory=dict)
     hidden_size: int = HIDDEN_SIZE
@@ -69,27 +71,23 @@ class StandIn:
         del tenant, session_id, model_id
         return 1, self.hidden_size
 
-    def submit_forward(self, tenant: str, forward: Forward) -> asyncio.Future[ForwardResult]:
+    def begin_forward(self, tenant: str, forward: Forward, told: Told) -> None:
         """Take a chunk."""
-        future: asyncio.Future[ForwardResult] = asyncio.get_running_loop().create_future()
         self.asked.append((tenant, forward))
         if self.hold:
-            self.held.append((forward, future))
+            self.held.append((forward, told))
         else:
-            self.answer(forward, future)
-        return future
+            asyncio.get_running_loop().call_soon(self.answer, forward, told)
 
-    def answer(self, forward: Forward, future: asyncio.Future[ForwardResult]) -> None:
+    def answer(self, forward: Forward, told: Told) -> None:
         """Answer a chunk with zeros, or with the failure planned for its number."""
-        if future.done():
-            return
         if failure := self.failures.get(forward.chunk_seq):
-            future.set_exception(failure)
+            told(failure)
             return
         n, t, _ = forward.xs.shape
         hs = np.zeros((n, t, self.hidden_size), forward.xs.dtype)
         token = token_of(forward.chunk_seq)
-        future.set_result(
+        told(
             ForwardResult(
                 forward.session_id,
                 forward.epoch,
@@ -105,12 +103,23 @@ class StandIn:
     def release(self) -> None:
         """Answer everything that is held."""
         held, self.held = self.held, []
-        for forward, future in held:
-            self.answer(forward, future)
+        for forward, told in held:
+            self.answer(forward, told)
 
     async def forward(self, tenant: str, forward: Forward) -> ForwardResult:
         """Apply one chunk."""
-        return await self.submit_forward(tenant, forward)
+        answer: asyncio.Future[ForwardResult] = asyncio.get_running_loop().create_future()
+
+        def told(outcome: ForwardResult | Exception) -> None:
+            if answer.done():
+                return
+            if isinstance(outcome, Exception):
+                answer.set_exception(outcome)
+            else:
+                answer.set_result(outcome)
+
+        self.begin_forward(tenant, forward, told)
+        return await answer
 
     async def backward(self, tenant: str, backward: Any) -> BackwardResult:
         """Leave one contribution."""
