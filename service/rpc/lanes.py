@@ -67,35 +67,38 @@ class Lanes:
     first in all of them. It can wait for no later one, so nothing ever waits in a circle.
     """
 
-    __slots__ = ("_queues",)
+    __slots__ = ("_behind",)
 
     def __init__(self) -> None:
-        self._queues: dict[str, deque[StreamOperation]] = {}
+        # Of each lane those behind the first; mostly there is none.
+        self._behind: dict[str, deque[StreamOperation] | None] = {}
 
     def __contains__(self, name: object) -> bool:
-        return name in self._queues
+        return name in self._behind
 
     def add(self, operation: StreamOperation) -> bool:
         """Put an operation last; tell whether it is ready."""
+        behind = self._behind
         for name in operation.lanes:
-            queue = self._queues.get(name)
-            if queue is None:
-                self._queues[name] = deque((operation,))
-            else:
-                queue.append(operation)
-                operation.waiting_for += 1
+            if name not in behind:
+                behind[name] = None
+                continue
+            waiting = behind[name]
+            if waiting is None:
+                waiting = behind[name] = deque()
+            waiting.append(operation)
+            operation.waiting_for += 1
         return not operation.waiting_for
 
     def remove(self, operation: StreamOperation) -> list[StreamOperation]:
         """Take out an operation that was ready; return those that are ready now."""
         ready = []
         for name in operation.lanes:
-            queue = self._queues[name]
-            queue.popleft()
-            if not queue:
-                del self._queues[name]
+            waiting = self._behind[name]
+            if not waiting:
+                del self._behind[name]
                 continue
-            following = queue[0]
+            following = waiting.popleft()
             following.waiting_for -= 1
             if not following.waiting_for:
                 ready.append(following)
