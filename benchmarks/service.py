@@ -1,7 +1,8 @@
 """Measure the service against its peers, everything as a ratio within one run.
 
 Run as ``python -m benchmarks.service``; ``--list`` names the benches, ``--only NAME`` picks some.
-Prints tables, writes benchmarks/results/service.json and, with ``--charts``, pictures into docs/img/.
+Prints tables, writes benchmarks/results/service.json and, with ``--charts``, pictures into docs/img/, with
+``--write`` the tables into docs/performance.md.
 """
 
 import argparse
@@ -19,13 +20,16 @@ from benchmarks.load.bench_long import growth, soak
 from benchmarks.load.bench_rates import ONE_CORE_SCENARIOS, SCENARIOS, run_scenario
 from benchmarks.load.bench_work import compute_bound, training_step, two_workers
 from benchmarks.load.lab import FREE, ONE_CORE, SPLIT, Lab, Pins, Plan, Samples, laboratory
-from benchmarks.load.machine import describe_machine
+from benchmarks.load.machine import describe_machine, machine_line
+from benchmarks.load.page import write_block
 from benchmarks.load.processes import StartError
 from benchmarks.load.rows import Row, rows_table
 from benchmarks.peers.mlserver_setup import SetupError, mlserver_python
 
 RESULTS = Path(__file__).parent / "results" / "service.json"
 CHARTS = Path(__file__).parents[1] / "docs" / "img"
+COMMAND = "python -m benchmarks.service --write"
+LONG_COMMAND = "python -m benchmarks.service --long --write"
 SHORT = Plan()
 LONG = Plan(seconds=5.0, warmup_s=1.0, repetitions=8, is_long=True)
 PINS = {"free": FREE, "one-core": ONE_CORE, "split": SPLIT}
@@ -160,20 +164,25 @@ def _plan(options: argparse.Namespace) -> Plan:
 
 
 def _publish(outcome: Outcome, options: argparse.Namespace, notes: Sequence[str]) -> None:
-    print("\n" + report.samples_table(outcome.samples))
+    machine, skipped = describe_machine(), [*notes, *outcome.skipped]
+    tables = [report.samples_table(outcome.samples)]
     if outcome.rows:
-        print("\n" + rows_table(outcome.rows))
-    for line in [*notes, *outcome.skipped]:
-        print(line)
+        tables.append(rows_table(outcome.rows))
+    print("\n" + "\n\n".join([*tables, *skipped]))
     report.write_json(
         options.json,
         outcome.rows,
         outcome.samples,
-        machine=describe_machine(),
+        machine=machine,
         command=_command(options),
-        skipped=[*notes, *outcome.skipped],
+        skipped=skipped,
     )
     print(f"written: {options.json}")
+    if options.write:
+        line = f"`{_command(options)}`: {machine_line(machine)}."
+        write_block(
+            LONG_COMMAND if options.long else COMMAND, "\n\n".join([line, *tables, *skipped])
+        )
     if options.charts:
         for path in report.draw_charts(outcome.rows, outcome.samples, CHARTS):
             print(f"drawn: {path}")
@@ -210,6 +219,7 @@ def _parser() -> argparse.ArgumentParser:
         "--check", action="store_true", help="exit with 1 where a bar does not hold"
     )
     parser.add_argument("--charts", action="store_true", help="draw into docs/img/")
+    parser.add_argument("--write", action="store_true", help="put the tables into the page")
     parser.add_argument("--json", type=Path, default=RESULTS, help="where results are written")
     return parser
 
