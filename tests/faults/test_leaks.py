@@ -157,7 +157,7 @@ async def make_calls(
 
 @pytest.mark.timeout(900)
 @pytest.mark.promise("R18", "no leak, in the server or the client library")
-@figure("calls", 6000, 20_000, soak=2_000_000)
+@figure("calls", 20_000, 200_000, soak=2_000_000)
 async def test_mixed_calls_leak_nothing(fleet: Fleet, proof: Proof, seed: int, calls: int) -> None:
     """A fifth is cancelled and a tenth refused; from the middle on, nobody's memory grows."""
     rng, model_id = np.random.default_rng(seed), f"leaks-{seed}-{calls}"
