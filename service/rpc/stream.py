@@ -216,8 +216,10 @@ class OperationStream:
         if self._is_closed or operation not in self._started:
             return
         self._started.remove(operation)
+        if isinstance(outcome, asyncio.CancelledError) and operation.is_overdue:
+            outcome = TimeoutError()
         if isinstance(outcome, BaseException):
-            self._answer_error(operation, TimeoutError() if operation.is_overdue else outcome)
+            self._answer_error(operation, outcome)
             return
         try:
             raw = self._encode(operation, outcome)
