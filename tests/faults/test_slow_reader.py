@@ -58,7 +58,9 @@ class Case:
     @property
     def allowed_bytes(self) -> int:
         """What the server may grow by, at its worst moment; it does not depend on what is asked for."""
-        stream = self.messages * self.message_bytes + WINDOW_BYTES + self.frame * OPERATION_BYTES
+        # An operation is started while there is room for any of its answer: it may go beyond.
+        held = self.message_bytes + self.steps * HIDDEN * 4
+        stream = self.messages * held + WINDOW_BYTES + self.frame * OPERATION_BYTES
         joined = 0  # one forward of many: its hidden states, and its inputs times Wx
         if self.frame > 1:
             joined = 2 * min(MAX_BATCH_BYTES, self.streams * self.message_bytes)
