@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 # gRPC's own poller for Python hands each event from thread to thread; the one it had before waits for
-# events where they are picked up, which saves a tenth to a fifth of what a message costs.
+# events where they are picked up (docs/adr/0020-grpc-poller.md).
 _GRPC_EXPERIMENTS = "-event_engine_poller_for_python"
 
 

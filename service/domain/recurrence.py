@@ -128,16 +128,7 @@ class Recurrence:
     def submit_forward(self, tenant: str, op: Forward) -> asyncio.Future[ForwardResult]:
         """Begin to apply a chunk; chunks of a session are applied in the order of submission."""
         answer: asyncio.Future[ForwardResult] = asyncio.get_running_loop().create_future()
-
-        def told(outcome: ForwardResult | Exception) -> None:
-            if answer.done():
-                return
-            if isinstance(outcome, Exception):
-                answer.set_exception(outcome)
-            else:
-                answer.set_result(outcome)
-
-        self.begin_forward(tenant, op, told)
+        self.begin_forward(tenant, op, teller_of(answer))
         return answer
 
     def begin_forward(self, tenant: str, op: Forward, told: Told) -> None:
@@ -447,7 +438,11 @@ class Recurrence:
         """Give the answer, once, and let the session's next chunk start."""
         told, call.told = call.told, None
         if told is not None:
-            told(outcome)
+            try:
+                told(outcome)
+            except Exception as error:  # noqa: BLE001 - the session and its batch must go on
+                context = {"message": "an answer could not be told", "exception": error}
+                asyncio.get_running_loop().call_exception_handler(context)
         lanes = self._lanes
         if call.key not in lanes:
             return
@@ -457,6 +452,20 @@ class Recurrence:
         else:
             del lanes[call.key]
             self._idle.set()
+
+
+def teller_of(answer: asyncio.Future[ForwardResult]) -> Told:
+    """Return what settles a future with a chunk's outcome, unless nobody waits any more."""
+
+    def told(outcome: ForwardResult | Exception) -> None:
+        if answer.done():
+            return
+        if isinstance(outcome, Exception):
+            answer.set_exception(outcome)
+        else:
+            answer.set_result(outcome)
+
+    return told
 
 
 def _result_of(reading: asyncio.Task[KnownModel]) -> KnownModel | None:

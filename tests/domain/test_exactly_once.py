@@ -449,6 +449,37 @@ async def test_chunks_of_a_session_are_applied_in_the_order_they_came(
             np.testing.assert_allclose(present(answers[k * 10 + i].hs), here, rtol=1e-5, atol=1e-6)
 
 
+async def test_who_fails_at_its_answer_stops_nobody(
+    replicas: Pair,
+    tenant: str,
+    make_model: ModelMaker,
+    open_session: ClientMaker,
+    rng: np.random.Generator,
+) -> None:
+    """The bug is told to the loop; the rest of the batch and the session's next chunk go on."""
+    await make_model()
+    clients = [await open_session(name) for name in "ab"]
+    bugs: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(
+        lambda _, context: bugs.append(context["exception"])
+    )
+    bug = ZeroDivisionError()
+
+    def broken(_outcome: object) -> None:
+        raise bug
+
+    recurrence = replicas[0].recurrence
+    recurrence.begin_forward(tenant, clients[0].chunk(draw(rng), 1, previous_token=b""), broken)
+    answers = await asyncio.gather(
+        *(
+            recurrence.submit_forward(tenant, client.chunk(draw(rng), seq, previous_token=b""))
+            for client, seq in zip(clients, (2, 1), strict=True)
+        )
+    )
+    assert [answer.chunk_seq for answer in answers] == [2, 1]
+    assert bugs == [bug]
+
+
 async def test_chunks_of_one_session_never_share_a_batch(
     replicas: Pair,
     tenant: str,

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]  # has no stubs
 
+from service.domain.recurrence import teller_of
 from service.domain.types import (
     BackwardResult,
     DiscardResult,
@@ -109,16 +110,7 @@ class StandIn:
     async def forward(self, tenant: str, forward: Forward) -> ForwardResult:
         """Apply one chunk."""
         answer: asyncio.Future[ForwardResult] = asyncio.get_running_loop().create_future()
-
-        def told(outcome: ForwardResult | Exception) -> None:
-            if answer.done():
-                return
-            if isinstance(outcome, Exception):
-                answer.set_exception(outcome)
-            else:
-                answer.set_result(outcome)
-
-        self.begin_forward(tenant, forward, told)
+        self.begin_forward(tenant, forward, teller_of(answer))
         return await answer
 
     async def backward(self, tenant: str, backward: Any) -> BackwardResult:
