@@ -37,10 +37,11 @@ _AROUND = {
     "commit_chunks": ("before_commit", "after_commit"),
     "read_tape": ("", "after_tape_read"),
     "count_contribution": ("before_count", "after_count"),
+    "count_and_look": ("before_count", "after_count", "after_look"),
     "look_update": ("", "after_look"),
     "flip_head": ("before_update", "after_update"),
 }
-NAMES = {name for pair in _AROUND.values() for name in pair if name} | {
+NAMES = {name for around in _AROUND.values() for name in around if name} | {
     "after_compute",
     "before_drain",
 }
@@ -149,12 +150,13 @@ class _FailingStore:
         return self._around(method, *_AROUND[name])
 
     def _around(
-        self, method: Callable[..., Coroutine[Any, Any, Any]], before: str, after: str
+        self, method: Callable[..., Coroutine[Any, Any, Any]], before: str, *after: str
     ) -> Callable[..., Coroutine[Any, Any, Any]]:
         async def call(*arguments: Any, **named: Any) -> Any:
             await self._points.hit(before)
             answer = await method(*arguments, **named)
-            await self._points.hit(after)
+            for name in after:
+                await self._points.hit(name)
             return answer
 
         return call

@@ -160,6 +160,11 @@ class Catalog:
         self._weights.put((model.incarnation, found), params)
         return found, params
 
+    def cached_moments(self, model: KnownModel) -> Moments | None:
+        """Return the moments of a model's head if this process holds them."""
+        known = self._moments.get((model.tenant, model.spec.model_id))
+        return known[1] if known is not None and known[0] == model.head else None
+
     async def moments(self, model: KnownModel, version: Version, params: Params) -> Moments:
         """Return a version's moments; zero where they were not kept."""
         kept = await self.kept_moments(model, version, params)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import struct
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
@@ -32,12 +33,13 @@ if TYPE_CHECKING:
     from service.domain.ports import ModelStore, UpdateLook
 
     MakeHead = Callable[[KnownModel, UpdateLook], Awaitable["NextHead | None"]]
+    Look = Callable[[bytes], Awaitable[UpdateLook | None]]  # given the request's name
 
 _TRIES = 16
 _ANSWER = struct.Struct(">Q16sd?I")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class NextHead:
     """What the next version holds and how it was made."""
 
@@ -46,6 +48,22 @@ class NextHead:
     names: Sequence[bytes] = ()
     gradient_norm: float = 0.0
     clipped: bool = False
+
+    @cached_property
+    def stored(self) -> tuple[bytes, bytes, bytes]:
+        """Weights and moments laid out for the store, and the digest that names them.
+
+        Raises:
+            FailedPrecondition: NON_FINITE_RESULT.
+        """
+        params = self.params
+        bad = sum(a.size - int(np.isfinite(a).sum()) for a in (params.Wx, params.Wh, params.b))
+        if bad:
+            text = f"the step would make {bad} weights non-finite; nothing was changed"
+            raise FailedPrecondition("NON_FINITE_RESULT", text, count=bad)
+        data = weights.params_to_bytes(params)
+        moments = weights.moments_to_bytes(self.moments)
+        return data, moments, weights.version_digest(data, moments)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +131,20 @@ class HeadMaker:
         answer = await self.advance(request, give)
         return answer.version, answer.replayed
 
-    async def advance(self, request: HeadRequest, make: MakeHead) -> StepAnswer:
+    def is_busy(self, request: HeadRequest) -> bool:
+        """Tell whether a step of the request's model is being made in this process."""
+        turn = self._turns.get((request.tenant, request.model_id))
+        return turn is not None and turn.locked()
+
+    async def advance(
+        self, request: HeadRequest, make: MakeHead, first_look: Look | None = None
+    ) -> StepAnswer:
         """Make the next version by `make`, which returns None when what it needs went away.
+
+        Args:
+            request: Who asks, and under which condition.
+            make: Given the model and what was looked at.
+            first_look: Looks in place of the store the first time.
 
         Raises:
             DomainError: MODEL_NOT_FOUND, REQUEST_ID_REUSED, VERSION_CONFLICT, NON_FINITE_RESULT.
@@ -122,14 +152,19 @@ class HeadMaker:
         # Only to spare work: two steps from one head would make one of them compute again.
         turn = self._turns.setdefault((request.tenant, request.model_id), asyncio.Lock())
         async with turn:
-            return await self._advance(request, make)
+            return await self._advance(request, make, first_look)
 
-    async def _advance(self, request: HeadRequest, make: MakeHead) -> StepAnswer:
+    async def _advance(
+        self, request: HeadRequest, make: MakeHead, first_look: Look | None
+    ) -> StepAnswer:
         name = request_name(request.request_id)
-        for _ in range(_TRIES):
-            look = await self._store.look_update(
-                request.tenant, request.model_id, name, request.selectors
-            )
+        for attempt in range(_TRIES):
+            if first_look and not attempt:
+                look = await first_look(name)
+            else:
+                look = await self._store.look_update(
+                    request.tenant, request.model_id, name, request.selectors
+                )
             if look is None:
                 self._catalog.forget(request.tenant, request.model_id)
                 raise model_not_found(request.model_id)
@@ -162,7 +197,7 @@ class HeadMaker:
         made: NextHead,
     ) -> StepAnswer | None:
         size = weights.spec_bytes(model.spec)
-        data, moments, digest = await self._scheduler.run(hash_work(size), _laid_out, made)
+        data, moments, digest = await self._scheduler.run(hash_work(size), _stored, made)
         version = Version(look.head.number + 1, digest)
         answer = StepAnswer(version, made.gradient_norm, made.clipped, len(made.names))
         flip = HeadFlip(
@@ -189,20 +224,8 @@ class HeadMaker:
         return None
 
 
-def _laid_out(made: NextHead) -> tuple[bytes, bytes, bytes]:
-    """Lay out weights and moments for the store and name them.
-
-    Raises:
-        FailedPrecondition: NON_FINITE_RESULT; nothing has been written then.
-    """
-    params = made.params
-    bad = sum(a.size - int(np.isfinite(a).sum()) for a in (params.Wx, params.Wh, params.b))
-    if bad:
-        text = f"the step would make {bad} weights non-finite; nothing was changed"
-        raise FailedPrecondition("NON_FINITE_RESULT", text, count=bad)
-    data = weights.params_to_bytes(params)
-    moments = weights.moments_to_bytes(made.moments)
-    return data, moments, weights.version_digest(data, moments)
+def _stored(made: NextHead) -> tuple[bytes, bytes, bytes]:
+    return made.stored
 
 
 def _remembered(known: bytes, content_digest: bytes) -> StepAnswer:

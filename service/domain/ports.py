@@ -186,6 +186,21 @@ class FlipOutcome(Enum):
     GONE = "GONE"
 
 
+@dataclass(frozen=True, slots=True)
+class Contribution:
+    """A gradient to count: the name of what it is of, the digest of what it was made from."""
+
+    incarnation: bytes
+    name: bytes
+    digest: bytes
+    gradient: bytes
+
+    @property
+    def entry(self) -> bytes:
+        """What a look at the contributions shows of it."""
+        return self.name + self.digest
+
+
 class CountOutcome(Enum):
     """What came of counting a contribution."""
 
@@ -311,15 +326,19 @@ class ModelStore(Protocol):
         """Read a version's moments."""
 
     async def count_contribution(
+        self, tenant: str, model_id: str, contribution: Contribution
+    ) -> CountOutcome:
+        """Count a contribution once."""
+
+    async def count_and_look(
         self,
         tenant: str,
         model_id: str,
-        incarnation: bytes,
-        name: bytes,
-        digest: bytes,
-        gradient: bytes,
-    ) -> CountOutcome:
-        """Count a contribution once."""
+        contribution: Contribution,
+        request: bytes,
+        selectors: Sequence[bytes],
+    ) -> tuple[CountOutcome, UpdateLook | None]:
+        """Count a contribution once and, mostly after that, read what an Update decides from."""
 
     async def is_counted(self, tenant: str, model_id: str, name: bytes) -> bool:
         """Tell whether a contribution of this name was counted."""

@@ -308,9 +308,8 @@ class Recurrence:
         assert call.version is not None  # noqa: S101
         base.advance(op.chunk_seq, call.token, call.h)
         if op.train:
-            self._tapes.put(
-                call.token, StoredTape(call.version, call.tape.xs, call.tape.h0, call.tape.hs)
-            )
+            xs, h0, hs = call.tape.xs, call.tape.h0, call.tape.hs
+            self._tapes.put(call.token, StoredTape(call.version, xs, h0, hs, base.incarnation))
         if is_touch_due:
             self._touch(call.key, base.ttl_ms)
         result = self._result(op, call.tape.hs, call.h, call.version, call.token, replayed=False)

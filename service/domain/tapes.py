@@ -26,12 +26,13 @@ _HEAD = struct.Struct(">BxxxIIIIQ16s")
 
 @dataclass(frozen=True, slots=True)
 class StoredTape:
-    """What a Backward starts from: xs (N, T, D), h0 (N, H), hs (N, T, H) where they are at hand."""
+    """What a Backward starts from: xs (N, T, D), h0 (N, H); hs (N, T, H) and the model's life if at hand."""
 
     version: Version
     xs: Array
     h0: Array
     hs: Array | None = None
+    incarnation: bytes = b""
 
     def complete(self, params: Params) -> Tape:
         """Return the tape, its hidden states computed again where they are not at hand."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from rnn_engine import (
@@ -31,7 +32,7 @@ from service.domain.errors import (
     ResourceExhausted,
 )
 from service.domain.heads import HeadRequest, NextHead
-from service.domain.ports import AbsentSession, CountOutcome
+from service.domain.ports import AbsentSession, Contribution, CountOutcome
 from service.domain.recent import Recent
 from service.domain.refusals import (
     answer_too_large,
@@ -52,24 +53,36 @@ from service.domain.types import (
 from service.domain.weights import grads_from_bytes, grads_to_bytes, spec_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rnn_engine import (
         Backward as Gradients,
     )
     from rnn_engine import Grads, Moments, Params
     from service.compute.scheduler import Scheduler
     from service.domain.catalog import Catalog, KnownModel
-    from service.domain.heads import HeadMaker, StepAnswer
+    from service.domain.heads import HeadMaker, MakeHead, StepAnswer
     from service.domain.ports import ModelStore, SessionHead, SessionStore, TapeLook, UpdateLook
     from service.domain.tapes import RecentTapes, StoredTape
     from service.domain.types import (
         Backward,
         DiscardGradients,
         Update,
+        Version,
     )
     from service.settings import Limits
 
 _ANSWER_OVERHEAD = 2048
 _NAME_BYTES = 32  # of a contribution; what names many is shorter
+
+
+@dataclass(slots=True)
+class _Counting:
+    """A contribution to count, and what came of it."""
+
+    contribution: Contribution
+    grads: Grads
+    is_replayed: bool = False
 
 
 class Training:
@@ -100,17 +113,24 @@ class Training:
 
     async def backward(self, tenant: str, op: Backward) -> BackwardResult:
         """Compute a chunk's gradients and count them once; make a step right after if asked."""
-        head, stored = await self._find_tape(tenant, op)
+        recent = self._tapes.get(op.token)
+        (head, stored), early = await asyncio.gather(
+            self._find_tape(tenant, op, recent), self._differentiate_early(op, recent)
+        )
         model = await self._catalog.get_life(tenant, head.model_id, head.incarnation)
         self._check_backward(op, stored, model)
-        params = await self._tape_params(tenant, op, model, stored)
-        made, digest = await asyncio.gather(
-            self._scheduler.run(_work(stored), _differentiate, params, stored, op),
-            self._scheduler.run(hash_work(op.dhs.nbytes), gradient_digest, op),  # meanwhile
-        )
+        if early is None or stored.incarnation != model.incarnation:
+            params = await self._tape_params(tenant, op, model, stored)
+            early = await self._differentiate(op, stored, params)
+        made, digest = early
         norm = _finite_norm(made)
-        replayed = await self._count(tenant, op, model, digest, made.grads)
-        result = BackwardResult(
+        counting = _Counting(self._contribution(tenant, op, model, digest, made.grads), made.grads)
+        update = None
+        if op.update is None:
+            await self._count(tenant, op, model, counting)
+        else:
+            update = await self._count_and_update(tenant, op, model, counting)
+        return BackwardResult(
             session_id=op.session_id,
             epoch=op.epoch,
             chunk_seq=op.chunk_seq,
@@ -119,29 +139,14 @@ class Training:
             grads=made.grads if op.return_gradients else None,
             gradient_norm=norm,
             version=stored.version,
-            replayed=replayed,
+            replayed=counting.is_replayed,
+            update=update,
         )
-        if op.update is None:
-            return result
-        return replace(result, update=await self.update(tenant, self._inline(op, model)))
 
     async def update(self, tenant: str, op: Update) -> UpdateResult:
         """Make one optimizer step from waiting contributions."""
-        names = self._names(tenant, op.selectors)
-
-        async def step(model: KnownModel, look: UpdateLook) -> NextHead | None:
-            _check_names(names, look)
-            return await self._step(tenant, op, model, look)
-
-        request = HeadRequest(
-            tenant,
-            op.model_id,
-            op.request_id,
-            update_digest(op),
-            op.expected,
-            names,
-        )
-        answer = await self._heads.advance(request, step)
+        request = self._head_request(tenant, op)
+        answer = await self._heads.advance(request, self._stepper(tenant, op, request))
         return _update_result(op.model_id, answer)
 
     async def discard(self, tenant: str, op: DiscardGradients) -> DiscardResult:
@@ -161,8 +166,9 @@ class Training:
 
     # --- tapes ------------------------------------------------------------------------------------
 
-    async def _find_tape(self, tenant: str, op: Backward) -> tuple[SessionHead, StoredTape]:
-        recent = self._tapes.get(op.token)
+    async def _find_tape(
+        self, tenant: str, op: Backward, recent: StoredTape | None
+    ) -> tuple[SessionHead, StoredTape]:
         look = await self._sessions.read_tape(
             tenant, op.session_id, op.epoch, op.chunk_seq, with_data=recent is None
         )
@@ -187,6 +193,24 @@ class Training:
             check_epoch(op.epoch, head.epoch, head.chunk_seq)
         if not look.token:
             raise _tape_missing(op, counted=counted)
+
+    async def _differentiate_early(
+        self, op: Backward, recent: StoredTape | None
+    ) -> tuple[Gradients, bytes] | None:
+        """Compute, from what is in hand, while the store is asked whether it may still be used."""
+        if recent is None or not _fits(op, recent):
+            return None
+        params = self._catalog.cached_params(recent.incarnation, recent.version)
+        return None if params is None else await self._differentiate(op, recent, params)
+
+    async def _differentiate(
+        self, op: Backward, stored: StoredTape, params: Params
+    ) -> tuple[Gradients, bytes]:
+        """Return the gradients, and the digest of what they were computed from."""
+        return await asyncio.gather(
+            self._scheduler.run(_work(stored), _differentiate, params, stored, op),
+            self._scheduler.run(hash_work(op.dhs.nbytes), gradient_digest, op),  # meanwhile
+        )
 
     async def _tape_params(
         self, tenant: str, op: Backward, model: KnownModel, stored: StoredTape
@@ -216,23 +240,82 @@ class Training:
 
     # --- contributions ------------------------------------------------------------------------------
 
-    async def _count(
+    def _contribution(
         self, tenant: str, op: Backward, model: KnownModel, digest: bytes, grads: Grads
-    ) -> bool:
-        """Count a contribution, and note in the session's slot that its tape waits no more."""
+    ) -> Contribution:
         name = self._models.contribution_name(tenant, op.session_id, op.epoch, op.chunk_seq)
+        return Contribution(model.incarnation, name, digest, grads_to_bytes(grads))
+
+    async def _count(
+        self, tenant: str, op: Backward, model: KnownModel, counting: _Counting
+    ) -> None:
+        """Count a contribution, and note in the session's slot that its tape waits no more."""
         outcome = await self._models.count_contribution(
-            tenant,
-            model.spec.model_id,
-            model.incarnation,
-            name,
-            digest,
-            grads_to_bytes(grads),
+            tenant, model.spec.model_id, counting.contribution
         )
+        self._counted(op, model, counting, outcome)
+        await self._settle(tenant, op)
+
+    async def _count_and_update(
+        self, tenant: str, op: Backward, model: KnownModel, counting: _Counting
+    ) -> UpdateResult:
+        """Count a contribution and make the step that was asked for with it.
+
+        A step from this contribution alone looks in the round trip that counts, and its tape is settled
+        while it is made.
+        """
+        update = self._inline(op, model)
+        request = self._head_request(tenant, update)
+        entry = counting.contribution.entry
+        is_alone = (request.model_id, request.selectors) == (
+            model.spec.model_id,
+            [entry[:_NAME_BYTES]],
+        )
+        if not is_alone or self._heads.is_busy(request):
+            await self._count(tenant, op, model, counting)
+            return await self.update(tenant, update)
+        settling: asyncio.Task[None] | None = None
+        foreseen: tuple[Version, NextHead] | None = None
+
+        async def count_and_look(name: bytes) -> UpdateLook | None:
+            nonlocal settling, foreseen
+            (outcome, look), foreseen = await asyncio.gather(
+                self._models.count_and_look(
+                    tenant, request.model_id, counting.contribution, name, request.selectors
+                ),
+                self._foresee(update, model, counting),
+            )
+            self._counted(op, model, counting, outcome)
+            settling = asyncio.create_task(self._settle(tenant, op))
+            if look is None or look.remembered or entry in look.waiting:
+                return look
+            # One of the two was sent again, and the look came first.
+            return await self._models.look_update(tenant, request.model_id, name, request.selectors)
+
+        step = self._stepper(tenant, update, request)
+
+        async def step_as_foreseen(now: KnownModel, look: UpdateLook) -> NextHead | None:
+            if foreseen and look.waiting == (entry,) and look.head == foreseen[0]:
+                return foreseen[1]
+            return await step(now, look)
+
+        try:
+            answer = await self._heads.advance(request, step_as_foreseen, count_and_look)
+        finally:
+            if settling:
+                await settling
+        return _update_result(update.model_id, answer)
+
+    def _counted(
+        self, op: Backward, model: KnownModel, counting: _Counting, outcome: CountOutcome
+    ) -> None:
+        """Note that a contribution was counted, or refuse the Backward."""
         self._refuse_contribution(op, model, outcome)
-        self._recent_grads.put((model.incarnation, name + digest), grads)
+        counting.is_replayed = outcome is CountOutcome.REPLAYED
+        self._recent_grads.put((model.incarnation, counting.contribution.entry), counting.grads)
+
+    async def _settle(self, tenant: str, op: Backward) -> None:
         await self._sessions.settle_tape(tenant, op.session_id, op.epoch, op.chunk_seq, op.token)
-        return outcome is CountOutcome.REPLAYED
 
     def _refuse_contribution(self, op: Backward, model: KnownModel, outcome: CountOutcome) -> None:
         if outcome is CountOutcome.REUSED:
@@ -281,6 +364,32 @@ class Training:
             selectors=update.selectors or own,
         )
 
+    def _head_request(self, tenant: str, op: Update) -> HeadRequest:
+        names = self._names(tenant, op.selectors)
+        digest = update_digest(op)
+        return HeadRequest(tenant, op.model_id, op.request_id, digest, op.expected, names)
+
+    def _stepper(self, tenant: str, op: Update, request: HeadRequest) -> MakeHead:
+        async def step(model: KnownModel, look: UpdateLook) -> NextHead | None:
+            _check_names(request.selectors, look)
+            return await self._step(tenant, op, model, look)
+
+        return step
+
+    async def _foresee(
+        self, op: Update, model: KnownModel, counting: _Counting
+    ) -> tuple[Version, NextHead] | None:
+        """Make the step that will be asked for unless the head went on; None when that is not in hand."""
+        params = self._catalog.cached_params(model.incarnation, model.head)
+        moments = self._catalog.cached_moments(model)
+        if params is None or moments is None:
+            return None
+        names = (counting.contribution.name,)
+        made = await self._run_step(op, model, params, moments, [counting.grads], names)
+        with suppress(DomainError):  # told when the step is asked for
+            await self._scheduler.run(hash_work(params.Wh.nbytes), lambda: made.stored)
+        return model.head, made
+
     async def _step(
         self, tenant: str, op: Update, model: KnownModel, look: UpdateLook
     ) -> NextHead | None:
@@ -294,17 +403,20 @@ class Training:
         moments = await self._catalog.kept_moments(model, look.head, params)
         if moments is None:  # a head has some, so it is superseded where they were looked for
             return None
-        work = len(grads) * params.Wh.size
-        return await self._scheduler.run(
-            4 * work,
-            _make_step,
-            op,
-            model,
-            params,
-            moments,
-            grads,
-            tuple(entry[:_NAME_BYTES] for entry in look.waiting),
-        )
+        names = tuple(entry[:_NAME_BYTES] for entry in look.waiting)
+        return await self._run_step(op, model, params, moments, grads, names)
+
+    async def _run_step(
+        self,
+        op: Update,
+        model: KnownModel,
+        params: Params,
+        moments: Moments,
+        grads: list[Grads],
+        names: tuple[bytes, ...],
+    ) -> NextHead:
+        work = 4 * len(grads) * params.Wh.size
+        return await self._scheduler.run(work, _make_step, op, model, params, moments, grads, names)
 
     async def _gradients(
         self, tenant: str, model: KnownModel, waiting: tuple[bytes, ...]
@@ -345,7 +457,7 @@ def _make_step(
     return NextHead(after, later, names, norm, clipped)
 
 
-def _check_names(names: list[bytes], look: UpdateLook) -> None:
+def _check_names(names: Sequence[bytes], look: UpdateLook) -> None:
     """Raise NO_GRADIENTS unless something waits, and each contribution that was named in full."""
     waiting = {entry[:_NAME_BYTES] for entry in look.waiting}
     exact = [name for name in names if len(name) == _NAME_BYTES]
@@ -382,6 +494,14 @@ def _finite_norm(made: Gradients) -> float:
         text = "the gradients are not finite; nothing was counted"
         raise FailedPrecondition("NON_FINITE_RESULT", text)
     return norm
+
+
+def _fits(op: Backward, stored: StoredTape) -> bool:
+    """Tell whether a Backward's gradients are of its tape's shape and type."""
+    (n, t, _), (_, h), dtype = stored.xs.shape, stored.h0.shape, stored.xs.dtype
+    fits = op.dhs.shape == (n, t, h) and op.dhs.dtype == dtype
+    arriving = op.dh_next
+    return fits and (arriving is None or (arriving.shape == (n, h) and arriving.dtype == dtype))
 
 
 def _differentiate(params: Params, stored: StoredTape, op: Backward) -> Gradients:

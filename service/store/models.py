@@ -6,7 +6,7 @@ carry a time to live, so that what a dead writer left goes by itself.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from service.domain.errors import Unavailable
 from service.domain.ports import (
@@ -28,10 +28,12 @@ if TYPE_CHECKING:
 
     from service.domain.ports import (
         Bytes,
+        Contribution,
         HeadFlip,
         NewVersion,
     )
     from service.settings import Limits
+    from service.store.links import Command
     from service.store.scripts import Argument, ScriptRunner
 
 PART_BYTES = (
@@ -94,7 +96,7 @@ class RedisModelStore:
         create = Call(_CREATE, slot, arguments)
         answer = await self._runner.run(create)
         if answer == b"STALE":  # the name is free; where it is taken nothing needs to be written
-            await self._write_version(tag, record.incarnation, first)
+            await self._write_parts(_version_parts(tag, record.incarnation, first))
             answer = await self._runner.run(create)
         return CreateOutcome(answer.decode())
 
@@ -169,28 +171,53 @@ class RedisModelStore:
         return await self._read_parts(tag, keys.moments_prefix(tag, incarnation), version, 3)
 
     async def count_contribution(
+        self, tenant: str, model_id: str, contribution: Contribution
+    ) -> CountOutcome:
+        """Count a contribution once."""
+        tag = keys.model_tag(tenant, model_id)
+        (outcome,) = await self._count(tag, contribution)
+        return CountOutcome(outcome.decode())
+
+    async def count_and_look(
         self,
         tenant: str,
         model_id: str,
-        incarnation: bytes,
-        name: bytes,
-        digest: bytes,
-        gradient: bytes,
-    ) -> CountOutcome:
-        """Count a contribution once."""
-        tag, limits = keys.model_tag(tenant, model_id), self._limits
+        contribution: Contribution,
+        request: bytes,
+        selectors: Sequence[bytes],
+    ) -> tuple[CountOutcome, UpdateLook | None]:
+        """Count a contribution once and, mostly after that, read what an Update decides from."""
+        tag = keys.model_tag(tenant, model_id)
+        outcome, look = await self._count(tag, contribution, _look_call(tag, request, selectors))
+        return CountOutcome(outcome.decode()), _update_look(look)
+
+    async def _count(self, tag: bytes, contribution: Contribution, *others: Call) -> list[Any]:
+        """Count a contribution, and run other scripts right after it; return all answers."""
+        calls = (self._count_call(tag, contribution), *others)
+        answers = await self._runner.run_all(calls)
+        if (
+            answers[0] == b"MISSING"
+        ):  # it is large, and none that is known: nothing else needs writing
+            name = keys.gradient_prefix(tag) + contribution.entry
+            await self._write_parts(_parts(name, contribution.gradient))
+            answers = await self._runner.run_all(calls)
+        if answers[0] == b"MISSING":
+            raise parts_expired()
+        return answers
+
+    def _count_call(self, tag: bytes, contribution: Contribution) -> Call:
+        limits, gradient = self._limits, contribution.gradient
         slot = (
             keys.model_key(tag),
             keys.contributions_key(tag),
             keys.waiting_key(tag),
             keys.expiry_key(tag),
         )
-        is_whole = len(gradient) <= PART_BYTES
         arguments = (
-            incarnation,
-            name,
-            digest,
-            gradient if is_whole else b"",
+            contribution.incarnation,
+            contribution.name,
+            contribution.digest,
+            gradient if len(gradient) <= PART_BYTES else b"",
             limits.contribution_ttl_ms,
             limits.contributions_per_model,
             limits.contribution_bytes_per_model,
@@ -198,14 +225,7 @@ class RedisModelStore:
             keys.gradient_prefix(tag),
             len(gradient),
         )
-        count = Call(_COUNT, slot, arguments)
-        answer = await self._runner.run(count)
-        if answer == b"MISSING":  # it is large, and none that is known: nothing else needs writing
-            await self._write_parts(_parts(keys.gradient_prefix(tag) + name + digest, gradient))
-            answer = await self._runner.run(count)
-        if answer == b"MISSING":
-            raise parts_expired()
-        return CountOutcome(answer.decode())
+        return Call(_COUNT, slot, arguments)
 
     async def is_counted(self, tenant: str, model_id: str, name: bytes) -> bool:
         """Tell whether a contribution of this name was counted."""
@@ -218,18 +238,7 @@ class RedisModelStore:
     ) -> UpdateLook | None:
         """Read what an Update decides from."""
         tag = keys.model_tag(tenant, model_id)
-        slot = (
-            keys.model_key(tag),
-            keys.contributions_key(tag),
-            keys.waiting_key(tag),
-            keys.requests_key(tag),
-        )
-        answer = await self._runner.run(Call(_LOOK, slot, (request, *selectors)))
-        if not answer:
-            return None
-        incarnation, spec, head, remembered, *found = answer
-        version = layouts.version_from_bytes(head)
-        return UpdateLook(incarnation, spec, version, remembered, tuple(sorted(set(found))))
+        return _update_look(await self._runner.run(_look_call(tag, request, selectors)))
 
     async def read_gradients(
         self, tenant: str, model_id: str, entries: Sequence[bytes], size: int
@@ -252,7 +261,10 @@ class RedisModelStore:
     ) -> tuple[FlipOutcome, bytes]:
         """Write a version and make it the head; REPLAYED comes with the remembered answer."""
         tag, limits = keys.model_tag(tenant, model_id), self._limits
-        await self._write_version(tag, flip.incarnation, flip.new)
+        parts = _version_parts(tag, flip.incarnation, flip.new)
+        is_small = len(flip.new.weights) + len(flip.new.moments) <= TRIP_BYTES
+        if not is_small:
+            await self._write_parts(parts)
         slot = (
             keys.model_key(tag),
             keys.versions_key(tag),
@@ -279,7 +291,8 @@ class RedisModelStore:
             limits.superseded_bytes_per_model,
             limits.remembered_requests_per_model,
         )
-        outcome, *answer = await self._runner.run(Call(_FLIP, slot, arguments))
+        first = _writes(parts) if is_small else ()
+        outcome, *answer = await self._runner.run(Call(_FLIP, slot, arguments, first))
         return FlipOutcome(outcome.decode()), answer[0] if answer else b""
 
     async def discard_contributions(
@@ -355,23 +368,10 @@ class RedisModelStore:
         session = keys.session_digest(tenant, session_id)
         return session + epoch.to_bytes(8, "big") if epoch else session
 
-    async def _write_version(self, tag: bytes, incarnation: bytes, new: NewVersion) -> None:
-        """Write parts that are not there yet; a name always has the same content."""
-        version = new.version
-        await self._write_parts(
-            [
-                *_parts(keys.weights_prefix(tag, incarnation) + _name(version), new.weights),
-                *_parts(keys.moments_prefix(tag, incarnation) + _name(version), new.moments),
-            ]
-        )
-
     async def _write_parts(self, parts: Sequence[tuple[bytes, memoryview]]) -> None:
         per_trip = TRIP_BYTES // PART_BYTES
         for i in range(0, len(parts), per_trip):
-            some = parts[i : i + per_trip]
-            await self._runner.run_commands(
-                [("SET", key, part, "PX", ORPHAN_MS, "NX") for key, part in some]
-            )
+            await self._runner.run_commands(_writes(parts[i : i + per_trip]))
 
     async def _read_values(self, names: Sequence[bytes], size: int) -> list[bytes] | None:
         """Read values of up to `size` bytes each; None when one is not there."""
@@ -394,6 +394,24 @@ class RedisModelStore:
         return None if parts is None else b"".join(parts)
 
 
+def _look_call(tag: bytes, request: bytes, selectors: Sequence[bytes]) -> Call:
+    slot = (
+        keys.model_key(tag),
+        keys.contributions_key(tag),
+        keys.waiting_key(tag),
+        keys.requests_key(tag),
+    )
+    return Call(_LOOK, slot, (request, *selectors))
+
+
+def _update_look(answer: list[bytes]) -> UpdateLook | None:
+    if not answer:
+        return None
+    incarnation, spec, head, remembered, *found = answer
+    version = layouts.version_from_bytes(head)
+    return UpdateLook(incarnation, spec, version, remembered, tuple(sorted(set(found))))
+
+
 def parts_expired() -> Unavailable:
     """Make the answer to a call whose parts did not live until their script came."""
     text = "writing took too long; send the same call again"
@@ -405,6 +423,21 @@ def _parts(name: bytes, data: Bytes) -> list[tuple[bytes, memoryview]]:
     starts = range(0, len(data), PART_BYTES)
     named = _part_keys(name, len(starts))
     return [(key, view[at : at + PART_BYTES]) for key, at in zip(named, starts, strict=True)]
+
+
+def _version_parts(
+    tag: bytes, incarnation: bytes, new: NewVersion
+) -> list[tuple[bytes, memoryview]]:
+    version = new.version
+    return [
+        *_parts(keys.weights_prefix(tag, incarnation) + _name(version), new.weights),
+        *_parts(keys.moments_prefix(tag, incarnation) + _name(version), new.moments),
+    ]
+
+
+def _writes(parts: Sequence[tuple[bytes, memoryview]]) -> list[Command]:
+    """Return commands that write what is not there yet; a name always has the same content."""
+    return [("SET", key, part, "PX", ORPHAN_MS, "NX") for key, part in parts]
 
 
 def _part_keys(name: bytes, count: int) -> list[bytes]:

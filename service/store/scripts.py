@@ -114,10 +114,20 @@ class ScriptRunner:
             Unavailable: If the server cannot be reached.
             ResourceExhausted: If its memory is full.
         """
-        (answer,) = await self.run_many([call])
-        if isinstance(answer, Exception):
-            raise answer
+        (answer,) = await self.run_all([call])
         return answer
+
+    async def run_all(self, calls: Sequence[Call]) -> list[Any]:
+        """Run scripts in one round trip; one that is sent again comes after the others.
+
+        Raises:
+            Unavailable, ResourceExhausted: The first failure.
+        """
+        answers = await self.run_many(calls)
+        for answer in answers:
+            if isinstance(answer, Exception):
+                raise answer
+        return answers
 
     async def run_many(self, calls: Sequence[Call]) -> list[Any]:
         """Run scripts in one round trip; a failure stands in its script's place."""

@@ -10,6 +10,7 @@ import pytest
 from instruments.replicas import patient
 from service.domain.ports import (
     CheckpointOutcome,
+    Contribution,
     CountOutcome,
     CreateOutcome,
     FlipOutcome,
@@ -21,7 +22,7 @@ from service.domain.types import Version
 from service.settings import MIB, Limits
 from service.store import keys
 from service.store.connect import open_store
-from service.store.models import ORPHAN_MS, PART_BYTES
+from service.store.models import ORPHAN_MS, PART_BYTES, _version_parts
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -62,9 +63,8 @@ class Model:
         self, number: int, gradient: bytes = b"gradient", digest: bytes = b"g" * 16
     ) -> CountOutcome:
         """Count a contribution."""
-        return await self.store.count_contribution(
-            self.tenant, "m", INCARNATION, self.name(number), digest, gradient
-        )
+        contribution = Contribution(INCARNATION, self.name(number), digest, gradient)
+        return await self.store.count_contribution(self.tenant, "m", contribution)
 
     def flip(self, number: int, *names: bytes, request: bytes = b"") -> HeadFlip:
         """Lay out the flip from version number-1 to number."""
@@ -184,9 +184,8 @@ async def test_a_look_finds_what_selectors_name(model: Model) -> None:
     for number in (3, 1, 2):
         await model.count(number)
     other = model.store.contribution_name(model.tenant, "t", 8, 1)
-    await model.store.count_contribution(
-        model.tenant, "m", INCARNATION, other, b"g" * 16, b"gradient"
-    )
+    contribution = Contribution(INCARNATION, other, b"g" * 16, b"gradient")
+    await model.store.count_contribution(model.tenant, "m", contribution)
     mine = [model.name(number) for number in (1, 2, 3)]
     prefix = model.store.contribution_prefix
 
@@ -297,7 +296,7 @@ async def test_what_a_dead_writer_left_goes_by_itself(model: Model, raw: Redis) 
     """Parts carry a time to live until the script that makes them count; then they have none."""
     await model.create()
     tag = keys.model_tag(model.tenant, "m")
-    await model.store._write_version(tag, INCARNATION, content(2))
+    await model.store._write_parts(_version_parts(tag, INCARNATION, content(2)))
     prefixes = (keys.weights_prefix(tag, INCARNATION), keys.moments_prefix(tag, INCARNATION))
     name = version(2).digest + (2).to_bytes(8, "big") + bytes(2)
     assert all([0 < await raw.pttl(prefix + name) <= ORPHAN_MS for prefix in prefixes])
@@ -305,18 +304,19 @@ async def test_what_a_dead_writer_left_goes_by_itself(model: Model, raw: Redis) 
     assert all([await raw.pttl(prefix + name) == -1 for prefix in prefixes])
 
 
-async def test_a_flip_without_all_its_parts_keeps_none(model: Model, raw: Redis) -> None:
+async def test_a_flip_without_all_its_parts_keeps_none(
+    model: Model, raw: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """When a part has expired the head stays, and no other part is made to stay for ever."""
     await model.create()
     tag = keys.model_tag(model.tenant, "m")
-    write = model.store._write_version
 
-    async def loses_moments(tag: bytes, incarnation: bytes, new: NewVersion) -> None:
-        await write(tag, incarnation, new)
-        lost = keys.moments_prefix(tag, incarnation) + new.version.digest
-        await raw.delete(lost + new.version.number.to_bytes(8, "big") + bytes(2))
+    def without_moments(
+        tag: bytes, incarnation: bytes, new: NewVersion
+    ) -> list[tuple[bytes, memoryview]]:
+        return _version_parts(tag, incarnation, new)[:1]
 
-    model.store._write_version = loses_moments  # type: ignore[method-assign]
+    monkeypatch.setattr("service.store.models._version_parts", without_moments)
     assert await model.flipped(2) is FlipOutcome.STALE
     name = version(2).digest + (2).to_bytes(8, "big") + bytes(2)
     assert await raw.pttl(keys.weights_prefix(tag, INCARNATION) + name) > 0
