@@ -31,9 +31,26 @@ WITHOUT_NOTICES = MaintNotificationsConfig(enabled=False)
 KEPT_LINKS = 4  # idle ones; the pool's bound is for all, and its others may be waited for
 
 
+BIG_BYTES = 1 << 15  # a value of more goes to the socket from where it lies
+
 _packed: Callable[[Command], bytes] = (
     hiredis.pack_command
 )  # its own types forget tuples of any length
+
+
+def _pieces(command: Command) -> tuple[bytes | memoryview, ...]:
+    """Return the bytes of a command; what is big is a piece of its own, since to pack it copies it twice."""
+    if command[0] != "SET" or not _is_big(command[2]):
+        return (_packed(command),)
+    name, key, value, *options = command
+    _, before = _packed((name, key)).split(b"\r\n", 1)
+    _, after = _packed((*options, "")).split(b"\r\n", 1)
+    head = b"*%d\r\n%b$%d\r\n" % (len(command), before, len(value))
+    return head, value, b"\r\n" + after.removesuffix(b"$0\r\n\r\n")
+
+
+def _is_big(value: object) -> bool:
+    return isinstance(value, (bytes, memoryview)) and len(value) > BIG_BYTES
 
 
 class _WatchedLink:
@@ -67,7 +84,9 @@ class _WatchedLink:
         try:
             async with asyncio.timeout(link.socket_timeout):
                 # Not waiting for the buffer to drain: when the answers are there it has.
-                link._writer.writelines([_packed(each) for each in commands])  # noqa: SLF001
+                link._writer.writelines(  # noqa: SLF001
+                    [piece for each in commands for piece in _pieces(each)]
+                )
                 return [await self._answer() for _ in commands]
         except RuntimeError as error:  # uvloop's word for a connection closed a moment ago
             raise redis_errors.ConnectionError("the connection was closed") from error
