@@ -283,7 +283,7 @@ class Recurrence:
             call.base.token,
             state,
             min(op.acknowledged_seq, op.chunk_seq - 1),
-            tape_to_bytes(call.version, done.tape) if op.train else None,
+            tape_to_bytes(call.version, done.tape.xs, done.tape.h0) if op.train else None,
         )
         self._committer.submit(commit, lambda outcome: self._committed(call, outcome))
 

@@ -41,11 +41,11 @@ class StoredTape:
         return Tape(self.xs, self.h0, self.hs)
 
 
-def tape_to_bytes(version: Version, tape: Tape) -> bytes:
+def tape_to_bytes(version: Version, xs: Array, h0: Array) -> bytes:
     """Lay out a tape for the store."""
-    n, t, d = tape.xs.shape
-    head = _HEAD.pack(_LAYOUT, n, t, d, tape.h0.shape[1], version.number, version.digest)
-    return b"".join((head, tape.h0.tobytes(), tape.xs.tobytes()))
+    n, t, d = xs.shape
+    head = _HEAD.pack(_LAYOUT, n, t, d, h0.shape[1], version.number, version.digest)
+    return b"".join((head, np.ascontiguousarray(h0).data, np.ascontiguousarray(xs).data))
 
 
 def tape_from_bytes(data: bytes, dtype: str) -> StoredTape:

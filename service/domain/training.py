@@ -313,6 +313,7 @@ class Training:
         self._refuse_contribution(op, model, outcome)
         counting.is_replayed = outcome is CountOutcome.REPLAYED
         self._recent_grads.put((model.incarnation, counting.contribution.entry), counting.grads)
+        self._tapes.drop(op.token)  # what comes next finds its memory warm; a retry reads the store
 
     async def _settle(self, tenant: str, op: Backward) -> None:
         await self._sessions.settle_tape(tenant, op.session_id, op.epoch, op.chunk_seq, op.token)
