@@ -58,6 +58,7 @@ def running_store(folder: Path, *, core: int | None = None) -> Iterator[Store]:
     command = [
         server_binary(), "--port", "0", "--unixsocket", str(socket_path), "--dir", str(folder),
         "--appendonly", "yes", "--appendfsync", "everysec", "--save", "", "--daemonize", "no",
+        "--rdbcompression", "no", "--auto-aof-rewrite-min-size", "256mb",
         "--maxmemory-policy", "noeviction",
     ]  # fmt: skip
     if core is not None:

@@ -280,6 +280,10 @@ class EmbeddedStore:
             "appendonly": "yes" if self._durable else "no",
             "appendfsync": "everysec",
             "save": "",
+            # Floats do not shrink: to try took most of what a rewrite of the file cost, on a core that
+            # the replica needs.
+            "rdbcompression": "no",
+            "auto-aof-rewrite-min-size": "256mb",
             "maxmemory-policy": "noeviction",
         }
         return {f"--{name}": value for name, value in {**settings, **self._config}.items()}
