@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
-import hiredis
 import pytest
 import uvloop
 from redis import exceptions as redis_errors
@@ -14,7 +13,7 @@ from instruments.proxy import FaultProxy
 from instruments.redis_servers import RedisServer, wait_until
 from service.settings import Settings
 from service.store.connect import open_store
-from service.store.links import BIG_BYTES, _pieces
+from service.store.links import BIG_BYTES, _packed, _pieces
 from service.store.urls import connect
 
 if TYPE_CHECKING:
@@ -59,7 +58,7 @@ def test_no_call_fails_for_connections_that_were_cut_while_idle(
 def test_pieces_are_the_command(size: int, options: tuple[object, ...]) -> None:
     """A value that goes to the socket from where it lies reads as one that was copied."""
     value = bytes(range(256)) * (size // 256) + b"x" * (size % 256)
-    packed = hiredis.pack_command(("SET", b"key", value, *options))
+    packed = _packed(("SET", b"key", value, *options))
     assert b"".join(_pieces(("SET", b"key", memoryview(value), *options))) == packed
 
 
