@@ -13,6 +13,8 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from rnn_engine import (
     apply_update,
     clip_by_global_norm,
@@ -55,10 +57,10 @@ from service.domain.weights import grads_from_bytes, grads_to_bytes, spec_bytes
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from rnn_engine import Array, Grads, Moments, Params
     from rnn_engine import (
         Backward as Gradients,
     )
-    from rnn_engine import Grads, Moments, Params
     from service.compute.scheduler import Scheduler
     from service.domain.catalog import Catalog, KnownModel
     from service.domain.heads import HeadMaker, MakeHead, StepAnswer
@@ -265,12 +267,9 @@ class Training:
         while it is made.
         """
         update = self._inline(op, model)
-        request = self._head_request(tenant, update)
-        entry = counting.contribution.entry
-        is_alone = (request.model_id, request.selectors) == (
-            model.spec.model_id,
-            [entry[:_NAME_BYTES]],
-        )
+        request, entry = self._head_request(tenant, update), counting.contribution.entry
+        is_own = request.model_id == model.spec.model_id
+        is_alone = is_own and request.selectors == [counting.contribution.name]
         if not is_alone or self._heads.is_busy(request):
             await self._count(tenant, op, model, counting)
             return await self.update(tenant, update)
@@ -304,6 +303,7 @@ class Training:
         finally:
             if settling:
                 await settling
+        self._recent_grads.drop((model.incarnation, entry))
         return _update_result(update.model_id, answer)
 
     def _counted(
@@ -490,11 +490,16 @@ def _tape_missing(op: Backward, *, counted: bool) -> FailedPrecondition:
 
 def _finite_norm(made: Gradients) -> float:
     norm = global_norm(made.grads)
-    total = float(made.dxs.sum()) + float(made.dh0.sum())
-    if not (math.isfinite(norm) and math.isfinite(total)):
+    if not (math.isfinite(norm) and _is_finite(made.dxs) and _is_finite(made.dh0)):
         text = "the gradients are not finite; nothing was counted"
         raise FailedPrecondition("NON_FINITE_RESULT", text)
     return norm
+
+
+def _is_finite(array: Array) -> bool:
+    # As for a tensor that comes in: the dot product is cheap, and large finite values overflow it.
+    flat = array.ravel("K")
+    return math.isfinite(np.vdot(flat, flat)) or bool(np.isfinite(flat).all())
 
 
 def _fits(op: Backward, stored: StoredTape) -> bool:

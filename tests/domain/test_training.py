@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from redis.asyncio import Redis
 
     from instruments.replicas import Replica
+    from service.domain.ports import Contribution, CountOutcome, UpdateLook
     from service.domain.types import Update
     from tests.domain.conftest import ClientMaker, ModelMaker, ReplicaMaker
 
@@ -413,6 +414,93 @@ async def test_a_step_can_ride_on_its_backward(
     assert present(again.update).version == present(first.update).version
     assert (again.replayed, present(again.update).replayed) == (True, True)
     assert (await replicas[0].models.get(tenant, "m")).waiting_count == 1
+
+
+async def test_what_was_computed_early_counts_nothing_in_a_closed_session(
+    replicas: Pair,
+    tenant: str,
+    make_model: ModelMaker,
+    open_session: ClientMaker,
+    rng: np.random.Generator,
+) -> None:
+    """The replica has the tape in hand and computes at once; what the store then tells decides."""
+    await make_model()
+    client = await open_session()
+    client.replicas = replicas[:1]
+    await client.forward(draw(rng), train=True)
+    await replicas[1].sessions.close(tenant, "s", 0)
+    call = client.backward(draw(rng, size=HIDDEN), update=step("", "u"))
+    assert (await refusal(call)).reason == "SESSION_CLOSED"
+    assert (await replicas[1].models.get(tenant, "m")).waiting_count == 0
+    assert (await head_of(replicas[1], tenant)).number == 1
+
+
+async def test_a_retry_reads_the_tape_that_was_let_go(
+    replicas: Pair, make_model: ModelMaker, open_session: ClientMaker, rng: np.random.Generator
+) -> None:
+    """Once its contribution is counted a replica does not keep a tape; the store does."""
+    await make_model()
+    client = await open_session()
+    client.replicas = replicas[:1]
+    await client.forward(draw(rng), train=True)
+    assert replicas[0].tapes.get(client.token) is not None
+    dhs = draw(rng, size=HIDDEN)
+    first = await client.backward(dhs, return_dxs=True)
+    assert replicas[0].tapes.get(client.token) is None
+    again = await client.backward(dhs, return_dxs=True)
+    assert again.replayed
+    np.testing.assert_array_equal(again.dxs, first.dxs)
+
+
+async def test_a_step_foreseen_from_an_older_head_is_made_again(
+    make_replica: ReplicaMaker,
+    replicas: Pair,
+    tenant: str,
+    make_model: ModelMaker,
+    open_session: ClientMaker,
+    rng: np.random.Generator,
+) -> None:
+    """A replica that has not heard of another's step builds on it all the same."""
+    spec = await make_model()
+    client, other = await open_session(), await open_session("t")
+    client.replicas, other.replicas = [await make_replica(head_max_age_ms=60_000)], replicas[:1]
+    dhs = draw(rng, size=HIDDEN)
+    for each, request_id in ((client, "u1"), (other, "u2")):
+        await each.forward(draw(rng), train=True)
+        await each.backward(dhs, update=step("", request_id))
+    before = await head_params(replicas[0], tenant, spec)
+    await client.forward(draw(rng), train=True)
+    made = await client.backward(dhs, return_gradients=True, update=step("", "u3"))
+    assert (made.version.number, present(made.update).version.number) == (2, 4)
+    after = await head_params(replicas[0], tenant, spec)
+    np.testing.assert_array_equal(after.Wh, before.Wh - np.float32(0.1) * present(made.grads).dWh)
+
+
+async def test_a_look_that_came_before_its_count_is_taken_again(
+    replicas: Pair,
+    tenant: str,
+    make_model: ModelMaker,
+    open_session: ClientMaker,
+    rng: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They go in one round trip, but one of the two may have to be sent again."""
+    await make_model()
+    client = await open_session()
+    client.replicas = replicas[:1]
+    store = replicas[0].store.models
+
+    async def look_and_count(
+        tenant: str, model_id: str, contribution: Contribution, *look: Any
+    ) -> tuple[CountOutcome, UpdateLook | None]:
+        looked = await store.look_update(tenant, model_id, *look)
+        return await store.count_contribution(tenant, model_id, contribution), looked
+
+    monkeypatch.setattr(store, "count_and_look", look_and_count)
+    await client.forward(draw(rng), train=True)
+    made = await client.backward(draw(rng, size=HIDDEN), update=step("", "u"))
+    assert present(made.update).contribution_count == 1
+    assert (await replicas[0].models.get(tenant, "m")).waiting_count == 0
 
 
 async def test_tenants_contributions_are_their_own(
