@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 # Up to this many multiply-adds, about 2 ms, arithmetic runs on the loop itself: a thread would have to
 # ask the loop for the interpreter at every step of the recurrence and be slower for both.
-INLINE_WORK = 1 << 27
+INLINE_WORK = 1 << 26
 
 # Of the loop, without a new chunk, before what has gathered is computed. From the socket to here a chunk
 # takes up to three; of a lone one they take some microseconds.
