@@ -38,6 +38,7 @@ _AROUND = {
     "read_tape": ("", "after_tape_read"),
     "count_contribution": ("before_count", "after_count"),
     "count_and_look": ("before_count", "after_count", "after_look"),
+    "settle_tape": ("before_settle", ""),
     "look_update": ("", "after_look"),
     "flip_head": ("before_update", "after_update"),
 }

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from instruments.report import Proof
 
 FORWARD = ("after_read", "after_compute", "before_commit", "after_commit")
-BACKWARD = ("after_tape_read", "before_count", "after_count")
+BACKWARD = ("after_tape_read", "before_count", "after_count", "before_settle")
 UPDATE = ("after_look", "before_update", "after_update")
 # What each operation passes on its way. A Backward and an Update read, compute and write in steps of
 # their own, so the points of a chunk are not on their way, nor theirs on its; the runs check that: a
