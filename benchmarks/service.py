@@ -18,7 +18,12 @@ from tqdm import tqdm
 from benchmarks.load import report
 from benchmarks.load.bench_long import growth, soak
 from benchmarks.load.bench_rates import ONE_CORE_SCENARIOS, SCENARIOS, run_scenario
-from benchmarks.load.bench_work import compute_bound, training_step, two_workers
+from benchmarks.load.bench_work import (
+    compute_bound,
+    compute_bound_on_one_core,
+    training_step,
+    two_workers,
+)
 from benchmarks.load.lab import FREE, ONE_CORE, SPLIT, Lab, Pins, Plan, Samples, laboratory
 from benchmarks.load.machine import describe_machine, machine_line
 from benchmarks.load.page import write_block
@@ -54,8 +59,9 @@ class Bench:
 
 # Without a peer that could run alone.
 OUR_BENCHES = [
-    # The service computes in two threads: with both cores it would have more than the engine has.
-    Bench("compute", "compute-bound chunks against the bare engine", compute_bound, SPLIT),
+    # With both cores the service computes in two threads, the engine beside it in one; so also on one.
+    Bench("compute", "compute-bound chunks against the bare engine", compute_bound),
+    Bench("compute-one-core", "the same, the server on one core", compute_bound_on_one_core, SPLIT),
     Bench("training", "a training step against the engine and torch in process", training_step),
     Bench("workers", "two workers against one, compute-bound", two_workers),
     Bench("growth", "latency and bytes a session, 1,000 → 20,000 (1,000,000) sessions", growth),

@@ -185,7 +185,7 @@ def build_server(
 ) -> RpcServer:
     """Wire every layer over an open store; what holds work is closed by the stack."""
     limits = settings.limits
-    scheduler = Scheduler(settings.max_batch_rows)
+    scheduler = Scheduler(settings.max_batch_rows, settings.threads)
     if points := _failpoints(settings):
         scheduler = points.wrap_scheduler(scheduler)
         store = replace(

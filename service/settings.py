@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -62,6 +63,7 @@ class Settings:
     session_cache_bytes: int = 256 * MIB
     weights_cache_bytes: int = 1024 * MIB
     max_batch_rows: int = 1024  # rows of one joined forward
+    compute_threads: int = 0  # big batches of one model computed at once; 0: as `threads` tells
     store_connections: int = 32
     store_timeout_ms: int = 500
     durability: str = "primary"  # or "replica": an answer waits until a replica has its writes
@@ -72,3 +74,18 @@ class Settings:
     workers: int = 1  # server processes on the one port
     supervised: bool = False  # one of several workers: shares the port, ends when stdin closes
     limits: Limits = field(default_factory=Limits)
+
+    @property
+    def threads(self) -> int:
+        """How many big batches of one model a process computes at once: two, if it has the cores.
+
+        More would wait for each other between the steps of the recurrence, where the interpreter is
+        needed; further cores are for further workers.
+        """
+        return self.compute_threads or max(1, min(2, _usable_cores() // self.workers))
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

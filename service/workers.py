@@ -52,8 +52,11 @@ async def supervise(settings: Settings, on_ready: Callable[[str], None]) -> int:
         loop.add_signal_handler(number, stop.set)
     with _port(settings.listen) as address, _store(settings) as url:
         environment = environment_of(
-            replace(settings, listen=address, redis_url=url, workers=1, supervised=True)
-        )
+            replace(
+                settings, listen=address, redis_url=url, workers=1, supervised=True,
+                compute_threads=settings.threads,
+            )
+        )  # fmt: skip
         workers = [_Worker(i, environment, settings.drain_s) for i in range(settings.workers)]
         running = [asyncio.create_task(worker.run()) for worker in workers]
         stopping = asyncio.create_task(stop.wait())

@@ -16,10 +16,20 @@ LONG_WORK_SECONDS = 5.0
 
 
 def compute_bound(lab: Lab) -> list[Row]:
-    """Compare streamed chunks that are mostly arithmetic with the arithmetic alone."""
+    """Compare streamed chunks that are mostly arithmetic with the arithmetic alone, in one thread."""
+    return _compute_bound(lab, f"compute-bound, {COMPUTE_SESSIONS} sessions, {COMPUTE_BOUND}")
+
+
+def compute_bound_on_one_core(lab: Lab) -> list[Row]:
+    """Compare the same where the server has one core, which its loop and the arithmetic share."""
+    title = f"compute-bound, {COMPUTE_SESSIONS} sessions, {COMPUTE_BOUND}, server on one core"
+    return _compute_bound(lab, title)
+
+
+def _compute_bound(lab: Lab, title: str) -> list[Row]:
     order = {"mode": "stream", "sessions": COMPUTE_SESSIONS, "seconds": _seconds(lab)}
     samples = lab.take_turns(
-        f"compute-bound, {COMPUTE_SESSIONS} sessions, {COMPUTE_BOUND}",
+        title,
         {
             OURS: (lab.client(OURS, COMPUTE_BOUND), order),
             "engine": (_engine(lab), order),
@@ -69,16 +79,21 @@ def training_step(lab: Lab) -> list[Row]:
 
 
 def two_workers(lab: Lab) -> list[Row]:
-    """Compare two workers with one, on compute-bound chunks."""
+    """Compare two workers with one, on compute-bound chunks; each computes one batch at a time.
+
+    Left to itself one worker uses two cores for such chunks, and there is nothing that a second one
+    could add on two.
+    """
     if not _serve_has_option("--workers"):
         raise StartError("timernn serve has no --workers")
     order = {"mode": "stream", "sessions": WORKER_SESSIONS, "seconds": _seconds(lab)}
     clients = {
         f"{count} workers": lab.client(
-            OURS, COMPUTE_BOUND, "--workers", str(count), channels=WORKER_SESSIONS
+            OURS, COMPUTE_BOUND, "--workers", str(count), "--compute-threads", "1",
+            channels=WORKER_SESSIONS,
         )
         for count in (1, 2)
-    }
+    }  # fmt: skip
     samples = lab.take_turns(
         f"workers, {WORKER_SESSIONS} sessions, {COMPUTE_BOUND}",
         {name: (client, order) for name, client in clients.items()},

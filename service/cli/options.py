@@ -26,6 +26,7 @@ CHOICES = {
     "log_level": ("debug", "info", "warning", "error"),
 }
 LIMIT_PREFIX = "limit_"
+MAY_BE_0 = ("drain_s", "drain_notice_s", "compute_threads", "limit_head_max_age_ms")
 HIDDEN = ("failpoints", "testing", "supervised")  # for tests and for the supervisor of workers
 
 SETTINGS_HELP = {
@@ -42,6 +43,8 @@ SETTINGS_HELP = {
     "session_cache_bytes": "Memory for the hidden states of warm sessions.",
     "weights_cache_bytes": "Memory for weights versions.",
     "max_batch_rows": "Rows of one forward pass that joins several sessions.",
+    "compute_threads": "Big batches of one model that a process computes at once; 0: two, or the"
+    " cores of each worker if these are fewer.",
     "store_connections": "Connections to the store.",
     "store_timeout_ms": "Milliseconds that the store may take for one answer.",
     "durability": "What an answer waits for: that the store's primary has its writes, or that a"
@@ -207,5 +210,5 @@ def _option(name: str, default: object, explained: str, panel: str) -> Any:  # n
         return typer.Option(flag, metavar="URL", show_default="an embedded store", **common)
     if name in HIDDEN:
         return typer.Option(flag, hidden=True, **common)
-    least = 0 if name in {"drain_s", "drain_notice_s", "limit_head_max_age_ms"} else 1
+    least = 0 if name in MAY_BE_0 else 1
     return typer.Option(flag, min=least, **common)

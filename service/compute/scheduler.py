@@ -2,9 +2,9 @@
 
 A chunk never waits for company: what has queued while the engine was busy is the next batch, and what
 has come already but lies in the loop's queue still joins it. Each set of weights has its own queue, so
-one model's long work does not hold up another's. INFER chunks of a batch run as one ragged forward; a
-TRAIN chunk runs by itself, in its own matrix shapes, so that its result does not depend on who else is
-there, bit for bit.
+one model's long work does not hold up another's; of much work, several batches of one queue are computed
+at once. INFER chunks of a batch run as one ragged forward; a TRAIN chunk runs by itself, in its own
+matrix shapes, so that its result does not depend on who else is there, bit for bit.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import asyncio
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -74,17 +75,24 @@ class Chunk:
 @dataclass(slots=True)
 class _Queue:
     waiting: deque[Chunk] = field(default_factory=deque)
-    is_busy: bool = False
+    is_gathering: bool = False
+    computing: int = 0  # batches, each in a thread
+
+    @property
+    def has_enough_rows(self) -> bool:
+        return sum(len(chunk.xs) for chunk in islice(self.waiting, FULL_ROWS)) >= FULL_ROWS
 
 
 class Scheduler:
     """Runs arithmetic for one event loop."""
 
-    def __init__(self, max_batch_rows: int, threads: int = 2) -> None:
-        """Bound the rows of a joined forward and the threads that compute."""
+    def __init__(self, max_batch_rows: int, threads: int = 1) -> None:
+        """Bound the rows of a joined forward, and the batches of one model that are computed at once."""
         self._max_rows = max_batch_rows
+        self._threads = threads
         self._queues: dict[int, _Queue] = {}
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="compute")
+        # As many again for other models.
+        self._pool = ThreadPoolExecutor(2 * threads, thread_name_prefix="compute")
 
     def submit(self, chunk: Chunk) -> None:
         """Queue a chunk; its `deliver` is called on the loop when it is computed."""
@@ -92,9 +100,7 @@ class Scheduler:
         if queue is None:
             queue = self._queues[id(chunk.params)] = _Queue()
         queue.waiting.append(chunk)
-        if not queue.is_busy:
-            queue.is_busy = True
-            self._gather(queue)
+        self._go_on(queue)
 
     async def run(self, work: int, function: Callable[..., Result], *arguments: Any) -> Result:
         """Run other arithmetic: inline when it is small, else in a thread."""
@@ -106,6 +112,19 @@ class Scheduler:
     def close(self) -> None:
         """Let running work finish and take no more."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _go_on(self, queue: _Queue) -> None:
+        """Begin the next batch if nothing is in work; beside others only one of enough rows.
+
+        Half a batch takes nearly as long as a whole one: what is short of rows gathers until a batch
+        in work has ended.
+        """
+        if not queue.waiting or queue.is_gathering:
+            return
+        if queue.computing and (queue.computing == self._threads or not queue.has_enough_rows):
+            return
+        queue.is_gathering = True
+        self._gather(queue)
 
     def _gather(self, queue: _Queue, known: int = 0, turns: int = 0) -> None:
         """Compute once the loop has turned a few times and brought no other chunk."""
@@ -120,12 +139,20 @@ class Scheduler:
         batch = self._take_batch(queue)
         if sum(chunk.work for chunk in batch) <= INLINE_WORK:
             _quietly(_compute, batch)
+            queue.is_gathering = False
             self._finish(queue, batch)
             return
+        queue.computing += 1
         computing = asyncio.get_running_loop().run_in_executor(
             self._pool, _quietly, _compute, batch
         )
-        computing.add_done_callback(lambda _done: self._finish(queue, batch))
+        computing.add_done_callback(lambda _done: self._finish_computing(queue, batch))
+        queue.is_gathering = False
+        self._go_on(queue)
+
+    def _finish_computing(self, queue: _Queue, batch: Sequence[Chunk]) -> None:
+        queue.computing -= 1
+        self._finish(queue, batch)
 
     def _take_batch(self, queue: _Queue) -> list[Chunk]:
         batch = [queue.waiting.popleft()]
@@ -141,10 +168,8 @@ class Scheduler:
         return batch
 
     def _finish(self, queue: _Queue, batch: Sequence[Chunk]) -> None:
-        if queue.waiting:
-            self._gather(queue)
-        else:
-            queue.is_busy = False
+        self._go_on(queue)
+        if not (queue.is_gathering or queue.computing):
             del self._queues[id(batch[0].params)]
         for chunk in batch:
             chunk.deliver(chunk)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -164,8 +165,6 @@ async def test_a_chunk_alone_has_the_bits_it_has_by_itself(
 
 async def test_long_work_leaves_the_loop_free(scheduler: Scheduler) -> None:
     """Arithmetic beyond the inline bound runs in a thread; the loop turns meanwhile."""
-    import threading
-
     begun, go_on = threading.Event(), threading.Event()
 
     def work() -> int:
@@ -178,6 +177,45 @@ async def test_long_work_leaves_the_loop_free(scheduler: Scheduler) -> None:
     go_on.set()
     assert await running != threading.get_ident()
     assert await scheduler.run(1, threading.get_ident) == threading.get_ident()
+
+
+async def test_of_much_work_two_batches_are_computed_at_once(
+    params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With two threads the second batch begins while the first is in work."""
+    together = threading.Barrier(2, timeout=10)
+    monkeypatch.setattr(module, "INLINE_WORK", 0)
+    monkeypatch.setattr(module, "_compute", lambda _batch: together.wait())
+    scheduler = Scheduler(8, threads=2)
+    await asyncio.gather(*(submit(scheduler, params, rows=8) for _ in range(4)))
+    scheduler.close()
+    assert not together.broken
+
+
+async def test_beside_a_batch_in_work_only_one_of_enough_rows_begins(
+    params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is short of rows gathers until the batch in work has ended."""
+    sizes: list[int] = []
+    begun, go_on = threading.Event(), threading.Event()
+
+    def compute(batch: Sequence[Chunk]) -> None:
+        sizes.append(len(batch))
+        begun.set()
+        assert go_on.wait(10)
+
+    monkeypatch.setattr(module, "INLINE_WORK", 0)
+    monkeypatch.setattr(module, "_compute", compute)
+    scheduler = Scheduler(1024, threads=2)
+    futures = [submit(scheduler, params, rows=module.FULL_ROWS)]
+    assert await asyncio.to_thread(begun.wait, 10)
+    for _ in range(module.FULL_ROWS - 1):
+        futures.append(submit(scheduler, params))
+        await asyncio.sleep(0)
+    go_on.set()
+    await asyncio.gather(*futures)
+    scheduler.close()
+    assert sizes == [1, module.FULL_ROWS - 1]
 
 
 async def test_nothing_is_kept_of_weights_that_are_done_with(
