@@ -18,6 +18,7 @@ import grpc.aio
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
+from service.deadlines import Deadlines
 from service.rpc.admission import Ticket
 from service.rpc.errors import (
     DETAILS_KEY,
@@ -30,7 +31,7 @@ from service.rpc.errors import (
 from service.rpc.wire import Wire
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 
     from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     Handler: TypeAlias = Callable[[Any, Context], Awaitable[Any]]
 
 M = TypeVar("M", bound=Message)
+T = TypeVar("T")
 
 _WORD_START: Final = re.compile(r"(?<!^)(?=[A-Z])")
 
@@ -93,7 +95,7 @@ class Gate:
         self._authenticator = authenticator
         self._message_bytes = message_bytes
         self._wires: dict[type[Message], Wire] = {}
-        self._default_deadline_s = default_deadline_s
+        self._deadlines = Deadlines(default_deadline_s)
         self.admission = admission
         self.is_draining = False
 
@@ -177,10 +179,10 @@ class Gate:
             raise draining()
         return principal
 
-    def _deadline(self, context: Context) -> asyncio.Timeout:
+    def _bounded(self, context: Context, steps: Coroutine[Any, Any, T]) -> Coroutine[Any, Any, T]:
         # A client's own deadline is gRPC's to keep: it cancels the handler.
         is_bounded = context.time_remaining() is not None
-        return asyncio.timeout(None if is_bounded else self._default_deadline_s)
+        return steps if is_bounded else self._deadlines.bound(steps)
 
     def _ticket(self, method: Method, size_bytes: int) -> Ticket:
         return Ticket(None if method.is_open else self.admission, size_bytes)
@@ -190,8 +192,8 @@ class Gate:
             principal = self._admit(method, context)
             with self._ticket(method, len(raw)) as ticket:
                 request = self.parse(method.request_class, raw)
-                async with self._deadline(context):
-                    response = await behaviour(Call(principal, context, ticket), request)
+                steps = behaviour(Call(principal, context, ticket), request)
+                response = await self._bounded(context, steps)
                 return self.serialize(response)
 
         return handle
@@ -205,8 +207,8 @@ class Gate:
                 if method.is_open:  # a health watch has no end
                     await self._write_all(context, behaviour(call, request))
                     return
-                async with self._deadline(context):
-                    await self._write_all(context, behaviour(call, request))
+                writing = self._write_all(context, behaviour(call, request))
+                await self._bounded(context, writing)
 
         return handle
 
@@ -215,8 +217,8 @@ class Gate:
             principal = self._admit(method, context)
             with self._ticket(method, 0) as ticket:
                 call = Call(principal, context, ticket)
-                async with self._deadline(context):
-                    response = await behaviour(call, self._read_all(method, context))
+                steps = behaviour(call, self._read_all(method, context))
+                response = await self._bounded(context, steps)
                 return self.serialize(response)
 
         return handle

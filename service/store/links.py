@@ -20,6 +20,8 @@ from redis import exceptions as redis_errors
 from redis.asyncio import Redis
 from redis.maint_notifications import MaintNotificationsConfig
 
+from service.deadlines import Deadlines
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -79,15 +81,13 @@ class _WatchedLink:
             raise redis_errors.ConnectionError("the connection was closed") from error
 
     async def round_trip(self, commands: Sequence[Command]) -> list[Any]:
-        """Send commands and return their answers; one timer for all of it."""
+        """Send commands and return their answers; whoever calls keeps the time."""
         link: Any = self
         try:
-            async with asyncio.timeout(link.socket_timeout):
-                # Not waiting for the buffer to drain: when the answers are there it has.
-                link._writer.writelines(  # noqa: SLF001
-                    [piece for each in commands for piece in _pieces(each)]
-                )
-                return [await self._answer() for _ in commands]
+            # Not waiting for the buffer to drain: when the answers are there it has.
+            pieces = [piece for each in commands for piece in _pieces(each)]
+            link._writer.writelines(pieces)  # noqa: SLF001
+            return [await self._answer() for _ in commands]
         except RuntimeError as error:  # uvloop's word for a connection closed a moment ago
             raise redis_errors.ConnectionError("the connection was closed") from error
 
@@ -106,6 +106,7 @@ class StoreClient(Redis):
         """Take what redis-py's client takes."""
         super().__init__(*args, **options)
         self._kept: list[Any] = []
+        self._deadlines = Deadlines(self.connection_pool.connection_kwargs["socket_timeout"])
 
     async def round_trip(self, commands: Sequence[Command]) -> list[Any]:
         """Send commands and return their answers; an error the server gave stands in its place.
@@ -115,7 +116,7 @@ class StoreClient(Redis):
         """
         link = await self._take()
         try:
-            answers: list[Any] = await link.round_trip(commands)
+            answers: list[Any] = await self._deadlines.bound(link.round_trip(commands))
         except BaseException as error:
             unfit = [link]
             if not isinstance(error, asyncio.CancelledError):

@@ -1,0 +1,60 @@
+"""One time limit for many waits, kept by one timer.
+
+`asyncio.timeout` makes a timer for each wait and cancels it again, which takes longer than much of what it
+guards. Where the limit is the same for all, who began first is due first, and one timer does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+    from typing import Any
+
+T = TypeVar("T")
+
+
+class Deadlines:
+    """Ends what takes longer than a time limit, within one event loop."""
+
+    def __init__(self, limit_s: float) -> None:
+        """Set the limit, in seconds."""
+        self._limit_s = limit_s
+        self._due: dict[asyncio.Task[Any], float] = {}  # in the order in which they are due
+        self._overdue: set[asyncio.Task[Any]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def bound(self, steps: Coroutine[Any, Any, T]) -> T:
+        """Return what the steps return; a task has one wait here at a time.
+
+        Raises:
+            TimeoutError: If they took longer than the limit; they were cancelled.
+        """
+        task, loop = asyncio.current_task(), asyncio.get_running_loop()
+        assert task is not None  # noqa: S101 - a coroutine runs in one
+        self._due[task] = loop.time() + self._limit_s
+        if self._timer is None:
+            self._timer = loop.call_later(self._limit_s, self._look, loop)
+        try:
+            return await steps
+        except asyncio.CancelledError as error:
+            # Unless somebody else has cancelled the task as well.
+            if task in self._overdue and not task.uncancel():
+                raise TimeoutError from error
+            raise
+        finally:
+            self._due.pop(task, None)
+            self._overdue.discard(task)
+
+    def _look(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Cancel what is due, and come back for the next."""
+        now, self._timer = loop.time(), None
+        for task, due in list(self._due.items()):
+            if due > now:
+                self._timer = loop.call_at(due, self._look, loop)
+                return
+            del self._due[task]
+            self._overdue.add(task)
+            task.cancel()
