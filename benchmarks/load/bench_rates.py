@@ -78,8 +78,8 @@ SCENARIOS = {
         Versus("echo"), Versus("afternoon"), streams=1,
     ),
     "frames-64": _scenario(
-        "frames of 64 sessions", "frames", 64, Versus("echo", Bar(1.5)),
-        peer_orders={"echo": {"mode": "stream", "sessions": 64}}, in_flight=2,
+        "4 frames of 64 sessions each", "frames", 256, Versus("echo", Bar(1.5)),
+        peer_orders={"echo": {"mode": "stream", "sessions": 64}},
     ),
     "unary-1": _scenario(
         "unary, 1 client", "unary", 1,

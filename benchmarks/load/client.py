@@ -108,7 +108,7 @@ async def _run(
         streams = order.get("streams") or len(sessions)
         await loops.run_streams(adapter, sessions, tally, streams, order.get("in_flight", 1))
     elif mode == "frames":
-        await loops.run_frames(adapter, sessions, tally, order.get("in_flight", 1))
+        await loops.run_frames(adapter, sessions, tally)
     elif mode == "roam":
         await loops.run_roaming(adapter, sessions, tally, order["streams"])
     elif mode == "paced":

@@ -186,30 +186,48 @@ class _Flights:
         return self._by_index.setdefault(index, deque())
 
 
-async def run_frames(
-    adapter: Adapter, sessions: Sequence[Session], tally: Tally, in_flight: int
-) -> None:
-    """Send a chunk of every session in each message, `in_flight` messages on the way.
+async def run_frames(adapter: Adapter, sessions: Sequence[Session], tally: Tally) -> None:
+    """Send frames over one stream, as a gateway with many devices does.
 
-    A server may answer a frame in parts, or parts of two frames at once; the next frame goes when as
-    many answers are there as one frame has.
+    A frame carries a chunk of each of `FRAME_SESSIONS` sessions. It goes again when all of its answers
+    are there; a server may answer it in parts, or parts of several frames at once.
     """
     call = adapter.open_stream()
     by_index = {session.index: session for session in sessions}
-    flights: deque[float] = deque()
-    for _ in range(in_flight):
-        flights.append(time.perf_counter())
-        await call.write(adapter.frame_request(sessions))
-    answered = 0
-    while flights:
-        answered += _accept_parts(adapter, by_index, await read(call))
-        if answered < len(sessions):
-            continue
-        answered -= len(sessions)
-        if tally.count(flights.popleft(), len(sessions)):
-            flights.append(time.perf_counter())
-            await call.write(adapter.frame_request(sessions))
+    frames = [
+        _Frame(sessions[first : first + FRAME_SESSIONS])
+        for first in range(0, len(sessions), FRAME_SESSIONS)
+    ]
+    frame_of = {session.index: frame for frame in frames for session in frame.sessions}
+    for frame in frames:
+        await call.write(frame.depart(adapter))
+    under_way = len(frames)
+    while under_way:
+        for index, answer in adapter.parts(await read(call)):
+            adapter.accept(by_index[index], answer)
+            frame = frame_of[index]
+            frame.missing -= 1
+            if frame.missing:
+                continue
+            if tally.count(frame.sent, len(frame.sessions)):
+                await call.write(frame.depart(adapter))
+            else:
+                under_way -= 1
     await call.done_writing()
+
+
+@dataclass(slots=True)
+class _Frame:
+    """Sessions whose chunks travel together."""
+
+    sessions: Sequence[Session]
+    sent: float = 0.0
+    missing: int = 0
+
+    def depart(self, adapter: Adapter) -> Any:
+        """Return the message to send now."""
+        self.sent, self.missing = time.perf_counter(), len(self.sessions)
+        return adapter.frame_request(self.sessions)
 
 
 def _accept_parts(adapter: Adapter, by_index: dict[int, Session], message: Any) -> int:
