@@ -1,8 +1,8 @@
 """The ways to put a forward pass into NumPy calls: those the engine takes, and those it does not.
 
 Run as ``python -m benchmarks.engine_recipes``, about a minute. Each way is timed in turn with the engine on one core
-and one thread; ``x engine`` is its time over the engine's: above 1 is slower. It is where the figures in
-``rnn_engine/README.md`` come from.
+and one thread; ``x engine`` is its time over the engine's: above 1 is slower. Then the same for single products: ways to
+call one, where its matrix begins in memory, a transposed one. It is where the figures in ``rnn_engine/README.md`` come from.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from benchmarks.engine_peers import make_work
 from benchmarks.harness import interleave, one_thread_environment, pin_to_one_core
 from benchmarks.load.rows import table
 from rnn_engine import forward, rnn_forward
+from rnn_engine.params import CACHE_LINE_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -128,9 +130,85 @@ WAYS: list[tuple[str, Way, list[Size]]] = [
 ]
 
 
+CALLS = 200  # products a sample: one alone is too short for the clock
+
+
+def products() -> list[tuple[str, str, Callable[[], Any], Callable[[], Any]]]:
+    """Return what is compared (name, sizes), and the engine's product and the other one."""
+    found: list[tuple[str, str, Callable[[], Any], Callable[[], Any]]] = []
+    for h in (64, 128):
+        row, out, matrix = (make_block(*shape) for shape in ((1, h), (1, h), (h, h)))
+        bound, transposed, v, z = matrix.T.dot, matrix.T, row[0], out[0]
+        ours = partial(bound, v, z)
+        found += [
+            (
+                "np.dot, not the bound method",
+                f"1x{h} {h}x{h}",
+                ours,
+                partial(np.dot, transposed, v, z),
+            ),
+            ("np.matmul", f"1x{h} {h}x{h}", ours, partial(np.matmul, transposed, v, z)),
+        ]
+    for inputs, h in ((32, 64), (64, 128), (256, 256)):
+        row, out = make_block(1, h + inputs + 1), make_block(1, h)
+        matrices = [make_block(h + inputs + 1, h, offset) for offset in (0, 16)]
+        ours, theirs = (partial(matrix.T.dot, row[0], out[0]) for matrix in matrices)
+        found.append(
+            (
+                "16 bytes beside a cache line",
+                f"1x{h + inputs + 1} {h + inputs + 1}x{h}",
+                ours,
+                theirs,
+            )
+        )
+    for n, h in ((8, 128), (20, 100), (64, 256), (64, 512)):
+        rows, out, matrix = make_block(n, h), make_block(n, h), make_block(h, h)
+        other = make_block(h, h)
+        ours, theirs = partial(rows.dot, matrix, out), partial(rows.dot, other.T, out)
+        found.append(("a transposed matrix", f"{n}x{h} {h}x{h}", ours, theirs))
+    return found
+
+
+def make_block(rows: int, columns: int, offset: int = 0) -> Array:
+    """Return random float32 numbers, (rows, columns), so many bytes after a cache line's border."""
+    size = 4 * rows * columns
+    memory = np.empty(size + 2 * CACHE_LINE_BYTES, np.uint8)
+    start = -memory.ctypes.data % CACHE_LINE_BYTES + offset
+    block: Array = memory[start : start + size].view(np.float32).reshape(rows, columns)
+    block[:] = np.random.default_rng(0).standard_normal(block.shape)
+    return block
+
+
+def _many(call: Callable[[], Any]) -> Callable[[], None]:
+    def calls() -> None:
+        for _ in range(CALLS):
+            call()
+
+    return calls
+
+
 def measure() -> None:
-    """Check that every way computes the same, time them, print the table."""
+    """Check that every way computes the same, time them, print the tables."""
     pin_to_one_core()
+    print(_passes())
+    print("\n" + _products())
+
+
+def _products() -> str:
+    lines = []
+    for name, sizes, ours, theirs in tqdm(products(), unit="product"):
+        samples = interleave(
+            {"ours": _many(ours), "theirs": _many(theirs)},
+            budget_s=BUDGET_S,
+            clock=time.process_time,
+        )
+        ratio = median(b / a for a, b in zip(samples["ours"], samples["theirs"], strict=True))
+        cells = [f"{median(one) * 1e6 / CALLS:,.2f}" for one in samples.values()]
+        lines.append([name, sizes, *cells, f"{ratio:.2f}"])
+    return table(["product", "sizes", "engine µs", "this way µs", "x engine"], lines)
+
+
+def _passes() -> str:
     lines = []
     cases = [(name, way, size) for name, way, sizes in WAYS for size in sizes]
     for name, way, size in tqdm(cases, unit="way"):
@@ -140,7 +218,7 @@ def measure() -> None:
         ours, theirs = _time(work, way)
         ratio = median(b / a for a, b in zip(ours, theirs, strict=True))
         lines.append([name, " ".join(map(str, size)), *_cells(ours, theirs), f"{ratio:.2f}"])
-    print(table(["way", "N T D H", "engine µs", "this way µs", "x engine"], lines))
+    return table(["way", "N T D H", "engine µs", "this way µs", "x engine"], lines)
 
 
 def _time(work: Work, way: Way) -> tuple[list[float], list[float]]:
