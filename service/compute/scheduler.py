@@ -68,8 +68,7 @@ class Chunk:
     def work(self) -> int:
         """Multiply-adds, roughly."""
         n, t, _ = self.xs.shape
-        d, h = self.params.input_size, self.params.hidden_size
-        return int(n * t * h * (d + h))
+        return int(n * t * self.params.joined.size)
 
 
 @dataclass(slots=True)
@@ -136,8 +135,8 @@ class Scheduler:
             self._run_next(queue)
 
     def _run_next(self, queue: _Queue) -> None:
-        batch = self._take_batch(queue)
-        if sum(chunk.work for chunk in batch) <= INLINE_WORK:
+        batch, work = self._take_batch(queue)
+        if work <= INLINE_WORK:
             _quietly(_compute, batch)
             queue.is_gathering = False
             self._finish(queue, batch)
@@ -154,7 +153,8 @@ class Scheduler:
         queue.computing -= 1
         self._finish(queue, batch)
 
-    def _take_batch(self, queue: _Queue) -> list[Chunk]:
+    def _take_batch(self, queue: _Queue) -> tuple[list[Chunk], int]:
+        """Return what goes together, and its work."""
         batch = [queue.waiting.popleft()]
         rows, steps, _ = batch[0].xs.shape
         room, work = MAX_BATCH_BYTES // batch[0].h0[0].nbytes - rows * steps, batch[0].work
@@ -165,7 +165,7 @@ class Scheduler:
                 break
             work += queue.waiting[0].work
             batch.append(queue.waiting.popleft())
-        return batch
+        return batch, work
 
     def _finish(self, queue: _Queue, batch: Sequence[Chunk]) -> None:
         self._go_on(queue)

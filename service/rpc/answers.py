@@ -14,23 +14,22 @@ if TYPE_CHECKING:
 
 
 class AnswerSizes:
-    """Bounds the answers of one tenant's operations."""
+    """Bounds the answers to a tenant's operations."""
 
-    __slots__ = ("_message_bytes", "_recurrence", "_tenant")
+    __slots__ = ("_message_bytes", "_recurrence")
 
-    def __init__(self, tenant: str, recurrence: Recurrence, message_bytes: int) -> None:
-        self._tenant = tenant
+    def __init__(self, recurrence: Recurrence, message_bytes: int) -> None:
         self._recurrence = recurrence
         self._message_bytes = message_bytes  # no answer is larger
 
-    def forward(self, op: Forward) -> int:
+    def forward(self, tenant: str, op: Forward) -> int:
         """Return the most bytes that the arrays of a Forward's answer can have."""
         n, t, _ = op.xs.shape
-        _, h = self._recurrence.sizes(self._tenant, op.session_id, op.model_id)
+        _, h = self._recurrence.sizes(tenant, op.session_id, op.model_id)
         return int(min(n * (t + 1) * h * op.xs.itemsize, self._message_bytes))
 
-    def backward(self, op: Backward) -> int:
+    def backward(self, tenant: str, op: Backward) -> int:
         """Return the most bytes that the arrays of a Backward's answer can have."""
         n, t, _ = op.dhs.shape
-        width = max(self._recurrence.sizes(self._tenant, op.session_id, ""))
+        width = max(self._recurrence.sizes(tenant, op.session_id, ""))
         return int(min(n * (t + 1) * width * op.dhs.itemsize, self._message_bytes))

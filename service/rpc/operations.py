@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from service.domain.errors import bad_field
 from service.domain.types import NO_TOKEN
-from service.rpc.answers import AnswerSizes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
     from service.domain.recurrence import Recurrence
     from service.domain.training import Training
     from service.domain.types import Forward
+    from service.rpc.answers import AnswerSizes
     from service.rpc.histories import Histories
     from service.rpc.lanes import StreamOperation
     from service.rpc.time_rnn_messages import OperationReader
@@ -33,15 +33,15 @@ class Operations:
         self,
         tenant: str,
         reader: OperationReader,
+        sizes: AnswerSizes,
         recurrence: Recurrence,
         training: Training,
-        message_bytes: int,
     ) -> None:
         self._tenant = tenant
         self._reader = reader
+        self._sizes = sizes
         self._recurrence = recurrence
         self._training = training
-        self._sizes = AnswerSizes(tenant, recurrence, message_bytes)
 
     def submit(
         self, operation: StreamOperation, histories: Histories, admit: Admit, told: Told
@@ -57,14 +57,14 @@ class Operations:
         request = operation.request
         if operation.kind == "forward":
             chunk = self._forward(operation, histories)
-            admit(operation, self._sizes.forward(chunk))
+            admit(operation, self._sizes.forward(self._tenant, chunk))
             self._recurrence.begin_forward(self._tenant, chunk, partial(told, operation))
             return
         steps: Coroutine[Any, Any, Any]
         match operation.kind:
             case "backward":
                 wanted = self._reader.backward(request)
-                admit(operation, self._sizes.backward(wanted))
+                admit(operation, self._sizes.backward(self._tenant, wanted))
                 steps = self._training.backward(self._tenant, wanted)
             case "update":
                 update = self._reader.update(request)

@@ -40,12 +40,13 @@ class TimeRnnService:
         self._limits = limits
         self._rules = rules or StreamRules(deadline_s=limits.default_deadline_ms / 1000)
         self._reader = OperationReader(limits)
+        self._sizes = AnswerSizes(recurrence, limits.message_bytes)
         self._streams: set[OperationStream] = set()
 
     async def forward(self, call: Call, request: pb.ForwardRequest) -> pb.ForwardResponse:
         """Apply one chunk."""
         wanted = self._reader.forward(request)
-        call.ticket.reserve(self._sizes(call).forward(wanted))
+        call.ticket.reserve(self._sizes.forward(call.tenant, wanted))
         response = pb.ForwardResponse()
         fill_forward(response, await self._recurrence.forward(call.tenant, wanted))
         return response
@@ -53,7 +54,7 @@ class TimeRnnService:
     async def backward(self, call: Call, request: pb.BackwardRequest) -> pb.BackwardResponse:
         """Leave one contribution."""
         wanted = self._reader.backward(request)
-        call.ticket.reserve(self._sizes(call).backward(wanted))
+        call.ticket.reserve(self._sizes.backward(call.tenant, wanted))
         response = pb.BackwardResponse()
         fill_backward(response, await self._training.backward(call.tenant, wanted))
         return response
@@ -77,11 +78,7 @@ class TimeRnnService:
     async def stream(self, call: Call) -> None:
         """Serve one stream of operations."""
         operations = Operations(
-            call.tenant,
-            self._reader,
-            self._recurrence,
-            self._training,
-            self._limits.message_bytes,
+            call.tenant, self._reader, self._sizes, self._recurrence, self._training
         )
         stream = OperationStream(call.context, operations, self._gate, self._limits, self._rules)
         self._streams.add(stream)
@@ -89,9 +86,6 @@ class TimeRnnService:
             await stream.run()
         finally:
             self._streams.discard(stream)
-
-    def _sizes(self, call: Call) -> AnswerSizes:
-        return AnswerSizes(call.tenant, self._recurrence, self._limits.message_bytes)
 
     def drain(self) -> None:
         """Ask every stream to end once it has answered what it accepted."""
