@@ -39,7 +39,7 @@ ENOUGH = 64  # chunks are computed without looking for more
 FULL_ROWS = 8
 FULL_WORK = 1 << 29
 
-MAX_BATCH_BYTES = 1 << 26  # of the hidden states that one batch computes
+MAX_BATCH_BYTES = 1 << 26  # of the hidden states that a model's batches in work compute
 
 Result = TypeVar("Result")
 
@@ -157,7 +157,8 @@ class Scheduler:
         """Return what goes together, and its work."""
         batch = [queue.waiting.popleft()]
         rows, steps, _ = batch[0].xs.shape
-        room, work = MAX_BATCH_BYTES // batch[0].h0[0].nbytes - rows * steps, batch[0].work
+        room = MAX_BATCH_BYTES // self._threads // batch[0].h0[0].nbytes - rows * steps
+        work = batch[0].work
         while queue.waiting and (rows < FULL_ROWS or work < FULL_WORK):
             n, t, _ = queue.waiting[0].xs.shape
             rows, room = rows + n, room - n * t
