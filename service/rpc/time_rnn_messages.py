@@ -5,7 +5,7 @@ A chunk passes here on every step of every stream, so these functions read each 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from service.domain.errors import bad_field
 from service.domain.types import (
@@ -92,8 +92,8 @@ class OperationReader:
             check_token("previous_token", request.previous_token) or previous_token,
             self._inputs(request),
             _is_train(request.mode),
-            self._pinned(request),
-            self._minimum(request),
+            _version(request, "pinned_version"),
+            _version(request, "minimum_version"),
             _return_hs(request.return_hs),
             check_number("acknowledged_seq", request.acknowledged_seq, 0),
         )
@@ -123,7 +123,7 @@ class OperationReader:
             reduction=_reduction(request.reduction),
             learning_rate=_learning_rate(request),
             clip_norm=check_real("clip_norm", request.clip_norm, 0.0),
-            expected=_expected(request),
+            expected=_version(request, "expected_version"),
             request_id=check_request_id("request_id", request.request_id, required=True),
         )
 
@@ -146,8 +146,8 @@ class OperationReader:
             chunk_seq=0,
             previous_token=b"",
             xs=self._inputs(request),
-            pinned=self._pinned(request),
-            minimum=self._minimum(request),
+            pinned=_version(request, "pinned_version"),
+            minimum=_version(request, "minimum_version"),
             return_hs=_return_hs(request.return_hs),
             model_id=check_id("model_id", request.model_id),
             h0=self._h0(request),
@@ -176,16 +176,6 @@ class OperationReader:
         if not request.HasField("update"):
             return None
         return self.update(request.update, is_inline=True)
-
-    def _pinned(self, request: pb.ForwardRequest) -> Version | None:
-        if not request.HasField("pinned_version"):
-            return None
-        return version_from_proto("pinned_version", request.pinned_version)
-
-    def _minimum(self, request: pb.ForwardRequest) -> Version | None:
-        if not request.HasField("minimum_version"):
-            return None
-        return version_from_proto("minimum_version", request.minimum_version)
 
 
 def fill_forward(message: pb.ForwardResponse, result: ForwardResult) -> None:
@@ -254,10 +244,10 @@ def _learning_rate(request: pb.UpdateRequest) -> float | None:
     return check_real("learning_rate", request.learning_rate, 0.0, MAX_LEARNING_RATE)
 
 
-def _expected(request: pb.UpdateRequest) -> Version | None:
-    if not request.HasField("expected_version"):
+def _version(request: pb.ForwardRequest | pb.UpdateRequest, name: Any) -> Version | None:
+    if not request.HasField(name):
         return None
-    return version_from_proto("expected_version", request.expected_version)
+    return version_from_proto(name, getattr(request, name))
 
 
 def _is_train(mode: int) -> bool:
