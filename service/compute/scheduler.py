@@ -39,6 +39,10 @@ ENOUGH = 64  # chunks are computed without looking for more
 FULL_ROWS = 8
 FULL_WORK = 1 << 29
 
+# Between its steps a batch in a thread waits for the interpreter, and so do the loop and other threads for
+# it: of steps of fewer multiply-adds, some 0.2 ms, two batches at once would hold up each other and the loop.
+LONG_STEP_WORK = 1 << 23
+
 MAX_BATCH_BYTES = 1 << 26  # of the hidden states that a model's batches in work compute
 
 Result = TypeVar("Result")
@@ -78,8 +82,11 @@ class _Queue:
     computing: int = 0  # batches, each in a thread
 
     @property
-    def has_enough_rows(self) -> bool:
-        return sum(len(chunk.xs) for chunk in islice(self.waiting, FULL_ROWS)) >= FULL_ROWS
+    def step_work(self) -> int:
+        """Multiply-adds of one step of the next batch, roughly."""
+        first = self.waiting[0]
+        joined = [first] if first.alone else islice(self.waiting, FULL_ROWS)
+        return int(sum(len(chunk.xs) for chunk in joined) * first.params.joined.size)
 
 
 class Scheduler:
@@ -113,14 +120,16 @@ class Scheduler:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _go_on(self, queue: _Queue) -> None:
-        """Begin the next batch if nothing is in work; beside others only one of enough rows.
+        """Begin the next batch if nothing is in work; beside others only one of long steps.
 
         Half a batch takes nearly as long as a whole one: what is short of rows gathers until a batch
         in work has ended.
         """
         if not queue.waiting or queue.is_gathering:
             return
-        if queue.computing and (queue.computing == self._threads or not queue.has_enough_rows):
+        if queue.computing and (
+            queue.computing == self._threads or queue.step_work < LONG_STEP_WORK
+        ):
             return
         queue.is_gathering = True
         self._gather(queue)

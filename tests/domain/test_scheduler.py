@@ -182,9 +182,10 @@ async def test_long_work_leaves_the_loop_free(scheduler: Scheduler) -> None:
 async def test_of_much_work_two_batches_are_computed_at_once(
     params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With two threads the second batch begins while the first is in work."""
+    """With two threads, and steps that are long, the second batch begins while the first is in work."""
     together = threading.Barrier(2, timeout=10)
     monkeypatch.setattr(module, "INLINE_WORK", 0)
+    monkeypatch.setattr(module, "LONG_STEP_WORK", 1)
     monkeypatch.setattr(module, "_compute", lambda _batch: together.wait())
     scheduler = Scheduler(8, threads=2)
     await asyncio.gather(*(submit(scheduler, params, rows=8) for _ in range(4)))
@@ -192,10 +193,11 @@ async def test_of_much_work_two_batches_are_computed_at_once(
     assert not together.broken
 
 
-async def test_beside_a_batch_in_work_only_one_of_enough_rows_begins(
-    params: Params, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("alone", [True, False])
+async def test_beside_a_batch_in_work_only_one_of_long_steps_begins(
+    params: Params, monkeypatch: pytest.MonkeyPatch, *, alone: bool
 ) -> None:
-    """What is short of rows gathers until the batch in work has ended."""
+    """What is short of it gathers until the batch in work has ended; of chunks alone each counts for itself."""
     sizes: list[int] = []
     begun, go_on = threading.Event(), threading.Event()
 
@@ -204,18 +206,20 @@ async def test_beside_a_batch_in_work_only_one_of_enough_rows_begins(
         begun.set()
         assert go_on.wait(10)
 
+    count = 7
     monkeypatch.setattr(module, "INLINE_WORK", 0)
+    monkeypatch.setattr(module, "LONG_STEP_WORK", (1 if alone else count) * params.joined.size + 1)
     monkeypatch.setattr(module, "_compute", compute)
     scheduler = Scheduler(1024, threads=2)
-    futures = [submit(scheduler, params, rows=module.FULL_ROWS)]
+    futures = [submit(scheduler, params)]
     assert await asyncio.to_thread(begun.wait, 10)
-    for _ in range(module.FULL_ROWS - 1):
-        futures.append(submit(scheduler, params))
+    for _ in range(count):
+        futures.append(submit(scheduler, params, alone=alone))
         await asyncio.sleep(0)
     go_on.set()
     await asyncio.gather(*futures)
     scheduler.close()
-    assert sizes == [1, module.FULL_ROWS - 1]
+    assert sizes == [1, count]
 
 
 async def test_nothing_is_kept_of_weights_that_are_done_with(
