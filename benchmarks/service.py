@@ -33,8 +33,6 @@ from benchmarks.peers.mlserver_setup import SetupError, mlserver_python
 
 RESULTS = Path(__file__).parent / "results" / "service.json"
 CHARTS = Path(__file__).parents[1] / "docs" / "img"
-COMMAND = "python -m benchmarks.service --write"
-LONG_COMMAND = "python -m benchmarks.service --long --write"
 SHORT = Plan()
 LONG = Plan(seconds=5.0, warmup_s=1.0, repetitions=8, is_long=True)
 PINS = {"free": FREE, "one-core": ONE_CORE, "split": SPLIT}
@@ -186,9 +184,7 @@ def _publish(outcome: Outcome, options: argparse.Namespace, notes: Sequence[str]
     print(f"written: {options.json}")
     if options.write:
         line = f"`{_command(options)}`: {machine_line(machine)}."
-        write_block(
-            LONG_COMMAND if options.long else COMMAND, "\n\n".join([line, *tables, *skipped])
-        )
+        write_block(f"{_command(options)} --write", "\n\n".join([line, *tables, *skipped]))
     if options.charts:
         for path in report.draw_charts(outcome.rows, outcome.samples, CHARTS):
             print(f"drawn: {path}")

@@ -48,8 +48,8 @@ class Client:
 
         Args:
             order: mode (open, touch, unary, stream, frames, roam or paced), sessions, seconds,
-                warmup_s; for stream also streams (0: one a session) and in_flight, for frames
-                in_flight, for roam streams, for touch rounds, for paced rate (chunks/s).
+                warmup_s; for stream also streams (0: one a session) and in_flight, for roam
+                streams, for touch rounds, for paced rate (chunks/s).
 
         Returns:
             rate (chunks/s), p50_us, p99_us, messages; for open and touch nothing.

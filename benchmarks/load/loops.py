@@ -19,6 +19,7 @@ import grpc
 from benchmarks.load.adapters import Adapter, Session
 
 FRAME_SESSIONS = 64
+STREAM_SESSIONS = 50_000  # touched over one stream
 
 
 @dataclass(slots=True)
@@ -273,7 +274,15 @@ async def _roam(
 
 
 async def touch(adapter: Adapter, sessions: Sequence[Session], rounds: int) -> None:
-    """Send every session some chunks, in frames, as fast as one stream goes."""
+    """Send every session some chunks, in frames, as fast as one stream goes.
+
+    A new stream now and then: one that lasts for minutes is asked to move.
+    """
+    for first in range(0, len(sessions), STREAM_SESSIONS):
+        await _touch(adapter, sessions[first : first + STREAM_SESSIONS], rounds)
+
+
+async def _touch(adapter: Adapter, sessions: Sequence[Session], rounds: int) -> None:
     call = adapter.open_stream()
     for first in range(0, len(sessions), FRAME_SESSIONS):
         share = sessions[first : first + FRAME_SESSIONS]
