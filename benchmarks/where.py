@@ -1,7 +1,8 @@
 """Show where the microseconds of one durable chunk go: to which process, and inside the server to which stage.
 
 Run as ``python -m benchmarks.where``. Prints tables and writes benchmarks/results/where.json; with
-``--write`` the tables go into docs/performance.md as well.
+``--write`` the tables go into docs/performance.md as well. ``--before PATH`` measures the server of an earlier checkout
+in turn with ours and prints that alone.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from benchmarks.harness import (
 )
 from benchmarks.load.bench_long import fill_sessions, weigh_sessions
 from benchmarks.load.bench_rates import OURS, SCENARIOS, Scenario
-from benchmarks.load.lab import Lab, Plan, Samples, laboratory
+from benchmarks.load.lab import BEFORE, Lab, Plan, Samples, laboratory
 from benchmarks.load.machine import describe_machine, machine_line
 from benchmarks.load.page import write_block
 from benchmarks.load.processes import processor_s
@@ -52,13 +53,15 @@ STAGES_BUDGET_S = 8.0
 Document = dict[str, Any]
 
 
-def measure_processes(lab: Lab, repetitions: int) -> list[Samples]:
+def measure_processes(
+    lab: Lab, repetitions: int, servers: Sequence[str] = (OURS, PEER)
+) -> list[Samples]:
     """Weigh each process in each scenario, ours and the peer's in turn.
 
     Returns:
         For each scenario, as ``SHOWN`` names it, and server what `_weigh` tells.
     """
-    samples = [Samples(name, server) for name in SHOWN for server in (OURS, PEER)]
+    samples = [Samples(name, server) for name in SHOWN for server in servers]
     for _ in range(repetitions):
         for one in samples:
             one.results.append(_weigh(lab, SCENARIOS[one.scenario], one.server))
@@ -181,7 +184,7 @@ def _process_table(processes: Sequence[Samples]) -> str:
     lines = []
     for one in processes:
         figures = {name: median(one.values(name)) for name in one.results[0]}
-        is_ours = one.server == OURS
+        is_ours = one.server != PEER
         lines.append(
             (
                 one.scenario,
@@ -287,8 +290,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return subprocess.run(command, env=one_thread_environment(), check=False).returncode  # noqa: S603
 
 
+def compare_with_before(options: argparse.Namespace) -> None:
+    """Weigh the server of an earlier checkout beside ours and the echo's, print, write."""
+    servers = (BEFORE, OURS, PEER)
+    asked = 2 * len(servers) * len(SHOWN) * options.repetitions
+    with tqdm(total=asked, unit="step") as progress:
+
+        def tick(text: str) -> None:
+            progress.set_postfix_str(text)
+            progress.update()
+
+        with laboratory(Plan(seconds=options.seconds), tick=tick, before=options.before) as lab:
+            samples = measure_processes(lab, options.repetitions, servers)
+    text = f"{machine_line(describe_machine())}.\n\n{_process_table(samples)}"
+    print("\n" + text)
+    if options.write:
+        write_block(f"{COMMAND} --before PATH", text)
+
+
 def run(options: argparse.Namespace) -> None:
     """Measure, print, write."""
+    if options.before:
+        compare_with_before(options)
+        return
     if not options.render:
         parts = measure(options)
         words = [f"--{name} {getattr(options, name):g}" for name in ("repetitions", "seconds")]
@@ -305,6 +329,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--repetitions", type=int, default=5, help="of each measurement")
     parser.add_argument("--seconds", type=float, default=2.0, help="of one measurement")
     parser.add_argument("--json", type=Path, default=RESULTS / "where.json")
+    parser.add_argument(
+        "--before", type=Path, help="an earlier checkout, to compare its server with"
+    )
     parser.add_argument("--render", action="store_true", help="measure nothing, lay out the file")
     parser.add_argument("--write", action="store_true", help="into docs/performance.md")
     return parser.parse_args(arguments)

@@ -13,6 +13,7 @@ from benchmarks.load.store import Store, running_store
 from benchmarks.load.workload import SMALL, Sizes, save_weights
 
 MAX_SESSIONS = 2_000_000
+BEFORE = "before"  # this project's server as it was in another checkout
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ class Lab:
         plan: Plan,
         pins: Pins = FREE,
         mlserver: Path | None = None,
+        before: Path | None = None,
         tick: Callable[[str], None] = lambda _text: None,
     ) -> None:
         """Start nothing yet.
@@ -93,12 +95,14 @@ class Lab:
             plan: How long and how often is measured.
             pins: Which process runs on which core.
             mlserver: Interpreter of MLServer's environment; None where it is not installed.
+            before: Another checkout of this project, whose server is `BEFORE`.
             tick: Told after each measurement what was measured.
         """
         self.plan = plan
         self.log: list[Samples] = []
         self.store = store
         self.mlserver = mlserver
+        self._before = before
         self._stack = stack
         self._folder = folder
         self._pins = pins
@@ -134,7 +138,7 @@ class Lab:
             if name != "redis":
                 target = self.server(name, sizes, *options).address
             command = module(
-                "benchmarks.load.client", "--server", name, "--target", target,
+                "benchmarks.load.client", "--server", "timernn" if name == BEFORE else name, "--target", target,
                 "--sizes", sizes.steps, sizes.inputs, sizes.hidden, "--channels", channels,
             )  # fmt: skip
             self._children[key] = self._start(command, self._pins.client)
@@ -199,12 +203,17 @@ class Lab:
     def _server_command(self, name: str, sizes: Sizes) -> list[str]:
         if name == "echo":
             return module("benchmarks.peers.echo", "--answer-bytes", sizes.answer_bytes)
+        serve = [
+            "serve", "--listen", "127.0.0.1:0", "--redis-url", self.store.url,
+            "--data-dir", str(self._folder / name), "--log-level", "warning",
+            "--limit-sessions-per-tenant", str(MAX_SESSIONS),
+        ]  # fmt: skip
         if name == "timernn":
-            return [
-                str(Path(sys.executable).parent / "timernn"), "serve", "--listen", "127.0.0.1:0",
-                "--redis-url", self.store.url, "--data-dir", str(self._folder / "data"),
-                "--log-level", "warning", "--limit-sessions-per-tenant", str(MAX_SESSIONS),
-            ]  # fmt: skip
+            return [str(Path(sys.executable).parent / "timernn"), *serve]
+        if name == BEFORE:
+            # -P: the modules of this checkout, in the working directory, must not come first.
+            place = f"PYTHONPATH={self._before}"
+            return ["env", place, sys.executable, "-P", "-m", "service", *serve]
         weights = save_weights(sizes, self._folder)
         arguments = ["--redis-url", self.store.url, "--weights", str(weights)]
         if name == "mlserver":
@@ -219,6 +228,7 @@ def laboratory(
     *,
     pins: Pins = FREE,
     mlserver: Path | None = None,
+    before: Path | None = None,
     tick: Callable[[str], None] = lambda _text: None,
 ) -> Iterator[Lab]:
     """Open a laboratory with an empty store; everything in it ends with the block."""
@@ -226,4 +236,6 @@ def laboratory(
     with TemporaryDirectory(prefix="tb-") as name, ExitStack() as stack:
         folder = Path(name)
         store = stack.enter_context(running_store(folder, core=pins.store))
-        yield Lab(stack, folder, store, plan=plan, pins=pins, mlserver=mlserver, tick=tick)
+        yield Lab(
+            stack, folder, store, plan=plan, pins=pins, mlserver=mlserver, before=before, tick=tick
+        )
