@@ -34,6 +34,7 @@ class Deadlines:
         """
         task, loop = asyncio.current_task(), asyncio.get_running_loop()
         assert task is not None  # noqa: S101 - a coroutine runs in one
+        cancels_before = task.cancelling()
         self._due[task] = loop.time() + self._limit_s
         if self._timer is None:
             self._timer = loop.call_later(self._limit_s, self._look, loop)
@@ -41,12 +42,14 @@ class Deadlines:
             return await steps
         except asyncio.CancelledError as error:
             # Unless somebody else has cancelled the task as well.
-            if task in self._overdue and not task.uncancel():
+            if task in self._overdue and task.cancelling() == cancels_before + 1:
                 raise TimeoutError from error
             raise
         finally:
             self._due.pop(task, None)
-            self._overdue.discard(task)
+            if task in self._overdue:  # whatever the steps ended with
+                self._overdue.remove(task)
+                task.uncancel()
 
     def _look(self, loop: asyncio.AbstractEventLoop) -> None:
         """Cancel what is due, and come back for the next."""

@@ -51,12 +51,8 @@ async def supervise(settings: Settings, on_ready: Callable[[str], None]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     with _port(settings.listen) as address, _store(settings) as url:
-        environment = environment_of(
-            replace(
-                settings, listen=address, redis_url=url, workers=1, supervised=True,
-                compute_threads=settings.threads,
-            )
-        )  # fmt: skip
+        own = replace(settings, listen=address, redis_url=url, workers=1, supervised=True)
+        environment = environment_of(replace(own, compute_threads=settings.threads))
         workers = [_Worker(i, environment, settings.drain_s) for i in range(settings.workers)]
         running = [asyncio.create_task(worker.run()) for worker in workers]
         stopping = asyncio.create_task(stop.wait())

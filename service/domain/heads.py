@@ -197,7 +197,7 @@ class HeadMaker:
         made: NextHead,
     ) -> StepAnswer | None:
         size = weights.spec_bytes(model.spec)
-        data, moments, digest = await self._scheduler.run(hash_work(size), _stored, made)
+        data, moments, digest = await self._scheduler.run(hash_work(size), lambda: made.stored)
         version = Version(look.head.number + 1, digest)
         answer = StepAnswer(version, made.gradient_norm, made.clipped, len(made.names))
         flip = HeadFlip(
@@ -222,10 +222,6 @@ class HeadMaker:
             self._catalog.forget(request.tenant, request.model_id)
             raise model_not_found(request.model_id)
         return None
-
-
-def _stored(made: NextHead) -> tuple[bytes, bytes, bytes]:
-    return made.stored
 
 
 def _remembered(known: bytes, content_digest: bytes) -> StepAnswer:

@@ -385,8 +385,8 @@ class Training:
         moments = self._catalog.cached_moments(model)
         if params is None or moments is None:
             return None
-        names = (counting.contribution.name,)
-        made = await self._run_step(op, model, params, moments, [counting.grads], names)
+        waiting = {counting.contribution.entry: counting.grads}
+        made = await self._run_step(op, model, params, moments, waiting)
         with suppress(DomainError):  # told when the step is asked for
             await self._scheduler.run(hash_work(params.Wh.nbytes), lambda: made.stored)
         return model.head, made
@@ -404,8 +404,7 @@ class Training:
         moments = await self._catalog.kept_moments(model, look.head, params)
         if moments is None:  # a head has some, so it is superseded where they were looked for
             return None
-        names = tuple(entry[:_NAME_BYTES] for entry in look.waiting)
-        return await self._run_step(op, model, params, moments, grads, names)
+        return await self._run_step(op, model, params, moments, grads)
 
     async def _run_step(
         self,
@@ -413,15 +412,15 @@ class Training:
         model: KnownModel,
         params: Params,
         moments: Moments,
-        grads: list[Grads],
-        names: tuple[bytes, ...],
+        waiting: dict[bytes, Grads],
     ) -> NextHead:
-        work = 4 * len(grads) * params.Wh.size
-        return await self._scheduler.run(work, _make_step, op, model, params, moments, grads, names)
+        work = 4 * len(waiting) * params.Wh.size
+        return await self._scheduler.run(work, _make_step, op, model, params, moments, waiting)
 
     async def _gradients(
         self, tenant: str, model: KnownModel, waiting: tuple[bytes, ...]
-    ) -> list[Grads] | None:
+    ) -> dict[bytes, Grads] | None:
+        """Return the gradient of each contribution that waits, in their order; None when one went away."""
         known = {one: self._recent_grads.get((model.incarnation, one)) for one in waiting}
         missing = [one for one in waiting if known[one] is None]
         if missing:
@@ -432,7 +431,7 @@ class Training:
                 return None
             for one, data in zip(missing, found, strict=True):
                 known[one] = grads_from_bytes(model.spec, data)
-        return [grads for one in waiting if (grads := known[one]) is not None]
+        return {one: grads for one, grads in known.items() if grads is not None}
 
 
 def _grads_bytes(grads: Grads) -> int:
@@ -444,17 +443,17 @@ def _make_step(
     model: KnownModel,
     params: Params,
     moments: Moments,
-    grads: list[Grads],
-    names: tuple[bytes, ...],
+    waiting: dict[bytes, Grads],
 ) -> NextHead:
-    joined = sum_grads(grads)
+    joined = sum_grads(list(waiting.values()))
     if op.reduction is Reduction.MEAN:
-        joined = scale_grads(joined, 1.0 / len(grads))
+        joined = scale_grads(joined, 1.0 / len(waiting))
     joined, norm, clipped = clip_by_global_norm(joined, op.clip_norm)
     optimizer = model.spec.optimizer
     if op.learning_rate is not None:
         optimizer = replace(optimizer, lr=op.learning_rate)
     after, later = apply_update(optimizer, params, joined, moments)
+    names = tuple(entry[:_NAME_BYTES] for entry in waiting)
     return NextHead(after, later, names, norm, clipped)
 
 

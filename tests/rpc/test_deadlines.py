@@ -35,6 +35,44 @@ async def test_what_takes_longer_is_cancelled() -> None:
     assert not task.cancelling()
 
 
+async def test_what_ends_otherwise_when_cancelled_has_its_own_outcome() -> None:
+    """Nothing is left of the cancellation: who waits is not taken for cancelled later."""
+
+    async def fail_when_cancelled() -> None:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            raise ConnectionError from None
+
+    with pytest.raises(ConnectionError):
+        await Deadlines(0.001).bound(fail_when_cancelled())
+    task = asyncio.current_task()
+    assert task is not None
+    assert not task.cancelling()
+
+
+async def test_cleaning_up_after_a_cancellation_has_a_limit_of_its_own() -> None:
+    """Who was cancelled before is told of the time like anybody else."""
+    told: list[type[BaseException]] = []
+
+    async def clean_up() -> None:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            try:
+                await Deadlines(0.001).bound(asyncio.Event().wait())
+            except (TimeoutError, asyncio.CancelledError) as error:
+                told.append(type(error))
+            raise
+
+    cleaning = asyncio.create_task(clean_up())
+    await asyncio.sleep(0)
+    cleaning.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await cleaning
+    assert told == [TimeoutError]
+
+
 async def test_many_waits_each_have_the_whole_time() -> None:
     """Those that wait for ever are ended, in the order in which they began, and no others."""
     deadlines = Deadlines(0.02)
