@@ -77,7 +77,10 @@ class Adam:
 
 @dataclass(frozen=True, slots=True)
 class AdamW:
-    """Adam with decoupled weight decay (0.01); the rest as Adam."""
+    """Adam with decoupled weight decay: learning rate, decays and eps of Adam, weight decay.
+
+    The defaults are (0.001), (0.9, 0.999), (1e-8) and (0.01).
+    """
 
     KIND: ClassVar[str] = "adam_w"
     lr: float | None = None

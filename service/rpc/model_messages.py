@@ -129,14 +129,12 @@ def time_to_proto(time_ms: int) -> Timestamp:
 def optimizer_from_proto(optimizer: pb.Optimizer) -> Optimizer:
     """Return an optimizer with every default filled in, or refuse its hyperparameters."""
     kind = optimizer.WhichOneof("kind") or "sgd"
-    engine_class, rules = _OPTIMIZERS[kind]
+    engine_class, checks = _OPTIMIZERS[kind]
     message = getattr(optimizer, kind)
     values = {
-        name: check(
-            f"optimizer.{kind}.{name}",
-            getattr(message, name) if message.HasField(name) else default,
-        )
-        for name, (check, default) in rules.items()
+        name: check(f"optimizer.{kind}.{name}", getattr(message, name))
+        for name, check in checks.items()
+        if message.HasField(name)
     }
     return engine_class(**values)
 
@@ -173,27 +171,24 @@ def _decay(name: str, value: float) -> float:
     return check_real(name, value, 0.0)
 
 
-_Rules: TypeAlias = "dict[str, tuple[Callable[[str, float], float], float]]"
+_Checks: TypeAlias = "dict[str, Callable[[str, float], float]]"
 
-_ADAM: Final[_Rules] = {
-    "lr": (_rate, 1e-3),
-    "beta1": (check_factor, 0.9),
-    "beta2": (check_factor, 0.999),
-    "eps": (check_positive, 1e-8),
+_ADAM: Final[_Checks] = {
+    "lr": _rate,
+    "beta1": check_factor,
+    "beta2": check_factor,
+    "eps": check_positive,
 }
-_MOMENTUM: Final[_Rules] = {"lr": (_rate, 1e-2), "momentum": (check_factor, 0.9)}
+_MOMENTUM: Final[_Checks] = {"lr": _rate, "momentum": check_factor}
 
-# Each kind of the message with the engine's class and, for each hyperparameter, its check and the
-# default that the contract names.
-_OPTIMIZERS: Final[dict[str, tuple[type[Optimizer], _Rules]]] = {
-    "sgd": (SGD, {"lr": (_rate, 1e-2)}),
+# Each kind of the message with the engine's class and the check of each hyperparameter. What is not
+# set gets the class's own default: the engine is the one place where defaults are decided.
+_OPTIMIZERS: Final[dict[str, tuple[type[Optimizer], _Checks]]] = {
+    "sgd": (SGD, {"lr": _rate}),
     "momentum": (Momentum, _MOMENTUM),
     "nesterov": (Nesterov, _MOMENTUM),
-    "ada_grad": (AdaGrad, {"lr": (_rate, 1e-2), "eps": (check_positive, 1e-10)}),
-    "rms_prop": (
-        RMSprop,
-        {"lr": (_rate, 1e-2), "alpha": (check_factor, 0.99), "eps": (check_positive, 1e-8)},
-    ),
+    "ada_grad": (AdaGrad, {"lr": _rate, "eps": check_positive}),
+    "rms_prop": (RMSprop, {"lr": _rate, "alpha": check_factor, "eps": check_positive}),
     "adam": (Adam, _ADAM),
-    "adam_w": (AdamW, _ADAM | {"weight_decay": (_decay, 1e-2)}),
+    "adam_w": (AdamW, _ADAM | {"weight_decay": _decay}),
 }
