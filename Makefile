@@ -39,6 +39,10 @@ test: lint unit ## Everything that must hold: lint, then all tests. PYTEST_ARGS 
 unit: torch
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+.PHONY: test-newest
+test-newest: setup ## The tests with the newest versions that pyproject.toml admits, and beside another gRPC client.
+	@scripts/test_newest.sh $(PYTEST_ARGS)
+
 .PHONY: lint
 lint: setup ## ruff, mypy, import-linter, buf lint, stubs as generated.
 	@scripts/lint.sh
@@ -92,5 +96,5 @@ image-test: ## Build the image, start it, ping it (docker, podman or buildah).
 
 .PHONY: clean
 clean: ## Remove what the targets made.
-	rm -rf .venv .venv-mlserver build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-newest .venv-beside .venv-mlserver build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

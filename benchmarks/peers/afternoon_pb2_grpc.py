@@ -5,7 +5,7 @@ import warnings
 
 from benchmarks.peers import afternoon_pb2 as benchmarks_dot_peers_dot_afternoon__pb2
 
-GRPC_GENERATED_VERSION = '1.82.3'
+GRPC_GENERATED_VERSION = '1.80.1'
 GRPC_VERSION = grpc.__version__
 _version_not_supported = False
 
@@ -25,7 +25,7 @@ if _version_not_supported:
     )
 
 
-class AfternoonServiceStub:
+class AfternoonServiceStub(object):
     """Runs a recurrent network whose hidden state waits in Redis between two chunks.
     """
 
@@ -47,7 +47,7 @@ class AfternoonServiceStub:
                 _registered_method=True)
 
 
-class AfternoonServiceServicer:
+class AfternoonServiceServicer(object):
     """Runs a recurrent network whose hidden state waits in Redis between two chunks.
     """
 
@@ -86,7 +86,7 @@ def add_AfternoonServiceServicer_to_server(servicer, server):
 
 
  # This class is part of an EXPERIMENTAL API.
-class AfternoonService:
+class AfternoonService(object):
     """Runs a recurrent network whose hidden state waits in Redis between two chunks.
     """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import os
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import typer
@@ -19,8 +20,10 @@ if TYPE_CHECKING:
 
 
 # gRPC's own poller for Python hands each event from thread to thread; the one it had before waits for
-# events where they are picked up (docs/adr/0020-grpc-poller.md).
+# events where they are picked up (docs/adr/0020-grpc-poller.md). From 1.83 on the name is unknown,
+# and each process that sets it would say so on stderr.
 _GRPC_EXPERIMENTS = "-event_engine_poller_for_python"
+_GRPC_LINE_WITH_EXPERIMENT = "1.82."
 
 
 @takes_settings
@@ -48,7 +51,8 @@ def _run(settings: Settings) -> int:
         from service.workers import supervise  # noqa: PLC0415
 
         return asyncio.run(supervise(settings, announce))
-    os.environ.setdefault("GRPC_EXPERIMENTS", _GRPC_EXPERIMENTS)
+    if version("grpcio").startswith(_GRPC_LINE_WITH_EXPERIMENT):
+        os.environ.setdefault("GRPC_EXPERIMENTS", _GRPC_EXPERIMENTS)
     from service.app import serve as serve_one  # noqa: PLC0415
 
     with asyncio.Runner(loop_factory=fast_loop()) as runner:

@@ -5,7 +5,7 @@ import warnings
 
 from timernn.v1 import model_service_pb2 as timernn_dot_v1_dot_model__service__pb2
 
-GRPC_GENERATED_VERSION = '1.82.3'
+GRPC_GENERATED_VERSION = '1.80.1'
 GRPC_VERSION = grpc.__version__
 _version_not_supported = False
 
@@ -25,7 +25,7 @@ if _version_not_supported:
     )
 
 
-class ModelServiceStub:
+class ModelServiceStub(object):
     """Creates, lists and deletes models; moves weights in and out; keeps checkpoints.
     """
 
@@ -92,7 +92,7 @@ class ModelServiceStub:
                 _registered_method=True)
 
 
-class ModelServiceServicer:
+class ModelServiceServicer(object):
     """Creates, lists and deletes models; moves weights in and out; keeps checkpoints.
     """
 
@@ -241,7 +241,7 @@ def add_ModelServiceServicer_to_server(servicer, server):
 
 
  # This class is part of an EXPERIMENTAL API.
-class ModelService:
+class ModelService(object):
     """Creates, lists and deletes models; moves weights in and out; keeps checkpoints.
     """
 

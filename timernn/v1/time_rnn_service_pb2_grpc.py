@@ -5,7 +5,7 @@ import warnings
 
 from timernn.v1 import time_rnn_service_pb2 as timernn_dot_v1_dot_time__rnn__service__pb2
 
-GRPC_GENERATED_VERSION = '1.82.3'
+GRPC_GENERATED_VERSION = '1.80.1'
 GRPC_VERSION = grpc.__version__
 _version_not_supported = False
 
@@ -25,7 +25,7 @@ if _version_not_supported:
     )
 
 
-class TimeRnnServiceStub:
+class TimeRnnServiceStub(object):
     """Runs and trains a model over sessions.
 
     A chunk is named by (session_id, epoch, chunk_seq). Sent again with the same content it returns
@@ -65,7 +65,7 @@ class TimeRnnServiceStub:
                 _registered_method=True)
 
 
-class TimeRnnServiceServicer:
+class TimeRnnServiceServicer(object):
     """Runs and trains a model over sessions.
 
     A chunk is named by (session_id, epoch, chunk_seq). Sent again with the same content it returns
@@ -144,7 +144,7 @@ def add_TimeRnnServiceServicer_to_server(servicer, server):
 
 
  # This class is part of an EXPERIMENTAL API.
-class TimeRnnService:
+class TimeRnnService(object):
     """Runs and trains a model over sessions.
 
     A chunk is named by (session_id, epoch, chunk_seq). Sent again with the same content it returns
