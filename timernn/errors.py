@@ -320,7 +320,7 @@ class ReplayWindowPassed(FailedPrecondition):
 
 
 class NonFiniteResult(FailedPrecondition):
-    """The step would make weights NaN or infinite; nothing was changed."""
+    """A state, a gradient, or a step's weights or moments would be NaN or infinite; nothing was changed."""
 
     REASON = "NON_FINITE_RESULT"
 

@@ -14,12 +14,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
-import numpy as np
-
+from rnn_engine import moments_to_arrays
 from service.compute.scheduler import hash_work
 from service.domain import weights
 from service.domain.digests import request_name
 from service.domain.errors import FailedPrecondition, Unavailable
+from service.domain.finite import is_finite
 from service.domain.ports import FlipOutcome, HeadFlip, NewVersion
 from service.domain.refusals import model_not_found, request_id_reused, version_conflict
 from service.domain.types import Version
@@ -57,10 +57,15 @@ class NextHead:
             FailedPrecondition: NON_FINITE_RESULT.
         """
         params = self.params
-        bad = sum(a.size - int(np.isfinite(a).sum()) for a in (params.Wx, params.Wh, params.b))
+        named = {"Wx": params.Wx, "Wh": params.Wh, "b": params.b, **moments_to_arrays(self.moments)}
+        bad = [name for name, array in named.items() if not is_finite(array)]
         if bad:
-            text = f"the step would make {bad} weights non-finite; nothing was changed"
-            raise FailedPrecondition("NON_FINITE_RESULT", text, count=bad)
+            text = f"the new {', '.join(bad)} would not be finite; nothing was changed"
+            if self.names:
+                text += (
+                    ", and the contributions still wait: discard them, or clip them with clip_norm"
+                )
+            raise FailedPrecondition("NON_FINITE_RESULT", text, tensors=",".join(bad))
         data = weights.params_to_bytes(params)
         moments = weights.moments_to_bytes(self.moments)
         return data, moments, weights.version_digest(data, moments)

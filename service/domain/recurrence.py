@@ -31,6 +31,7 @@ from service.domain.errors import (
     bad_tensor,
     quoted,
 )
+from service.domain.finite import is_finite
 from service.domain.live import live_from_snapshot, state_from_bytes
 from service.domain.ports import (
     AbsentSession,
@@ -42,6 +43,7 @@ from service.domain.refusals import (
     answer_too_large,
     cancelled_midway,
     check_epoch,
+    check_state,
     check_tensor,
     contended,
     history_forked,
@@ -274,6 +276,11 @@ class Recurrence:
             return
         call.tape = done.tape
         call.h = done.tape.hs[:, -1].copy()  # a view would keep all of hs while h is in hand
+        try:
+            check_state(call.h)
+        except FailedPrecondition as error:
+            self._end(call, error)
+            return
         op, (tenant, session_id) = call.op, call.key
         state = StoredState(op.chunk_seq, call.digest, call.token, call.version, call.h.tobytes())
         commit = ChunkCommit(
@@ -335,6 +342,10 @@ class Recurrence:
                 raise replay_window_passed(op.chunk_seq)
             h0 = state_from_bytes(before.h, snapshot.head.dtype, snapshot.head.batch_size)
             hs = await self._recompute(op, model, at.version, h0)
+            if not is_finite(
+                hs[:, -1]
+            ):  # sums of another batch's shape may overflow where its did not
+                raise replay_window_passed(op.chunk_seq)
             hs[:, -1] = h
         await self._extend(call.key, snapshot.head.epoch, snapshot.head.ttl_ms)
         shown = h[:, None] if hs is None else hs
@@ -373,6 +384,7 @@ class Recurrence:
         version, params = await self._choose_weights(op, model)
         tape = await self._run_alone(params, op.xs, h0)
         last = np.ascontiguousarray(tape.hs[:, -1])
+        check_state(last)
         self._end(call, self._result(op, tape.hs, last, version, b"", replayed=False))
 
     # --- common -------------------------------------------------------------------------------------

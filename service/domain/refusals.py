@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from service.domain.errors import (
     Aborted,
     AlreadyExists,
@@ -14,6 +16,7 @@ from service.domain.errors import (
     bad_tensor,
     quoted,
 )
+from service.domain.finite import is_finite
 from service.domain.ports import Absence
 
 if TYPE_CHECKING:
@@ -101,6 +104,22 @@ def tape_quota(limit: int) -> ResourceExhausted:
         "send Backward or DiscardGradients, or use INFER"
     )
     return ResourceExhausted("TAPE_QUOTA", text, quota="tapes_per_session", limit=limit)
+
+
+def check_state(h: Array) -> None:
+    """Raise NON_FINITE_RESULT if a computed state, (N, H), holds NaN.
+
+    Of finite weights only sums that overflow to both sides make NaN, and a row that has one keeps it: to
+    see the last state is to see all of hs.
+    """
+    if is_finite(h):
+        return
+    row = int(np.isfinite(h).all(axis=1).argmin())
+    text = (
+        f"xs[{row}]: the state after it would be NaN, since products of inputs and weights overflow "
+        f"{h.dtype}; nothing was changed"
+    )
+    raise FailedPrecondition("NON_FINITE_RESULT", text, row=row)
 
 
 def answer_too_large(size: int, limit: int) -> ResourceExhausted:

@@ -13,8 +13,6 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from rnn_engine import (
     apply_update,
     clip_by_global_norm,
@@ -33,6 +31,7 @@ from service.domain.errors import (
     NotFound,
     ResourceExhausted,
 )
+from service.domain.finite import is_finite
 from service.domain.heads import HeadRequest, NextHead
 from service.domain.ports import AbsentSession, Contribution, CountOutcome
 from service.domain.recent import Recent
@@ -57,10 +56,10 @@ from service.domain.weights import grads_from_bytes, grads_to_bytes, spec_bytes
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from rnn_engine import Array, Grads, Moments, Params
     from rnn_engine import (
         Backward as Gradients,
     )
+    from rnn_engine import Grads, Moments, Params
     from service.compute.scheduler import Scheduler
     from service.domain.catalog import Catalog, KnownModel
     from service.domain.heads import HeadMaker, MakeHead, StepAnswer
@@ -449,6 +448,12 @@ def _make_step(
     if op.reduction is Reduction.MEAN:
         joined = scale_grads(joined, 1.0 / len(waiting))
     joined, norm, clipped = clip_by_global_norm(joined, op.clip_norm)
+    if not math.isfinite(norm):  # to clip it would make a step of nothing, or of NaN
+        text = (
+            f"the sum of the {len(waiting)} contributions is not finite; nothing was changed and they "
+            "still wait: take fewer of them, or discard them"
+        )
+        raise FailedPrecondition("NON_FINITE_RESULT", text, contributions=len(waiting))
     optimizer = model.spec.optimizer
     if op.learning_rate is not None:
         optimizer = replace(optimizer, lr=op.learning_rate)
@@ -489,16 +494,10 @@ def _tape_missing(op: Backward, *, counted: bool) -> FailedPrecondition:
 
 def _finite_norm(made: Gradients) -> float:
     norm = global_norm(made.grads)
-    if not (math.isfinite(norm) and _is_finite(made.dxs) and _is_finite(made.dh0)):
+    if not (math.isfinite(norm) and is_finite(made.dxs) and is_finite(made.dh0)):
         text = "the gradients are not finite; nothing was counted"
         raise FailedPrecondition("NON_FINITE_RESULT", text)
     return norm
-
-
-def _is_finite(array: Array) -> bool:
-    # As for a tensor that comes in: the dot product is cheap, and large finite values overflow it.
-    flat = array.ravel("K")
-    return math.isfinite(np.vdot(flat, flat)) or bool(np.isfinite(flat).all())
 
 
 def _fits(op: Backward, stored: StoredTape) -> bool:

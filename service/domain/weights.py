@@ -25,6 +25,7 @@ from rnn_engine import (
 )
 from service.domain.digests import content_digest
 from service.domain.errors import InvalidArgument
+from service.domain.finite import check_finite
 from service.domain.types import ModelSpec
 
 if TYPE_CHECKING:
@@ -171,17 +172,6 @@ def from_safetensors(spec: ModelSpec, data: bytes) -> tuple[Params, Moments]:
     if step is None:
         return params, init_moments(spec.optimizer, params)
     return params, moments_from_arrays(spec.optimizer, step, arrays, params)
-
-
-def check_finite(name: str, array: Array) -> None:
-    """Raise NON_FINITE with the first index if an array holds NaN or Inf."""
-    finite = np.isfinite(array)
-    if finite.all():
-        return
-    index = np.unravel_index(int(np.argmin(finite)), array.shape)
-    what = "NaN" if np.isnan(array[index]) else "Inf"
-    where = ",".join(str(int(i)) for i in index)
-    raise InvalidArgument("NON_FINITE", f"{name}[{where}] is {what}", field=name)
 
 
 def _check_header(data: bytes) -> int | None:

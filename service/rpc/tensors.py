@@ -6,12 +6,12 @@ checked one by one before any product is formed, and its values for NaN and infi
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from service.domain.errors import InvalidArgument, bad_field, bad_tensor
+from service.domain.errors import bad_field, bad_tensor
+from service.domain.finite import check_finite
 from timernn.v1.tensor_pb2 import (
     D_TYPE_FLOAT32,
     D_TYPE_FLOAT64,
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from rnn_engine import Array
+    from service.domain.errors import InvalidArgument
     from service.domain.types import Version
 
 DTYPES: Final[dict[int, np.dtype[np.floating]]] = {
@@ -79,12 +80,8 @@ def tensor_from_proto(name: str, tensor: Tensor, rule: TensorRule) -> Array:
     if len(data) != count * dtype.itemsize:
         expected = f"{count * dtype.itemsize} bytes for {tuple(shape)} {dtype.name}"
         raise bad_tensor(f"{name}.data", f"expected {expected}, got {len(data)}")
-    flat = np.frombuffer(data, dtype)
-    array: Array = flat.reshape(shape)
-    # A dot product with itself costs less than half of isfinite; large finite values overflow it, and
-    # only then each element is looked at. vdot, because dot warns of the overflow.
-    if not math.isfinite(np.vdot(flat, flat)):
-        _check_finite(name, array)
+    array: Array = np.frombuffer(data, dtype).reshape(shape)
+    check_finite(name, array)
     return array
 
 
@@ -143,13 +140,3 @@ def _bad_dimension(name: str, shape: Sequence[int], rule: TensorRule) -> Invalid
     axis = next(axis for axis, (size, limit) in enumerate(sizes) if not 0 < size <= limit)
     letter, limit = rule.letters[axis], rule.limits[axis]
     return bad_tensor(f"{name}.shape[{axis}]", f"{letter} must be 1 to {limit}, got {shape[axis]}")
-
-
-def _check_finite(name: str, array: Array) -> None:
-    finite = np.isfinite(array)
-    if finite.all():
-        return
-    index = np.unravel_index(int(finite.argmin()), array.shape)
-    at = f"{name}[{','.join(str(i) for i in index)}]"
-    value = "NaN" if np.isnan(array[index]) else "infinite"
-    raise InvalidArgument("NON_FINITE", f"{at} is {value}", field=name, index=at)

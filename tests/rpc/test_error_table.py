@@ -392,6 +392,31 @@ async def replay_window_passed(lab: Lab) -> None:
     await lab.forward(1)
 
 
+@row("FAILED_PRECONDITION", "NON_FINITE_RESULT", "xs[0]: the state after it would be NaN")
+async def non_finite_state(lab: Lab) -> None:
+    """A chunk of finite numbers whose products overflow to both sides is not applied."""
+    await lab.opened(batch_size=2)
+    await lab.upload(
+        file_of(Wx=np.full((D, H), 3, np.float32), Wh=np.full((H, H), -3e38, np.float32))
+    )
+    await lab.forward(1, xs=tensor(2, 2, D, value=3e38))
+
+
+@row("FAILED_PRECONDITION", "NON_FINITE_RESULT", "v.Wx, v.Wh, v.b would not be finite")
+async def non_finite_moments(lab: Lab) -> None:
+    """A step whose moments would become infinite is not made, though its weights would not."""
+    spec = model_pb.ModelSpec(
+        model_id="m",
+        input_size=D,
+        hidden_size=H,
+        optimizer=model_pb.Optimizer(adam=model_pb.Adam()),
+    )
+    await lab.create(spec=spec)
+    lab.session = await lab.open()
+    await lab.backward(await lab.train(1), 1e25)
+    await lab.update()
+
+
 @row("FAILED_PRECONDITION", "NON_FINITE_RESULT")
 async def non_finite_gradient(lab: Lab) -> None:
     """A gradient that overflows on the way back leaves no contribution."""

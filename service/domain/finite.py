@@ -1,0 +1,35 @@
+"""Whether arrays hold NaN or infinity, of what comes in and of what is computed."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from service.domain.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from rnn_engine import Array
+
+
+def is_finite(array: Array) -> bool:
+    """Tell whether no value is NaN or infinite."""
+    # A dot product with itself costs less than half of isfinite; large finite values overflow it, and
+    # only then each element is looked at. vdot, because dot warns of the overflow.
+    flat = array.ravel("K")
+    return math.isfinite(np.vdot(flat, flat)) or bool(np.isfinite(flat).all())
+
+
+def check_finite(name: str, array: Array) -> None:
+    """Refuse a tensor that came in and holds NaN or infinity.
+
+    Raises:
+        InvalidArgument: NON_FINITE, with the first index.
+    """
+    if is_finite(array):
+        return
+    index = np.unravel_index(int(np.isfinite(array).argmin()), array.shape)
+    at = f"{name}[{','.join(str(i) for i in index)}]"
+    value = "NaN" if np.isnan(array[index]) else "infinite"
+    raise InvalidArgument("NON_FINITE", f"{at} is {value}", field=name, index=at)
