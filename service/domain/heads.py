@@ -21,7 +21,12 @@ from service.domain.digests import request_name
 from service.domain.errors import FailedPrecondition, Unavailable
 from service.domain.finite import is_finite
 from service.domain.ports import FlipOutcome, HeadFlip, NewVersion
-from service.domain.refusals import model_not_found, request_id_reused, version_conflict
+from service.domain.refusals import (
+    UNCHANGED,
+    model_not_found,
+    request_id_reused,
+    version_conflict,
+)
 from service.domain.types import Version
 
 if TYPE_CHECKING:
@@ -60,7 +65,7 @@ class NextHead:
         named = {"Wx": params.Wx, "Wh": params.Wh, "b": params.b, **moments_to_arrays(self.moments)}
         bad = [name for name, array in named.items() if not is_finite(array)]
         if bad:
-            text = f"the new {', '.join(bad)} would not be finite; nothing was changed"
+            text = f"the new {', '.join(bad)} would not be finite; {UNCHANGED}"
             if self.names:
                 text += (
                     ", and the contributions still wait: discard them, or clip them with clip_norm"

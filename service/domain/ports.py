@@ -205,7 +205,8 @@ class CountOutcome(Enum):
     """What came of counting a contribution."""
 
     COUNTED = "COUNTED"
-    REPLAYED = "REPLAYED"
+    REPLAYED = "REPLAYED"  # counted before, and it waits
+    CONSUMED = "CONSUMED"  # counted before, and it waits no more
     REUSED = "REUSED"
     GONE = "GONE"
     QUOTA = "QUOTA"

@@ -21,8 +21,12 @@ from service.domain.ports import Absence
 
 if TYPE_CHECKING:
     from rnn_engine import Array
+    from service.domain.errors import DomainError
     from service.domain.ports import AbsentSession
     from service.domain.types import Version
+
+
+UNCHANGED = "nothing was changed"  # what a refusal says that left all as it was
 
 
 def check_tensor(field: str, array: Array, shape: tuple[int, ...], dtype: str) -> None:
@@ -117,7 +121,7 @@ def check_state(h: Array) -> None:
     row = int(np.isfinite(h).all(axis=1).argmin())
     text = (
         f"xs[{row}]: the state after it would be NaN, since products of inputs and weights overflow "
-        f"{h.dtype}; nothing was changed"
+        f"{h.dtype}; {UNCHANGED}"
     )
     raise FailedPrecondition("NON_FINITE_RESULT", text, row=row)
 
@@ -170,6 +174,22 @@ def unknown_outcome(error: Exception) -> Exception:
         return error
     text = "the store did not answer: the chunk may or may not be applied; send it again as it is"
     return Unavailable("UNKNOWN_OUTCOME", text, retry_after_s=error.retry_after_s)
+
+
+def recorded(error: DomainError, chunk_seq: int) -> DomainError:
+    """Add to the failure of an inline Update that the Backward before it was carried out.
+
+    Its contribution waits, so the caller may name it in an Update of its own.
+    """
+    why = error.message.replace(UNCHANGED, "no step was made")
+    text = f"{why}; the contribution of chunk {chunk_seq} is recorded: an Update may take it"
+    return type(error)(
+        error.reason,
+        text,
+        field=error.field,
+        retry_after_s=error.retry_after_s,
+        **{**error.metadata, "recorded": True},
+    )
 
 
 def cancelled_midway() -> Unavailable:

@@ -36,11 +36,13 @@ from service.domain.heads import HeadRequest, NextHead
 from service.domain.ports import AbsentSession, Contribution, CountOutcome
 from service.domain.recent import Recent
 from service.domain.refusals import (
+    UNCHANGED,
     answer_too_large,
     check_epoch,
     check_tensor,
     history_forked,
     model_not_found,
+    recorded,
     session_absent,
 )
 from service.domain.tapes import tape_from_bytes
@@ -84,6 +86,7 @@ class _Counting:
     contribution: Contribution
     grads: Grads
     is_replayed: bool = False
+    is_waiting: bool = False  # for an Update
 
 
 class Training:
@@ -130,7 +133,12 @@ class Training:
         if op.update is None:
             await self._count(tenant, op, model, counting)
         else:
-            update = await self._count_and_update(tenant, op, model, counting)
+            try:
+                update = await self._count_and_update(tenant, op, model, counting)
+            except DomainError as error:
+                if counting.is_waiting:
+                    raise recorded(error, op.chunk_seq) from error
+                raise
         return BackwardResult(
             session_id=op.session_id,
             epoch=op.epoch,
@@ -310,7 +318,8 @@ class Training:
     ) -> None:
         """Note that a contribution was counted, or refuse the Backward."""
         self._refuse_contribution(op, model, outcome)
-        counting.is_replayed = outcome is CountOutcome.REPLAYED
+        counting.is_replayed = outcome is not CountOutcome.COUNTED
+        counting.is_waiting = outcome is not CountOutcome.CONSUMED
         self._recent_grads.put((model.incarnation, counting.contribution.entry), counting.grads)
         self._tapes.drop(op.token)  # what comes next finds its memory warm; a retry reads the store
 
@@ -450,7 +459,7 @@ def _make_step(
     joined, norm, clipped = clip_by_global_norm(joined, op.clip_norm)
     if not math.isfinite(norm):  # to clip it would make a step of nothing, or of NaN
         text = (
-            f"the sum of the {len(waiting)} contributions is not finite; nothing was changed and they "
+            f"the sum of the {len(waiting)} contributions is not finite; {UNCHANGED} and they "
             "still wait: take fewer of them, or discard them"
         )
         raise FailedPrecondition("NON_FINITE_RESULT", text, contributions=len(waiting))

@@ -8,6 +8,7 @@ import time
 from redis import exceptions as redis_errors
 
 from service.domain.errors import DomainError, ResourceExhausted, Unavailable
+from service.domain.refusals import UNCHANGED
 
 _log = logging.getLogger(__name__)
 RETRY_AFTER_S = 0.2
@@ -40,9 +41,7 @@ def as_domain_error(error: Exception) -> Exception:
         return error  # no try again helps: it is to be seen as what it is
     if isinstance(error, redis_errors.OutOfMemoryError) or str(error).startswith("OOM"):
         _failures.tell(error)
-        return ResourceExhausted(
-            "STORE_FULL", "the store is full; nothing was changed", retry_after_s=1.0
-        )
+        return ResourceExhausted("STORE_FULL", f"the store is full; {UNCHANGED}", retry_after_s=1.0)
     _failures.tell(error)
     return Unavailable(
         "STORE_DOWN",

@@ -111,6 +111,43 @@ def test_a_step_in_the_same_call_equals_one_apart(
     assert versions[0] == versions[1]
 
 
+def test_what_a_refused_step_recorded_is_taken_by_the_next(
+    live: timernn.Client,
+    model_id: str,
+    local: TimeRNN,
+    replicas: list[str],
+    rng: np.random.Generator,
+) -> None:
+    """Backward is done and says so, its step is refused: an update of its own takes the gradient."""
+    session = live.session(model_id, train=True)
+    hs = session.forward(rng.normal(size=(1, 3, D)))
+    with timernn.connect(replicas) as rival:
+        rival.put_weights(model_id, Wx=np.ones((D, H)), Wh=np.ones((H, H)), b=np.ones(H))
+    with pytest.raises(timernn.VersionConflict, match="chunk 1 is recorded") as refused:
+        session.backward(hs, update=timernn.Step())
+    assert refused.value.metadata["recorded"] == "true"
+    session.update(exclusive=False)
+    assert session.last_update is not None
+    assert session.last_update.contribution_count == 1
+    with pytest.raises(timernn.TapeMissing, match="no forward in training mode"):
+        session.backward(hs)
+
+
+async def test_what_a_refused_step_recorded_is_taken_by_the_next_awaited(
+    live: timernn.Client, model_id: str, local: TimeRNN, replicas: list[str]
+) -> None:
+    """The same of the other face, by an update over sessions."""
+    async with timernn.aio.connect(replicas, timeout=20) as client:
+        session = await client.session(model_id, train=True)
+        hs = await session.forward(np.ones((1, 3, D)))
+        live.put_weights(model_id, Wx=np.ones((D, H)), Wh=np.ones((H, H)), b=np.ones(H))
+        with pytest.raises(timernn.VersionConflict, match="chunk 1 is recorded"):
+            await session.backward(hs, update=timernn.Step())
+        head = (await client.get_model(model_id)).head
+        made = await client.update(model_id, sessions=[session], expected_version=head)
+        assert made.contribution_count == 1
+
+
 def test_weights_go_out_and_come_in(
     live: timernn.Client, model_id: str, local: TimeRNN, tmp_path: Path
 ) -> None:

@@ -79,6 +79,32 @@ async def test_other_gradients_for_a_counted_chunk_are_refused(
     assert (await refusal(client.backward(dhs, dh_next=arriving))).reason == "SEQ_REUSED"
 
 
+@pytest.mark.parametrize("is_alone", [True, False])
+async def test_a_refused_step_says_that_the_contribution_is_recorded(
+    replicas: Pair,
+    tenant: str,
+    make_model: ModelMaker,
+    open_session: ClientMaker,
+    rng: np.random.Generator,
+    *,
+    is_alone: bool,
+) -> None:
+    """While it waits, on the first try and again; once an Update took it, no more."""
+    await make_model()
+    client = await open_session()
+    await client.forward(draw(rng), train=True)
+    dhs = draw(rng, size=HIDDEN)
+    selectors = () if is_alone else (Selector("s", client.epoch, ()),)
+    update = step("", "u", *selectors, expected=Version(7, bytes(16)))
+    for _ in range(2):
+        refused = await refusal(client.backward(dhs, update=update))
+        assert (refused.reason, refused.metadata["recorded"]) == ("VERSION_CONFLICT", "true")
+        assert (await replicas[0].models.get(tenant, "m")).waiting_count == 1
+    await client.update("m", "other")
+    refused = await refusal(client.backward(dhs, update=update))
+    assert (refused.reason, "recorded" in refused.metadata) == ("VERSION_CONFLICT", False)
+
+
 async def test_racing_backwards_count_once(
     replicas: Pair,
     tenant: str,

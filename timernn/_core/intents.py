@@ -70,6 +70,9 @@ class Intent(ABC, Generic[Q]):
     def is_same(self, other: Intent[Any]) -> bool:
         """Tell whether the other, not sent yet, asks for the same."""
 
+    def refused(self, error: errors.Error) -> None:
+        """Take over what was done of the request that was refused; mostly nothing."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TapedChunk:
@@ -215,6 +218,16 @@ class BackwardIntent(Intent[rnn_pb.BackwardRequest]):
             self._session.version = result.version
         if self.done == len(self.requests):
             self._finish()
+
+    def refused(self, error: errors.Error) -> None:
+        """Note the contribution where the step alone was refused: the next update takes it.
+
+        The tape stays until then, so that the same backward may be asked for once more.
+        """
+        if error.metadata.get("recorded") == "true":
+            request = rnn_pb.BackwardRequest()
+            request.CopyFrom(self.requests[self.done])
+            self._session.contributed(request)
 
     def is_same(self, other: Intent[Any]) -> bool:
         """Compare the tape, every gradient bit and the options."""

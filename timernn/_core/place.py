@@ -151,10 +151,19 @@ class SessionPlace:
         ]
 
     def consumed(self, named: Sequence[Contributions] | None) -> None:
-        """Forget contributions that an update took; None: all."""
-        for epoch, chunk_seq in list(self._waiting):
-            if named is None or any(self._is_named(n, epoch, chunk_seq) for n in named):
-                del self._waiting[epoch, chunk_seq]
+        """Forget contributions that an update took, and the tapes that they leave done; None: all."""
+        taken = {
+            (epoch, chunk_seq)
+            for epoch, chunk_seq in list(self._waiting)
+            if named is None or any(self._is_named(n, epoch, chunk_seq) for n in named)
+        }
+        for name in taken:
+            del self._waiting[name]
+        self.tapes = [
+            taped
+            for taped in self.tapes
+            if not taken.issuperset((chunk.epoch, chunk.chunk_seq) for chunk in taped.chunks)
+        ]
 
     def _is_named(self, name: Contributions, epoch: int, chunk_seq: int) -> bool:
         return (

@@ -425,6 +425,8 @@ class SessionCore(SessionPlace):
             yield from self.client.carry_out(intent, self.scope(), deadline)
         except BaseException as error:
             self.doubt = None if is_refusal(error) else intent
+            if self.doubt is None and isinstance(error, errors.Error):
+                intent.refused(error)
             raise
         self.doubt = None
 

@@ -274,7 +274,8 @@ class BackwardRequest(_message.Message):
     @_builtins.property
     def update(self) -> Global___UpdateRequest:
         """Optional. Make an optimizer step right after. Where it names no contributions it takes this one;
-        its model_id may be empty.
+        its model_id may be empty. Should the step fail after the contribution was recorded, the error's
+        metadata says recorded = true: the contribution waits, and an Update may take it.
         """
 
     def __init__(

@@ -5,7 +5,8 @@
 -- have been written under their names
 -- ARGV[5] time to wait (ms)  ARGV[6] most waiting  ARGV[7] most bytes waiting  ARGV[8] most remembered
 -- ARGV[9] prefix of gradients  ARGV[10] bytes of the gradient
--- Returns COUNTED | REPLAYED | REUSED | GONE | QUOTA | FULL | MISSING: a part is not there, or not any more
+-- Returns COUNTED | REPLAYED: and it waits | CONSUMED: counted before, and it waits no more | REUSED | GONE |
+-- QUOTA | FULL | MISSING: a part is not there, or not any more
 if redis.call('HGET', KEYS[1], 'incarnation') ~= ARGV[1] then return 'GONE' end
 local time = redis.call('TIME')
 local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
@@ -28,7 +29,10 @@ local function forget(name)
   redis.call('ZREM', KEYS[4], name)
 end
 local entry = redis.call('HGET', KEYS[2], ARGV[2])
-if entry then return string.sub(entry, 2, 17) == ARGV[3] and 'REPLAYED' or 'REUSED' end
+if entry then
+  if string.sub(entry, 2, 17) ~= ARGV[3] then return 'REUSED' end
+  return string.sub(entry, 1, 1) == 'W' and 'REPLAYED' or 'CONSUMED'
+end
 for _, name in ipairs(redis.call('ZRANGEBYSCORE', KEYS[4], '-inf', now, 'LIMIT', 0, 16)) do forget(name) end
 if redis.call('ZCARD', KEYS[3]) >= tonumber(ARGV[6]) then return 'QUOTA' end
 local bytes = tonumber(ARGV[10])
