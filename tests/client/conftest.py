@@ -83,7 +83,7 @@ class StandIn:
         self.replica = replica
         self.requests: dict[str, list[Any]] = defaultdict(list)
         self.limits = model_pb.Limits(message_bytes=16 << 20, chunk_steps=4096, replay_window=4)
-        self._failures: dict[str, list[tuple[status_pb2.Status, bool]]] = defaultdict(list)
+        self._failures: dict[str, list[tuple[status_pb2.Status | None, bool]]] = defaultdict(list)
         self._chunks: dict[tuple[str, int], list[rnn_pb.ForwardResponse]] = defaultdict(list)
         self.version = 1
         self._arrived = threading.Condition()
@@ -101,6 +101,10 @@ class StandIn:
     ) -> None:
         """Let the next calls of a method end with these, before or after they take effect."""
         self._failures[method] += [(status, after_applying) for status in statuses]
+
+    def apply_next(self, method: str) -> None:
+        """Let the next call of a method succeed, before those that are to fail."""
+        self._failures[method].append((None, False))
 
     def wait_for(self, method: str) -> None:
         """Wait until a call of a method has come."""

@@ -9,7 +9,8 @@ from timernn import errors
 from timernn._core.contract import STREAM
 from timernn._core.effects import OpenStream, Read, Write
 from timernn._core.journal import Healing
-from timernn._core.retry import Patience, is_refusal, is_worth_retrying
+from timernn._core.refusals import Proof, leaves_in_doubt, proof_of
+from timernn._core.retry import Patience, is_worth_retrying
 from timernn._core.status import error_from_status
 from timernn._core.stream import LIFE_S
 from timernn.v1 import time_rnn_service_pb2 as rnn_pb
@@ -37,12 +38,19 @@ class _Item:
     error: errors.Error | None
     healing: Healing
     is_over: bool = field(default=False)
+    may_be_applied: bool = field(default=False)  # what was sent and has no answer
+
+    def note(self, error: errors.Error) -> None:
+        """Note how an attempt of the present chunk failed."""
+        self.may_be_applied |= proof_of(error) is Proof.NOTHING
 
     def fail(self, error: errors.Error) -> None:
-        """End with an error; unless it was refused, the session keeps it in doubt."""
+        """End with an error; what may be applied all the same stays in doubt."""
         self.error, self.is_over = error, True
-        if self.intent is not None and not is_refusal(error):
-            self.session.doubt = self.intent
+        if self.intent is not None:
+            before = self.may_be_applied or self.intent.done > 0
+            if leaves_in_doubt(error, before=before):
+                self.session.doubt = self.intent
 
     def outcome(self) -> Array | errors.Error:
         """Return the hidden states, or the error in their place."""
@@ -104,10 +112,13 @@ class Frames:
             failures = yield from self._exchange(items)
         except errors.Error as error:
             self.close()
+            for item in items:
+                item.note(error)
             yield from patience.after(error, self._address)
             return
         retry: errors.Error | None = None
         for item, failure in failures:
+            item.note(failure)
             if is_worth_retrying(failure):
                 retry = failure
                 continue
@@ -181,7 +192,7 @@ def _take(item: _Item, result: rnn_pb.OperationResult) -> list[tuple[_Item, erro
     if item.intent is None:
         return []
     item.intent.accept(result.forward)
-    item.is_over = item.intent.is_done
+    item.is_over, item.may_be_applied = item.intent.is_done, False
     return []
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from timernn import errors
 from timernn._core.effects import Call, Sleep
+from timernn._core.refusals import Proof, proof_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -58,17 +59,6 @@ def is_worth_retrying(error: errors.Error) -> bool:
     return isinstance(error, errors.Overloaded) or (
         isinstance(error, errors.Aborted) and not error.reason
     )
-
-
-def is_refusal(error: BaseException) -> bool:
-    """Tell whether a failed request is certain not to be carried out, now or later.
-
-    A refusal for its content or its place counts also after attempts of unknown outcome: they
-    carried the same content to the same place.
-    """
-    if isinstance(error, errors.Overloaded):
-        return not error.is_outcome_unknown
-    return isinstance(error, errors.Error) and not is_worth_retrying(error)
 
 
 class Budget:
@@ -163,14 +153,18 @@ class Caller:
 
 
 class Patience:
-    """How long and how often one request is tried: the memory of a retry loop."""
+    """How long and how often one request is tried: the memory of a retry loop.
+
+    Attributes:
+        may_be_carried_out: Whether the outcome of an attempt so far is unknown.
+    """
 
     def __init__(self, caller: Caller, deadline: float | None = None) -> None:
         self._caller = caller
         self._started = caller.clock()
         self._deadline = caller.deadline() if deadline is None else deadline
         self._attempt_s = caller.policy.attempt_timeout_s
-        self._is_outcome_unknown = False
+        self.may_be_carried_out = False
         self._failures = 0
         self._retries = 0
         self._told: errors.Error | None = None
@@ -184,14 +178,17 @@ class Patience:
         """Start again from full patience: something has answered."""
         self._started, self._deadline = self._caller.clock(), self._caller.deadline()
         self._retries = 0
+        self.may_be_carried_out = False
 
     def after(self, error: errors.Error, address: int) -> Op[None]:
         """Wait before the next attempt elsewhere, or raise the error when there is to be none."""
         caller = self._caller
         caller.note(error)
         self._failures += 1
-        self._is_outcome_unknown |= not is_refusal(error)
-        error.attempts, error.is_outcome_unknown = self._failures, self._is_outcome_unknown
+        proof = proof_of(error)
+        self.may_be_carried_out |= error.is_outcome_unknown or proof is Proof.NOTHING
+        error.attempts = self._failures
+        error.is_outcome_unknown = self.may_be_carried_out and proof is not Proof.REQUEST
         if not is_worth_retrying(error):
             raise error
         if isinstance(error, errors.DeadlineExceeded):

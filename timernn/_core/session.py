@@ -33,7 +33,7 @@ from timernn._core.journal import (
     Scope,
 )
 from timernn._core.place import SessionPlace
-from timernn._core.retry import is_refusal
+from timernn._core.refusals import leaves_in_doubt
 from timernn._core.splitting import split_steps
 from timernn.types import Discarded, Step
 from timernn.v1 import session_service_pb2 as session_pb
@@ -424,7 +424,8 @@ class SessionCore(SessionPlace):
         try:
             yield from self.client.carry_out(intent, self.scope(), deadline)
         except BaseException as error:
-            self.doubt = None if is_refusal(error) else intent
+            before = self.doubt is intent or intent.done > 0
+            self.doubt = intent if leaves_in_doubt(error, before=before) else None
             if self.doubt is None and isinstance(error, errors.Error):
                 intent.refused(error)
             raise

@@ -24,6 +24,8 @@ _BROKEN_CONNECTION = (
     "GOAWAY",
     "Internal error from Core",  # grpc.aio, when it writes to a stream that has just ended
 )
+# gRPC's own check of an answer; of a request it says "CLIENT: Sent" and "SERVER: Received".
+_ANSWER_TOO_LARGE = ("CLIENT: Received", "SERVER: Sent")
 
 
 def error_from_rpc(failure: Any) -> errors.Error:
@@ -35,7 +37,9 @@ def error_from_rpc(failure: Any) -> errors.Error:
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in text:
         # gRPC's own check, before any handler of ours: no ErrorInfo.
         hint = "; split the sequence along T, or ask for less in one answer"
-        return errors.MessageTooLarge(text + hint, code=code)
+        error = errors.MessageTooLarge(text + hint, code=code)
+        error.is_outcome_unknown = text.startswith(_ANSWER_TOO_LARGE)
+        return error
     if code in {grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL} and _is_broken(text):
         return errors.Unavailable(f"the connection broke: {text}", code=code)
     return errors.BY_CODE.get(code, errors.Error)(text, code=code)

@@ -17,6 +17,7 @@ from timernn._core.effects import (
 )
 from timernn._core.intents import ForwardIntent, Intent
 from timernn._core.journal import Healing
+from timernn._core.refusals import leaves_in_doubt
 from timernn._core.retry import Patience, is_worth_retrying
 from timernn._core.status import error_from_status
 from timernn.v1 import time_rnn_service_pb2 as rnn_pb
@@ -67,6 +68,7 @@ class StreamCore:
         self._handle: StreamHandle | None = None
         self._address = 0
         self._fresh_until = 0.0
+        self._doubtful_seq = 0  # the last chunk that was sent on a stream which broke
         self._refused: errors.Error | None = None
         self._is_exhausted = False
         self._renew_memory()
@@ -169,9 +171,11 @@ class StreamCore:
     def _recover(self, error: errors.Error) -> Op[None]:
         """Make ready to send the unanswered chunks again, or raise what will not get better."""
         self._leave()
+        last_sent = self._sent[-1][1].chunk_seq if self._sent else 0
         self._to_send.extendleft(reversed(self._sent))
         self._sent.clear()
         if is_worth_retrying(error):
+            self._doubtful_seq = max(self._doubtful_seq, last_sent)
             yield from self._patience.after(error, self._address)
             return
         try:
@@ -179,7 +183,7 @@ class StreamCore:
                 self._healing, error, self._session.scope(), self._client.caller.deadline()
             )
         except errors.Error as final:
-            if not is_worth_retrying(final):
+            if not leaves_in_doubt(final, before=self._doubtful_seq > self._session.chunk_seq):
                 # Refused, and the chunks behind it with it: nothing is in doubt.
                 self._intents.clear()
             raise

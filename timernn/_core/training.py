@@ -15,7 +15,7 @@ from timernn._core.convert import (
 from timernn._core.ids import new_request_id
 from timernn._core.intents import UpdateIntent
 from timernn._core.journal import Scope, update_entry
-from timernn._core.retry import is_refusal
+from timernn._core.refusals import leaves_in_doubt
 from timernn.types import Contributions
 from timernn.v1 import time_rnn_service_pb2 as rnn_pb
 
@@ -121,6 +121,7 @@ class Training:
         try:
             yield from self._client.carry_out(intent, self.scope(), deadline)
         except BaseException as error:
-            self.doubt = None if is_refusal(error) else intent
+            is_open = leaves_in_doubt(error, before=self.doubt is intent)
+            self.doubt = intent if is_open else None
             raise
         self.doubt = None
