@@ -16,6 +16,8 @@
 `timernn.aio` has the same names for asyncio. Errors are in `timernn.errors` and here by name.
 """
 
+from importlib.metadata import version as _version_of
+
 from timernn import aio, errors
 from timernn._core.retry import RetryPolicy
 from timernn._sync import Client, Session, connect
@@ -70,8 +72,11 @@ __all__ = [  # noqa: PLE0604  # the names are strings: the tree's own list
     "UpdateResult",
     "Version",
     "Weights",
+    "__version__",
     "aio",
     "connect",
     "errors",
     *_error_names,
 ]
+
+__version__ = _version_of("timernn")

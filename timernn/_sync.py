@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
 import grpc
 import numpy as np
 
+from timernn._core import arguments
+from timernn._core.arguments import checked, checked_with
 from timernn._core.channels import addresses_of, channel_options
 from timernn._core.client import ClientCore
 from timernn._core.effects import (
@@ -91,7 +93,7 @@ def connect(
     options = Options(
         timeout_s=timeout,
         connect_timeout_s=connect_timeout,
-        retry=retry or RetryPolicy(),
+        retry=RetryPolicy() if retry is None else retry,
         log_limit=log_limit,
         log_bytes=log_bytes,
         log_total_bytes=log_total_bytes,
@@ -280,6 +282,7 @@ class Client:
         with _all_locks(sessions or ()):
             return self._transport.run(op)
 
+    @checked_with(chunks=arguments.chunks_of_sessions)
     @documented_by(ClientCore.frame)
     def frame(
         self,
@@ -291,6 +294,7 @@ class Client:
         with _all_locks([session for session, _ in items]), self._frame_lock:
             return self._transport.run(self._core.frame(items, return_hs=return_hs))
 
+    @checked
     def list_models(self, *, page_size: int = 100) -> Iterator[ModelInfo]:
         """Go through all models by name, a page at a time."""
         token = ""
@@ -300,6 +304,7 @@ class Client:
             if not token:
                 return
 
+    @checked
     def list_sessions(
         self, model_id: str | None = None, *, page_size: int = 100
     ) -> Iterator[SessionInfo]:
@@ -322,6 +327,9 @@ class Client:
         """Close the connections; sessions stay on the server."""
         self._core.frames.close()
         self._transport.close()
+
+    def __repr__(self) -> str:
+        return f"<timernn.Client {', '.join(self._core.caller.addresses)}>"
 
     def __enter__(self) -> Self:
         return self
@@ -368,6 +376,7 @@ class Session(SessionView):
             core = self._transport.run(self._core.fork(new_id, ttl=ttl))
         return Session(self._client, core)
 
+    @checked_with(chunks=arguments.chunks)
     def stream(
         self,
         chunks: Iterable[npt.ArrayLike],

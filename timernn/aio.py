@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
 import grpc
 import grpc.aio
 
+from timernn._core import arguments
+from timernn._core.arguments import checked, checked_with
 from timernn._core.channels import addresses_of, channel_options
 from timernn._core.client import ClientCore
 from timernn._core.effects import (
@@ -88,7 +90,7 @@ def connect(
     options = Options(
         timeout_s=timeout,
         connect_timeout_s=connect_timeout,
-        retry=retry or RetryPolicy(),
+        retry=RetryPolicy() if retry is None else retry,
         log_limit=log_limit,
         log_bytes=log_bytes,
         log_total_bytes=log_total_bytes,
@@ -305,6 +307,7 @@ class Client:
             await _take_locks(stack, sessions or ())
             return await self._transport.run(op)
 
+    @checked_with(chunks=arguments.chunks_of_sessions)
     @documented_by(ClientCore.frame)
     async def frame(  # noqa: D102  # the core's
         self,
@@ -318,6 +321,7 @@ class Client:
             await stack.enter_async_context(self._frame_lock)
             return await self._transport.run(self._core.frame(items, return_hs=return_hs))
 
+    @checked
     async def list_models(self, *, page_size: int = 100) -> AsyncIterator[ModelInfo]:
         """Go through all models by name, a page at a time."""
         token = ""
@@ -328,6 +332,7 @@ class Client:
             if not token:
                 return
 
+    @checked
     async def list_sessions(
         self, model_id: str | None = None, *, page_size: int = 100
     ) -> AsyncIterator[SessionInfo]:
@@ -351,6 +356,9 @@ class Client:
         """Close the connections; sessions stay on the server."""
         self._core.frames.close()
         await self._transport.close()
+
+    def __repr__(self) -> str:
+        return f"<timernn.aio.Client {', '.join(self._core.caller.addresses)}>"
 
     async def __aenter__(self) -> Self:
         return self
@@ -402,6 +410,7 @@ class Session(SessionView):
         fork._core = core  # of its own class
         return fork
 
+    @checked_with(chunks=arguments.async_chunks)
     def stream(
         self,
         chunks: Iterable[npt.ArrayLike] | AsyncIterable[npt.ArrayLike],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 from timernn.v1 import model_service_pb2 as model_pb
 
@@ -19,16 +19,31 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, slots=True)
-class SGD:
+class _Hyperparameters:
+    """What the optimizers share: the values that were given, and a repr of these alone."""
+
+    __slots__ = ()
+
+    def given(self) -> dict[str, float]:
+        """Return the hyperparameters that are not left to the server, by name."""
+        values = {f.name: getattr(self, f.name) for f in fields(cast("Any", self))}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def __repr__(self) -> str:
+        given = ", ".join(f"{name}={value!r}" for name, value in self.given().items())
+        return f"{type(self).__name__}({given})"
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class SGD(_Hyperparameters):
     """Plain gradient descent: learning rate (0.001)."""
 
     KIND: ClassVar[str] = "sgd"
     lr: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Momentum:
+@dataclass(frozen=True, slots=True, repr=False)
+class Momentum(_Hyperparameters):
     """Gradient descent with momentum: learning rate (0.001), momentum factor (0.9)."""
 
     KIND: ClassVar[str] = "momentum"
@@ -36,8 +51,8 @@ class Momentum:
     momentum: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Nesterov:
+@dataclass(frozen=True, slots=True, repr=False)
+class Nesterov(_Hyperparameters):
     """Gradient descent with Nesterov's momentum: learning rate (0.001), factor (0.9)."""
 
     KIND: ClassVar[str] = "nesterov"
@@ -45,8 +60,8 @@ class Nesterov:
     momentum: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class AdaGrad:
+@dataclass(frozen=True, slots=True, repr=False)
+class AdaGrad(_Hyperparameters):
     """AdaGrad: learning rate (0.01), eps in the denominator (1e-10)."""
 
     KIND: ClassVar[str] = "ada_grad"
@@ -54,8 +69,8 @@ class AdaGrad:
     eps: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class RMSprop:
+@dataclass(frozen=True, slots=True, repr=False)
+class RMSprop(_Hyperparameters):
     """RMSprop: learning rate (0.01), smoothing factor (0.99), eps (1e-8)."""
 
     KIND: ClassVar[str] = "rms_prop"
@@ -64,8 +79,8 @@ class RMSprop:
     eps: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Adam:
+@dataclass(frozen=True, slots=True, repr=False)
+class Adam(_Hyperparameters):
     """Adam: learning rate (0.001), decays of the moments (0.9, 0.999), eps (1e-8)."""
 
     KIND: ClassVar[str] = "adam"
@@ -75,8 +90,8 @@ class Adam:
     eps: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class AdamW:
+@dataclass(frozen=True, slots=True, repr=False)
+class AdamW(_Hyperparameters):
     """Adam with decoupled weight decay: learning rate, decays and eps of Adam, weight decay.
 
     The defaults are (0.001), (0.9, 0.999), (1e-8) and (0.01).
@@ -92,20 +107,18 @@ class AdamW:
 
 Optimizer = SGD | Momentum | Nesterov | AdaGrad | RMSprop | Adam | AdamW
 
-_KINDS: dict[str, type[Optimizer]] = {
+KINDS: dict[str, type[Optimizer]] = {
     kind.KIND: kind for kind in (SGD, Momentum, Nesterov, AdaGrad, RMSprop, Adam, AdamW)
 }
 
 
 def optimizer_to_proto(optimizer: Optimizer) -> model_pb.Optimizer:
     """Write an optimizer as the contract's message."""
-    given = {f.name: getattr(optimizer, f.name) for f in fields(optimizer)}
     message = model_pb.Optimizer()
     part = getattr(message, optimizer.KIND)
     part.SetInParent()
-    for name, value in given.items():
-        if value is not None:
-            setattr(part, name, float(value))
+    for name, value in optimizer.given().items():
+        setattr(part, name, float(value))
     return message
 
 
@@ -114,6 +127,6 @@ def optimizer_from_proto(message: model_pb.Optimizer) -> Optimizer:
     name = message.WhichOneof("kind")
     if name is None:
         return SGD()
-    part, kind = getattr(message, name), _KINDS[name]
+    part, kind = getattr(message, name), KINDS[name]
     given = {f.name: getattr(part, f.name) for f in fields(kind) if part.HasField(f.name)}
     return kind(**given)

@@ -20,7 +20,7 @@ Reduction = Literal["sum", "mean"]
 OnExists = Literal["resume", "fail", "reset"]
 
 
-@dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, slots=True, order=True, repr=False)
 class Version:
     """The name of an immutable set of weights.
 
@@ -35,8 +35,12 @@ class Version:
     def __str__(self) -> str:
         return f"{self.number}-{self.digest.hex()[:12]}" if self.digest else str(self.number)
 
+    def __repr__(self) -> str:
+        digest = f", bytes.fromhex({self.digest.hex()!r})" if self.digest else ""
+        return f"Version({self.number}{digest})"
 
-@dataclass(frozen=True, slots=True, eq=False)
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Weights:
     """One weights version.
 
@@ -54,8 +58,12 @@ class Weights:
     version: Version
     moments: Mapping[str, Array]
 
+    def __repr__(self) -> str:
+        arrays = {"Wx": self.Wx, "Wh": self.Wh, "b": self.b, **self.moments}
+        return f"<Weights {self.version}: {_shapes(arrays)}>"
 
-@dataclass(frozen=True, slots=True, eq=False)
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Gradients:
     """Gradients of the weights.
 
@@ -73,6 +81,9 @@ class Gradients:
     def norm(self) -> float:
         """The global norm over all three."""
         return float(np.sqrt(sum(float(np.vdot(g, g)) for g in (self.dWx, self.dWh, self.db))))
+
+    def __repr__(self) -> str:
+        return f"<Gradients: {_shapes({'dWx': self.dWx, 'dWh': self.dWh, 'db': self.db})}>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,3 +249,8 @@ class Ping:
     serving: bool
     latency_s: float
     address: str
+
+
+def _shapes(arrays: Mapping[str, Array]) -> str:
+    """Write arrays by name, shape and type: their numbers would fill a screen."""
+    return ", ".join(f"{name} {array.shape} {array.dtype}" for name, array in arrays.items())

@@ -23,6 +23,7 @@ from service.rpc.fields import (
     MAX_LEARNING_RATE,
     check_factor,
     check_id,
+    check_number,
     check_positive,
     check_real,
     check_size,
@@ -68,7 +69,7 @@ def spec_to_proto(spec: ModelSpec) -> pb.ModelSpec:
 def initial_weights_from_proto(request: pb.CreateModelRequest, limits: Limits) -> InitialWeights:
     """Return where a new model's weights come from, or refuse them."""
     if request.WhichOneof("weights") != "given":
-        return InitialWeights(seed=request.seed)
+        return InitialWeights(seed=check_number("seed", request.seed, 0))
     return InitialWeights(given=_params_from_proto(request.given, limits))
 
 

@@ -339,3 +339,9 @@ def test_more_contributions_than_can_wait_are_refused() -> None:
     selector = pb.ContributionSelector(session_id="s", epoch=1, chunk_seqs=range(1, 12))
     text = refusal(selectors_from_proto, [selector], Limits(contributions_per_model=10))
     assert text == "contributions: must name at most 10, got 11"
+
+
+def test_a_negative_seed_is_refused() -> None:
+    """The generator takes none; the refusal names the field."""
+    request = model_pb.CreateModelRequest(seed=-1)
+    assert refusal(initial_weights_from_proto, request, LIMITS).startswith("seed: must be 0")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
-from timernn import errors
+from timernn._core.arguments import refusal
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+_ADDRESS = "an address such as 'localhost:50051', or several"
 
 
 def channel_options(max_message_bytes: int) -> list[tuple[str, int]]:
@@ -36,9 +35,12 @@ def addresses_of(target: str | Sequence[str]) -> list[str]:
     """Return the targets as a list.
 
     Raises:
-        BadField: If there is none.
+        BadField: If there is none, or one is no string.
     """
-    addresses = [target] if isinstance(target, str) else list(target)
-    if not addresses or not all(addresses):
-        raise errors.BadField("target: expected an address such as 'localhost:50051', or several")
-    return addresses
+    addresses: object = [target] if isinstance(target, str) else target
+    if not isinstance(addresses, Sequence) or not addresses:
+        raise refusal("target", _ADDRESS, target)
+    for address in addresses:
+        if not isinstance(address, str) or not address:
+            raise refusal("target", _ADDRESS, address)
+    return list(addresses)

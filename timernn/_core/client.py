@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from timernn import errors
 from timernn._core import contract
+from timernn._core.arguments import checked
 from timernn._core.convert import (
     array_from_caller,
     duration_to_proto,
@@ -117,6 +118,7 @@ class ClientCore(ModelsCore):
 
     # -- sessions ----------------------------------------------------------------------------------
 
+    @checked
     def open_session(
         self,
         model_id: str,
@@ -139,10 +141,6 @@ class ClientCore(ModelsCore):
             ttl: Time to live after each operation, in seconds; None: the server's default.
             on_exists: What to do when it is live: "resume", "fail" or "reset".
         """
-        if on_exists not in _ON_EXISTS:
-            raise errors.BadField(
-                f"on_exists: expected one of {list(_ON_EXISTS)}, got {on_exists!r}"
-            )
         bounds = yield from self.bounds()
         model = yield from self.model(model_id)
         request = session_pb.OpenSessionRequest(
@@ -167,12 +165,14 @@ class ClientCore(ModelsCore):
         session.begin(answer.session, answer.state)
         return session
 
+    @checked
     def get_session(self, session_id: str) -> Op[SessionInfo]:
         """Return one session as it stands, without opening it."""
         request = session_pb.GetSessionRequest(session_id=session_id)
         answer = yield from self.caller.call(contract.GET_SESSION, request)
         return session_from_proto(answer.session)
 
+    @checked
     def sessions_page(
         self, model_id: str | None, page_size: int, page_token: str
     ) -> Op[tuple[list[SessionInfo], str]]:
@@ -183,6 +183,7 @@ class ClientCore(ModelsCore):
         answer = yield from self.caller.call(contract.LIST_SESSIONS, request)
         return [session_from_proto(session) for session in answer.sessions], answer.next_page_token
 
+    @checked
     def close_session(self, session_id: str) -> Op[bool]:
         """End a session by name; returns whether this call ended it."""
         request = session_pb.CloseSessionRequest(session_id=session_id)
@@ -191,6 +192,7 @@ class ClientCore(ModelsCore):
 
     # -- training over several sessions ------------------------------------------------------------
 
+    @checked
     def update(
         self,
         model_id: str,
@@ -261,6 +263,7 @@ class ClientCore(ModelsCore):
         self.made(model_id, answer.version)
         return update_from_proto(answer)
 
+    @checked
     def discard_gradients(
         self, model_id: str, contributions: Iterable[Contributions | str] | None = None
     ) -> Op[Discarded]:
@@ -302,6 +305,7 @@ class ClientCore(ModelsCore):
 
     # -- without a session -------------------------------------------------------------------------
 
+    @checked
     def forward(
         self,
         model_id: str,
@@ -323,8 +327,6 @@ class ClientCore(ModelsCore):
         Returns:
             The hidden states, shape (N, T, H), (N, 1, H) or (N, 0, H).
         """
-        if return_hs not in RETURN_HS:
-            raise errors.BadField(f"return_hs: expected 'all', 'last' or 'none', got {return_hs!r}")
         bounds = yield from self.bounds()
         model = yield from self.model(model_id)
         array = array_from_caller(xs, "xs", model.dtype, (None, None, model.input_size))

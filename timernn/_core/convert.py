@@ -59,8 +59,13 @@ def array_from_caller(
         shape: The sizes demanded; None where any size of at least 1 will do.
 
     Raises:
-        BadTensor: If it is not numeric, or has another number of dimensions or another size.
+        BadTensor: If it is not numeric, masks an element, or has another number of dimensions or
+            another size.
     """
+    if _masks_anything(value):
+        raise errors.BadTensor(
+            f"{name}: expected every element, got a masked array; filled() chooses values for them"
+        )
     try:
         array = np.asarray(value)
         if array.dtype.kind not in "fiub":
@@ -79,6 +84,16 @@ def array_from_caller(
         text = f"({', '.join(map(str, wanted))})"
         raise errors.BadTensor(f"{name}.shape: expected {text}, got {array.shape}")
     return array
+
+
+def _masks_anything(value: object) -> bool:
+    """Return whether a masked array, or a list that holds one, masks an element.
+
+    `np.asarray` drops the mask, and whatever lies under it would become data.
+    """
+    if isinstance(value, np.ma.MaskedArray):
+        return bool(np.ma.is_masked(value))
+    return isinstance(value, list | tuple) and any(map(_masks_anything, value))
 
 
 def tensor_to_proto(array: Array) -> tensor_pb.Tensor:

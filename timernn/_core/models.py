@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from timernn import errors
-from timernn._core import contract
+from timernn._core import arguments, contract
+from timernn._core.arguments import checked, checked_with
 from timernn._core.convert import (
     array_from_caller,
     checkpoint_from_proto,
@@ -80,6 +81,7 @@ class ModelsCore:
 
     # -- models ------------------------------------------------------------------------------------
 
+    @checked
     def create_model(
         self,
         model_id: str,
@@ -106,8 +108,6 @@ class ModelsCore:
             Wh: Recurrent weights, shape (H, H).
             b: Bias, shape (H,).
         """
-        if dtype not in _DTYPES:
-            raise errors.BadField(f"dtype: expected 'float32' or 'float64', got {dtype!r}")
         spec = model_pb.ModelSpec(
             model_id=model_id,
             input_size=input_size,
@@ -129,18 +129,21 @@ class ModelsCore:
         self.forget(model_id)
         return self._noted(answer.model)
 
+    @checked
     def get_model(self, model_id: str) -> Op[ModelInfo]:
         """Return one model as it stands."""
         request = model_pb.GetModelRequest(model_id=model_id)
         answer = yield from self.caller.call(contract.GET_MODEL, request)
         return self._noted(answer.model)
 
+    @checked
     def models_page(self, page_size: int, page_token: str) -> Op[tuple[list[ModelInfo], str]]:
         """Return a page of models and the token of the next."""
         request = model_pb.ListModelsRequest(page_size=page_size, page_token=page_token)
         answer = yield from self.caller.call(contract.LIST_MODELS, request)
         return [model_from_proto(model) for model in answer.models], answer.next_page_token
 
+    @checked
     def delete_model(self, model_id: str, *, missing_ok: bool = False) -> Op[bool]:
         """Delete a model with its versions and checkpoints; its sessions cannot go on.
 
@@ -164,6 +167,7 @@ class ModelsCore:
 
     # -- weights -----------------------------------------------------------------------------------
 
+    @checked
     def get_weights(
         self, model_id: str, version: Version | None = None, *, include_moments: bool = False
     ) -> Op[Weights]:
@@ -177,6 +181,7 @@ class ModelsCore:
         data, got = yield from self._download(model_id, version, include_moments=include_moments)
         return weights_from_file(data, got)
 
+    @checked
     def put_weights(
         self,
         model_id: str,
@@ -204,6 +209,7 @@ class ModelsCore:
         )
         return (yield from self._upload(model_id, data, expected_version))
 
+    @checked_with(target=arguments.file)
     def export_weights(
         self,
         model_id: str,
@@ -224,6 +230,7 @@ class ModelsCore:
         write_file(target, data)
         return got
 
+    @checked_with(source=arguments.file)
     def import_weights(
         self, model_id: str, source: WeightsFile, *, expected_version: Version | None = None
     ) -> Op[Version]:
@@ -236,6 +243,7 @@ class ModelsCore:
         """
         return (yield from self._upload(model_id, read_file(source), expected_version))
 
+    @checked
     def create_checkpoint(
         self, model_id: str, checkpoint_id: str, *, version: Version | None = None
     ) -> Op[CheckpointInfo]:
@@ -246,12 +254,14 @@ class ModelsCore:
         answer = yield from self.caller.call(contract.CREATE_CHECKPOINT, request)
         return checkpoint_from_proto(answer.checkpoint)
 
+    @checked
     def list_checkpoints(self, model_id: str) -> Op[list[CheckpointInfo]]:
         """Return a model's checkpoints by name."""
         request = model_pb.ListCheckpointsRequest(model_id=model_id)
         answer = yield from self.caller.call(contract.LIST_CHECKPOINTS, request)
         return [checkpoint_from_proto(checkpoint) for checkpoint in answer.checkpoints]
 
+    @checked
     def restore_checkpoint(
         self, model_id: str, checkpoint_id: str, *, expected_version: Version | None = None
     ) -> Op[Version]:
@@ -265,6 +275,7 @@ class ModelsCore:
         answer = yield from self.caller.call(contract.RESTORE_CHECKPOINT, request)
         return self.made(model_id, answer.version)
 
+    @checked
     def delete_checkpoint(
         self, model_id: str, checkpoint_id: str, *, missing_ok: bool = False
     ) -> Op[bool]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from timernn._core import arguments
 from timernn._core.retry import RetryPolicy
 
 
@@ -28,3 +29,20 @@ class Options:
     log_bytes: int = 16 << 20
     log_total_bytes: int = 256 << 20
     max_message_bytes: int = 16 << 20
+
+    def __post_init__(self) -> None:
+        """Refuse what no client can work with, by the names that `connect` gives the arguments.
+
+        Raises:
+            BadField: If an argument has the wrong type or lies outside its range.
+        """
+        for name, value in (
+            ("timeout", self.timeout_s),
+            ("connect_timeout", self.connect_timeout_s),
+        ):
+            arguments.positive_number(name, value)
+        if not isinstance(self.retry, RetryPolicy):
+            raise arguments.refusal("retry", "a timernn.RetryPolicy", self.retry)
+        for name in ("log_limit", "log_bytes", "log_total_bytes"):
+            arguments.integer(0)(name, getattr(self, name))
+        arguments.integer(1, arguments.MOST_INT32)("max_message_bytes", self.max_message_bytes)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from timernn import errors
+from timernn._core.arguments import positive_number, rate, refusal
 from timernn._core.effects import Call, Sleep
 from timernn._core.refusals import Proof, proof_of
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 Q = TypeVar("Q")
 A = TypeVar("A")
+_ABOVE_ZERO = ("attempt_timeout_s", "budget_per_s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,19 @@ class RetryPolicy:
     attempt_timeout_s: float = 15.0
     budget: float = 100.0
     budget_per_s: float = 20.0
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be waited or counted.
+
+        Raises:
+            BadField: If a value is no number, or outside its range.
+        """
+        for field in fields(self):
+            name, value = f"retry.{field.name}", getattr(self, field.name)
+            check = positive_number if field.name in _ABOVE_ZERO else rate
+            check(name, value)
+        if self.jitter > 1 or self.multiplier < 1:
+            raise refusal("retry", "jitter up to 1 and a multiplier of at least 1", self)
 
     def backoff_s(self, retries: int, chance: float) -> float:
         """Return the wait before retry number `retries`, counted from 0, in seconds."""

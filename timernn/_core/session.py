@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from timernn import errors
+from timernn._core.arguments import checked
 from timernn._core.contract import (
     CLOSE_SESSION,
     DISCARD_GRADIENTS,
@@ -70,6 +71,7 @@ RETURN_HS: dict[str, rnn_pb.ReturnHs.ValueType] = {
 class SessionCore(SessionPlace):
     """A session as this client sees it: its place, and the operations that move it."""
 
+    @checked
     def forward(
         self, xs: npt.ArrayLike, *, return_hs: ReturnHs = "all", train: bool = True
     ) -> Op[Array]:
@@ -92,6 +94,7 @@ class SessionCore(SessionPlace):
         )
         return intent.hs()
 
+    @checked
     def backward(
         self,
         dhs: npt.ArrayLike,
@@ -128,6 +131,7 @@ class SessionCore(SessionPlace):
         )
         return intent.dxs()
 
+    @checked
     def update(
         self,
         *,
@@ -171,6 +175,7 @@ class SessionCore(SessionPlace):
         self.tapes.clear()
         return Discarded(answer.contribution_count, answer.tape_count)
 
+    @checked
     def get_state(self, *, extend_ttl: bool = False) -> Op[Array]:
         """Read the hidden state from the server, shape (N, H).
 
@@ -224,6 +229,7 @@ class SessionCore(SessionPlace):
                 return
         yield from self._carry_out(lambda: EpochIntent(self, make()))
 
+    @checked
     def fork(
         self, new_id: str | None = None, *, ttl: float | timedelta | None = None
     ) -> Op[SessionCore]:
@@ -274,6 +280,7 @@ class SessionCore(SessionPlace):
         self.training.leave(self)
         return answer.closed
 
+    @checked
     def settle(self, deadline: float | None = None) -> Op[None]:
         """Send again what is in doubt, so that its outcome is known; does nothing otherwise."""
         until = self.client.caller.deadline() if deadline is None else deadline
@@ -291,8 +298,6 @@ class SessionCore(SessionPlace):
         self, xs: npt.ArrayLike, return_hs: ReturnHs, *, train: bool
     ) -> ForwardIntent:
         """Cut a sequence into the requests of its chunks, not numbered yet."""
-        if return_hs not in RETURN_HS:
-            raise errors.BadField(f"return_hs: expected 'all', 'last' or 'none', got {return_hs!r}")
         model = self.model
         array = array_from_caller(xs, "xs", model.dtype, (self.batch_size, None, model.input_size))
         pieces = self._split(array)

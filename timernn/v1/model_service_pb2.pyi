@@ -488,7 +488,7 @@ class CreateModelRequest(_message.Message):
     GIVEN_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     seed: _builtins.int
-    """Draw Wx and Wh from a normal distribution scaled by 1/sqrt(D) and 1/sqrt(H); b is zero."""
+    """At least 0. Draw Wx and Wh from a normal distribution scaled by 1/sqrt(D) and 1/sqrt(H); b is zero."""
     request_id: _builtins.str
     """Optional. Makes a retry safe: the same id and content returns the first answer. At most 128 bytes."""
     @_builtins.property
