@@ -275,8 +275,13 @@ class SessionStore(Protocol):
     ) -> int:
         """Drop tapes that wait for their Backward; epoch 0: any, no chunks: all."""
 
-    async def reserve_session(self, tenant: str, session_id: str, ttl_ms: int) -> bool:
-        """Note a session in the tenant's list unless it is full."""
+    async def reserve_session(self, tenant: str, session_id: str, ttl_ms: int) -> int:
+        """Note a session in the tenant's list; return the end noted, 0 if the list is full."""
+
+    async def give_back_place(
+        self, tenant: str, session_id: str, reserved: int, live: SessionSnapshot | None
+    ) -> None:
+        """Undo a reservation that nobody has changed since: a live session keeps its own place."""
 
     async def touch_session(self, tenant: str, session_id: str, ttl_ms: int) -> None:
         """Tell the tenant's list that a session lives on."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -13,6 +15,7 @@ from service.domain.digests import epoch_request_name, first_token
 from service.domain.errors import (
     Aborted,
     AlreadyExists,
+    DomainError,
     FailedPrecondition,
     ResourceExhausted,
     Unavailable,
@@ -69,6 +72,7 @@ class Sessions:
         self._catalog = catalog
         self._live = live
         self._limits = limits
+        self._creating: set[asyncio.Task[OpenedSession]] = set()
 
     async def open(self, tenant: str, op: OpenSession) -> OpenedSession:
         """Open a session, or go on with or begin again a live one."""
@@ -76,7 +80,6 @@ class Sessions:
         session_id = op.session_id or new_session_id()
         state = self._first_state(model.spec, op.batch_size, op.initial_state, "initial_state")
         ttl_ms = op.ttl_ms or self._limits.default_ttl_ms
-        await self._reserve(tenant, session_id, ttl_ms)
         start = EpochStart(
             mode=op.on_exists.value,
             head=SessionHead(
@@ -92,7 +95,7 @@ class Sessions:
             ),
             restored_epoch=op.restored_epoch,
         )
-        return await self._begin(tenant, session_id, start)
+        return await self._create(tenant, session_id, start)
 
     async def get(self, tenant: str, session_id: str) -> SessionView:
         """Return one session."""
@@ -153,7 +156,6 @@ class Sessions:
         model = await self._catalog.get_life(tenant, head.model_id, head.incarnation)
         new_id = op.new_session_id or new_session_id()
         ttl_ms = op.ttl_ms or head.ttl_ms
-        await self._reserve(tenant, new_id, ttl_ms)
         start = EpochStart(
             mode=OnExists.FAIL.value,
             head=SessionHead(
@@ -164,7 +166,7 @@ class Sessions:
             ),
             request=epoch_request_name(op.request_id, b"fork", op.session_id.encode()),
         )
-        return await self._begin(tenant, new_id, start)
+        return await self._create(tenant, new_id, start)
 
     async def close(self, tenant: str, session_id: str, expected_epoch: int) -> bool:
         """End a session; tell whether this call ended it."""
@@ -177,6 +179,37 @@ class Sessions:
             raise session_absent(session_id, AbsentSession(why))
         await self._store.release_session(tenant, session_id)
         return outcome == "CLOSED"
+
+    async def _create(self, tenant: str, session_id: str, start: EpochStart) -> OpenedSession:
+        """Begin an epoch of a session that has its place in the tenant's list, to the end of it.
+
+        Whoever gives up waiting, what was begun is carried on: a place that is reserved is used or
+        given back.
+        """
+        creating = asyncio.create_task(self._create_in_place(tenant, session_id, start))
+        self._creating.add(creating)
+        creating.add_done_callback(self._created)
+        return await asyncio.shield(creating)
+
+    async def _create_in_place(
+        self, tenant: str, session_id: str, start: EpochStart
+    ) -> OpenedSession:
+        reserved = await self._reserve(tenant, session_id, start.head.ttl_ms)
+        try:
+            return await self._begin(tenant, session_id, start)
+        except Unavailable:  # it may have begun; else the place lapses in time
+            raise
+        except DomainError:
+            with suppress(Unavailable, ResourceExhausted):
+                found = await self._store.read_session(tenant, session_id)
+                live = found if isinstance(found, SessionSnapshot) else None
+                await self._store.give_back_place(tenant, session_id, reserved, live)
+            raise
+
+    def _created(self, done: asyncio.Task[OpenedSession]) -> None:
+        self._creating.discard(done)
+        if not done.cancelled():
+            done.exception()  # told to whoever still waits
 
     async def _begin(self, tenant: str, session_id: str, start: EpochStart) -> OpenedSession:
         outcome, number = await self._store.begin_epoch(tenant, session_id, start)
@@ -194,9 +227,9 @@ class Sessions:
             _check_resumable(snapshot.head, start.head)
         elif snapshot.head.epoch != number:
             return _overtaken(session_id, snapshot, start, outcome, number)
-        if resumed or start.mode in ("live", OnExists.RESET.value):
-            # An Open has told the list already, but of a life that may be longer or shorter.
-            await self._store.touch_session(tenant, session_id, snapshot.head.ttl_ms)
+        # An Open has told the list already, but of a life that may be longer or shorter, or of a place that
+        # another one, refused, has given back meanwhile.
+        await self._store.touch_session(tenant, session_id, snapshot.head.ttl_ms)
         self._live.put((tenant, session_id), live_from_snapshot(snapshot))
         replayed = outcome is EpochOutcome.REPLAYED
         return _opened(session_id, snapshot, resumed=resumed, replayed=replayed)
@@ -228,9 +261,11 @@ class Sessions:
             raise session_absent(session_id, found)
         return found
 
-    async def _reserve(self, tenant: str, session_id: str, ttl_ms: int) -> None:
-        if await self._store.reserve_session(tenant, session_id, ttl_ms):
-            return
+    async def _reserve(self, tenant: str, session_id: str, ttl_ms: int) -> int:
+        """Reserve a place in the tenant's list; return the end that it has there."""
+        reserved = await self._store.reserve_session(tenant, session_id, ttl_ms)
+        if reserved:
+            return reserved
         limit = self._limits.sessions_per_tenant
         text = f"{limit} sessions are open, the most there may be; close some or let them expire"
         raise ResourceExhausted(

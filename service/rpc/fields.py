@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from timernn.v1.tensor_pb2 import WeightsVersion
 
 ID_PATTERN: Final = r"[A-Za-z0-9][A-Za-z0-9._~-]{0,127}"
+MAX_EPOCH: Final = 2**48  # in the year 10889: an epoch is a time in milliseconds or a little more
 MAX_NUMBER: Final = 2**53 - 1  # what every language's numbers, JSON's too, hold exactly
 MAX_REQUEST_ID_BYTES: Final = 128
 MAX_PAGE_SIZE: Final = 1000
@@ -49,6 +50,13 @@ def check_number(name: str, value: int, lowest: int) -> int:
     if lowest <= value <= MAX_NUMBER:
         return value
     raise bad_field(name, f"must be {lowest} to 2^53-1, got {value}")
+
+
+def check_restored_epoch(name: str, value: int) -> int:
+    """Return an epoch that may be begun again, 0 for none, or refuse it: epochs are times in ms."""
+    if 0 <= value <= MAX_EPOCH:
+        return value
+    raise bad_field(name, f"must be 0 to 2^48, got {value}")
 
 
 def check_size(name: str, value: int, limit: int) -> int:

@@ -13,6 +13,7 @@ from service.rpc.fields import (
     check_number,
     check_optional_id,
     check_request_id,
+    check_restored_epoch,
     check_size,
     ttl_from_proto,
 )
@@ -55,7 +56,7 @@ def open_session_from_proto(request: pb.OpenSessionRequest, limits: Limits) -> O
         ttl_ms=ttl_from_proto("ttl", request.ttl, limits) if request.HasField("ttl") else 0,
         on_exists=_on_exists(request.on_exists),
         request_id=check_request_id("request_id", request.request_id),
-        restored_epoch=check_number("restored_epoch", request.restored_epoch, 0),
+        restored_epoch=check_restored_epoch("restored_epoch", request.restored_epoch),
     )
 
 
@@ -69,7 +70,7 @@ def new_epoch_from_proto(
         expected_epoch=check_number("expected_epoch", request.expected_epoch, 0),
         expected_chunk_seq=_expected_chunk_seq(request),
         request_id=check_request_id("request_id", request.request_id),
-        restored_epoch=check_number("restored_epoch", request.restored_epoch, 0),
+        restored_epoch=check_restored_epoch("restored_epoch", request.restored_epoch),
     )
 
 

@@ -6,9 +6,10 @@ carry a time to live, so that what a dead writer left goes by itself.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from service.domain.errors import Unavailable
+from service.domain.errors import ResourceExhausted, Unavailable
 from service.domain.ports import (
     CheckpointOutcome,
     CountOutcome,
@@ -73,10 +74,6 @@ class RedisModelStore:
     ) -> CreateOutcome:
         """Create a model with its first version."""
         tag = keys.model_tag(tenant, model_id)
-        names = keys.tenant_models_key(tenant)
-        reserve = Call(_RESERVE, (names,), (model_id, self._limits.models_per_tenant))
-        if await self._runner.run(reserve) == b"FULL":
-            return CreateOutcome.QUOTA
         slot = (
             keys.model_key(tag),
             keys.versions_key(tag),
@@ -96,8 +93,18 @@ class RedisModelStore:
         create = Call(_CREATE, slot, arguments)
         answer = await self._runner.run(create)
         if answer == b"STALE":  # the name is free; where it is taken nothing needs to be written
-            await self._write_parts(_version_parts(tag, record.incarnation, first))
-            answer = await self._runner.run(create)
+            names = keys.tenant_models_key(tenant)
+            reserve = Call(_RESERVE, (names,), (model_id, self._limits.models_per_tenant))
+            if await self._runner.run(reserve) == b"FULL":
+                return CreateOutcome.QUOTA
+            try:
+                await self._write_parts(_version_parts(tag, record.incarnation, first))
+                answer = await self._runner.run(create)
+            except ResourceExhausted:
+                await self._give_back_name(tenant, model_id)
+                raise
+            # Another creation of this name, refused, may have given the place back meanwhile.
+            await self._runner.run_commands([("ZADD", names, 0, model_id)])
         return CreateOutcome(answer.decode())
 
     async def read_model(self, tenant: str, model_id: str) -> ModelRecord | None:
@@ -120,6 +127,12 @@ class RedisModelStore:
             [("ZRANGEBYLEX", keys.tenant_models_key(tenant), start, "+", "LIMIT", 0, page_size)]
         )
         return [name.decode() for name in names]
+
+    async def _give_back_name(self, tenant: str, model_id: str) -> None:
+        """Take a name that no model has off the tenant's list."""
+        with suppress(Unavailable):
+            if await self.read_model(tenant, model_id) is None:
+                await self.forget_model_name(tenant, model_id)
 
     async def forget_model_name(self, tenant: str, model_id: str) -> None:
         """Take a name off the tenant's list of models."""

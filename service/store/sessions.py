@@ -39,6 +39,7 @@ _READ_TAPE = load_script("read_tape")
 _SETTLE = load_script("settle_tape")
 _DISCARD = load_script("discard_tapes")
 _RESERVE = load_script("reserve_session")
+_GIVE_BACK = load_script("give_back_place")
 _LIST = load_script("list_sessions")
 
 _CHUNK_OUTCOMES = {outcome.value.encode(): outcome for outcome in ChunkOutcome}
@@ -167,11 +168,20 @@ class RedisSessionStore:
         call = Call(_DISCARD, (keys.tape_index_key(tag),), (named, chunks))
         return int(await self._runner.run(call))
 
-    async def reserve_session(self, tenant: str, session_id: str, ttl_ms: int) -> bool:
-        """Note a session in the tenant's list unless it is full."""
+    async def reserve_session(self, tenant: str, session_id: str, ttl_ms: int) -> int:
+        """Note a session in the tenant's list; return the end noted, 0 if the list is full."""
         arguments = (session_id, ttl_ms + ttl_ms // 4, self._limits.sessions_per_tenant, "GT")
         call = Call(_RESERVE, (keys.tenant_sessions_key(tenant),), arguments)
-        return bool(await self._runner.run(call) == b"OK")
+        answer = await self._runner.run(call)
+        return 0 if answer == b"FULL" else int(answer)
+
+    async def give_back_place(
+        self, tenant: str, session_id: str, reserved: int, live: SessionSnapshot | None
+    ) -> None:
+        """Undo a reservation that nobody has changed since: a live session keeps its own place."""
+        end = live.expire_time_ms + live.head.ttl_ms // 4 if live else 0
+        arguments = (session_id, reserved, end)
+        await self._runner.run(Call(_GIVE_BACK, (keys.tenant_sessions_key(tenant),), arguments))
 
     async def touch_session(self, tenant: str, session_id: str, ttl_ms: int) -> None:
         """Tell the tenant's list that a session lives on."""
