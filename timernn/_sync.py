@@ -244,6 +244,7 @@ class Client:
         initial_state: npt.ArrayLike | None = None,
         ttl: float | timedelta | None = None,
         on_exists: OnExists = "resume",
+        must_exist: bool = False,
     ) -> Session:
         core = self._transport.run(
             self._core.open_session(
@@ -254,6 +255,7 @@ class Client:
                 initial_state=initial_state,
                 ttl=ttl,
                 on_exists=on_exists,
+                must_exist=must_exist,
             )
         )
         return Session(self, core)

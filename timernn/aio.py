@@ -268,6 +268,7 @@ class Client:
         initial_state: npt.ArrayLike | None = None,
         ttl: float | timedelta | None = None,
         on_exists: OnExists = "resume",
+        must_exist: bool = False,
     ) -> Session:
         return Session(
             self,
@@ -279,6 +280,7 @@ class Client:
                 initial_state=initial_state,
                 ttl=ttl,
                 on_exists=on_exists,
+                must_exist=must_exist,
             ),
         )
 

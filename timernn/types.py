@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 ReturnHs = Literal["all", "last", "none"]
 Reduction = Literal["sum", "mean"]
-OnExists = Literal["resume", "fail", "reset"]
+OnExists = Literal["resume", "fail", "reset", "must_exist"]
 
 
 @dataclass(frozen=True, slots=True, order=True, repr=False)

@@ -77,6 +77,14 @@ def create(
             help="Another hyperparameter of the optimizer; may be given again.",
         ),
     ] = None,
+    exist_ok: Annotated[
+        bool,
+        typer.Option(
+            "--exist-ok",
+            envvar="TIMERNN_EXIST_OK",
+            help="Succeed also when there is one of the same sizes, type and optimizer.",
+        ),
+    ] = False,
     server: Server = DEFAULT_SERVER,
     timeout: Timeout = 30.0,
     json: AsJson = False,
@@ -84,7 +92,7 @@ def create(
     """Create a model with weights drawn from a seed.
 
     Examples:
-      timernn models create weather --input-size 8 --hidden-size 64
+      timernn models create weather --input-size 8 --hidden-size 64 --exist-ok
       timernn models create lm --input-size 64 --hidden-size 128 --optimizer adam
     """
     chosen = make_optimizer(optimizer, lr, hyperparameter or [])
@@ -96,11 +104,14 @@ def create(
             dtype=dtype.value,
             seed=seed,
             optimizer=chosen,
+            exist_ok=exist_ok,
         )
     if json:
         print_json(model_json(made))
     else:
-        print(f"created {made.model_id}, weights version {made.head.number}")
+        # With --exist-ok nobody is told which of the two it was: what counts is that it is there.
+        verb = "there is" if exist_ok else "created"
+        print(f"{verb} {made.model_id}, weights version {made.head.number}")
 
 
 @app.command("list")

@@ -89,7 +89,9 @@ class Models:
             request_name(request_id),
             content_digest(stored_spec, version.digest),
         )
-        self._refuse_creation(spec.model_id, outcome)
+        if outcome is CreateOutcome.EXISTS:
+            raise await self._exists(tenant, spec)
+        self._refuse_creation(outcome)
         model = await self._catalog.get(tenant, spec.model_id, fresh=True)
         return _view(model), outcome is CreateOutcome.REPLAYED
 
@@ -219,10 +221,26 @@ class Models:
             raise _checkpoint_not_found(checkpoint_id)
         return deleted
 
-    def _refuse_creation(self, model_id: str, outcome: CreateOutcome) -> None:
-        if outcome is CreateOutcome.EXISTS:
-            text = f"model {quoted(model_id)} exists"
-            raise AlreadyExists("MODEL_EXISTS", text, model_id=model_id)
+    async def _exists(self, tenant: str, asked: ModelSpec) -> Exception:
+        """Make the refusal of a name that is taken; it tells how the model there differs."""
+        try:
+            there = (await self._catalog.get(tenant, asked.model_id, fresh=True)).spec
+        except NotFound:
+            return _overtaken()
+        named = [
+            name
+            for name in ("input_size", "hidden_size", "dtype", "optimizer")
+            if getattr(there, name) != getattr(asked, name)
+        ]
+        text = f"model {quoted(asked.model_id)} exists" + "".join(
+            f"; {name}: it has {getattr(there, name)}, asked for {getattr(asked, name)}"
+            for name in named
+        )
+        return AlreadyExists(
+            "MODEL_EXISTS", text, model_id=asked.model_id, difference=",".join(named)
+        )
+
+    def _refuse_creation(self, outcome: CreateOutcome) -> None:
         if outcome is CreateOutcome.REUSED:
             text = "request_id: it was used for a model with other content"
             raise AlreadyExists("REQUEST_ID_REUSED", text, field="request_id")

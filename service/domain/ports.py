@@ -77,14 +77,13 @@ class EpochOutcome(Enum):
     REUSED = "REUSED"
     RESUMED = "RESUMED"
     EXISTS = "EXISTS"
-    ABSENT = "ABSENT"
     FENCED = "FENCED"
     GAP = "GAP"
 
 
 @dataclass(frozen=True, slots=True)
 class EpochStart:
-    """An epoch to begin; `mode` says what to do with a live session: fail, resume, reset or live."""
+    """An epoch to begin; `mode` is a value of OnExists, or "live": a live session gets a new epoch."""
 
     mode: str
     head: SessionHead  # epoch and chunk_seq are not used
@@ -246,7 +245,7 @@ class SessionStore(Protocol):
 
     async def begin_epoch(
         self, tenant: str, session_id: str, start: EpochStart
-    ) -> tuple[EpochOutcome, int]:
+    ) -> tuple[EpochOutcome, int] | AbsentSession:
         """Begin an epoch; the number is the epoch in force, or for GAP the last chunk."""
 
     async def commit_chunks(self, commits: Sequence[ChunkCommit]) -> list[ChunkOutcome | Exception]:

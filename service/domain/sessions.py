@@ -75,7 +75,10 @@ class Sessions:
         self._creating: set[asyncio.Task[OpenedSession]] = set()
 
     async def open(self, tenant: str, op: OpenSession) -> OpenedSession:
-        """Open a session, or go on with or begin again a live one."""
+        """Open a session, or go on with or begin again a live one.
+
+        MUST_EXIST reserves nothing: what it goes on with is on the tenant's list already.
+        """
         model = await self._catalog.get(tenant, op.model_id, fresh=True)
         session_id = op.session_id or new_session_id()
         state = self._first_state(model.spec, op.batch_size, op.initial_state, "initial_state")
@@ -95,6 +98,8 @@ class Sessions:
             ),
             restored_epoch=op.restored_epoch,
         )
+        if op.on_exists is OnExists.MUST_EXIST:
+            return await self._begin(tenant, session_id, start)
         return await self._create(tenant, session_id, start)
 
     async def get(self, tenant: str, session_id: str) -> SessionView:
@@ -141,7 +146,7 @@ class Sessions:
                 expected_chunk_seq=-1 if op.expected_chunk_seq is None else op.expected_chunk_seq,
                 restored_epoch=op.restored_epoch,
             )
-            outcome, number = await self._store.begin_epoch(tenant, op.session_id, start)
+            outcome, number = await self._begin_epoch(tenant, op.session_id, start)
             is_overtaken = outcome is EpochOutcome.FENCED and number != head.epoch
             if is_overtaken and not op.expected_epoch:
                 continue
@@ -212,8 +217,18 @@ class Sessions:
             done.exception()  # told to whoever still waits
 
     async def _begin(self, tenant: str, session_id: str, start: EpochStart) -> OpenedSession:
-        outcome, number = await self._store.begin_epoch(tenant, session_id, start)
+        outcome, number = await self._begin_epoch(tenant, session_id, start)
         return await self._began(tenant, session_id, start, outcome, number)
+
+    async def _begin_epoch(
+        self, tenant: str, session_id: str, start: EpochStart
+    ) -> tuple[EpochOutcome, int]:
+        """Have the store decide; raise where there must be a session and is none."""
+        decided = await self._store.begin_epoch(tenant, session_id, start)
+        if isinstance(decided, AbsentSession):
+            self._live.drop((tenant, session_id))
+            raise session_absent(session_id, decided)
+        return decided
 
     async def _began(
         self, tenant: str, session_id: str, start: EpochStart, outcome: EpochOutcome, number: int
@@ -250,9 +265,6 @@ class Sessions:
         if outcome is EpochOutcome.GAP:
             text = f"expected the last chunk to be {start.expected_chunk_seq}, it is {number}"
             raise Aborted("SEQ_GAP", text, expected_seq=number + 1)
-        if outcome is EpochOutcome.ABSENT:
-            text = f"session {quoted(session_id)} ended meanwhile; send the same call again"
-            raise Unavailable("UNKNOWN_OUTCOME", text, retry_after_s=0.05)
 
     async def _read(self, tenant: str, session_id: str) -> SessionSnapshot:
         found = await self._store.read_session(tenant, session_id)

@@ -62,11 +62,12 @@ class Checkpoint:
 
 
 class OnExists(Enum):
-    """What opening a live session does."""
+    """What opening does when the session is live, or is not."""
 
     FAIL = "fail"
     RESUME = "resume"
     RESET = "reset"
+    MUST_EXIST = "must_exist"
 
 
 @dataclass(frozen=True, slots=True)

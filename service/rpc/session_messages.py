@@ -37,6 +37,7 @@ _ON_EXISTS: Final[dict[int, OnExists]] = {
     pb.ON_EXISTS_FAIL: OnExists.FAIL,
     pb.ON_EXISTS_RESUME: OnExists.RESUME,
     pb.ON_EXISTS_RESET: OnExists.RESET,
+    pb.ON_EXISTS_MUST_EXIST: OnExists.MUST_EXIST,
 }
 
 
@@ -47,14 +48,15 @@ def state_rule(limits: Limits) -> TensorRule:
 
 def open_session_from_proto(request: pb.OpenSessionRequest, limits: Limits) -> OpenSession:
     """Return what OpenSession asks for, or refuse it."""
-    batch_size = request.batch_size or 1
+    batch_size, on_exists = request.batch_size or 1, _on_exists(request.on_exists)
+    check_name = check_id if on_exists is OnExists.MUST_EXIST else check_optional_id
     return OpenSession(
         model_id=check_id("model_id", request.model_id),
-        session_id=check_optional_id("session_id", request.session_id),
+        session_id=check_name("session_id", request.session_id),
         batch_size=check_size("batch_size", batch_size, limits.batch_size),
         initial_state=_initial_state(request, batch_size, limits),
         ttl_ms=ttl_from_proto("ttl", request.ttl, limits) if request.HasField("ttl") else 0,
-        on_exists=_on_exists(request.on_exists),
+        on_exists=on_exists,
         request_id=check_request_id("request_id", request.request_id),
         restored_epoch=check_restored_epoch("restored_epoch", request.restored_epoch),
     )

@@ -80,7 +80,7 @@ class RedisSessionStore:
 
     async def begin_epoch(
         self, tenant: str, session_id: str, start: EpochStart
-    ) -> tuple[EpochOutcome, int]:
+    ) -> tuple[EpochOutcome, int] | AbsentSession:
         """Begin an epoch; the number is the epoch in force, or for GAP the last chunk."""
         tag = keys.session_tag(tenant, session_id)
         arguments = (
@@ -96,8 +96,10 @@ class RedisSessionStore:
             len(start.head.model_id.encode()),
         )
         slot = (keys.record_key(tag), keys.marker_key(tag), keys.tape_index_key(tag))
-        outcome, number = await self._runner.run(Call(_BEGIN, slot, arguments))
-        return EpochOutcome(outcome.decode()), int(number)
+        outcome, told = await self._runner.run(Call(_BEGIN, slot, arguments))
+        if outcome == b"ABSENT":
+            return layouts.absence_from_marker(told)
+        return EpochOutcome(outcome.decode()), int(told)
 
     async def commit_chunks(self, commits: Sequence[ChunkCommit]) -> list[ChunkOutcome | Exception]:
         """Apply chunks of different sessions, each by itself, in one round trip."""

@@ -88,6 +88,16 @@ def test_a_name_that_is_taken_is_one_line(timernn: Timernn) -> None:
     assert "MODEL_EXISTS" in one_line(failed.err)
 
 
+def test_a_script_may_create_its_model_again(timernn: Timernn) -> None:
+    """With --exist-ok the same model is fine, another under its name is an error that tells why."""
+    create(timernn, "again")
+    done = create(timernn, "again", "--exist-ok")
+    assert (done.code, done.out) == (0, "there is again, weights version 1\n")
+    failed = create(timernn, "again", "--exist-ok", "--optimizer", "adam")
+    assert failed.code == 1
+    assert "optimizer: it has SGD" in one_line(failed.err)
+
+
 @pytest.mark.parametrize("words", [("models", "show"), ("models", "delete")])
 def test_an_unknown_model_is_one_line(timernn: Timernn, words: tuple[str, ...]) -> None:
     """Naming a model that is not there fails with the reason."""

@@ -399,6 +399,11 @@ class Slots:
         """Keep the slot of a model as it is now."""
         return self._of(keys.model_tag("default", model_id))
 
+    def expire(self, session_id: str) -> None:
+        """Let a session's time to live be over; its marker outlives it."""
+        with redis.Redis.from_url(self._store_url) as connection:
+            connection.delete(keys.record_key(keys.session_tag("default", session_id)))
+
     def close(self) -> None:
         """Close every slot's connection."""
         for slot in self._made:

@@ -226,6 +226,48 @@ def test_sessions_are_resumed_forked_and_closed(
         again.forward(xs)
 
 
+def test_a_session_that_must_exist_is_not_begun_in_silence(
+    live: timernn.Client, model_id: str, local: TimeRNN, slots: Any, rng: np.random.Generator
+) -> None:
+    """Live it goes on and says so; never opened, expired and closed have errors of their own."""
+    name = f"{model_id}-7"
+    with pytest.raises(timernn.SessionNotFound):
+        live.session(model_id, name, must_exist=True)
+    first = live.session(model_id, name)
+    hs = first.forward(rng.normal(size=(1, 4, D)))
+    again = live.session(model_id, name, must_exist=True)
+    assert (first.resumed, again.resumed) == (False, True)
+    np.testing.assert_array_equal(again.h, hs[:, -1])
+    slots.expire(name)
+    with pytest.raises(timernn.SessionExpired):
+        live.session(model_id, name, on_exists="must_exist")
+    assert not live.session(model_id, name).resumed
+    live.close_session(name)
+    with pytest.raises(timernn.SessionClosed):
+        live.session(model_id, name, must_exist=True)
+
+
+def test_a_session_that_must_exist_needs_a_name(live: timernn.Client, model_id: str) -> None:
+    """And goes with no other wish for what to do."""
+    with pytest.raises(timernn.BadField, match="session_id"):
+        live.session(model_id, must_exist=True)
+    with pytest.raises(timernn.BadField, match="on_exists"):
+        live.session(model_id, "x", must_exist=True, on_exists="reset")
+
+
+def test_a_model_that_is_there_may_be_created_again(live: timernn.Client, model_id: str) -> None:
+    """With exist_ok the same one is returned as it stands; another is ModelExists with what differs."""
+    made = live.create_model(model_id, input_size=D, hidden_size=H, seed=3)
+    zeros = {"Wx": np.zeros((D, H)), "Wh": np.zeros((H, H)), "b": np.zeros(H)}
+    version = live.put_weights(model_id, **zeros)
+    again = live.create_model(model_id, input_size=D, hidden_size=H, seed=9, exist_ok=True)
+    assert (again.incarnation, again.head) == (made.incarnation, version)
+    with pytest.raises(timernn.ModelExists, match=f"hidden_size: it has {H}, asked for 9"):
+        live.create_model(model_id, input_size=D, hidden_size=9, exist_ok=True)
+    with pytest.raises(timernn.ModelExists):
+        live.create_model(model_id, input_size=D, hidden_size=H)
+
+
 def test_state_can_be_set_and_reset(
     live: timernn.Client, model_id: str, local: TimeRNN, rng: np.random.Generator
 ) -> None:

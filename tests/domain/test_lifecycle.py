@@ -12,6 +12,7 @@ from instruments.replicas import (
     HIDDEN,
     INPUTS,
     ROWS,
+    Client,
     draw,
     open_on,
     refusal,
@@ -97,6 +98,29 @@ async def test_opening_a_live_session_fails_resumes_or_resets(
     assert fenced.metadata["epoch"] == str(reset.session.epoch)
 
 
+async def test_a_session_that_must_exist_goes_on_or_leaves_nothing(
+    replicas: Pair,
+    make_replica: ReplicaMaker,
+    tenant: str,
+    make_model: ModelMaker,
+    open_session: ClientMaker,
+    rng: np.random.Generator,
+) -> None:
+    """MUST_EXIST returns a live session as it is, also twice; a refused one takes nobody's place."""
+    await make_model()
+    client = await open_session()
+    done = await client.forward(draw(rng))
+    for replica in replicas:
+        resumed = await open_on(replica, tenant, on_exists=OnExists.MUST_EXIST, request_id="r")
+        assert (resumed.resumed, resumed.replayed) == (True, False)
+        np.testing.assert_array_equal(resumed.state, done.h)
+    full = await make_replica(Limits(sessions_per_tenant=2))
+    for name in ("x", "y", "z"):
+        refused = await refusal(open_on(full, tenant, name, on_exists=OnExists.MUST_EXIST))
+        assert refused.reason == "SESSION_NOT_FOUND"
+    await open_on(full, tenant, "last")
+
+
 async def test_resuming_as_something_else_is_refused_and_extends_nothing(
     replicas: Pair, tenant: str, make_model: ModelMaker, raw: Redis
 ) -> None:
@@ -148,6 +172,8 @@ async def test_absence_has_four_answers(
         assert (await refusal(replicas[1].sessions.get(tenant, name))).reason == reason
         refused = await refusal(replicas[1].sessions.begin_epoch(tenant, new_epoch(None, name)))
         assert refused.reason == reason
+        resumed = open_on(replicas[1], tenant, name, on_exists=OnExists.MUST_EXIST)
+        assert (await refusal(resumed)).reason == reason
 
 
 async def test_closing_twice_is_fine_and_closing_the_unknown_is_not(
@@ -457,6 +483,28 @@ async def test_a_fork_goes_its_own_way(
     np.testing.assert_array_equal(seen.state, done.h)
     taken = await refusal(replicas[0].sessions.fork(tenant, ForkSession("s", "copy", 0, "")))
     assert taken.reason == "SESSION_EXISTS"
+
+
+async def test_an_opening_sent_again_late_answers_with_the_state_of_now(
+    replicas: Pair,
+    tenant: str,
+    make_model: ModelMaker,
+    open_session: ClientMaker,
+    rng: np.random.Generator,
+) -> None:
+    """Open and Fork begin once; their late retry is told where the session stands by then."""
+    await make_model()
+    client = await open_session("s", request_id="open")
+    await replicas[0].sessions.fork(tenant, ForkSession("s", "copy", 0, "fork"))
+    done = await client.forward(draw(rng))
+    again = await open_on(replicas[1], tenant, request_id="open")
+    assert (again.replayed, again.resumed, again.session.chunk_seq) == (True, False, 1)
+    np.testing.assert_array_equal(again.state, done.h)
+    copy = Client(replicas, tenant, "copy", (await replicas[0].sessions.get(tenant, "copy")).epoch)
+    moved = await copy.forward(draw(rng))
+    forked = await replicas[1].sessions.fork(tenant, ForkSession("s", "copy", 0, "fork"))
+    assert (forked.replayed, forked.session.chunk_seq) == (True, 1)
+    np.testing.assert_array_equal(forked.state, moved.h)
 
 
 async def test_the_quota_lets_the_next_in_when_one_closes(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pytest
 from safetensors.numpy import load, save
 
 from instruments.replicas import (
@@ -24,7 +26,6 @@ from service.settings import Limits
 from service.store import keys
 
 if TYPE_CHECKING:
-    import pytest
     from redis.asyncio import Redis
 
     from instruments.replicas import Client, Replica
@@ -57,6 +58,25 @@ async def test_a_seed_makes_one_model_however_often_it_is_asked_for(
     assert (await refusal(again)).reason == "MODEL_EXISTS"
     other = replicas[0].models.create(tenant, SPEC, InitialWeights(seed=4), "r")
     assert (await refusal(other)).reason == "REQUEST_ID_REUSED"
+
+
+@pytest.mark.parametrize(
+    ("facts", "difference"),
+    [
+        ({}, ""),
+        ({"hidden_size": 9}, "hidden_size"),
+        ({"dtype": "float64", "optimizer": Adam(lr=0.5)}, "dtype,optimizer"),
+    ],
+)
+async def test_a_name_that_is_taken_tells_the_difference(
+    replicas: Pair, tenant: str, facts: dict[str, Any], difference: str
+) -> None:
+    """MODEL_EXISTS names each part of the specification that is otherwise there; seeds are none."""
+    await replicas[0].models.create(tenant, SPEC, InitialWeights(seed=3), "r")
+    asked = replace(SPEC, **facts)
+    refused = await refusal(replicas[1].models.create(tenant, asked, InitialWeights(seed=5), ""))
+    assert (refused.reason, refused.metadata["difference"]) == ("MODEL_EXISTS", difference)
+    assert all(name in refused.message for name in difference.split(","))
 
 
 async def test_a_refused_creation_leaves_nothing(replicas: Pair, tenant: str, raw: Redis) -> None:

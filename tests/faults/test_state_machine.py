@@ -460,8 +460,11 @@ class Machine(RuleBasedStateMachine):
         if local.state == "live" and on_exists is OnExists.FAIL:
             self.expect(call, "SESSION_EXISTS")
             return
+        if local.state != "live" and on_exists is OnExists.MUST_EXIST:
+            self.expect(call, GONE[local.state])
+            return
         opened = self.answer(call)
-        if local.state == "live" and on_exists is OnExists.RESUME:
+        if local.state == "live" and on_exists in {OnExists.RESUME, OnExists.MUST_EXIST}:
             assert opened.resumed
             assert np.array_equal(opened.state, local.h)
             return

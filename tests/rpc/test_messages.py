@@ -181,7 +181,8 @@ def test_opening_has_the_contracts_defaults() -> None:
     ("values", "field"),
     [({"model_id": "a/b"}, "model_id"), ({"session_id": "{x}"}, "session_id"), ({"batch_size": 1025}, "batch_size"),
      ({"batch_size": -1}, "batch_size"), ({"on_exists": 9}, "on_exists"), ({"restored_epoch": -1}, "restored_epoch"),
-     ({"request_id": "x" * 129}, "request_id"), ({"ttl": Duration(seconds=0)}, "ttl")],
+     ({"request_id": "x" * 129}, "request_id"), ({"ttl": Duration(seconds=0)}, "ttl"),
+     ({"on_exists": session_pb.ON_EXISTS_MUST_EXIST}, "session_id")],
 )  # fmt: skip
 def test_a_bad_opening_names_its_field(values: dict[str, Any], field: str) -> None:
     """Names, sizes, enumerations and spans are checked before anything is asked."""

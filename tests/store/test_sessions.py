@@ -55,12 +55,18 @@ class Writer:
 
     async def begin(self, mode: str = "fail", **facts: object) -> EpochOutcome:
         """Begin an epoch."""
-        outcome, number = await self.store.begin_epoch(
-            self.tenant, self.session_id, start(mode, **facts)
-        )
+        decided = await self.store.begin_epoch(self.tenant, self.session_id, start(mode, **facts))
+        assert not isinstance(decided, AbsentSession)
+        outcome, number = decided
         if outcome is EpochOutcome.BEGUN:
             self.epoch = number
         return outcome
+
+    async def absent(self, mode: str, **facts: object) -> Absence:
+        """Ask for an epoch of a session that must be there, and is not."""
+        decided = await self.store.begin_epoch(self.tenant, self.session_id, start(mode, **facts))
+        assert isinstance(decided, AbsentSession), decided
+        return decided.why
 
     def chunk(self, number: int, **facts: object) -> ChunkCommit:
         """Lay out chunk `number`, whose digest, token and state tell it."""
@@ -230,6 +236,7 @@ async def test_a_live_session_is_left_resumed_or_begun_anew(writer: Writer) -> N
     first = writer.epoch
     assert await writer.begin("fail") is EpochOutcome.EXISTS
     assert await writer.begin("resume") is EpochOutcome.RESUMED
+    assert await writer.begin("must_exist") is EpochOutcome.RESUMED
     assert (await writer.look()).head.chunk_seq == 1
     assert await writer.begin("reset") is EpochOutcome.BEGUN
     assert writer.epoch > first
@@ -238,13 +245,25 @@ async def test_a_live_session_is_left_resumed_or_begun_anew(writer: Writer) -> N
 
 async def test_only_a_live_session_gets_a_new_state(writer: Writer) -> None:
     """The mode of SetState and ResetState needs a session, at the place expected."""
-    assert await writer.begin("live") is EpochOutcome.ABSENT
+    assert await writer.absent("live") is Absence.NEVER
     await writer.begin()
     await writer.commit(1)
     assert await writer.begin("live", expected_epoch=1) is EpochOutcome.FENCED
     assert await writer.begin("live", expected_chunk_seq=0) is EpochOutcome.GAP
     here = {"expected_epoch": writer.epoch, "expected_chunk_seq": 1}
     assert await writer.begin("live", **here) is EpochOutcome.BEGUN
+
+
+async def test_a_session_that_must_exist_is_never_begun(writer: Writer, raw: Redis) -> None:
+    """Never opened, expired and closed are told apart, and nothing is written."""
+    assert await writer.absent("must_exist") is Absence.NEVER
+    assert await writer.absent("must_exist", restored_epoch=1) is Absence.NEVER
+    await writer.begin()
+    await raw.pexpireat(keys.session_tag(writer.tenant, writer.session_id), 1)
+    assert await writer.absent("must_exist") is Absence.EXPIRED
+    await writer.begin()
+    await writer.store.close_session(writer.tenant, writer.session_id, 0)
+    assert await writer.absent("must_exist") is Absence.CLOSED
 
 
 async def test_a_request_is_known_by_its_name_and_its_content(writer: Writer) -> None:

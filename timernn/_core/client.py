@@ -63,6 +63,7 @@ _ON_EXISTS = {
     "resume": session_pb.ON_EXISTS_RESUME,
     "fail": session_pb.ON_EXISTS_FAIL,
     "reset": session_pb.ON_EXISTS_RESET,
+    "must_exist": session_pb.ON_EXISTS_MUST_EXIST,
 }
 
 
@@ -129,8 +130,9 @@ class ClientCore(ModelsCore):
         initial_state: npt.ArrayLike | None = None,
         ttl: float | timedelta | None = None,
         on_exists: OnExists = "resume",
+        must_exist: bool = False,
     ) -> Op[SessionCore]:
-        """Open a session, or go on with a live one.
+        """Open a session, or go on with a live one; `resumed` tells which it was.
 
         Args:
             model_id: The model to run.
@@ -139,8 +141,16 @@ class ClientCore(ModelsCore):
             train: Let `forward` leave tapes for `backward`.
             initial_state: The first hidden state, shape (N, H); None: zero. Not used on resuming.
             ttl: Time to live after each operation, in seconds; None: the server's default.
-            on_exists: What to do when it is live: "resume", "fail" or "reset".
+            on_exists: "resume" goes on with a live one or begins it, "fail" refuses a live one,
+                "reset" begins it anew, "must_exist" goes on with a live one and begins none.
+            must_exist: Short for on_exists="must_exist".
+
+        Raises:
+            SessionNotFound: With "must_exist", if there never was one; SessionExpired or
+                SessionClosed if there was.
+            SessionExists: With "fail", if it is live.
         """
+        wanted = _wanted(on_exists, session_id, must_exist=must_exist)
         bounds = yield from self.bounds()
         model = yield from self.model(model_id)
         request = session_pb.OpenSessionRequest(
@@ -148,7 +158,7 @@ class ClientCore(ModelsCore):
             session_id=new_session_id() if session_id is None else session_id,
             batch_size=batch_size,
             ttl=None if ttl is None else duration_to_proto(ttl),
-            on_exists=_ON_EXISTS[on_exists],
+            on_exists=wanted,
             request_id=new_request_id(),
         )
         if initial_state is not None:
@@ -163,6 +173,7 @@ class ClientCore(ModelsCore):
             raise
         session = SessionCore(self, model, bounds, train=train)
         session.begin(answer.session, answer.state)
+        session.resumed = answer.resumed
         return session
 
     @checked
@@ -387,6 +398,22 @@ class ClientCore(ModelsCore):
         serving = yield from self.caller.attempts(timed)
         address = self.caller.addresses[self.caller.address]
         return Ping(serving=serving, latency_s=clock() - started, address=address)
+
+
+def _wanted(
+    on_exists: OnExists, session_id: str | None, *, must_exist: bool
+) -> session_pb.OnExists.ValueType:
+    """Check what to do with a session that is live, or is not."""
+    if must_exist and on_exists not in {"resume", "must_exist"}:
+        raise errors.BadField(
+            f"on_exists: expected 'must_exist' or none beside must_exist=True, got {on_exists!r}"
+        )
+    wanted = "must_exist" if must_exist else on_exists
+    if wanted == "must_exist" and session_id is None:
+        raise errors.BadField(
+            "session_id: expected the name of a session that must exist, got None"
+        )
+    return _ON_EXISTS[wanted]
 
 
 def _named(contributions: Iterable[Contributions | str] | None) -> list[Contributions] | None:

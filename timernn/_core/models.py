@@ -94,6 +94,7 @@ class ModelsCore:
         Wx: npt.ArrayLike | None = None,
         Wh: npt.ArrayLike | None = None,
         b: npt.ArrayLike | None = None,
+        exist_ok: bool = False,
     ) -> Op[ModelInfo]:
         """Create a model with weights drawn from a seed, or given.
 
@@ -107,6 +108,11 @@ class ModelsCore:
             Wx: Input weights, shape (D, H); all three or none.
             Wh: Recurrent weights, shape (H, H).
             b: Bias, shape (H,).
+            exist_ok: If there is one of the same sizes, dtype and optimizer, return it as it stands,
+                whatever its weights are by now.
+
+        Raises:
+            ModelExists: If the name is taken; it tells what is otherwise there.
         """
         spec = model_pb.ModelSpec(
             model_id=model_id,
@@ -125,7 +131,13 @@ class ModelsCore:
             request.given.wx.CopyFrom(given(Wx, "Wx", dtype, (D, H)))
             request.given.wh.CopyFrom(given(Wh, "Wh", dtype, (H, H)))
             request.given.b.CopyFrom(given(b, "b", dtype, (H,)))
-        answer = yield from self.caller.call(contract.CREATE_MODEL, request)
+        try:
+            answer = yield from self.caller.call(contract.CREATE_MODEL, request)
+        except errors.ModelExists as error:
+            # A server that does not compare says nothing of a difference: then the error stands.
+            if not exist_ok or error.metadata.get("difference") != "":
+                raise
+            return (yield from self.get_model(model_id))
         self.forget(model_id)
         return self._noted(answer.model)
 

@@ -59,6 +59,7 @@ class SessionPlace:
         version: The weights version of the last answer; None before the first.
         last_update: What the last step over this session did.
         is_streaming: Whether a `stream()` uses the numbers now.
+        resumed: Whether opening it went on with a live session.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class SessionPlace:
         self.gradient_norm: float | None = None
         self.version: Version | None = None
         self.last_update: UpdateResult | None = None
-        self.is_streaming = False
+        self.is_streaming = self.resumed = False
 
     @property
     def h(self) -> Array:

@@ -40,6 +40,11 @@ class SessionView:
         return self._core.chunk_seq
 
     @property
+    def resumed(self) -> bool:
+        """Whether opening it went on with a live session; False: it began anew."""
+        return self._core.resumed
+
+    @property
     def version(self) -> Version | None:
         """The weights version that the last forward used or the last update made."""
         return self._core.version

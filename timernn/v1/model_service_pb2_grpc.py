@@ -98,7 +98,8 @@ class ModelServiceServicer(object):
 
     def CreateModel(self, request, context):
         """Creates a model with weights drawn from a seed or given. A retry with the same request_id
-        returns the first answer.
+        returns the first answer. A name that is taken is MODEL_EXISTS, whose metadata says in "difference" what
+        of input_size, hidden_size, dtype and optimizer is otherwise there, separated by commas; empty: nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

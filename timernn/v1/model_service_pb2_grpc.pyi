@@ -35,7 +35,8 @@ class ModelServiceStub:
     def __new__(cls, channel: _aio.Channel) -> ModelServiceAsyncStub: ...
     CreateModel: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.CreateModelRequest, _model_service_pb2.CreateModelResponse]
     """Creates a model with weights drawn from a seed or given. A retry with the same request_id
-    returns the first answer.
+    returns the first answer. A name that is taken is MODEL_EXISTS, whose metadata says in "difference" what
+    of input_size, hidden_size, dtype and optimizer is otherwise there, separated by commas; empty: nothing.
     """
     GetModel: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.GetModelRequest, _model_service_pb2.GetModelResponse]
     """Returns one model."""
@@ -67,7 +68,8 @@ class ModelServiceAsyncStub(ModelServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateModel: _aio.UnaryUnaryMultiCallable[_model_service_pb2.CreateModelRequest, _model_service_pb2.CreateModelResponse]  # type: ignore[assignment]
     """Creates a model with weights drawn from a seed or given. A retry with the same request_id
-    returns the first answer.
+    returns the first answer. A name that is taken is MODEL_EXISTS, whose metadata says in "difference" what
+    of input_size, hidden_size, dtype and optimizer is otherwise there, separated by commas; empty: nothing.
     """
     GetModel: _aio.UnaryUnaryMultiCallable[_model_service_pb2.GetModelRequest, _model_service_pb2.GetModelResponse]  # type: ignore[assignment]
     """Returns one model."""
@@ -102,7 +104,8 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_model_service_pb2.CreateModelResponse, _abc.Awaitable[_model_service_pb2.CreateModelResponse]]:
         """Creates a model with weights drawn from a seed or given. A retry with the same request_id
-        returns the first answer.
+        returns the first answer. A name that is taken is MODEL_EXISTS, whose metadata says in "difference" what
+        of input_size, hidden_size, dtype and optimizer is otherwise there, separated by commas; empty: nothing.
         """
 
     @_abc_1.abstractmethod

@@ -36,9 +36,13 @@ class _OnExistsEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_OnExists.Val
     """Go on where it is; model and batch size must agree; initial_state is not used."""
     ON_EXISTS_RESET: _OnExists.ValueType  # 3
     """Begin a new epoch from initial_state, or from zero."""
+    ON_EXISTS_MUST_EXIST: _OnExists.ValueType  # 4
+    """Go on where it is, as RESUME, but begin nothing: without a live session the answer is
+    SESSION_NOT_FOUND, SESSION_EXPIRED or SESSION_CLOSED. Needs a session_id.
+    """
 
 class OnExists(_OnExists, metaclass=_OnExistsEnumTypeWrapper):
-    """What OpenSession does when the session is live."""
+    """What OpenSession does when the session is live, or is not."""
 
 ON_EXISTS_UNSPECIFIED: OnExists.ValueType  # 0
 """As FAIL."""
@@ -48,6 +52,10 @@ ON_EXISTS_RESUME: OnExists.ValueType  # 2
 """Go on where it is; model and batch size must agree; initial_state is not used."""
 ON_EXISTS_RESET: OnExists.ValueType  # 3
 """Begin a new epoch from initial_state, or from zero."""
+ON_EXISTS_MUST_EXIST: OnExists.ValueType  # 4
+"""Go on where it is, as RESUME, but begin nothing: without a live session the answer is
+SESSION_NOT_FOUND, SESSION_EXPIRED or SESSION_CLOSED. Needs a session_id.
+"""
 Global___OnExists: _TypeAlias = OnExists  # noqa: Y015
 
 @_typing.final
@@ -133,10 +141,10 @@ class OpenSessionRequest(_message.Message):
     batch_size: _builtins.int
     """Optional. N, the number of rows; 1 when 0."""
     on_exists: Global___OnExists.ValueType
-    """Optional. What to do when the session is live; FAIL when not set."""
+    """Optional. What to do when the session is live, or is not; FAIL when not set."""
     request_id: _builtins.str
-    """Optional. Makes a retry safe: the same id as the call that began the present epoch returns its
-    answer. At most 128 bytes.
+    """Optional. Makes a retry safe: the same id as the call that began the present epoch begins none
+    again. At most 128 bytes.
     """
     restored_epoch: _builtins.int
     """Optional. The epoch that an earlier answer named, when its writes were lost and are sent again;
@@ -181,16 +189,16 @@ class OpenSessionResponse(_message.Message):
     RESUMED_FIELD_NUMBER: _builtins.int
     REPLAYED_FIELD_NUMBER: _builtins.int
     resumed: _builtins.bool
-    """Output only. Whether a live session goes on (RESUME)."""
+    """Output only. Whether a live session goes on (RESUME, MUST_EXIST)."""
     replayed: _builtins.bool
     """Output only. Whether an earlier try of this request had been carried out."""
     @_builtins.property
     def session(self) -> Global___Session:
-        """Output only. The session."""
+        """Output only. The session as it stands now: with replayed, chunks may have been applied since it began."""
 
     @_builtins.property
     def state(self) -> _tensor_pb2.Tensor:
-        """Output only. Its hidden state, shape (N, H)."""
+        """Output only. Its hidden state now, shape (N, H)."""
 
     def __init__(
         self,
@@ -387,8 +395,8 @@ class SetStateRequest(_message.Message):
     expected_chunk_seq: _builtins.int
     """Optional. Refuse with SEQ_GAP unless this is the last chunk applied; not set: any."""
     request_id: _builtins.str
-    """Optional. Makes a retry safe: the same id as the call that began the present epoch returns its
-    answer. At most 128 bytes.
+    """Optional. Makes a retry safe: the same id as the call that began the present epoch begins none
+    again. At most 128 bytes.
     """
     restored_epoch: _builtins.int
     """Optional. The epoch that an earlier answer named, when its writes were lost and are sent again;
@@ -430,7 +438,7 @@ class SetStateResponse(_message.Message):
     """Output only. Whether an earlier try of this request had been carried out."""
     @_builtins.property
     def session(self) -> Global___Session:
-        """Output only. The session."""
+        """Output only. The session as it stands now: with replayed, chunks may have been applied since."""
 
     def __init__(
         self,
@@ -464,8 +472,8 @@ class ResetStateRequest(_message.Message):
     expected_chunk_seq: _builtins.int
     """Optional. Refuse with SEQ_GAP unless this is the last chunk applied; not set: any."""
     request_id: _builtins.str
-    """Optional. Makes a retry safe: the same id as the call that began the present epoch returns its
-    answer. At most 128 bytes.
+    """Optional. Makes a retry safe: the same id as the call that began the present epoch begins none
+    again. At most 128 bytes.
     """
     restored_epoch: _builtins.int
     """Optional. The epoch that an earlier answer named, when its writes were lost and are sent again;
@@ -502,7 +510,7 @@ class ResetStateResponse(_message.Message):
     """Output only. Whether an earlier try of this request had been carried out."""
     @_builtins.property
     def session(self) -> Global___Session:
-        """Output only. The session."""
+        """Output only. The session as it stands now: with replayed, chunks may have been applied since."""
 
     def __init__(
         self,
@@ -533,8 +541,8 @@ class ForkSessionRequest(_message.Message):
     new_session_id: _builtins.str
     """Optional. The new session's name; empty: the server makes one. A live one is SESSION_EXISTS."""
     request_id: _builtins.str
-    """Optional. Makes a retry safe: the same id as the call that opened the new session returns its
-    answer. At most 128 bytes.
+    """Optional. Makes a retry safe: the same id as the call that opened the new session opens none again.
+    At most 128 bytes.
     """
     @_builtins.property
     def ttl(self) -> _duration_pb2.Duration:
@@ -569,11 +577,11 @@ class ForkSessionResponse(_message.Message):
     """Output only. Whether an earlier try of this request had been carried out."""
     @_builtins.property
     def session(self) -> Global___Session:
-        """Output only. The new session, in its first epoch."""
+        """Output only. The new session as it stands now: with replayed, chunks may have been applied since."""
 
     @_builtins.property
     def state(self) -> _tensor_pb2.Tensor:
-        """Output only. Its hidden state, shape (N, H)."""
+        """Output only. Its hidden state now, shape (N, H)."""
 
     def __init__(
         self,

@@ -82,7 +82,8 @@ class SessionServiceServicer(object):
     """
 
     def OpenSession(self, request, context):
-        """Opens a session, or resumes or resets a live one as on_exists says.
+        """Opens a session, or resumes or resets a live one as on_exists says. Sent again after a lost answer
+        it answers with the session as it stands now, not as it stood then.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -124,7 +125,8 @@ class SessionServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ForkSession(self, request, context):
-        """Opens another session that starts from this one's present state.
+        """Opens another session that starts from this one's present state. Sent again after a lost answer it
+        answers with the new session as it stands now, not as it stood then.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

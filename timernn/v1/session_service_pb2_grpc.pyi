@@ -34,7 +34,9 @@ class SessionServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> SessionServiceAsyncStub: ...
     OpenSession: _grpc.UnaryUnaryMultiCallable[_session_service_pb2.OpenSessionRequest, _session_service_pb2.OpenSessionResponse]
-    """Opens a session, or resumes or resets a live one as on_exists says."""
+    """Opens a session, or resumes or resets a live one as on_exists says. Sent again after a lost answer
+    it answers with the session as it stands now, not as it stood then.
+    """
     GetSession: _grpc.UnaryUnaryMultiCallable[_session_service_pb2.GetSessionRequest, _session_service_pb2.GetSessionResponse]
     """Returns one session without its state."""
     ListSessions: _grpc.UnaryUnaryMultiCallable[_session_service_pb2.ListSessionsRequest, _session_service_pb2.ListSessionsResponse]
@@ -46,7 +48,9 @@ class SessionServiceStub:
     ResetState: _grpc.UnaryUnaryMultiCallable[_session_service_pb2.ResetStateRequest, _session_service_pb2.ResetStateResponse]
     """Sets the hidden state to zero and begins a new epoch: writers of the older one are fenced off."""
     ForkSession: _grpc.UnaryUnaryMultiCallable[_session_service_pb2.ForkSessionRequest, _session_service_pb2.ForkSessionResponse]
-    """Opens another session that starts from this one's present state."""
+    """Opens another session that starts from this one's present state. Sent again after a lost answer it
+    answers with the new session as it stands now, not as it stood then.
+    """
     CloseSession: _grpc.UnaryUnaryMultiCallable[_session_service_pb2.CloseSessionRequest, _session_service_pb2.CloseSessionResponse]
     """Ends a session. Idempotent."""
 
@@ -56,7 +60,9 @@ class SessionServiceAsyncStub(SessionServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     OpenSession: _aio.UnaryUnaryMultiCallable[_session_service_pb2.OpenSessionRequest, _session_service_pb2.OpenSessionResponse]  # type: ignore[assignment]
-    """Opens a session, or resumes or resets a live one as on_exists says."""
+    """Opens a session, or resumes or resets a live one as on_exists says. Sent again after a lost answer
+    it answers with the session as it stands now, not as it stood then.
+    """
     GetSession: _aio.UnaryUnaryMultiCallable[_session_service_pb2.GetSessionRequest, _session_service_pb2.GetSessionResponse]  # type: ignore[assignment]
     """Returns one session without its state."""
     ListSessions: _aio.UnaryUnaryMultiCallable[_session_service_pb2.ListSessionsRequest, _session_service_pb2.ListSessionsResponse]  # type: ignore[assignment]
@@ -68,7 +74,9 @@ class SessionServiceAsyncStub(SessionServiceStub):
     ResetState: _aio.UnaryUnaryMultiCallable[_session_service_pb2.ResetStateRequest, _session_service_pb2.ResetStateResponse]  # type: ignore[assignment]
     """Sets the hidden state to zero and begins a new epoch: writers of the older one are fenced off."""
     ForkSession: _aio.UnaryUnaryMultiCallable[_session_service_pb2.ForkSessionRequest, _session_service_pb2.ForkSessionResponse]  # type: ignore[assignment]
-    """Opens another session that starts from this one's present state."""
+    """Opens another session that starts from this one's present state. Sent again after a lost answer it
+    answers with the new session as it stands now, not as it stood then.
+    """
     CloseSession: _aio.UnaryUnaryMultiCallable[_session_service_pb2.CloseSessionRequest, _session_service_pb2.CloseSessionResponse]  # type: ignore[assignment]
     """Ends a session. Idempotent."""
 
@@ -81,7 +89,9 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _session_service_pb2.OpenSessionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_session_service_pb2.OpenSessionResponse, _abc.Awaitable[_session_service_pb2.OpenSessionResponse]]:
-        """Opens a session, or resumes or resets a live one as on_exists says."""
+        """Opens a session, or resumes or resets a live one as on_exists says. Sent again after a lost answer
+        it answers with the session as it stands now, not as it stood then.
+        """
 
     @_abc_1.abstractmethod
     def GetSession(
@@ -129,7 +139,9 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _session_service_pb2.ForkSessionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_session_service_pb2.ForkSessionResponse, _abc.Awaitable[_session_service_pb2.ForkSessionResponse]]:
-        """Opens another session that starts from this one's present state."""
+        """Opens another session that starts from this one's present state. Sent again after a lost answer it
+        answers with the new session as it stands now, not as it stood then.
+        """
 
     @_abc_1.abstractmethod
     def CloseSession(

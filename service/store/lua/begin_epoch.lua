@@ -1,16 +1,17 @@
 #!lua
--- Begin an epoch of a session: open it, open it again, or give a live one a new state.
+-- Begin an epoch of a session: open it, open it again, or give a live one a new state; or go on with a live one.
 -- The epoch is greater than any that the name ever had, by the marker and by the store's clock, so a
 -- writer of an earlier epoch or of an earlier life is fenced off.
 -- KEYS[1] record  KEYS[2] marker  KEYS[3] tape index
--- ARGV[1] what to do with a live session: fail | resume | reset; live: there must be one
+-- ARGV[1] what to do with a live session: fail | resume | reset; where there must be one: live (new epoch),
+-- must_exist (as resume)
 -- ARGV[2] expected epoch or 0  ARGV[3] expected chunk_seq or -1  ARGV[4] restored epoch or 0
 -- ARGV[5] 16 bytes: 8 that name the request, 8 of its content; all zero: none
 -- ARGV[6] ttl (ms)  ARGV[7] time for which the marker outlives the session (ms)
 -- ARGV[8] head after touched: request, batch size, dtype, incarnation; then the tail
 -- ARGV[9] slot 0: the state  ARGV[10] length of the tail
--- Returns {BEGUN | REPLAYED | REUSED | RESUMED | EXISTS | ABSENT | FENCED | GAP, epoch}; RESUMED extends
--- the session's life only if it is of the model and batch size asked for
+-- Returns {BEGUN | REPLAYED | REUSED | RESUMED | EXISTS | FENCED | GAP, epoch} or {ABSENT, marker or ''};
+-- RESUMED extends the session's life only if it is of the model and batch size asked for
 local function whole(number) return string.format('%.0f', number) end
 local time = redis.call('TIME')
 local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
@@ -26,7 +27,7 @@ if head ~= '' then
     if restored == 0 or restored == epoch then return {'REPLAYED', whole(epoch)} end
   end
   if mode == 'fail' then return {'EXISTS', whole(epoch)} end
-  if mode == 'resume' then
+  if mode == 'resume' or mode == 'must_exist' then
     if redis.call('GETRANGE', KEYS[1], 56, 79 + tail) == string.sub(ARGV[8], 17) then
       redis.call('PEXPIRE', KEYS[1], live_ttl)
       redis.call('SETRANGE', KEYS[1], 32, struct.pack('>I8', now))
@@ -38,8 +39,8 @@ if head ~= '' then
   if expected_epoch > 0 and expected_epoch ~= epoch then return {'FENCED', whole(epoch)} end
   if expected_seq >= 0 and expected_seq ~= seq then return {'GAP', whole(seq)} end
   last = math.max(last, epoch)
-elseif mode == 'live' then
-  return {'ABSENT', '0'}
+elseif mode == 'live' or mode == 'must_exist' then
+  return {'ABSENT', marker or ''}
 end
 local epoch = restored
 if restored == 0 then
