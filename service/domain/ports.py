@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from service.domain.types import Checkpoint, Version
+    from service.domain.types import Checkpoint, Version, WaitingTape
 
 Bytes = bytes | memoryview
 
@@ -274,6 +274,11 @@ class SessionStore(Protocol):
     ) -> int:
         """Drop tapes that wait for their Backward; epoch 0: any, no chunks: all."""
 
+    async def list_tapes(
+        self, tenant: str, session_id: str
+    ) -> tuple[SessionHead | AbsentSession, list[WaitingTape]]:
+        """Read which tapes wait for their Backward, in order, with where the session stands."""
+
     async def reserve_session(self, tenant: str, session_id: str, ttl_ms: int) -> int:
         """Note a session in the tenant's list; return the end noted, 0 if the list is full."""
 
@@ -388,6 +393,9 @@ class ModelStore(Protocol):
 
     def contribution_name(self, tenant: str, session_id: str, epoch: int, chunk_seq: int) -> bytes:
         """Return the name of a contribution; names sort by session, epoch, chunk."""
+
+    def contribution_place(self, name: bytes) -> tuple[int, int]:
+        """Return the epoch and the chunk_seq in the name of a contribution."""
 
     def contribution_prefix(self, tenant: str, session_id: str, epoch: int) -> bytes:
         """Return what the names of a session's contributions begin with; epoch 0: of any."""

@@ -52,6 +52,7 @@ from service.domain.types import (
     Reduction,
     Selector,
     UpdateResult,
+    Waiting,
 )
 from service.domain.weights import grads_from_bytes, grads_to_bytes, spec_bytes
 
@@ -90,7 +91,7 @@ class _Counting:
 
 
 class Training:
-    """The Backward, Update and DiscardGradients operations."""
+    """The Backward, Update, DiscardGradients and ListWaiting operations."""
 
     def __init__(
         self,
@@ -172,6 +173,39 @@ class Training:
         if dropped is None:
             raise model_not_found(op.model_id)
         return DiscardResult(dropped, tapes)
+
+    async def list_waiting(self, tenant: str, session_id: str) -> Waiting:
+        """List what waits of one session: tapes for a Backward, contributions for an Update.
+
+        The tapes are read first: one whose gradient is counted in between then shows as a contribution, or
+        has been consumed, and is never missed.
+        """
+        head, tapes = await self._sessions.list_tapes(tenant, session_id)
+        if isinstance(head, AbsentSession):
+            raise session_absent(session_id, head)
+        prefix = self._models.contribution_prefix(tenant, session_id, 0)
+        look = await self._models.look_update(tenant, head.model_id, b"", [prefix])
+        if look is None or look.incarnation != head.incarnation:
+            raise model_not_found(head.model_id)
+        # A server that died after it had counted a gradient left the tape as one that waits.
+        counted = await asyncio.gather(
+            *(
+                self._models.is_counted(
+                    tenant,
+                    head.model_id,
+                    self._models.contribution_name(tenant, session_id, tape.epoch, tape.chunk_seq),
+                )
+                for tape in tapes
+            )
+        )
+        by_epoch: dict[int, list[int]] = {}
+        for entry in look.waiting:
+            epoch, chunk_seq = self._models.contribution_place(entry[:_NAME_BYTES])
+            by_epoch.setdefault(epoch, []).append(chunk_seq)
+        return Waiting(
+            tuple(tape for tape, is_counted in zip(tapes, counted, strict=True) if not is_counted),
+            tuple(Selector(session_id, epoch, tuple(seqs)) for epoch, seqs in by_epoch.items()),
+        )
 
     # --- tapes ------------------------------------------------------------------------------------
 

@@ -263,6 +263,23 @@ class DiscardResult:
 
 
 @dataclass(frozen=True, slots=True)
+class WaitingTape:
+    """A TRAIN chunk whose Backward has not come, with the token that the Backward names."""
+
+    epoch: int
+    chunk_seq: int
+    token: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """What waits of one session: tapes in order of their chunks, contributions by epoch."""
+
+    tapes: tuple[WaitingTape, ...]
+    contributions: tuple[Selector, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class InitialWeights:
     """Where a new model's weights come from: given, or drawn from the seed."""
 

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         ForwardResult,
         UpdateResult,
         Version,
+        Waiting,
     )
     from service.settings import Limits
 
@@ -230,6 +231,22 @@ def fill_discard(message: pb.DiscardGradientsResponse, result: DiscardResult) ->
     message.SetInParent()
     message.contribution_count = result.contribution_count
     message.tape_count = result.tape_count
+
+
+def waiting_to_proto(waiting: Waiting) -> pb.ListWaitingResponse:
+    """Return what waits of a session as a message."""
+    return pb.ListWaitingResponse(
+        tapes=[
+            pb.WaitingTape(epoch=tape.epoch, chunk_seq=tape.chunk_seq, state_token=tape.token)
+            for tape in waiting.tapes
+        ],
+        contributions=[
+            pb.ContributionSelector(
+                session_id=named.session_id, epoch=named.epoch, chunk_seqs=named.chunk_seqs
+            )
+            for named in waiting.contributions
+        ],
+    )
 
 
 def _fill_gradients(message: pb.Gradients, grads: Grads) -> None:

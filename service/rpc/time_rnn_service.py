@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from service.rpc.answers import AnswerSizes
+from service.rpc.fields import check_id
 from service.rpc.operations import Operations
 from service.rpc.stream import OperationStream, StreamRules
 from service.rpc.time_rnn_messages import (
@@ -13,6 +14,7 @@ from service.rpc.time_rnn_messages import (
     fill_discard,
     fill_forward,
     fill_update,
+    waiting_to_proto,
 )
 from timernn.v1 import time_rnn_service_pb2 as pb
 
@@ -74,6 +76,13 @@ class TimeRnnService:
         response = pb.DiscardGradientsResponse()
         fill_discard(response, await self._training.discard(call.tenant, wanted))
         return response
+
+    async def list_waiting(
+        self, call: Call, request: pb.ListWaitingRequest
+    ) -> pb.ListWaitingResponse:
+        """List the tapes and contributions of a session that wait."""
+        session_id = check_id("session_id", request.session_id)
+        return waiting_to_proto(await self._training.list_waiting(call.tenant, session_id))
 
     async def stream(self, call: Call) -> None:
         """Serve one stream of operations."""

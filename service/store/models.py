@@ -376,6 +376,11 @@ class RedisModelStore:
         session = keys.session_digest(tenant, session_id)
         return layouts.CONTRIBUTION_NAME.pack(session, epoch, chunk_seq)
 
+    def contribution_place(self, name: bytes) -> tuple[int, int]:
+        """Return the epoch and the chunk_seq in the name of a contribution."""
+        _, epoch, chunk_seq = layouts.CONTRIBUTION_NAME.unpack(name)
+        return epoch, chunk_seq
+
     def contribution_prefix(self, tenant: str, session_id: str, epoch: int) -> bytes:
         """Return what the names of a session's contributions begin with; epoch 0: of any."""
         session = keys.session_digest(tenant, session_id)

@@ -10,6 +10,7 @@ from service.domain.ports import (
     SessionSnapshot,
     TapeLook,
 )
+from service.domain.types import WaitingTape
 from service.settings import DAY_MS
 from service.store import keys, layouts
 from service.store.scripts import Call, load_script
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
         AbsentSession,
         ChunkCommit,
         EpochStart,
+        SessionHead,
     )
     from service.settings import Limits
     from service.store.links import Command
@@ -38,6 +40,7 @@ _CLOSE = load_script("close_session")
 _READ_TAPE = load_script("read_tape")
 _SETTLE = load_script("settle_tape")
 _DISCARD = load_script("discard_tapes")
+_LIST_TAPES = load_script("list_tapes")
 _RESERVE = load_script("reserve_session")
 _GIVE_BACK = load_script("give_back_place")
 _LIST = load_script("list_sessions")
@@ -169,6 +172,20 @@ class RedisSessionStore:
         named = epoch.to_bytes(8, "big") if epoch else b""
         call = Call(_DISCARD, (keys.tape_index_key(tag),), (named, chunks))
         return int(await self._runner.run(call))
+
+    async def list_tapes(
+        self, tenant: str, session_id: str
+    ) -> tuple[SessionHead | AbsentSession, list[WaitingTape]]:
+        """Read which tapes wait for their Backward, in order, with where the session stands."""
+        tag = keys.session_tag(tenant, session_id)
+        slot = (keys.record_key(tag), keys.marker_key(tag), keys.tape_index_key(tag))
+        head, marker, *tapes = await self._runner.run(Call(_LIST_TAPES, slot, ()))
+        if not head:
+            return layouts.absence_from_marker(marker), []
+        return layouts.head_from_bytes(head), [
+            WaitingTape(*layouts.TAPE_NAME.unpack_from(tape), tape[layouts.TAPE_NAME.size :])
+            for tape in sorted(tapes)
+        ]
 
     async def reserve_session(self, tenant: str, session_id: str, ttl_ms: int) -> int:
         """Note a session in the tenant's list; return the end noted, 0 if the list is full."""

@@ -23,7 +23,14 @@ from instruments.replicas import (
 )
 from rnn_engine import Adam, rnn_backward, rnn_forward
 from service.domain.errors import DomainError
-from service.domain.types import DiscardGradients, NewEpoch, Selector, Version
+from service.domain.types import (
+    DiscardGradients,
+    NewEpoch,
+    Selector,
+    Version,
+    Waiting,
+    WaitingTape,
+)
 from service.settings import Limits
 from service.store import keys
 
@@ -377,6 +384,82 @@ async def test_the_order_of_arrival_changes_no_bit(
         for name in order:
             await replicas[0].sessions.close(tenant, name, 0)
     assert heads[0] == heads[1]
+
+
+async def test_what_waits_of_a_session_is_listed(
+    replicas: Pair,
+    tenant: str,
+    make_model: ModelMaker,
+    open_session: ClientMaker,
+    rng: np.random.Generator,
+) -> None:
+    """Its own tapes and contributions alone, in order, older epochs' contributions too."""
+    await make_model()
+    other = await open_session("other")
+    await other.forward(draw(rng), train=True)
+    await other.backward(draw(rng, size=HIDDEN))
+    client = await open_session()
+    for _ in range(3):
+        await client.forward(draw(rng), train=True)
+    await client.backward(draw(rng, size=HIDDEN))
+    await client.backward(draw(rng, size=HIDDEN), 2)
+    waiting = await replicas[0].training.list_waiting(tenant, "s")
+    assert waiting.tapes == (WaitingTape(client.epoch, 1, client.tokens[1]),)
+    assert waiting.contributions == (Selector("s", client.epoch, (2, 3)),)
+    await client.update("m", "u", 3)
+    view, _ = await replicas[0].sessions.begin_epoch(tenant, RESET)
+    later = Client(replicas, tenant, "s", view.epoch)
+    await later.forward(draw(rng), train=True)
+    await later.backward(draw(rng, size=HIDDEN))
+    waiting = await replicas[1].training.list_waiting(tenant, "s")
+    assert waiting.tapes == ()
+    named = (Selector("s", client.epoch, (2,)), Selector("s", later.epoch, (1,)))
+    assert waiting.contributions == named
+
+
+async def test_a_tape_whose_gradient_was_counted_does_not_wait(
+    replicas: Pair,
+    tenant: str,
+    make_model: ModelMaker,
+    open_session: ClientMaker,
+    rng: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A server that died between the two slots left its tape as one that waits; it is not listed."""
+    await make_model()
+    client = await open_session()
+
+    async def died(*_: object) -> None:
+        pass
+
+    for replica in replicas:
+        monkeypatch.setattr(replica.store.sessions, "settle_tape", died)
+    for _ in range(2):
+        await client.forward(draw(rng), train=True)
+        await client.backward(draw(rng, size=HIDDEN))
+    await client.update("m", "u", 1)
+    waiting = await replicas[0].training.list_waiting(tenant, "s")
+    assert waiting == Waiting((), (Selector("s", client.epoch, (2,)),))
+
+
+async def test_nothing_waits_of_a_session_that_is_gone(
+    replicas: Pair, tenant: str, make_model: ModelMaker, open_session: ClientMaker, raw: Redis
+) -> None:
+    """Never opened, expired, closed, and of a model that was made anew: each has its own answer."""
+    await make_model()
+    list_waiting = replicas[0].training.list_waiting
+    assert (await refusal(list_waiting(tenant, "never"))).reason == "SESSION_NOT_FOUND"
+    await open_session()
+    assert await list_waiting(tenant, "s") == Waiting((), ())
+    await replicas[0].models.delete(tenant, "m", allow_missing=False)
+    assert (await refusal(list_waiting(tenant, "s"))).reason == "MODEL_NOT_FOUND"
+    await make_model()
+    assert (await refusal(list_waiting(tenant, "s"))).reason == "MODEL_NOT_FOUND"
+    await raw.pexpireat(keys.session_tag(tenant, "s"), 1)
+    assert (await refusal(list_waiting(tenant, "s"))).reason == "SESSION_EXPIRED"
+    await open_session()
+    await replicas[0].sessions.close(tenant, "s", 0)
+    assert (await refusal(list_waiting(tenant, "s"))).reason == "SESSION_CLOSED"
 
 
 async def test_discarded_contributions_cannot_come_back(

@@ -10,7 +10,15 @@ from google.protobuf.duration_pb2 import Duration
 
 from rnn_engine import OPTIMIZERS, AdamW
 from service.domain.errors import InvalidArgument
-from service.domain.types import OnExists, Reduction, ReturnHs, Selector, Version
+from service.domain.types import (
+    OnExists,
+    Reduction,
+    ReturnHs,
+    Selector,
+    Version,
+    Waiting,
+    WaitingTape,
+)
 from service.rpc.fields import check_id, check_request_id, selectors_from_proto, ttl_from_proto
 from service.rpc.model_messages import (
     initial_weights_from_proto,
@@ -21,7 +29,7 @@ from service.rpc.model_messages import (
 )
 from service.rpc.server_info import limits_to_proto
 from service.rpc.session_messages import new_epoch_from_proto, open_session_from_proto
-from service.rpc.time_rnn_messages import OperationReader
+from service.rpc.time_rnn_messages import OperationReader, waiting_to_proto
 from service.settings import Limits
 from timernn.v1 import model_service_pb2 as model_pb
 from timernn.v1 import session_service_pb2 as session_pb
@@ -168,6 +176,14 @@ def test_every_limit_is_told() -> None:
     }
     assert told.default_ttl == Duration(seconds=3600)
     assert told.head_max_age == Duration(nanos=50_000_000)
+
+
+def test_what_waits_is_written_as_an_update_takes_it() -> None:
+    """Tapes with their tokens; contributions as the selectors of an Update."""
+    waiting = Waiting((WaitingTape(7, 4, TOKEN),), (Selector("s", 7, (2, 3)),))
+    told = waiting_to_proto(waiting)
+    assert told.tapes[0] == pb.WaitingTape(epoch=7, chunk_seq=4, state_token=TOKEN)
+    assert selectors_from_proto(told.contributions, LIMITS) == waiting.contributions
 
 
 def test_opening_has_the_contracts_defaults() -> None:

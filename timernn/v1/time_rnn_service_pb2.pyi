@@ -587,6 +587,90 @@ class DiscardGradientsResponse(_message.Message):
 Global___DiscardGradientsResponse: _TypeAlias = DiscardGradientsResponse  # noqa: Y015
 
 @_typing.final
+class ListWaitingRequest(_message.Message):
+    """Asks what waits of a session."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    """Required. The session."""
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["session_id", b"session_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListWaitingRequest: _TypeAlias = ListWaitingRequest  # noqa: Y015
+
+@_typing.final
+class WaitingTape(_message.Message):
+    """A TRAIN chunk that has had no Backward yet."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: _builtins.int
+    CHUNK_SEQ_FIELD_NUMBER: _builtins.int
+    STATE_TOKEN_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.int
+    """Output only. The chunk's epoch."""
+    chunk_seq: _builtins.int
+    """Output only. The chunk's number."""
+    state_token: _builtins.bytes
+    """Output only. state_token of its Forward's answer, which its Backward names."""
+    def __init__(
+        self,
+        *,
+        epoch: _builtins.int = ...,
+        chunk_seq: _builtins.int = ...,
+        state_token: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_seq", b"chunk_seq", "epoch", b"epoch", "state_token", b"state_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WaitingTape: _TypeAlias = WaitingTape  # noqa: Y015
+
+@_typing.final
+class ListWaitingResponse(_message.Message):
+    """What waits of a session."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TAPES_FIELD_NUMBER: _builtins.int
+    CONTRIBUTIONS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def tapes(self) -> _containers.RepeatedCompositeFieldContainer[Global___WaitingTape]:
+        """Output only. In order of their chunks, at most Limits.tapes_per_session. A tape whose gradient was
+        counted is not among them.
+        """
+
+    @_builtins.property
+    def contributions(self) -> _containers.RepeatedCompositeFieldContainer[Global___ContributionSelector]:
+        """Output only. Named as an UpdateRequest takes them, by epoch, of every epoch of the session."""
+
+    def __init__(
+        self,
+        *,
+        tapes: _abc.Iterable[Global___WaitingTape] | None = ...,
+        contributions: _abc.Iterable[Global___ContributionSelector] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["contributions", b"contributions", "tapes", b"tapes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListWaitingResponse: _TypeAlias = ListWaitingResponse  # noqa: Y015
+
+@_typing.final
 class Operation(_message.Message):
     """One operation on a stream."""
 

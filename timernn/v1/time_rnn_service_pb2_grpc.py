@@ -58,6 +58,11 @@ class TimeRnnServiceStub(object):
                 request_serializer=timernn_dot_v1_dot_time__rnn__service__pb2.DiscardGradientsRequest.SerializeToString,
                 response_deserializer=timernn_dot_v1_dot_time__rnn__service__pb2.DiscardGradientsResponse.FromString,
                 _registered_method=True)
+        self.ListWaiting = channel.unary_unary(
+                '/timernn.v1.TimeRnnService/ListWaiting',
+                request_serializer=timernn_dot_v1_dot_time__rnn__service__pb2.ListWaitingRequest.SerializeToString,
+                response_deserializer=timernn_dot_v1_dot_time__rnn__service__pb2.ListWaitingResponse.FromString,
+                _registered_method=True)
         self.Stream = channel.stream_stream(
                 '/timernn.v1.TimeRnnService/Stream',
                 request_serializer=timernn_dot_v1_dot_time__rnn__service__pb2.StreamRequest.SerializeToString,
@@ -100,6 +105,14 @@ class TimeRnnServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListWaiting(self, request, context):
+        """Lists what waits of one session: tapes for their Backward, contributions for an Update. For a program
+        that goes on where another one was killed; changes nothing and extends nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Stream(self, request_iterator, context):
         """Carries many operations for many sessions over one call. One session's operations are answered
         in order; an operation that fails disturbs no other session.
@@ -130,6 +143,11 @@ def add_TimeRnnServiceServicer_to_server(servicer, server):
                     servicer.DiscardGradients,
                     request_deserializer=timernn_dot_v1_dot_time__rnn__service__pb2.DiscardGradientsRequest.FromString,
                     response_serializer=timernn_dot_v1_dot_time__rnn__service__pb2.DiscardGradientsResponse.SerializeToString,
+            ),
+            'ListWaiting': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListWaiting,
+                    request_deserializer=timernn_dot_v1_dot_time__rnn__service__pb2.ListWaitingRequest.FromString,
+                    response_serializer=timernn_dot_v1_dot_time__rnn__service__pb2.ListWaitingResponse.SerializeToString,
             ),
             'Stream': grpc.stream_stream_rpc_method_handler(
                     servicer.Stream,
@@ -249,6 +267,33 @@ class TimeRnnService(object):
             '/timernn.v1.TimeRnnService/DiscardGradients',
             timernn_dot_v1_dot_time__rnn__service__pb2.DiscardGradientsRequest.SerializeToString,
             timernn_dot_v1_dot_time__rnn__service__pb2.DiscardGradientsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListWaiting(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/timernn.v1.TimeRnnService/ListWaiting',
+            timernn_dot_v1_dot_time__rnn__service__pb2.ListWaitingRequest.SerializeToString,
+            timernn_dot_v1_dot_time__rnn__service__pb2.ListWaitingResponse.FromString,
             options,
             channel_credentials,
             insecure,

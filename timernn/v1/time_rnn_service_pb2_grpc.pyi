@@ -45,6 +45,10 @@ class TimeRnnServiceStub:
     """Turns waiting contributions into one optimizer step and a new weights version."""
     DiscardGradients: _grpc.UnaryUnaryMultiCallable[_time_rnn_service_pb2.DiscardGradientsRequest, _time_rnn_service_pb2.DiscardGradientsResponse]
     """Drops waiting contributions, and tapes that wait for their Backward."""
+    ListWaiting: _grpc.UnaryUnaryMultiCallable[_time_rnn_service_pb2.ListWaitingRequest, _time_rnn_service_pb2.ListWaitingResponse]
+    """Lists what waits of one session: tapes for their Backward, contributions for an Update. For a program
+    that goes on where another one was killed; changes nothing and extends nothing.
+    """
     Stream: _grpc.StreamStreamMultiCallable[_time_rnn_service_pb2.StreamRequest, _time_rnn_service_pb2.StreamResponse]
     """Carries many operations for many sessions over one call. One session's operations are answered
     in order; an operation that fails disturbs no other session.
@@ -67,6 +71,10 @@ class TimeRnnServiceAsyncStub(TimeRnnServiceStub):
     """Turns waiting contributions into one optimizer step and a new weights version."""
     DiscardGradients: _aio.UnaryUnaryMultiCallable[_time_rnn_service_pb2.DiscardGradientsRequest, _time_rnn_service_pb2.DiscardGradientsResponse]  # type: ignore[assignment]
     """Drops waiting contributions, and tapes that wait for their Backward."""
+    ListWaiting: _aio.UnaryUnaryMultiCallable[_time_rnn_service_pb2.ListWaitingRequest, _time_rnn_service_pb2.ListWaitingResponse]  # type: ignore[assignment]
+    """Lists what waits of one session: tapes for their Backward, contributions for an Update. For a program
+    that goes on where another one was killed; changes nothing and extends nothing.
+    """
     Stream: _aio.StreamStreamMultiCallable[_time_rnn_service_pb2.StreamRequest, _time_rnn_service_pb2.StreamResponse]  # type: ignore[assignment]
     """Carries many operations for many sessions over one call. One session's operations are answered
     in order; an operation that fails disturbs no other session.
@@ -110,6 +118,16 @@ class TimeRnnServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_time_rnn_service_pb2.DiscardGradientsResponse, _abc.Awaitable[_time_rnn_service_pb2.DiscardGradientsResponse]]:
         """Drops waiting contributions, and tapes that wait for their Backward."""
+
+    @_abc_1.abstractmethod
+    def ListWaiting(
+        self,
+        request: _time_rnn_service_pb2.ListWaitingRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_time_rnn_service_pb2.ListWaitingResponse, _abc.Awaitable[_time_rnn_service_pb2.ListWaitingResponse]]:
+        """Lists what waits of one session: tapes for their Backward, contributions for an Update. For a program
+        that goes on where another one was killed; changes nothing and extends nothing.
+        """
 
     @_abc_1.abstractmethod
     def Stream(
