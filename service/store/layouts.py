@@ -41,7 +41,7 @@ from service.domain.ports import (
     SessionHead,
     StoredState,
 )
-from service.domain.types import Version
+from service.domain.types import Version, WaitingTape
 
 if TYPE_CHECKING:
     from service.domain.ports import (
@@ -121,6 +121,12 @@ def commit_to_parts(commit: ChunkCommit) -> tuple[bytes, bytes]:
         len(commit.tape or b""),
     )
     return fixed, state.h
+
+
+def waiting_tape_from_bytes(data: bytes) -> WaitingTape:
+    """Read a tape's name and token."""
+    epoch, chunk_seq = TAPE_NAME.unpack_from(data)
+    return WaitingTape(epoch, chunk_seq, data[TAPE_NAME.size :])
 
 
 def absence_from_marker(marker: bytes) -> AbsentSession:

@@ -10,7 +10,6 @@ from service.domain.ports import (
     SessionSnapshot,
     TapeLook,
 )
-from service.domain.types import WaitingTape
 from service.settings import DAY_MS
 from service.store import keys, layouts
 from service.store.scripts import Call, load_script
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
         EpochStart,
         SessionHead,
     )
+    from service.domain.types import WaitingTape
     from service.settings import Limits
     from service.store.links import Command
     from service.store.scripts import Argument, ScriptRunner
@@ -183,8 +183,7 @@ class RedisSessionStore:
         if not head:
             return layouts.absence_from_marker(marker), []
         return layouts.head_from_bytes(head), [
-            WaitingTape(*layouts.TAPE_NAME.unpack_from(tape), tape[layouts.TAPE_NAME.size :])
-            for tape in sorted(tapes)
+            layouts.waiting_tape_from_bytes(tape) for tape in sorted(tapes)
         ]
 
     async def reserve_session(self, tenant: str, session_id: str, ttl_ms: int) -> int:

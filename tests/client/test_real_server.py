@@ -258,8 +258,7 @@ def test_a_session_that_must_exist_needs_a_name(live: timernn.Client, model_id: 
 def test_a_model_that_is_there_may_be_created_again(live: timernn.Client, model_id: str) -> None:
     """With exist_ok the same one is returned as it stands; another is ModelExists with what differs."""
     made = live.create_model(model_id, input_size=D, hidden_size=H, seed=3)
-    zeros = {"Wx": np.zeros((D, H)), "Wh": np.zeros((H, H)), "b": np.zeros(H)}
-    version = live.put_weights(model_id, **zeros)
+    version = live.put_weights(model_id, Wx=np.zeros((D, H)), Wh=np.zeros((H, H)), b=np.zeros(H))
     again = live.create_model(model_id, input_size=D, hidden_size=H, seed=9, exist_ok=True)
     assert (again.incarnation, again.head) == (made.incarnation, version)
     with pytest.raises(timernn.ModelExists, match=f"hidden_size: it has {H}, asked for 9"):

@@ -678,10 +678,10 @@ async def test_a_reset_that_another_one_overtakes_was_made_all_the_same(
             return getattr(replicas[0].store.sessions, name)
 
         async def begin_epoch(self, *arguments: Any) -> Any:
-            outcome, number = await replicas[0].store.sessions.begin_epoch(*arguments)
+            decided = await replicas[0].store.sessions.begin_epoch(*arguments)
             view, _ = await replicas[1].sessions.begin_epoch(tenant, new_epoch())
             begun.append(view.epoch)
-            return outcome, number
+            return decided
 
     replicas[0].sessions._store = Overtaken()
     view, replayed = await replicas[0].sessions.begin_epoch(tenant, new_epoch())
