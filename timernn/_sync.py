@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
 import grpc
 import numpy as np
 
+from timernn import errors
 from timernn._core import arguments
 from timernn._core.arguments import checked, checked_with
-from timernn._core.channels import addresses_of, channel_options
+from timernn._core.channels import Links
 from timernn._core.client import ClientCore
 from timernn._core.effects import (
     END,
@@ -35,6 +36,7 @@ from timernn._core.retry import RetryPolicy
 from timernn._core.session import SessionCore
 from timernn._core.status import error_from_rpc
 from timernn._core.stream import StreamCore
+from timernn._core.targets import addresses_of
 from timernn._core.views import SessionView
 
 if TYPE_CHECKING:
@@ -44,12 +46,13 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from timernn import errors
+    from timernn._core.channels import Link
     from timernn._core.contract import Rpc
     from timernn._core.effects import (
         Effect,
         Op,
     )
+    from timernn._core.frame import Frames
     from timernn.types import (
         Array,
         Contributions,
@@ -76,6 +79,7 @@ def connect(
     log_bytes: int = 16 << 20,
     log_total_bytes: int = 256 << 20,
     max_message_bytes: int = 16 << 20,
+    proxy: str | None = None,
 ) -> Client:
     """Make a client; the first call connects.
 
@@ -89,6 +93,9 @@ def connect(
         log_bytes: Bytes of them, a session; the training sessions of one model share it.
         log_total_bytes: Bytes of all logs together; those written longest ago give way.
         max_message_bytes: Largest message either way; the server's own limit counts too.
+        proxy: "http://HOST:PORT" of an HTTP proxy to connect through, or "environment" to use what
+            http_proxy, https_proxy and no_proxy say; None connects directly. A loopback address and
+            a Unix socket are always reached directly.
     """
     options = Options(
         timeout_s=timeout,
@@ -98,38 +105,53 @@ def connect(
         log_bytes=log_bytes,
         log_total_bytes=log_total_bytes,
         max_message_bytes=max_message_bytes,
+        proxy=proxy,
     )
     return Client(addresses_of(target), options)
+
+
+_MAIN_THREAD = threading.main_thread().ident
+_CLOSING_S = 5.0
 
 
 class _Stream:
     """A bidirectional call whose requests come from a queue."""
 
-    def __init__(self, start: Any, timeout_s: float) -> None:
-        self._requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    def __init__(self, link: Link, rpc: Rpc[Any, Any], timeout_s: float) -> None:
+        self.link, self.rpc = link, rpc
+        self._requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        start = link.method("stream_stream", rpc)
         self._call = start(iter(self._requests.get, None), timeout=timeout_s)
 
     def write(self, message: Any) -> None:
-        self._requests.put(message)
+        self._requests.put(self.rpc.serialize(message))
 
-    def read(self) -> Any:
+    def read(self) -> bytes | None:
         return next(self._call, None)
 
     def close(self) -> None:
         self._requests.put(None)
-        self._call.cancel()
+        if self.link.is_broken:
+            _in_background(self._call.cancel)
+        else:
+            self._call.cancel()
 
 
 class _Transport:
-    """Carries out effects over one channel an address; calls of several threads may overlap."""
+    """Carries out effects; calls of several threads may overlap.
 
-    def __init__(self, addresses: Sequence[str], max_message_bytes: int) -> None:
-        options = channel_options(max_message_bytes)
-        self._channels = [grpc.insecure_channel(address, options) for address in addresses]
-        self._methods: dict[tuple[int, str], Any] = {}
+    An exception that is raised inside gRPC and is not gRPC's, as Ctrl-C or a signal's handler does,
+    may leave gRPC's own locks held: whoever takes them next would wait for ever. The channel is left
+    then, and nothing waits for it. Signals are raised in the main thread alone, so this has channels
+    of its own, and the other threads' calls never wait for what it left.
+    """
+
+    def __init__(self, addresses: Sequence[str], options: Options) -> None:
+        self._links = Links(addresses, options, grpc.insecure_channel)
 
     def run(self, op: Op[R]) -> R:
         """Drive a generator of the core to its end."""
+        self._links.check()
         try:
             effect = next(op)
             while True:
@@ -142,44 +164,83 @@ class _Transport:
         except StopIteration as stop:
             return stop.value  # type: ignore[no-any-return]
 
-    def close(self) -> None:
-        for channel in self._channels:
-            channel.close()
+    def close(self, frames: Frames) -> None:
+        """Leave the frames' stream and close the channels."""
+        if self._links.is_inherited:
+            return  # they are the parent's, and gRPC's threads are not here
+        frames.close()
+        closing = [_in_background(link.channel.close) for link in self._links.close()]
+        for thread in closing:
+            thread.join(_CLOSING_S)
 
     def _perform(self, effect: Effect) -> Any:
-        try:
-            return self._unmapped(effect)
-        except grpc.RpcError as error:
-            raise error_from_rpc(error) from error
-
-    def _unmapped(self, effect: Effect) -> Any:  # noqa: PLR0911  # a table
         match effect:
-            case Call(rpc, request, address, timeout_s):
-                return self._method("unary_unary", address, rpc)(request, timeout=timeout_s)
-            case Write(stream, message):
-                return stream.write(message)  # type: ignore[attr-defined]
-            case Read(stream):
-                return stream.read()  # type: ignore[attr-defined]
             case Pull(source, block):
                 return source.pull(block)
             case Sleep(seconds):
                 return time.sleep(seconds)
-            case OpenStream(rpc, address, timeout_s):
-                return _Stream(self._method("stream_stream", address, rpc), timeout_s)
-            case Download(rpc, request, address, timeout_s):
-                return list(self._method("unary_stream", address, rpc)(request, timeout=timeout_s))
-            case Upload(rpc, requests, address, timeout_s):
-                start = self._method("stream_unary", address, rpc)
-                return start(iter(requests), timeout=timeout_s)
+            case Write(stream, message):
+                return stream.write(message)  # type: ignore[attr-defined]
+            case Read(stream):
+                link = stream.link  # type: ignore[attr-defined]
+            case _:
+                link = self._links.get(effect.address, threading.get_ident() == _MAIN_THREAD)
+        started = time.monotonic()
+        try:
+            return _over(link, effect)
+        except grpc.RpcError as failure:
+            error = error_from_rpc(failure)
+            self._links.leave_if_silent(link, error, started)
+            raise error from failure
+        except errors.Error:
+            raise
+        except BaseException as error:  # noqa: BLE001  # whatever a signal's handler raises
+            self._abandon(link)
+            if isinstance(error, ValueError):  # gRPC's, when another thread has closed the client
+                self._links.check()
+            raise _interrupt_behind(error) from None
 
-    def _method(self, kind: str, address: int, rpc: Rpc[Any, Any]) -> Any:
-        key = (address, rpc.path)
-        if key not in self._methods:
-            make = getattr(self._channels[address], kind)
-            self._methods[key] = make(
-                rpc.path, request_serializer=rpc.serialize, response_deserializer=rpc.deserialize
-            )
-        return self._methods[key]
+    def _abandon(self, link: Link) -> None:
+        self._links.leave(link)
+        link.is_broken = True
+        _in_background(link.channel.close)
+
+
+def _over(link: Link, effect: Effect) -> Any:
+    """Carry out an effect over a channel."""
+    match effect:
+        case Call(rpc, request, _, timeout_s):
+            answer = link.method("unary_unary", rpc)(rpc.serialize(request), timeout=timeout_s)
+            answered: Any = rpc.read(answer)
+        case Read(stream):
+            message = stream.read()  # type: ignore[attr-defined]
+            answered = None if message is None else stream.rpc.read(message)  # type: ignore[attr-defined]
+        case Download(rpc, request, _, timeout_s):
+            call = link.method("unary_stream", rpc)(rpc.serialize(request), timeout=timeout_s)
+            answered = [rpc.read(message) for message in call]
+        case Upload(rpc, requests, _, timeout_s):
+            start = link.method("stream_unary", rpc)
+            answered = rpc.read(start(map(rpc.serialize, requests), timeout=timeout_s))
+        case OpenStream(rpc, _, timeout_s):
+            return _Stream(link, rpc, timeout_s)
+        case _:
+            raise TypeError(f"{type(effect).__name__} needs no channel")
+    link.answered = time.monotonic()
+    return answered
+
+
+def _in_background(close: Callable[[], Any]) -> threading.Thread:
+    """Call what may wait for a lock that nobody will release."""
+    thread = threading.Thread(target=close, name="timernn-close", daemon=True)
+    thread.start()
+    return thread
+
+
+def _interrupt_behind(error: BaseException) -> BaseException:
+    """Return what struck a lock's own code, which then fails with a RuntimeError of its own."""
+    while isinstance(error, RuntimeError) and error.__context__ is not None:
+        error = error.__context__
+    return error
 
 
 def _of_client(
@@ -212,7 +273,7 @@ class Client:
 
     def __init__(self, addresses: list[str], options: Options) -> None:
         self._core = ClientCore(addresses, options)
-        self._transport = _Transport(addresses, options.max_message_bytes)
+        self._transport = _Transport(addresses, options)
         self._frame_lock = threading.Lock()
 
     create_model = _of_client(ClientCore.create_model)
@@ -327,8 +388,7 @@ class Client:
 
     def close(self) -> None:
         """Close the connections; sessions stay on the server."""
-        self._core.frames.close()
-        self._transport.close()
+        self._transport.close(self._core.frames)
 
     def __repr__(self) -> str:
         return f"<timernn.Client {', '.join(self._core.caller.addresses)}>"

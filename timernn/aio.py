@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterable, AsyncIterator
 from contextlib import AsyncExitStack
 from functools import wraps
@@ -20,9 +21,10 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
 import grpc
 import grpc.aio
 
+from timernn import errors
 from timernn._core import arguments
 from timernn._core.arguments import checked, checked_with
-from timernn._core.channels import addresses_of, channel_options
+from timernn._core.channels import Links
 from timernn._core.client import ClientCore
 from timernn._core.effects import (
     END,
@@ -42,6 +44,7 @@ from timernn._core.retry import RetryPolicy
 from timernn._core.session import SessionCore
 from timernn._core.status import error_from_rpc
 from timernn._core.stream import StreamCore
+from timernn._core.targets import addresses_of
 from timernn._core.views import SessionView
 
 if TYPE_CHECKING:
@@ -51,12 +54,13 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from timernn import errors
+    from timernn._core.channels import Link
     from timernn._core.contract import Rpc
     from timernn._core.effects import (
         Effect,
         Op,
     )
+    from timernn._core.frame import Frames
     from timernn.types import (
         Array,
         Contributions,
@@ -85,6 +89,7 @@ def connect(
     log_bytes: int = 16 << 20,
     log_total_bytes: int = 256 << 20,
     max_message_bytes: int = 16 << 20,
+    proxy: str | None = None,
 ) -> Client:
     """Make a client; the first call connects. The arguments are those of `timernn.connect`."""
     options = Options(
@@ -95,6 +100,7 @@ def connect(
         log_bytes=log_bytes,
         log_total_bytes=log_total_bytes,
         max_message_bytes=max_message_bytes,
+        proxy=proxy,
     )
     return Client(addresses_of(target), options)
 
@@ -102,8 +108,9 @@ def connect(
 class _Stream:
     """A bidirectional call."""
 
-    def __init__(self, call: Any) -> None:
-        self._call = call
+    def __init__(self, link: Link, rpc: Rpc[Any, Any], timeout_s: float) -> None:
+        self.link, self.rpc = link, rpc
+        self._call = link.method("stream_stream", rpc)(timeout=timeout_s)
         self._has_begun = False
 
     async def write(self, message: Any) -> None:
@@ -111,7 +118,7 @@ class _Stream:
             await self._wait_until_begun()
         # It has ended: the read that follows tells why.
         with contextlib.suppress(asyncio.InvalidStateError):
-            await self._call.write(message)
+            await self._call.write(self.rpc.serialize(message))
 
     async def _wait_until_begun(self) -> None:
         """Wait until the call is on its way or over: gRPC's write waits for the first alone."""
@@ -128,7 +135,7 @@ class _Stream:
             await asyncio.gather(*waits, return_exceptions=True)
         self._has_begun = True
 
-    async def read(self) -> Any:
+    async def read(self) -> bytes | None:
         message = await self._call.read()
         return None if message is grpc.aio.EOF else message
 
@@ -137,15 +144,16 @@ class _Stream:
 
 
 class _Transport:
-    """Carries out effects over one channel an address, on the loop that runs at the first call."""
+    """Carries out effects on the loop that runs at the first call."""
 
-    def __init__(self, addresses: Sequence[str], max_message_bytes: int) -> None:
-        self._addresses, self._options = addresses, channel_options(max_message_bytes)
-        self._channels: dict[int, grpc.aio.Channel] = {}
-        self._methods: dict[tuple[int, str], Any] = {}
+    def __init__(self, addresses: Sequence[str], options: Options) -> None:
+        # A channel belongs to the loop that it is made in, hence none before the first call.
+        self._links = Links(addresses, options, grpc.aio.insecure_channel)
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     async def run(self, op: Op[R]) -> R:
         """Drive a generator of the core to its end."""
+        self._check()
         try:
             effect = next(op)
             while True:
@@ -158,52 +166,75 @@ class _Transport:
         except StopIteration as stop:
             return stop.value  # type: ignore[no-any-return]
 
-    async def close(self) -> None:
-        for channel in self._channels.values():
-            await channel.close()
+    async def close(self, frames: Frames) -> None:
+        """Leave the frames' stream and close the channels."""
+        is_elsewhere = self._loop not in {None, asyncio.get_running_loop()}
+        if self._links.is_inherited:
+            return  # they are the parent's, and gRPC's threads are not here
+        if not is_elsewhere:
+            frames.close()
+        for link in self._links.close():
+            if not is_elsewhere:  # else they go with the last that holds them
+                await link.channel.close()
+
+    def _check(self) -> None:
+        self._links.check()
+        loop = asyncio.get_running_loop()
+        if self._loop is None:
+            self._loop = loop
+        elif self._loop is not loop:
+            raise errors.WrongLoop(
+                "the client belongs to the event loop of its first call; connect again in this one"
+            )
 
     async def _perform(self, effect: Effect) -> Any:
-        try:
-            return await self._unmapped(effect)
-        except grpc.RpcError as error:
-            raise error_from_rpc(error) from error
-
-    async def _unmapped(self, effect: Effect) -> Any:  # noqa: PLR0911  # a table
         match effect:
-            case Call(rpc, request, address, timeout_s):
-                return await self._method("unary_unary", address, rpc)(request, timeout=timeout_s)
-            case Write(stream, message):
-                return await stream.write(message)  # type: ignore[attr-defined]
-            case Read(stream):
-                return await stream.read()  # type: ignore[attr-defined]
             case Pull(source, block):
                 return await source.pull(block)
             case Sleep(seconds):
                 return await asyncio.sleep(seconds)
-            case OpenStream(rpc, address, timeout_s):
-                return _Stream(self._method("stream_stream", address, rpc)(timeout=timeout_s))
-            case Download(rpc, request, address, timeout_s):
-                call = self._method("unary_stream", address, rpc)(request, timeout=timeout_s)
-                return [message async for message in call]
-            case Upload(rpc, requests, address, timeout_s):
-                start = self._method("stream_unary", address, rpc)
-                return await start(iter(requests), timeout=timeout_s)
+            case Read(stream) | Write(stream, _):
+                link = stream.link  # type: ignore[attr-defined]
+            case _:
+                link = self._links.get(effect.address)
+        started = time.monotonic()
+        try:
+            return await _over(link, effect)
+        except grpc.RpcError as failure:
+            error = error_from_rpc(failure)
+            self._links.leave_if_silent(link, error, started)
+            raise error from failure
+        except (asyncio.CancelledError, GeneratorExit, errors.Error):
+            raise
+        except BaseException:
+            self._links.leave(link)  # an interrupt may have left it half done
+            self._check()  # gRPC's own, when the client was closed meanwhile
+            raise
 
-    def _method(self, kind: str, address: int, rpc: Rpc[Any, Any]) -> Any:
-        key = (address, rpc.path)
-        if key not in self._methods:
-            make = getattr(self._channel(address), kind)
-            self._methods[key] = make(
-                rpc.path, request_serializer=rpc.serialize, response_deserializer=rpc.deserialize
-            )
-        return self._methods[key]
 
-    def _channel(self, address: int) -> grpc.aio.Channel:
-        if address not in self._channels:
-            # Not before the first call: a channel belongs to the loop it is made in.
-            target = self._addresses[address]
-            self._channels[address] = grpc.aio.insecure_channel(target, self._options)
-        return self._channels[address]
+async def _over(link: Link, effect: Effect) -> Any:
+    """Carry out an effect over a channel."""
+    match effect:
+        case Call(rpc, request, _, timeout_s):
+            call = link.method("unary_unary", rpc)(rpc.serialize(request), timeout=timeout_s)
+            answered: Any = rpc.read(await call)
+        case Write(stream, message):
+            return await stream.write(message)  # type: ignore[attr-defined]
+        case Read(stream):
+            message = await stream.read()  # type: ignore[attr-defined]
+            answered = None if message is None else stream.rpc.read(message)  # type: ignore[attr-defined]
+        case Download(rpc, request, _, timeout_s):
+            call = link.method("unary_stream", rpc)(rpc.serialize(request), timeout=timeout_s)
+            answered = [rpc.read(message) async for message in call]
+        case Upload(rpc, requests, _, timeout_s):
+            start = link.method("stream_unary", rpc)
+            answered = rpc.read(await start(map(rpc.serialize, requests), timeout=timeout_s))
+        case OpenStream(rpc, _, timeout_s):
+            return _Stream(link, rpc, timeout_s)
+        case _:
+            raise TypeError(f"{type(effect).__name__} needs no channel")
+    link.answered = time.monotonic()
+    return answered
 
 
 def _of_client(
@@ -236,7 +267,7 @@ class Client:
 
     def __init__(self, addresses: list[str], options: Options) -> None:
         self._core = ClientCore(addresses, options)
-        self._transport = _Transport(addresses, options.max_message_bytes)
+        self._transport = _Transport(addresses, options)
         self._frame_lock = asyncio.Lock()
 
     create_model = _of_client(ClientCore.create_model)
@@ -356,8 +387,7 @@ class Client:
 
     async def close(self) -> None:
         """Close the connections; sessions stay on the server."""
-        self._core.frames.close()
-        await self._transport.close()
+        await self._transport.close(self._core.frames)
 
     def __repr__(self) -> str:
         return f"<timernn.aio.Client {', '.join(self._core.caller.addresses)}>"

@@ -17,7 +17,8 @@ Error:
     │   ├── TapeMissing, WeightsForked, NoGradients, ReplayWindowPassed, NonFiniteResult
     │   ├── SessionMismatch
     │   ├── HistoryLost      (the client's own: its log does not reach back to what was lost)
-    │   └── SessionBusy      (the client's own: a stream is using the session)
+    │   ├── SessionBusy      (the client's own: a stream is using the session)
+    │   └── ClientClosed, WrongProcess, WrongLoop      (the client's own: it cannot be used here)
     ├── ResourceExhausted
     │   ├── MaxSessions, MaxModels, MaxCheckpoints
     │   ├── TapeQuota, MessageTooLarge, StoreFull, Overloaded
@@ -27,6 +28,7 @@ Error:
     │   └── Role
     ├── Unavailable
     │   ├── StoreDown, Draining, UnknownOutcome
+    │   └── NoServer         (the client's own: nothing accepts connections there)
     ├── DeadlineExceeded
     ├── Cancelled
     ├── Unimplemented
@@ -57,6 +59,7 @@ __all__ = [
     "Cancelled",
     "CheckpointExists",
     "CheckpointNotFound",
+    "ClientClosed",
     "DeadlineExceeded",
     "Draining",
     "EpochFenced",
@@ -74,6 +77,7 @@ __all__ = [
     "ModelExists",
     "ModelNotFound",
     "NoGradients",
+    "NoServer",
     "NonFinite",
     "NonFiniteResult",
     "NotFound",
@@ -102,6 +106,8 @@ __all__ = [
     "VersionConflict",
     "VersionGone",
     "WeightsForked",
+    "WrongLoop",
+    "WrongProcess",
 ]
 
 
@@ -117,6 +123,7 @@ class Error(Exception):
         retry_after_s: When the server advises to try again, in seconds from the answer; else None.
         attempts: How often the call had been tried when it was given up.
         is_outcome_unknown: Whether an attempt may have been carried out all the same.
+        cause: What it was made of, such as gRPC's own error; None if nothing.
     """
 
     CODE: ClassVar[grpc.StatusCode] = grpc.StatusCode.UNKNOWN
@@ -139,6 +146,7 @@ class Error(Exception):
         self.retry_after_s = retry_after_s
         self.attempts = 1
         self.is_outcome_unknown = False
+        self.cause: BaseException | None = None
 
     def __str__(self) -> str:
         name = self.reason or self.code.name
@@ -343,6 +351,24 @@ class SessionBusy(FailedPrecondition):
     REASON = "SESSION_BUSY"
 
 
+class ClientClosed(FailedPrecondition):
+    """The client was closed."""
+
+    REASON = "CLIENT_CLOSED"
+
+
+class WrongProcess(FailedPrecondition):
+    """The client was made before a fork, or gRPC cannot run in a forked process."""
+
+    REASON = "WRONG_PROCESS"
+
+
+class WrongLoop(FailedPrecondition):
+    """The asyncio client belongs to another event loop, that of its first call."""
+
+    REASON = "WRONG_LOOP"
+
+
 class ResourceExhausted(Error):
     """A quota or a size limit is used up."""
 
@@ -437,6 +463,12 @@ class UnknownOutcome(Unavailable):
     """The server does not know whether its write took effect."""
 
     REASON = "UNKNOWN_OUTCOME"
+
+
+class NoServer(Unavailable):
+    """Nothing accepts connections at the address, or the name is not known."""
+
+    REASON = "NO_SERVER"
 
 
 class DeadlineExceeded(Error):

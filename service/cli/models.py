@@ -16,7 +16,7 @@ from service.cli.describe import (
     version_json,
 )
 from service.cli.output import print_fields, print_json, print_table
-from service.cli.remote import DEFAULT_SERVER, AsJson, ModelId, Server, Timeout, connected
+from service.cli.remote import DEFAULT_SERVER, AsJson, ModelId, Proxy, Server, Timeout, connected
 
 if TYPE_CHECKING:
     import timernn
@@ -87,6 +87,7 @@ def create(
     ] = False,
     server: Server = DEFAULT_SERVER,
     timeout: Timeout = 30.0,
+    proxy: Proxy = None,
     json: AsJson = False,
 ) -> None:
     """Create a model with weights drawn from a seed.
@@ -96,7 +97,7 @@ def create(
       timernn models create lm --input-size 64 --hidden-size 128 --optimizer adam
     """
     chosen = make_optimizer(optimizer, lr, hyperparameter or [])
-    with connected(server, timeout) as client:
+    with connected(server, timeout, proxy) as client:
         made = client.create_model(
             model,
             input_size=input_size,
@@ -116,7 +117,11 @@ def create(
 
 @app.command("list")
 def list_models(
-    *, server: Server = DEFAULT_SERVER, timeout: Timeout = 30.0, json: AsJson = False
+    *,
+    server: Server = DEFAULT_SERVER,
+    timeout: Timeout = 30.0,
+    proxy: Proxy = None,
+    json: AsJson = False,
 ) -> None:
     """List all models by name.
 
@@ -124,7 +129,7 @@ def list_models(
       timernn models list
       timernn models list --json
     """
-    with connected(server, timeout) as client:
+    with connected(server, timeout, proxy) as client:
         found = list(client.list_models())
     if json:
         print_json([model_json(model) for model in found])
@@ -138,6 +143,7 @@ def show(
     *,
     server: Server = DEFAULT_SERVER,
     timeout: Timeout = 30.0,
+    proxy: Proxy = None,
     json: AsJson = False,
 ) -> None:
     """Show one model.
@@ -145,7 +151,7 @@ def show(
     Example:
       timernn models show weather
     """
-    with connected(server, timeout) as client:
+    with connected(server, timeout, proxy) as client:
         found = client.get_model(model)
     if json:
         print_json(model_json(found))
@@ -165,6 +171,7 @@ def delete(
     ] = False,
     server: Server = DEFAULT_SERVER,
     timeout: Timeout = 30.0,
+    proxy: Proxy = None,
 ) -> None:
     """Delete a model with its weights, checkpoints and waiting gradients.
 
@@ -172,7 +179,7 @@ def delete(
       timernn models delete weather
       timernn models delete weather --missing-ok
     """
-    with connected(server, timeout) as client:
+    with connected(server, timeout, proxy) as client:
         deleted = client.delete_model(model, missing_ok=missing_ok)
     print(f"deleted {model}" if deleted else f"there was no {model}")
 
@@ -197,6 +204,7 @@ def export_weights(
     ] = False,
     server: Server = DEFAULT_SERVER,
     timeout: Timeout = 300.0,
+    proxy: Proxy = None,
     json: AsJson = False,
 ) -> None:
     """Write a model's weights to a safetensors file: Wx, Wh and b.
@@ -209,7 +217,7 @@ def export_weights(
 
     if file.exists() and not force:
         raise typer.BadParameter(f"{file} exists; --force overwrites it", param_hint="'FILE'")
-    with connected(server, timeout) as client:
+    with connected(server, timeout, proxy) as client:
         found, size = write_weights(client, model, file, version=version, moments=moments)
     if json:
         print_json({"file": str(file), "bytes": size, "version": version_json(found)})
@@ -234,6 +242,7 @@ def import_weights(
     ] = None,
     server: Server = DEFAULT_SERVER,
     timeout: Timeout = 300.0,
+    proxy: Proxy = None,
     json: AsJson = False,
 ) -> None:
     """Make the weights in a safetensors file the model's next version.
@@ -246,7 +255,7 @@ def import_weights(
     """
     from service.cli.weights import read_weights  # noqa: PLC0415 - not for --help
 
-    with connected(server, timeout) as client:
+    with connected(server, timeout, proxy) as client:
         made = read_weights(client, model, file, expected_version=expect_version)
     if json:
         print_json({"model_id": model, "version": version_json(made)})

@@ -7,10 +7,16 @@ import typer
 
 from service.cli.describe import format_span, server_json
 from service.cli.output import fail, print_json
-from service.cli.remote import DEFAULT_SERVER, AsJson, Server, Timeout, connected
+from service.cli.remote import DEFAULT_SERVER, AsJson, Proxy, Server, Timeout, connected
 
 
-def ping(*, server: Server = DEFAULT_SERVER, timeout: Timeout = 5.0, json: AsJson = False) -> None:
+def ping(
+    *,
+    server: Server = DEFAULT_SERVER,
+    timeout: Timeout = 5.0,
+    proxy: Proxy = None,
+    json: AsJson = False,
+) -> None:
     """Ask a server whether it is ready; exit code 0 if it is, 1 if not.
 
     With --json it also tells the server's limits.
@@ -20,7 +26,7 @@ def ping(*, server: Server = DEFAULT_SERVER, timeout: Timeout = 5.0, json: AsJso
       timernn ping --server 10.0.0.7:50051 --timeout 2
       timernn ping --json
     """
-    with connected(server, timeout) as client:
+    with connected(server, timeout, proxy) as client:
         answer = client.ping()
         if not answer.serving:
             fail(f"the server at {answer.address} is not ready")

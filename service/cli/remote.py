@@ -19,7 +19,7 @@ Server = Annotated[
     typer.Option(
         "--server",
         envvar="TIMERNN_SERVER",
-        metavar="HOST:PORT",
+        metavar="HOST[:PORT]",
         help="The server, or several by commas to be tried in turn.",
         rich_help_panel="Connection",
     ),
@@ -35,6 +35,18 @@ Timeout = Annotated[
         rich_help_panel="Connection",
     ),
 ]
+Proxy = Annotated[
+    str | None,
+    typer.Option(
+        "--proxy",
+        envvar="TIMERNN_PROXY",
+        metavar="URL",
+        show_default="a direct connection",
+        help='HTTP proxy, http://HOST:PORT, or "environment" for what http_proxy says; never used for'
+        " a loopback address.",
+        rich_help_panel="Connection",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", envvar="TIMERNN_JSON", help="Print JSON.")]
 ModelId = Annotated[
     str, typer.Argument(metavar="MODEL", show_default=False, help="The model's name.")
@@ -45,17 +57,20 @@ SessionId = Annotated[
 
 
 @contextmanager
-def connected(server: str, timeout_s: float) -> Iterator[timernn.Client]:
+def connected(server: str, timeout_s: float, proxy: str | None = None) -> Iterator[timernn.Client]:
     """Connect to one of the servers for one command.
 
     Args:
         server: HOST:PORT, or several by commas.
         timeout_s: For each call with its retries, in seconds.
+        proxy: An HTTP proxy's URL, "environment", or None.
     """
     import timernn  # noqa: PLC0415 - not for --help and usage errors
 
     addresses = [address.strip() for address in server.split(",") if address.strip()]
     if not addresses:
         raise typer.BadParameter("expected HOST:PORT, got nothing", param_hint="'--server'")
-    with timernn.connect(addresses, timeout=timeout_s, connect_timeout=timeout_s) as client:
+    with timernn.connect(
+        addresses, timeout=timeout_s, connect_timeout=timeout_s, proxy=proxy
+    ) as client:
         yield client

@@ -7,7 +7,7 @@ import typer
 
 from service.cli.describe import SESSION_HEADINGS, session_fields, session_json, session_row
 from service.cli.output import print_fields, print_json, print_table
-from service.cli.remote import DEFAULT_SERVER, AsJson, Server, SessionId, Timeout, connected
+from service.cli.remote import DEFAULT_SERVER, AsJson, Proxy, Server, SessionId, Timeout, connected
 
 app = typer.Typer(help="Look at live sessions and end them.", no_args_is_help=True)
 
@@ -21,6 +21,7 @@ def list_sessions(
     ] = None,
     server: Server = DEFAULT_SERVER,
     timeout: Timeout = 30.0,
+    proxy: Proxy = None,
     json: AsJson = False,
 ) -> None:
     """List live sessions, the next to expire first.
@@ -29,7 +30,7 @@ def list_sessions(
       timernn sessions list
       timernn sessions list --model weather --json
     """
-    with connected(server, timeout) as client:
+    with connected(server, timeout, proxy) as client:
         found = list(client.list_sessions(model))
     if json:
         print_json([session_json(session) for session in found])
@@ -42,6 +43,7 @@ def show(
     session: SessionId,
     server: Server = DEFAULT_SERVER,
     timeout: Timeout = 30.0,
+    proxy: Proxy = None,
     *,
     json: AsJson = False,
 ) -> None:
@@ -50,7 +52,7 @@ def show(
     Example:
       timernn sessions show device-7
     """
-    with connected(server, timeout) as client:
+    with connected(server, timeout, proxy) as client:
         found = client.get_session(session)
     if json:
         print_json(session_json(found))
@@ -59,12 +61,17 @@ def show(
 
 
 @app.command()
-def close(session: SessionId, server: Server = DEFAULT_SERVER, timeout: Timeout = 30.0) -> None:
+def close(
+    session: SessionId,
+    server: Server = DEFAULT_SERVER,
+    timeout: Timeout = 30.0,
+    proxy: Proxy = None,
+) -> None:
     """End a session: its state is dropped.
 
     Example:
       timernn sessions close device-7
     """
-    with connected(server, timeout) as client:
+    with connected(server, timeout, proxy) as client:
         ended = client.close_session(session)
     print(f"closed {session}" if ended else f"{session} had ended before")

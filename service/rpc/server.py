@@ -160,10 +160,15 @@ def _options(message_bytes: int, rules: StreamRules, *, reuse_port: bool) -> lis
         ("grpc.so_reuseport", int(reuse_port)),
         # Identity only: a compressed message is refused before it is unpacked.
         ("grpc.compression_enabled_algorithms_bitset", 1),
-        ("grpc.keepalive_time_ms", 60_000),
+        # A client that vanished without a word is noticed within 30 s. On a ping without an answer
+        # ping_timeout decides, of 60 s by default; keepalive_timeout sets TCP_USER_TIMEOUT.
+        ("grpc.keepalive_time_ms", 20_000),
         ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.http2.ping_timeout_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+        ("grpc.http2.max_pings_without_data", 0),
+        # Well below the 12 s of the client library, so that a late ping is not taken for two.
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
         ("grpc.server_handshake_timeout_ms", 20_000),
         ("grpc.max_connection_age_ms", int(rules.age_s * 1000)),
         ("grpc.max_connection_age_grace_ms", int(grace_s * 1000)),

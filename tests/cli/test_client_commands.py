@@ -37,6 +37,14 @@ def test_ping_tells_who_answers(timernn: Timernn, server: Any) -> None:
     assert one_line(answer.out).startswith(f"{server.address} is ready: timernn ")
 
 
+def test_ping_asks_no_proxy_of_the_environment(bare: Timernn, server: Any, nobody: str) -> None:
+    """Neither for the loopback address nor, where one was chosen, in place of it."""
+    proxies = dict.fromkeys(("http_proxy", "https_proxy", "grpc_proxy"), f"http://{nobody}")
+    for extra in ({}, {"TIMERNN_PROXY": "environment"}):
+        answer = bare("ping", "--server", server.address, **proxies, **extra)
+        assert (answer.code, answer.err) == (0, "")
+
+
 def test_a_failed_command_is_a_failed_process(bare: Timernn, server: Any) -> None:
     """The exit code and the one line reach whoever started the process."""
     failed = bare("models", "show", "nothing-here", TIMERNN_SERVER=server.address)

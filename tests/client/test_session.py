@@ -269,12 +269,10 @@ def test_a_step_can_ride_on_a_backward(trainer: timernn.Session, stand_in: Any) 
 def doubtful(stand_in: Any, refusal: Any, client: timernn.Client) -> timernn.Session:
     """A session whose first chunk was applied, while its caller was told UNAVAILABLE."""
     session = client.session("m")
-    client._core.caller.timeout_s = 0.0
-    lost = refusal(grpc.StatusCode.UNAVAILABLE, "UNKNOWN_OUTCOME")
+    lost = refusal(grpc.StatusCode.UNAVAILABLE, "UNKNOWN_OUTCOME", 60.0)  # beyond the timeout
     stand_in.fail_next("Forward", lost, after_applying=True)
     with pytest.raises(timernn.UnknownOutcome):
         session.forward(XS)
-    client._core.caller.timeout_s = 5.0
     assert session.in_doubt
     return session
 
@@ -304,15 +302,13 @@ def test_settle_makes_the_outcome_known(doubtful: timernn.Session) -> None:
 
 
 def test_an_update_in_doubt_is_finished_by_the_next(
-    trainer: timernn.Session, client: timernn.Client, stand_in: Any, refusal: Any
+    trainer: timernn.Session, stand_in: Any, refusal: Any
 ) -> None:
     """Asked for again, it is the same step under the same request id."""
     trainer.backward(trainer.forward(XS))
-    client._core.caller.timeout_s = 0.0
-    stand_in.fail_next("Update", refusal(grpc.StatusCode.UNAVAILABLE))
+    stand_in.fail_next("Update", refusal(grpc.StatusCode.UNAVAILABLE, "", 60.0))
     with pytest.raises(timernn.Unavailable):
         trainer.update(lr=0.1)
-    client._core.caller.timeout_s = 5.0
     trainer.update(lr=0.1)
     first, second = stand_in.requests["Update"]
     assert first == second

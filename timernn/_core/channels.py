@@ -1,25 +1,75 @@
-"""How both faces set their gRPC channels."""
+"""The gRPC channels of a client: how they are set, and when one is left for a new one."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import time
+from typing import TYPE_CHECKING, Any
 
-from timernn._core.arguments import refusal
+from timernn import errors
+from timernn._core.targets import FROM_ENVIRONMENT, Target
 
-_ADDRESS = "an address such as 'localhost:50051', or several"
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Sequence
+
+    from timernn._core.contract import Rpc
+    from timernn._core.options import Options
+
+ChannelOptions = list[tuple[str, int | str]]
+
+# A peer that vanished without a word is noticed within 17 s, also on an idle connection. The server
+# allows a ping every 5 s; older ones every 10 s, and cut off who pings more often.
+_PING_EVERY_MS = 12_000
+_PING_TIMEOUT_MS = 5_000
+# A shorter attempt that ran out of time says nothing of its connection.
+_SUSPECT_AFTER_S = 1.0
+
+_forks = 0
+# gRPC reads it when it is imported, which is now.
+_CAN_FORK = os.environ.get("GRPC_ENABLE_FORK_SUPPORT", "1").lower() in {
+    "1",
+    "on",
+    "t",
+    "true",
+    "y",
+    "yes",
+}
 
 
-def channel_options(max_message_bytes: int) -> list[tuple[str, int]]:
-    """Return the channel arguments of a client."""
-    return [
+def _note_fork() -> None:
+    global _forks  # noqa: PLW0603  # one process has one count
+    _forks += 1
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
+
+
+def channel_options(
+    max_message_bytes: int,
+    target: Target | None = None,
+    proxy: str | None = None,
+    *,
+    is_renewed: bool = False,
+) -> ChannelOptions:
+    """Return the channel arguments of a client.
+
+    Args:
+        max_message_bytes: Largest message that may come.
+        target: Where it goes; a proxy is never used for this machine.
+        proxy: An HTTP proxy's URL, "environment", or None for a direct connection.
+        is_renewed: Whether an earlier channel to this target failed.
+    """
+    options: ChannelOptions = [
         # Exactly one layer retries, and it is ours: gRPC's own skips messages over 256 KiB and
         # knows nothing of chunk numbers.
         ("grpc.enable_retries", 0),
         ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.max_send_message_length", -1),
-        # A peer that vanished is noticed within 40 s, also on an idle stream.
-        ("grpc.keepalive_time_ms", 30_000),
-        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_time_ms", _PING_EVERY_MS),
+        # Both: the first sets TCP_USER_TIMEOUT, the second decides on a ping without an answer.
+        ("grpc.keepalive_timeout_ms", _PING_TIMEOUT_MS),
+        ("grpc.http2.ping_timeout_ms", _PING_TIMEOUT_MS),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
         # Without these a channel waits up to two minutes before it tries a restarted server again.
@@ -29,18 +79,134 @@ def channel_options(max_message_bytes: int) -> list[tuple[str, int]]:
         # Each address has its own connection, also beside other clients in this process.
         ("grpc.use_local_subchannel_pool", 1),
     ]
+    # gRPC would take http_proxy from the environment, for the loopback address too.
+    if proxy is None or target is None or target.is_local:
+        options.append(("grpc.enable_http_proxy", 0))
+    elif proxy != FROM_ENVIRONMENT:
+        options.append(("grpc.http_proxy", proxy))
+    if is_renewed:
+        # Of several addresses under one name, not always the first again.
+        shuffled = '{"loadBalancingConfig":[{"pick_first":{"shuffleAddressList":true}}]}'
+        options.append(("grpc.service_config", shuffled))
+    return options
 
 
-def addresses_of(target: str | Sequence[str]) -> list[str]:
-    """Return the targets as a list.
+class Link:
+    """One channel and its methods. It is closed when nothing holds it any more: a call keeps it.
 
-    Raises:
-        BadField: If there is none, or one is no string.
+    Attributes:
+        address: The number of its target.
+        lane: Callers of different lanes never share a channel.
+        channel: Of either kind.
+        answered: When a call over it was last answered, on the monotonic clock, in seconds.
+        is_broken: Whether an interrupt may have left gRPC's own locks held.
     """
-    addresses: object = [target] if isinstance(target, str) else target
-    if not isinstance(addresses, Sequence) or not addresses:
-        raise refusal("target", _ADDRESS, target)
-    for address in addresses:
-        if not isinstance(address, str) or not address:
-            raise refusal("target", _ADDRESS, address)
-    return list(addresses)
+
+    __slots__ = ("_methods", "address", "answered", "channel", "is_broken", "lane")
+
+    def __init__(self, address: int, lane: Hashable, channel: Any) -> None:
+        self.address, self.lane, self.channel = address, lane, channel
+        self.answered, self.is_broken = 0.0, False
+        self._methods: dict[str, Any] = {}
+
+    def method(self, kind: str, rpc: Rpc[Any, Any]) -> Any:
+        """Return a method of the channel that takes and gives bytes.
+
+        Messages are written and read outside gRPC: what is raised inside a reader of its own, an
+        interrupt too, it would log and drop.
+        """
+        method = self._methods.get(rpc.path)
+        if method is None:
+            method = self._methods[rpc.path] = getattr(self.channel, kind)(rpc.path)
+        return method
+
+
+class Links:
+    """The channels of one client: made at their first use, left for new ones when suspect.
+
+    Args:
+        addresses: Targets; callers name them by number.
+        options: Of `connect`.
+        make: Makes a channel of a target and its arguments.
+    """
+
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        options: Options,
+        make: Callable[[str, ChannelOptions], Any],
+    ) -> None:
+        self._targets = [Target.parse(address) for address in addresses]
+        self._options, self._make = options, make
+        self._links: dict[tuple[int, Hashable], Link] = {}
+        self._left: set[int] = set()
+        self._forks, self._is_closed = _forks, False
+
+    @property
+    def is_inherited(self) -> bool:
+        """Whether this is the copy that a fork made in the child."""
+        return self._forks != _forks
+
+    def check(self) -> None:
+        """Refuse what cannot work any more.
+
+        Raises:
+            ClientClosed: After `close`.
+            WrongProcess: In a forked process.
+        """
+        if self._forks != _forks:
+            raise errors.WrongProcess(
+                "the client was made before this process was forked; connect again in the child"
+            )
+        if self._forks and not _CAN_FORK:
+            raise errors.WrongProcess(
+                "this process was forked after gRPC was loaded, and GRPC_ENABLE_FORK_SUPPORT turns "
+                "gRPC's support of that off: use multiprocessing's \"spawn\", or set it to 1"
+            )
+        if self._is_closed:
+            raise errors.ClientClosed("the client is closed; connect again")
+
+    def get(self, address: int, lane: Hashable = None) -> Link:
+        """Return the channel to an address by its number."""
+        link = self._links.get((address, lane))
+        if link is None:
+            self.check()
+            target = self._targets[address]
+            arguments = channel_options(
+                self._options.max_message_bytes,
+                target,
+                self._options.proxy,
+                is_renewed=address in self._left,
+            )
+            made = Link(address, lane, self._make(target.text, arguments))
+            link = self._links.setdefault((address, lane), made)
+        return link
+
+    def leave(self, link: Link) -> None:
+        """Let the next call take a new channel; those under way keep this one."""
+        key = (link.address, link.lane)
+        if self._links.get(key) is link:
+            self._left.add(link.address)
+            self._links.pop(key, None)
+
+    def leave_if_silent(self, link: Link, error: errors.Error, started: float) -> None:
+        """Leave a channel where a call ran out of time and no other was answered meanwhile.
+
+        Its connection may be cut without a word.
+
+        Args:
+            link: The channel.
+            error: What the call ended with.
+            started: When it began, on the monotonic clock, in seconds.
+        """
+        if not isinstance(error, errors.DeadlineExceeded) or error.reason:
+            return
+        if link.answered < started < time.monotonic() - _SUSPECT_AFTER_S:
+            self.leave(link)
+
+    def close(self) -> list[Link]:
+        """Make no more; return those there are."""
+        self._is_closed = True
+        links = list(self._links.values())
+        self._links.clear()
+        return links

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from google.protobuf.message import DecodeError
+
+from timernn import errors
 from timernn.v1 import model_service_pb2 as model_pb
 from timernn.v1 import session_service_pb2 as session_pb
 from timernn.v1 import time_rnn_service_pb2 as rnn_pb
@@ -23,6 +26,17 @@ class Rpc(Generic[Q, A]):
     path: str
     serialize: Callable[[Q], bytes]
     deserialize: Callable[[bytes], A]
+
+    def read(self, answer: bytes) -> A:
+        """Read an answer's message.
+
+        Raises:
+            Internal: If it is none.
+        """
+        try:
+            return self.deserialize(answer)
+        except DecodeError as error:
+            raise errors.Internal(f"the answer of {self.path} cannot be read") from error
 
 
 def _rpc(service: str, name: str, module: Any) -> Rpc[Any, Any]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from timernn._core import arguments
 from timernn._core.retry import RetryPolicy
+from timernn._core.targets import require_proxy
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +21,7 @@ class Options:
         log_bytes: Their bytes, a session; for training sessions, all of one model together.
         log_total_bytes: Bytes of all logs together; those written longest ago give way.
         max_message_bytes: Largest message either way.
+        proxy: An HTTP proxy's URL, "environment", or None for direct connections.
     """
 
     timeout_s: float = 60.0
@@ -29,6 +31,7 @@ class Options:
     log_bytes: int = 16 << 20
     log_total_bytes: int = 256 << 20
     max_message_bytes: int = 16 << 20
+    proxy: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse what no client can work with, by the names that `connect` gives the arguments.
@@ -46,3 +49,4 @@ class Options:
         for name in ("log_limit", "log_bytes", "log_total_bytes"):
             arguments.integer(0)(name, getattr(self, name))
         arguments.integer(1, arguments.MOST_INT32)("max_message_bytes", self.max_message_bytes)
+        require_proxy(self.proxy)

@@ -1,0 +1,146 @@
+"""A client that cannot be used any more says so, and a connection that is cut is left."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+import timernn
+from timernn import aio, errors
+from timernn._core.channels import Links
+from timernn._core.options import Options
+
+XS = np.ones((1, 2, 3), np.float32)
+AFTER_A_FORK = """
+import os, sys, timernn
+client = timernn.connect(sys.argv[1], timeout=20)
+session = client.session(sys.argv[2])
+child = os.fork()
+if child:
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    session.forward([[[0, 0, 0]]])
+    sys.exit(code)
+calls = (client.ping, session.reset_state, lambda: client.frame([(session, [[[0, 0, 0]]])]),
+         lambda: next(session.stream([[[0, 0, 0]]])))
+for call in calls:
+    try:
+        call()
+    except timernn.WrongProcess:
+        continue
+    sys.exit("the parent's client was used")
+client.close()
+try:
+    timernn.connect(sys.argv[1], timeout=20).ping()
+    print("new client works")
+except timernn.WrongProcess:
+    print("new client refused")
+"""
+
+
+@pytest.mark.parametrize(
+    ("support", "new"), [("0", "new client refused"), ("1", "new client works")]
+)
+def test_a_forked_process_is_told_at_once(
+    live: timernn.Client, model_id: str, replicas: list[str], support: str, new: str
+) -> None:
+    """The parent's client is refused there; a new one works where gRPC supports forks."""
+    environment = os.environ | {"GRPC_ENABLE_FORK_SUPPORT": support}
+    live.create_model(model_id, input_size=3, hidden_size=2)
+    done = subprocess.run(
+        [sys.executable, "-c", AFTER_A_FORK, replicas[0], model_id],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, new), done.stderr
+
+
+def test_a_closed_client_says_so(client: timernn.Client) -> None:
+    """So do its sessions; closing again is no error."""
+    session = client.session("m")
+    client.close()
+    client.close()
+    for call in (client.ping, lambda: session.forward(XS), lambda: client.frame([(session, XS)])):
+        with pytest.raises(timernn.ClientClosed):
+            call()
+
+
+async def test_a_closed_asyncio_client_says_so(stand_in: Any) -> None:
+    """So do its sessions; closing again is no error."""
+    client = aio.connect(stand_in.address)
+    session = await client.session("m")
+    await client.close()
+    await client.close()
+    for call in (client.server_info(), session.forward(XS), client.frame([(session, XS)])):
+        with pytest.raises(timernn.ClientClosed):
+            await call
+
+
+def test_a_second_event_loop_is_told(stand_in: Any) -> None:
+    """The client belongs to the loop of its first call."""
+    client = aio.connect(stand_in.address)
+    with asyncio.Runner() as one, asyncio.Runner() as other:
+        one.run(client.server_info())
+        with pytest.raises(timernn.WrongLoop):
+            other.run(client.server_info())
+        one.run(client.close())
+
+
+class Channel:
+    """What `Links` makes."""
+
+    def __init__(self, target: str, options: Any) -> None:
+        self.target, self.options = target, dict(options)
+
+
+def test_a_channel_over_which_nothing_came_is_left() -> None:
+    """The next call takes a fresh one, which tries the name's addresses in another order."""
+    links = Links(["a"], Options(), Channel)
+    first = links.get(0)
+    links.leave_if_silent(first, errors.DeadlineExceeded(), started=0.5)
+    second = links.get(0)
+    assert second is not first
+    assert "shuffleAddressList" in second.channel.options["grpc.service_config"]
+
+
+@pytest.mark.parametrize(
+    ("error", "answered", "started"),
+    [
+        (errors.DeadlineExceeded(), 1.0, 0.5),
+        (errors.DeadlineExceeded(), 0.0, float("inf")),
+        (errors.DeadlineExceeded(reason="STORE_DOWN"), 0.0, 0.5),
+        (errors.Unavailable(), 0.0, 0.5),
+    ],
+    ids=["another call was answered", "too short an attempt", "the server's", "not silent"],
+)
+def test_a_channel_without_a_sign_of_a_cut_is_kept(
+    error: errors.Error, answered: float, started: float
+) -> None:
+    """A slow call alone is no reason to connect again."""
+    links = Links(["a"], Options(), Channel)
+    link = links.get(0)
+    link.answered = answered
+    links.leave_if_silent(link, error, started)
+    assert links.get(0) is link
+
+
+def test_calls_under_way_keep_a_channel_that_is_left(stand_in: Any) -> None:
+    """It closes when the last of them has ended."""
+    links = Links([stand_in.address], Options(), grpc.insecure_channel)
+    link = links.get(0)
+    grpc.channel_ready_future(link.channel).result(10)
+    links.leave(link)
+    assert links.get(0) is not link
+    assert link.channel.unary_unary("/timernn.v1.ModelService/GetServerInfo")(b"", timeout=10)
+    for each in links.close():
+        each.channel.close()
+    link.channel.close()
