@@ -117,6 +117,13 @@ RULES = (
         "days of sleep beside others",
     ),
     Rule(
+        "longest-marker",
+        "A marker never gets a shorter life than it had.",
+        "After a reset with a short ttl, a client of the epoch before would begin that again.",
+        "days of sleep beside others",
+        seed=24,
+    ),
+    Rule(
         "skip-held",
         "Healing sends a Backward again only if the version that its Update made is lost.",
         "A Forward that is sent again makes a new tape, and when the name is forgotten the "

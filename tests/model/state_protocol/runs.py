@@ -37,7 +37,7 @@ WORLDS = {
     "days of sleep": Faults(lose_reply=0.3, sleep=0.05, days=0.8),
     "days of sleep and lost writes": Faults(lose_reply=0.3, sleep=0.05, days=0.8, roll=0.003),
     "days of sleep beside others": Faults(
-        lose_reply=0.3, sleep=0.05, days=0.8, rival=0.002, rivals=("close", "step")
+        lose_reply=0.3, sleep=0.05, days=0.8, rival=0.002, rivals=("close", "reset")
     ),
 }
 _OF_OLD_AGE = {"SESSION_EXPIRED", "NO_GRADIENTS", "OUTCOME_LOST"}

@@ -234,6 +234,7 @@ class Store:
         expected_epoch: int = 0,
         expected_seq: int = -1,
         restored_epoch: int = 0,
+        ttl: float = 0.0,
     ) -> tuple[str, int]:
         """Begin an epoch; return BEGUN, REPLAYED, ABSENT, FENCED or GAP with the epoch."""
         record, marker = self.read_session(), self.session.marker
@@ -252,10 +253,14 @@ class Store:
             return "FENCED", last
         require(restored_epoch not in self.session.ended, "healing brought back an ended session")
         epoch = restored_epoch or max(last, int(self.now * 1000)) + 1
+        if record is not None:
+            self.session.ended.add(record.epoch)
+        ttl = ttl or self.ttl
         first = State(0, Version(0, 0), state, mix("first", state))
-        expires = self.now + self.ttl
-        self.session.record = Record(epoch, 0, request_id, {0: first}, self.ttl, expires, self.now)
-        self.session.marker = Marker(epoch, is_closed=False, expires=self._marker_expires())
+        self.session.record = Record(
+            epoch, 0, request_id, {0: first}, ttl, self.now + ttl, self.now
+        )
+        self._mark(epoch, self.now + lives.marker(ttl))
         return "BEGUN", epoch
 
     def commit_chunk(
@@ -288,8 +293,7 @@ class Store:
         record.expires = self.now + record.ttl
         if self.now - record.touched >= record.ttl / 4:
             record.touched = self.now
-            if self.session.marker is not None:
-                self.session.marker.expires = self._marker_expires()
+            self._mark(record.epoch, self.now + lives.marker(record.ttl))
 
     def close_session(self) -> None:
         """End the session; its marker stays."""
@@ -298,12 +302,18 @@ class Store:
             return
         self.session.ended.add(record.epoch)
         longer = self.rules.on("closed-marker")
-        expires = self._marker_expires() if longer else self.now + lives.MARKER_EXTRA
+        extra = lives.marker(record.ttl) if longer else lives.MARKER_EXTRA
         self.session.record, self.session.tapes = None, {}
-        self.session.marker = Marker(record.epoch, is_closed=True, expires=expires)
+        if not longer:
+            self.session.marker = None  # the one before would make up for it
+        self._mark(record.epoch, self.now + extra, is_closed=True)
 
-    def _marker_expires(self) -> float:
-        return self.now + lives.marker(self.ttl)
+    def _mark(self, epoch: int, expires: float, *, is_closed: bool = False) -> None:
+        """Write the marker; others may rely on the longer life that it had."""
+        before = self.session.marker
+        if before is not None and self.rules.on("longest-marker"):
+            expires = max(expires, before.expires)
+        self.session.marker = Marker(epoch, is_closed, expires)
 
     # -- the model's slot --------------------------------------------------------------------------
 

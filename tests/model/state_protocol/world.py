@@ -29,7 +29,7 @@ class Faults:
         roll: Chance at each moment that a slot is set back.
         rival: Chance at each moment that somebody else does something.
         rivals: What the others do: "forward" on the session, a "step" from a gradient of their own,
-            "take all" that waits into a step, "close" the session.
+            "take all" that waits into a step, "close" the session, or "reset" it to a short life.
         fill: Chance at each moment that the store becomes full, or has room again.
         tight: Share of writes that the store has no room for.
         raising: Share of scripts that raise.
@@ -177,3 +177,5 @@ class World:
             self.send(Update(f"rival {self.chance.random()}", None, ()))
         elif action == "close":
             store.close_session()
+        elif action == "reset":
+            store.begin_epoch(f"rival {self.chance.random()}", "rival", ttl=lives.HOUR)
