@@ -1,11 +1,11 @@
-"""Run every benchmark: the engine, the service, where a chunk's time goes, and what follows for capacity.
+"""Run every benchmark: the engine, the service, the client library, where a chunk's time goes, and what follows for capacity.
 
 The command line is passed on to the service's part.
 """
 
 import sys
 
-from benchmarks import capacity, engine, service, where
+from benchmarks import capacity, engine, library, service, where
 
 
 def main() -> int:
@@ -17,6 +17,7 @@ def main() -> int:
     return (
         engine.main([])
         or service.main(sys.argv[1:])
+        or library.main([])
         or where.main([])
         or capacity.main(["--charts"] if "--charts" in sys.argv else [])
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks.load.processes import ROOT, Child, StartError, child, module
+from benchmarks.load.processes import ROOT, Child, StartError, child, interpreter_of, module
 from benchmarks.load.store import Store, running_store
 from benchmarks.load.workload import SMALL, Sizes, save_weights
 
@@ -144,6 +144,12 @@ class Lab:
             self._children[key] = self._start(command, self._pins.client)
         return self._children[key]
 
+    def start_client(self, command: Sequence[str]) -> Child:
+        """Start a process of a bench's own that asks a server for something."""
+        process = self._start(command, self._pins.client)
+        self._children["bench", len(self._children)] = process
+        return process
+
     def worker(self, module_name: str, *arguments: object) -> Child:
         """Return a running process that measures something alone, such as the bare engine."""
         key = ("worker", module_name, arguments)
@@ -212,8 +218,9 @@ class Lab:
             return [str(Path(sys.executable).parent / "timernn"), *serve]
         if name == BEFORE:
             # -P: the modules of this checkout, in the working directory, must not come first.
-            place = f"PYTHONPATH={self._before}"
-            return ["env", place, sys.executable, "-P", "-m", "service", *serve]
+            before = self._before or ROOT
+            python = str(interpreter_of(before))
+            return ["env", f"PYTHONPATH={before}", python, "-P", "-m", "service", *serve]
         weights = save_weights(sizes, self._folder)
         arguments = ["--redis-url", self.store.url, "--weights", str(weights)]
         if name == "mlserver":

@@ -141,3 +141,12 @@ def processor_s(pid: int) -> float:
 def module(name: str, *arguments: object, python: str = sys.executable) -> list[str]:
     """Return the command that runs one of our modules."""
     return [python, "-m", name, *map(str, arguments)]
+
+
+def interpreter_of(checkout: Path) -> Path:
+    """Return a checkout's own Python where it has an environment, else this one.
+
+    Its stubs may ask for another protobuf than the one that is installed here.
+    """
+    own = checkout / ".venv" / "bin" / "python"
+    return own if own.exists() else Path(sys.executable)
