@@ -21,6 +21,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
+# Until something that has to come is given up: long, since other work may share the machine.
+PATIENCE_S = 60.0
 _POLL_S = 0.01
 _LOG_TAIL_CHARS = 2000
 # Below the range that the kernel takes for outgoing connections, so that a port which a killed
@@ -40,7 +42,7 @@ def free_port() -> int:
 def wait_until(
     what: str,
     is_true: Callable[[], object],
-    timeout_s: float = 15.0,
+    timeout_s: float = PATIENCE_S,
     *,
     ignored: tuple[type[Exception], ...] = (OSError,),
 ) -> float:
@@ -167,7 +169,7 @@ class Child:
             raise
         return self
 
-    def wait_ready(self, timeout_s: float = 15.0) -> None:
+    def wait_ready(self, timeout_s: float = PATIENCE_S) -> None:
         """Wait until the process serves; a plain child is ready at once."""
 
     @property
@@ -218,7 +220,7 @@ class Child:
         assert self._process is not None
         return self._process.wait(timeout_s)
 
-    def wait_for_line(self, pattern: str, timeout_s: float = 15.0) -> re.Match[str]:
+    def wait_for_line(self, pattern: str, timeout_s: float = PATIENCE_S) -> re.Match[str]:
         """Wait for a line of the log that matches `pattern` as a whole.
 
         Raises:
@@ -303,6 +305,6 @@ class ServiceProcess(Child):
         """Where it listens, `host:port`."""
         return f"127.0.0.1:{self.port}"
 
-    def wait_ready(self, timeout_s: float = 15.0) -> None:
+    def wait_ready(self, timeout_s: float = PATIENCE_S) -> None:
         """Wait for the line that says that it serves."""
         self.wait_for_line(re.escape(f"timernn ready on {self.address}"), timeout_s)

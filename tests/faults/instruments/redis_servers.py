@@ -12,7 +12,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from instruments import processes
-from instruments.processes import Child, free_port
+from instruments.processes import PATIENCE_S, Child, free_port
 
 SLOTS = 16384
 """Hash slots of a cluster."""
@@ -79,7 +79,7 @@ class RedisServer(Child):
         """Where it listens, `host:port`."""
         return f"127.0.0.1:{self.port}"
 
-    def wait_ready(self, timeout_s: float = 15.0) -> None:
+    def wait_ready(self, timeout_s: float = PATIENCE_S) -> None:
         """Wait until it answers and has loaded its file."""
         wait_until(f"{self.name} to answer", self._is_ready, timeout_s)
 
