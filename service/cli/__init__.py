@@ -10,6 +10,9 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+from service.cli.extras import explain_missing
+from service.cli.output import fail
+
 # NumPy and gRPC read these once, at import. One BLAS thread, because the same update has to give the
 # same weights bit for bit, whatever the machine; no fork support, because nothing here forks after
 # gRPC has started and its handlers cost time.
@@ -30,6 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: The words after `timernn`; those of this process by default.
     """
-    from service.cli.app import run  # noqa: PLC0415 - after the environment is set
-
+    try:
+        from service.cli.app import run  # noqa: PLC0415 - after the environment is set
+    except ModuleNotFoundError as error:
+        if text := explain_missing(error):
+            fail(text)
+            return 1
+        raise
     return run(list(sys.argv[1:] if arguments is None else arguments))

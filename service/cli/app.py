@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from service.cli import models, sessions
+from service.cli.extras import explain_missing
 from service.cli.output import fail
 from service.cli.ping import ping
 from service.cli.serve import serve
@@ -73,6 +74,8 @@ def explain(error: Exception) -> str:
 
     if isinstance(error, Unavailable) and not error.reason:
         return f"no server answers: {error.message}"
+    if isinstance(error, ModuleNotFoundError) and (text := explain_missing(error)):
+        return text
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     expected = isinstance(error, Error | OSError) or type(error).__module__.startswith("service.")
