@@ -20,7 +20,6 @@ import time
 from dataclasses import replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Final
-from urllib.parse import urlsplit
 
 import numpy as np
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # has no stubs
@@ -39,6 +38,7 @@ from service.failpoints import FailpointError, Failpoints
 from service.rpc.server import Domain, RpcServer
 from service.rpc.server_info import ServerInfo
 from service.rpc.stream import StreamRules
+from service.store.addresses import parse_store_url
 from service.store.connect import UnfitStoreError, open_store
 from service.store.embedded import EmbeddedStore, EmbeddedStoreError
 
@@ -162,8 +162,8 @@ async def _open_store(
     settings: Settings, embedded: EmbeddedStore | None, stack: contextlib.AsyncExitStack
 ) -> Store:
     url = embedded.url if embedded else settings.redis_url
-    shown = f"the store at {_without_credentials(url)}"
     try:
+        shown = f"the store at {parse_store_url(url)}"
         store = await open_store(url, settings)
         stack.push_async_callback(store.close)
         with _quiet():
@@ -317,12 +317,6 @@ def _ends_with_stdin(signals: _Signals) -> Iterator[None]:
         yield
     finally:
         loop.remove_reader(0)
-
-
-def _without_credentials(url: str) -> str:
-    parts = urlsplit(url)
-    host = parts.netloc.rpartition("@")[2]
-    return f"{parts.scheme}://{host}{parts.path}"
 
 
 @contextlib.contextmanager

@@ -63,15 +63,13 @@ class Store:
 
 
 async def open_store(url: str, settings: Settings) -> Store:
-    """Open the store that a URL names, as service.store.urls tells.
+    """Open the store that a URL names, as service.store.addresses tells; nothing is sent yet.
 
     Raises:
         ValueError: If the URL has another form, or the durability cannot be had with it.
     """
     client = connect(url, settings)
-    is_cluster = isinstance(client, ClusterRouter)
-    if settings.durability == "replica" and is_cluster:
-        await client.aclose()
+    if settings.durability == "replica" and isinstance(client, ClusterRouter):
         raise ValueError("durability 'replica' needs one server or Sentinel, not a cluster")
     runner = ScriptRunner(
         client,

@@ -1,53 +1,26 @@
-"""Which store a URL names.
-
-| URL | store |
-| --- | --- |
-| `redis://host:6379/0`, `rediss://…`, `unix:///path` | one Redis or Valkey server |
-| `redis+sentinel://host:26379,host:26379/NAME/0` | the master that Sentinel knows by NAME |
-| `redis+cluster://host:6379,host:6379` | a Redis Cluster |
-
-A user and a password before the hosts are the store's. `rediss+sentinel` and `rediss+cluster` speak
-TLS. What follows `?` in the first form is redis-py's; a Sentinel URL may have
-`?sentinel_username=…&sentinel_password=…`.
-"""
+"""Makes the client of the store that a URL names; service.store.addresses tells the forms of URLs."""
 
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
-from urllib.parse import parse_qs, unquote, urlsplit
 
 from redis import exceptions as redis_errors
 from redis.asyncio import BlockingConnectionPool
+from redis.asyncio.connection import Connection, SSLConnection, UnixDomainSocketConnection
 from redis.asyncio.retry import Retry
-from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
+from redis.asyncio.sentinel import MasterNotFoundError, Sentinel, SentinelConnectionPool
 from redis.backoff import NoBackoff
 
+from service.store.addresses import join_host, parse_store_url
 from service.store.cluster import ClusterRouter
 from service.store.links import WITHOUT_NOTICES, StoreClient, watch_links
 
 if TYPE_CHECKING:
-    from urllib.parse import SplitResult
-
     from service.settings import Settings
+    from service.store.addresses import StoreAddress
 
-_SENTINEL_PORT = 26379
-_REDIS_PORT = 6379
 _SPARE_CONNECTIONS = 4
-
-
-@dataclass(frozen=True, slots=True)
-class Address:
-    """A URL of several hosts, taken apart."""
-
-    hosts: list[tuple[str, int]]
-    name: str
-    database: int
-    username: str | None
-    password: str | None
-    is_tls: bool
-    options: dict[str, str]
 
 
 class OneMasterPool(SentinelConnectionPool):
@@ -70,11 +43,47 @@ class OneMasterPool(SentinelConnectionPool):
                 raise
         return connection
 
+    async def disconnect(self, inuse_connections: bool = True) -> None:  # noqa: FBT001, FBT002 - redis-py's
+        """Close connections; with those in use, which is how a client ends, the sentinels' too."""
+        pool: Any = self
+        base: Any = super()
+        await base.disconnect(inuse_connections)
+        if inuse_connections:
+            await pool.sentinel_manager.aclose()
+
     async def follow(self) -> None:
         """Ask the sentinels who the master is; while they do not say, the one named last stays."""
         pool: Any = self
         with contextlib.suppress(redis_errors.RedisError, OSError):
             await pool.get_master_address()
+
+
+class Sentinels(Sentinel):
+    """Ask the sentinels for the master; redis-py's own text for "none names it" shows its objects."""
+
+    async def discover_master(self, service_name: str) -> tuple[str, int]:
+        """Return the master's host and port.
+
+        Raises:
+            MasterNotFoundError: If no sentinel names a master that is up, with what each said.
+        """
+        manager: Any = self
+        told = []
+        for sentinel in tuple(manager.sentinels):
+            options = sentinel.connection_pool.connection_kwargs
+            place = join_host(options["host"], options["port"])
+            try:
+                masters = await sentinel.sentinel_masters()
+            except (redis_errors.RedisError, OSError) as error:
+                told.append(f"the sentinel at {place} does not answer: {error}")
+                continue
+            state = masters.get(service_name)
+            if state and manager.check_master_state(state, service_name):
+                manager.sentinels.remove(sentinel)
+                manager.sentinels.insert(0, sentinel)  # the first to be asked next time
+                return state["ip"], state["port"]
+            told.append(f"the sentinel at {place} names no master {service_name!r} that is up")
+        raise MasterNotFoundError("; ".join(told))
 
 
 def connect(url: str, settings: Settings) -> StoreClient | ClusterRouter:
@@ -85,67 +94,46 @@ def connect(url: str, settings: Settings) -> StoreClient | ClusterRouter:
     Raises:
         ValueError: If the URL has another form.
     """
-    kind = urlsplit(url).scheme.partition("+")[2]
-    if kind == "sentinel":
-        return _connect_sentinel(parse_address(url, _SENTINEL_PORT), settings)
-    if kind == "cluster":
-        return _connect_cluster(parse_address(url, _REDIS_PORT), settings)
-    return _connect_one(url, settings)
+    address = parse_store_url(url)
+    if address.form.endswith("sentinel"):
+        return _connect_sentinel(address, settings)
+    if address.form.endswith("cluster"):
+        return _connect_cluster(address, settings)
+    if address.form == "unix":
+        return _connect_one(address, settings, UnixDomainSocketConnection, path=address.path)
+    return _connect_host(address, settings, *address.hosts[0])
 
 
-def parse_address(url: str, default_port: int) -> Address:
-    """Take a URL of several hosts apart.
-
-    Raises:
-        ValueError: If a host is missing or a port or database is not a number.
-    """
-    parts = urlsplit(url)
-    scheme = parts.scheme.partition("+")[0]
-    if scheme not in ("redis", "rediss"):
-        raise ValueError(
-            "expected redis://, rediss://, unix://, redis+sentinel:// or redis+cluster://"
-        )
-    credentials, _, hosts = parts.netloc.rpartition("@")
-    username, _, password = credentials.partition(":")
-    name, database = _path(parts)
-    return Address(
-        hosts=[_host(host, default_port) for host in hosts.split(",")],
-        name=name,
-        database=database,
-        username=unquote(username) or None,
-        password=unquote(password) or None,
-        is_tls=scheme == "rediss",
-        options={key: values[-1] for key, values in parse_qs(parts.query).items()},
-    )
+def _connect_host(address: StoreAddress, settings: Settings, host: str, port: int) -> StoreClient:
+    kind = SSLConnection if address.is_tls else Connection
+    return _connect_one(address, settings, kind, host=host, port=port)
 
 
-def _connect_one(url: str, settings: Settings, **credentials: str | None) -> StoreClient:
-    pool = BlockingConnectionPool.from_url(
-        url,
+def _connect_one(
+    address: StoreAddress, settings: Settings, kind: type[Any], **place: Any
+) -> StoreClient:
+    pool = BlockingConnectionPool(
+        connection_class=kind,
         max_connections=settings.store_connections,
         maint_notifications_config=WITHOUT_NOTICES,
-        **credentials,
+        **place,
+        **_login(address),
         **_pool_options(settings),
     )
     watch_links(pool)
     return cast("StoreClient", StoreClient.from_pool(pool))  # which closes it with itself
 
 
-def _connect_sentinel(address: Address, settings: Settings) -> StoreClient:
-    if not address.name:
-        raise ValueError("expected redis+sentinel://host:26379,…/NAME with the name of the master")
+def _connect_sentinel(address: StoreAddress, settings: Settings) -> StoreClient:
     options = _pool_options(settings)
     del options["timeout"]
-    credentials = {
-        key.removeprefix("sentinel_"): value
-        for key, value in address.options.items()
-        if key in ("sentinel_username", "sentinel_password")
-    }
-    sentinel = Sentinel(
+    make: Any = Sentinels
+    sentinel = make(
         address.hosts,
         sentinel_kwargs={
             **_link_options(settings),
-            **credentials,
+            **address.link_options,
+            **address.sentinel_credentials,
             "ssl": address.is_tls,
             "retry": Retry(NoBackoff(), 0),  # another sentinel is asked instead
         },
@@ -155,10 +143,8 @@ def _connect_sentinel(address: Address, settings: Settings) -> StoreClient:
         address.name,
         redis_class=StoreClient,
         connection_pool_class=OneMasterPool,
-        db=address.database,
-        username=address.username,
-        password=address.password,
         ssl=address.is_tls,
+        **_login(address),
         # It has no pool that waits: ScriptRunner bounds the calls, the rest is for health.
         max_connections=settings.store_connections + _SPARE_CONNECTIONS,
     )
@@ -166,13 +152,20 @@ def _connect_sentinel(address: Address, settings: Settings) -> StoreClient:
     return client
 
 
-def _connect_cluster(address: Address, settings: Settings) -> ClusterRouter:
+def _connect_cluster(address: StoreAddress, settings: Settings) -> ClusterRouter:
     def make_client(host: str, port: int) -> StoreClient:
-        scheme = "rediss" if address.is_tls else "redis"
-        url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
-        return _connect_one(url, settings, username=address.username, password=address.password)
+        return _connect_host(address, settings, host, port)
 
     return ClusterRouter(address.hosts, make_client)
+
+
+def _login(address: StoreAddress) -> dict[str, Any]:
+    return {
+        "db": address.database,
+        "username": address.username,
+        "password": address.password,
+        **address.link_options,
+    }
 
 
 def _link_options(settings: Settings) -> dict[str, Any]:
@@ -192,17 +185,3 @@ def _pool_options(settings: Settings) -> dict[str, Any]:
         "health_check_interval": 0,
         "retry": Retry(NoBackoff(), 0),
     }
-
-
-def _path(parts: SplitResult) -> tuple[str, int]:
-    name, _, database = parts.path.strip("/").partition("/")
-    if database and not database.isdecimal():
-        raise ValueError(f"expected the number of a database, got {database!r}")
-    return name, int(database or 0)
-
-
-def _host(text: str, default_port: int) -> tuple[str, int]:
-    host, _, port = text.rpartition(":") if text.rpartition(":")[2].isdecimal() else (text, "", "")
-    if not host:
-        raise ValueError("expected host:port,host:port,… after //")
-    return host.strip("[]"), int(port or default_port)

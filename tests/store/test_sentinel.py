@@ -32,6 +32,9 @@ class Sentinels:
         """Tell where it is."""
         return "127.0.0.1", self.master.port
 
+    async def aclose(self) -> None:
+        """Hold no connection."""
+
 
 def make_pool(sentinels: Sentinels) -> Any:
     """Make a pool that asks these."""
