@@ -1,7 +1,9 @@
 """What the domain asks of a store, in the domain's words.
 
-Each method is one atomic look or one atomic decision in one hash slot. Methods raise Unavailable
-(STORE_DOWN, UNKNOWN_OUTCOME) or ResourceExhausted (STORE_FULL) and nothing else of a store's own.
+Each method is one atomic look or one atomic decision in one hash slot. Methods raise ResourceExhausted
+(STORE_FULL) or Unavailable (STORE_DOWN) where nothing was decided, Unavailable (UNKNOWN_OUTCOME) where
+that is not known, and nothing else of a store's own. A store that takes no writes still decides what
+needs none: it answers replays, and refuses what is late, fenced or a rival's, as ever.
 """
 
 from __future__ import annotations
@@ -347,8 +349,11 @@ class ModelStore(Protocol):
         contribution: Contribution,
         request: bytes,
         selectors: Sequence[bytes],
-    ) -> tuple[CountOutcome, UpdateLook | None]:
-        """Count a contribution once and, mostly after that, read what an Update decides from."""
+    ) -> tuple[CountOutcome, UpdateLook | Exception | None]:
+        """Count a contribution once and, mostly after that, read what an Update decides from.
+
+        A failure to read takes the place of what was to be read.
+        """
 
     async def is_counted(self, tenant: str, model_id: str, name: bytes) -> bool:
         """Tell whether a contribution of this name was counted."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,8 +26,6 @@ from service.domain.digests import chunk_digest, next_token
 from service.domain.errors import (
     FailedPrecondition,
     NotFound,
-    ResourceExhausted,
-    Unavailable,
     bad_field,
     bad_tensor,
     quoted,
@@ -40,6 +39,7 @@ from service.domain.ports import (
     StoredState,
 )
 from service.domain.refusals import (
+    STORE_FAILURES,
     answer_too_large,
     cancelled_midway,
     check_epoch,
@@ -52,7 +52,6 @@ from service.domain.refusals import (
     seq_reused,
     session_absent,
     tape_quota,
-    unknown_outcome,
 )
 from service.domain.tapes import StoredTape, tape_to_bytes
 from service.domain.types import ForwardResult, ReturnHs
@@ -116,6 +115,7 @@ class Recurrence:
         self._limits = limits
         self._committer = Committer(store)
         self._lanes: dict[SessionKey, deque[_Call] | None] = {}  # in work; behind it, what waits
+        self._untouched: set[SessionKey] = set()  # of which the tenant's list could not be told
         self._tasks: set[asyncio.Task[None]] = set()
         self._idle = asyncio.Event()
 
@@ -302,7 +302,7 @@ class Recurrence:
         if outcome is ChunkOutcome.QUOTA:
             self._end(call, tape_quota(self._limits.tapes_per_session))
         elif isinstance(outcome, Exception):
-            self._end(call, unknown_outcome(outcome))
+            self._end(call, outcome)
         elif call.tries < MAX_TRIES:
             call.tries += 1
             self._spawn(call, self._fetch(call))
@@ -317,7 +317,7 @@ class Recurrence:
         if op.train:
             xs, h0, hs = call.tape.xs, call.tape.h0, call.tape.hs
             self._tapes.put(call.token, StoredTape(call.version, xs, h0, hs, base.incarnation))
-        if is_touch_due:
+        if is_touch_due or call.key in self._untouched:
             self._touch(call.key, base.ttl_ms)
         result = self._result(op, call.tape.hs, call.h, call.version, call.token, replayed=False)
         self._end(call, result)
@@ -369,8 +369,10 @@ class Recurrence:
         return done.tape
 
     async def _extend(self, key: SessionKey, epoch: int, ttl_ms: int) -> None:
-        if await self._store.extend_session(*key, epoch) is ChunkOutcome.TOUCH:
-            self._touch(key, ttl_ms)
+        # A replay is answered also where the store takes no writes at all.
+        with suppress(*STORE_FAILURES):
+            if await self._store.extend_session(*key, epoch) is ChunkOutcome.TOUCH:
+                self._touch(key, ttl_ms)
 
     # --- without a session --------------------------------------------------------------------------
 
@@ -417,11 +419,12 @@ class Recurrence:
 
     def _touch(self, key: SessionKey, ttl_ms: int) -> None:
         async def touch() -> None:
-            # When it fails the next quarter of the time to live brings another try.
             try:
                 await self._store.touch_session(*key, ttl_ms)
-            except (Unavailable, ResourceExhausted):
-                return
+            except STORE_FAILURES:
+                self._untouched.add(key)  # its next chunk here tries again
+            else:
+                self._untouched.discard(key)
 
         task = asyncio.get_running_loop().create_task(touch())
         self._tasks.add(task)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +21,8 @@ from service.domain.finite import is_finite
 from service.domain.ports import Absence
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from rnn_engine import Array
     from service.domain.errors import DomainError
     from service.domain.ports import AbsentSession
@@ -27,6 +30,10 @@ if TYPE_CHECKING:
 
 
 UNCHANGED = "nothing was changed"  # what a refusal says that left all as it was
+STORE_FAILURES = (
+    ResourceExhausted,
+    Unavailable,
+)  # what a store's port raises; see service.domain.ports
 
 
 def check_tensor(field: str, array: Array, shape: tuple[int, ...], dtype: str) -> None:
@@ -168,12 +175,18 @@ def request_id_reused() -> AlreadyExists:
     return AlreadyExists("REQUEST_ID_REUSED", text, field="request_id")
 
 
-def unknown_outcome(error: Exception) -> Exception:
-    """Turn the loss of a commit's answer into what the client can rely on."""
-    if not isinstance(error, Unavailable):
-        return error
-    text = "the store did not answer: the chunk may or may not be applied; send it again as it is"
-    return Unavailable("UNKNOWN_OUTCOME", text, retry_after_s=error.retry_after_s)
+@contextmanager
+def after_decision() -> Iterator[None]:
+    """Let no failure of the store say that nothing was done, once something was.
+
+    Raises:
+        Unavailable: UNKNOWN_OUTCOME in its place; the same call, sent again, finds what was done.
+    """
+    try:
+        yield
+    except STORE_FAILURES as error:
+        text = "a part of it was carried out; send the same call again as it is"
+        raise Unavailable("UNKNOWN_OUTCOME", text, retry_after_s=error.retry_after_s) from error
 
 
 def recorded(error: DomainError, chunk_seq: int) -> DomainError:

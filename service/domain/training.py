@@ -33,10 +33,12 @@ from service.domain.errors import (
 )
 from service.domain.finite import is_finite
 from service.domain.heads import HeadRequest, NextHead
-from service.domain.ports import AbsentSession, Contribution, CountOutcome
+from service.domain.ports import AbsentSession, Contribution, CountOutcome, UpdateLook
 from service.domain.recent import Recent
 from service.domain.refusals import (
+    STORE_FAILURES,
     UNCHANGED,
+    after_decision,
     answer_too_large,
     check_epoch,
     check_tensor,
@@ -66,7 +68,7 @@ if TYPE_CHECKING:
     from service.compute.scheduler import Scheduler
     from service.domain.catalog import Catalog, KnownModel
     from service.domain.heads import HeadMaker, MakeHead, StepAnswer
-    from service.domain.ports import ModelStore, SessionHead, SessionStore, TapeLook, UpdateLook
+    from service.domain.ports import ModelStore, SessionHead, SessionStore, TapeLook
     from service.domain.tapes import RecentTapes, StoredTape
     from service.domain.types import (
         Backward,
@@ -162,16 +164,17 @@ class Training:
     async def discard(self, tenant: str, op: DiscardGradients) -> DiscardResult:
         """Drop waiting contributions, and the waiting tapes of the sessions named."""
         model = await self._catalog.get(tenant, op.model_id, fresh=True)
-        tapes = 0
-        for selector in op.selectors:
-            tapes += await self._sessions.discard_tapes(
-                tenant, selector.session_id, selector.epoch, selector.chunk_seqs
-            )
         dropped = await self._models.discard_contributions(
             tenant, op.model_id, model.incarnation, self._names(tenant, op.selectors)
         )
         if dropped is None:
             raise model_not_found(op.model_id)
+        tapes = 0
+        with after_decision():
+            for selector in op.selectors:
+                tapes += await self._sessions.discard_tapes(
+                    tenant, selector.session_id, selector.epoch, selector.chunk_seqs
+                )
         return DiscardResult(dropped, tapes)
 
     async def list_waiting(self, tenant: str, session_id: str) -> Waiting:
@@ -327,9 +330,11 @@ class Training:
             )
             self._counted(op, model, counting, outcome)
             settling = asyncio.create_task(self._settle(tenant, op))
-            if look is None or look.remembered or entry in look.waiting:
+            if look is None:
                 return look
-            # One of the two was sent again, and the look came first.
+            if isinstance(look, UpdateLook) and (look.remembered or entry in look.waiting):
+                return look
+            # It failed, or one of the two was sent again and the look came first.
             return await self._models.look_update(tenant, request.model_id, name, request.selectors)
 
         step = self._stepper(tenant, update, request)
@@ -358,7 +363,12 @@ class Training:
         self._tapes.drop(op.token)  # what comes next finds its memory warm; a retry reads the store
 
     async def _settle(self, tenant: str, op: Backward) -> None:
-        await self._sessions.settle_tape(tenant, op.session_id, op.epoch, op.chunk_seq, op.token)
+        # The contribution is counted whatever becomes of this; the tape then keeps its place for a
+        # while, until it expires or the same Backward comes again.
+        with suppress(*STORE_FAILURES):
+            await self._sessions.settle_tape(
+                tenant, op.session_id, op.epoch, op.chunk_seq, op.token
+            )
 
     def _refuse_contribution(self, op: Backward, model: KnownModel, outcome: CountOutcome) -> None:
         if outcome is CountOutcome.REUSED:

@@ -18,6 +18,7 @@ from service.domain.ports import (
     ModelRecord,
     UpdateLook,
 )
+from service.domain.refusals import STORE_FAILURES
 from service.domain.types import Checkpoint, Version
 from service.settings import MIB, MINUTE_MS
 from service.store import keys, layouts
@@ -158,7 +159,9 @@ class RedisModelStore:
             keys.gradient_prefix(tag),
         )
         answer = await self._runner.run(Call(_DELETE, slot, (incarnation, *prefixes)))
-        await self.forget_model_name(tenant, model_id)
+        # It is gone whatever becomes of its name, which else takes a place until it is used or deleted again.
+        with suppress(*STORE_FAILURES):
+            await self.forget_model_name(tenant, model_id)
         return bool(answer == b"DELETED")
 
     async def find_version(self, tenant: str, model_id: str, number: int) -> Version | None:
@@ -198,24 +201,34 @@ class RedisModelStore:
         contribution: Contribution,
         request: bytes,
         selectors: Sequence[bytes],
-    ) -> tuple[CountOutcome, UpdateLook | None]:
+    ) -> tuple[CountOutcome, UpdateLook | Exception | None]:
         """Count a contribution once and, mostly after that, read what an Update decides from."""
         tag = keys.model_tag(tenant, model_id)
         outcome, look = await self._count(tag, contribution, _look_call(tag, request, selectors))
-        return CountOutcome(outcome.decode()), _update_look(look)
+        counted = CountOutcome(outcome.decode())
+        return counted, look if isinstance(look, Exception) else _update_look(look)
 
     async def _count(self, tag: bytes, contribution: Contribution, *others: Call) -> list[Any]:
-        """Count a contribution, and run other scripts right after it; return all answers."""
+        """Count a contribution, and run other scripts right after it; return all answers.
+
+        The failure of another stands in its place: it takes nothing back.
+        """
         calls = (self._count_call(tag, contribution), *others)
-        answers = await self._runner.run_all(calls)
+        answers = await self._run_first(calls)
         if (
             answers[0] == b"MISSING"
         ):  # it is large, and none that is known: nothing else needs writing
             name = keys.gradient_prefix(tag) + contribution.entry
             await self._write_parts(_parts(name, contribution.gradient))
-            answers = await self._runner.run_all(calls)
+            answers = await self._run_first(calls)
         if answers[0] == b"MISSING":
             raise parts_expired()
+        return answers
+
+    async def _run_first(self, calls: Sequence[Call]) -> list[Any]:
+        answers = [ran.answer for ran in await self._runner.run_many(calls)]
+        if isinstance(answers[0], Exception):
+            raise answers[0]
         return answers
 
     def _count_call(self, tag: bytes, contribution: Contribution) -> Call:
@@ -305,7 +318,14 @@ class RedisModelStore:
             limits.remembered_requests_per_model,
         )
         first = _writes(parts) if is_small else ()
-        outcome, *answer = await self._runner.run(Call(_FLIP, slot, arguments, first))
+        (ran,) = await self._runner.run_many([Call(_FLIP, slot, arguments, first)])
+        if isinstance(ran.answer, Exception):
+            raise ran.answer
+        outcome, *answer = ran.answer
+        if outcome == b"MISSING":
+            for refused in (part for part in ran.first if isinstance(part, Exception)):
+                raise refused
+            return FlipOutcome.STALE, b""  # the parts have expired: it is all made again
         return FlipOutcome(outcome.decode()), answer[0] if answer else b""
 
     async def discard_contributions(

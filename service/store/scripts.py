@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from service.domain.errors import Unavailable
 from service.store.cluster import ClusterRouter
@@ -16,6 +16,8 @@ from service.store.failures import (
     as_domain_error,
     is_lost_connection,
     is_missing_script,
+    is_refused,
+    is_refused_by_primary,
 )
 
 if TYPE_CHECKING:
@@ -24,17 +26,26 @@ if TYPE_CHECKING:
     from service.store.links import Command, StoreClient
 
 WAIT_MARK = b"timernn-wait"  # the key that is written so that WAIT has something to wait for
+# A script, because a full store takes a write from one that says so: there too replays are covered.
+_WRITE_MARK = "#!lua flags=allow-oom\nredis.call('SET', KEYS[1], 1)"
+_READS_ONLY = "flags=no-writes"
 
 Argument = bytes | memoryview | str | int
 
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """A script's text and the digest by which the server knows it."""
+    """A script's text and the digest by which the server knows it.
+
+    Attributes:
+        reader: The same as one that may not write, if it may: the server runs it where it refuses
+            writes, and lets it come as far as it gets by reading.
+    """
 
     name: str
     text: str
     sha: str
+    reader: Script | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +71,22 @@ class Call:
 def load_script(name: str) -> Script:
     """Read a script of this package."""
     text = resources.files("service.store").joinpath("lua", f"{name}.lua").read_text("utf-8")
-    return Script(name, text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
+    first, _, rest = text.partition("\n")
+    if _READS_ONLY in first:
+        return _script(name, text)
+    return _script(name, text, _script(name, f"#!lua {_READS_ONLY}\n{rest}"))
+
+
+def _script(name: str, text: str, reader: Script | None = None) -> Script:
+    sha = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+    return Script(name, text, sha, reader)
+
+
+class Ran(NamedTuple):
+    """What came of a call: its script's answer, and those to what was sent before; or failures."""
+
+    answer: Any
+    first: Sequence[Any]
 
 
 class ScriptRunner:
@@ -68,6 +94,10 @@ class ScriptRunner:
 
     Every script decides by what it finds, so one whose answer was lost is sent once more: it finds
     its own work and says so. The server may forget scripts at any time; then the text is sent.
+
+    A script that the primary refuses as a whole, having no room or nobody to copy it to, is sent again
+    as its own reader. Whatever it says without a write, that a call is a replay, a rival's or too late,
+    is its answer; where it comes to a write, nothing was decided and the refusal is the answer.
 
     With `wait_replicas` an answer counts only once so many replicas have what was written before it.
     WAIT asks for what its own connection wrote, so each round trip writes a mark of its own first:
@@ -114,35 +144,46 @@ class ScriptRunner:
             Unavailable: If the server cannot be reached.
             ResourceExhausted: If its memory is full.
         """
-        (answer,) = await self.run_all([call])
-        return answer
+        (ran,) = await self.run_many([call])
+        if isinstance(ran.answer, Exception):
+            raise ran.answer
+        return ran.answer
 
-    async def run_all(self, calls: Sequence[Call]) -> list[Any]:
-        """Run scripts in one round trip; one that is sent again comes after the others.
+    async def run_many(self, calls: Sequence[Call]) -> list[Ran]:
+        """Run scripts in one round trip; a failure stands in its script's place.
 
-        Raises:
-            Unavailable, ResourceExhausted: The first failure.
+        One that is sent again comes after the others.
         """
-        answers = await self.run_many(calls)
-        for answer in answers:
-            if isinstance(answer, Exception):
-                raise answer
-        return answers
+        ran = await self._send_calls(calls)
+        readers = {
+            i: replace(call, script=call.script.reader, first=())
+            for i, call in enumerate(calls)
+            if call.script.reader and is_refused_by_primary(ran[i].answer)
+        }
+        if readers:
+            read = await self._send_calls(list(readers.values()))
+            for i, (answer, _) in zip(readers, read, strict=True):
+                if not isinstance(answer, Exception):
+                    ran[i] = ran[i]._replace(answer=answer)
+        return [_in_domain_words(call, one) for call, one in zip(calls, ran, strict=True)]
 
-    async def run_many(self, calls: Sequence[Call]) -> list[Any]:
-        """Run scripts in one round trip; a failure stands in its script's place."""
-        answers = await self._send_calls(calls, [call.by_digest for call in calls])
+    async def _send_calls(self, calls: Sequence[Call]) -> list[Ran]:
+        """Send scripts, again where an answer was lost; what was lost once stays so if it is refused then."""
+        ran = await self._send_forms(calls, [call.by_digest for call in calls])
         for attempt in range(self._resends + 1):
-            again = [i for i, a in enumerate(answers) if self._is_worth_resending(a, attempt)]
+            again = [
+                i for i, one in enumerate(ran) if self._is_worth_resending(one.answer, attempt)
+            ]
             if not again:
                 break
             some = [calls[i] for i in again]
-            resent = await self._send_calls(some, [call.by_text for call in some])
-            for i, answer in zip(again, resent, strict=True):
-                answers[i] = answer
-        return [as_domain_error(a) if isinstance(a, Exception) else a for a in answers]
+            resent = await self._send_forms(some, [call.by_text for call in some])
+            for i, one in zip(again, resent, strict=True):
+                if is_missing_script(ran[i].answer) or not is_refused(one.answer):
+                    ran[i] = one
+        return ran
 
-    async def _send_calls(self, calls: Sequence[Call], forms: Sequence[Command]) -> list[Any]:
+    async def _send_forms(self, calls: Sequence[Call], forms: Sequence[Command]) -> list[Ran]:
         commands = [
             command
             for call, form in zip(calls, forms, strict=True)
@@ -151,8 +192,11 @@ class ScriptRunner:
         told = await self._send(commands)
         # A script decides by what it finds: it says what was done, whatever became of what was sent
         # before it.
-        lengths = [len(call.first) + 1 for call in calls]
-        return [told[end - 1] for end in itertools.accumulate(lengths)]
+        ends = itertools.accumulate(len(call.first) + 1 for call in calls)
+        return [
+            Ran(told[end - 1], told[end - 1 - len(call.first) : end - 1])
+            for call, end in zip(calls, ends, strict=True)
+        ]
 
     async def run_commands(self, commands: Sequence[Command]) -> list[Any]:
         """Run plain commands, each good to be sent twice, in one round trip.
@@ -190,7 +234,8 @@ class ScriptRunner:
 
     async def _send_to(self, client: StoreClient, commands: Sequence[Command]) -> list[Any]:
         if self._wait_replicas:
-            waiting = (("SET", WAIT_MARK, 1), ("WAIT", self._wait_replicas, self._wait_ms))
+            mark = ("EVAL", _WRITE_MARK, 1, WAIT_MARK)
+            waiting = (mark, ("WAIT", self._wait_replicas, self._wait_ms))
             commands = (*commands, *waiting)
         try:
             answers = await client.round_trip(commands)
@@ -200,9 +245,20 @@ class ScriptRunner:
 
     def _acknowledged(self, answers: list[Any]) -> list[Any]:
         """Take the answers as given only if enough replicas have what they stand on."""
-        *given, _mark, reached = answers
-        if isinstance(reached, int) and reached >= self._wait_replicas:
+        *given, mark, reached = answers
+        is_marked = not isinstance(mark, Exception)
+        if is_marked and isinstance(reached, int) and reached >= self._wait_replicas:
             return given
         text = "no replica has acknowledged in time; send the same call again"
         lost = Unavailable("UNKNOWN_OUTCOME", text, retry_after_s=RETRY_AFTER_S)
         return [a if isinstance(a, Exception) else lost for a in given]
+
+
+def _in_domain_words(call: Call, ran: Ran) -> Ran:
+    is_decision = call.script.reader is not None
+    return Ran(
+        as_domain_error(ran.answer, is_decision=is_decision)
+        if isinstance(ran.answer, Exception)
+        else ran.answer,
+        [as_domain_error(one) if isinstance(one, Exception) else one for one in ran.first],
+    )

@@ -12,10 +12,11 @@ from service.domain.ports import (
 )
 from service.settings import DAY_MS
 from service.store import keys, layouts
+from service.store.failures import is_refusal
 from service.store.scripts import Call, load_script
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from service.domain.ports import (
         Absence,
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from service.domain.types import WaitingTape
     from service.settings import Limits
     from service.store.links import Command
-    from service.store.scripts import Argument, ScriptRunner
+    from service.store.scripts import Argument, Ran, ScriptRunner
 
 ORPHAN_MS = 60_000  # a tape whose commit never came lives so long
 MARKER_MS = DAY_MS  # how much longer than its session a marker lives
@@ -106,14 +107,22 @@ class RedisSessionStore:
 
     async def commit_chunks(self, commits: Sequence[ChunkCommit]) -> list[ChunkOutcome | Exception]:
         """Apply chunks of different sessions, each by itself, in one round trip."""
-        groups = self._grouped(commits)
+        return await self._commit_groups(self._grouped(commits))
+
+    async def _commit_groups(
+        self, groups: Sequence[Sequence[ChunkCommit]]
+    ) -> list[ChunkOutcome | Exception]:
         told = await self._runner.run_many([self._commit_call(some) for some in groups])
         answers: list[ChunkOutcome | Exception] = []
-        for some, answer in zip(groups, told, strict=True):
-            if isinstance(answer, Exception):
-                answers += [answer] * len(some)
+        for some, ran in zip(groups, told, strict=True):
+            if not isinstance(ran.answer, Exception):
+                answers += _chunk_outcomes(some, ran)
+            elif len(some) > 1 and is_refusal(ran.answer):
+                # None of them was applied now. Which of them an earlier call applied, or a rival
+                # overtook, each has to be asked for by itself.
+                answers += await self._commit_groups([[commit] for commit in some])
             else:
-                answers += [_CHUNK_OUTCOMES[outcome] for outcome in answer]
+                answers += [ran.answer] * len(some)
         return answers
 
     async def extend_session(self, tenant: str, session_id: str, epoch: int) -> ChunkOutcome:
@@ -242,6 +251,16 @@ class RedisSessionStore:
         )
         first = [_lay_tape(commit) for commit in commits if commit.tape is not None]
         return Call(_COMMIT, slot, arguments, first)
+
+
+def _chunk_outcomes(commits: Sequence[ChunkCommit], ran: Ran) -> Iterator[ChunkOutcome | Exception]:
+    laid = iter(ran.first)
+    for commit, outcome in zip(commits, ran.answer, strict=True):
+        lay = next(laid) if commit.tape is not None else None
+        if outcome == b"UNLAID":
+            yield lay if isinstance(lay, Exception) else ChunkOutcome.STALE
+        else:
+            yield _CHUNK_OUTCOMES[outcome]
 
 
 def _lay_tape(commit: ChunkCommit) -> Command:

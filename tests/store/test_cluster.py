@@ -102,7 +102,7 @@ async def test_a_training_chunk_is_refused_whole_by_half_a_slot(
     assert next(move) == "open"
     source.ask("MIGRATE", "127.0.0.1", target.port, keys.record_key(tag), 0, 5000)
     xs = draw(rng)
-    assert (await refusal(client.forward(xs, train=True))).reason == "UNKNOWN_OUTCOME"
+    assert (await refusal(client.forward(xs, train=True))).reason == "STORE_DOWN"
     # The tape may lie there, but only under its first name, and it will expire.
     assert keys.tape_index_key(tag) not in target.ask("CLUSTER", "GETKEYSINSLOT", slot, 10)
     assert list(itertools.islice(move, 9))[-1] == "moved"

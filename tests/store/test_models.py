@@ -124,7 +124,7 @@ async def test_a_contribution_is_consumed_once(model: Model, raw: Redis) -> None
     assert await model.waiting() == (1, 8)
     assert await model.flipped(2, model.name(1)) is FlipOutcome.FLIPPED
     assert await model.waiting() == (0, 0)
-    assert await model.count(1) is CountOutcome.REPLAYED
+    assert await model.count(1) is CountOutcome.CONSUMED
     assert await model.count(1, digest=b"x" * 16) is CountOutcome.REUSED
     assert await model.flipped(3, model.name(1)) is FlipOutcome.STALE
     tag = keys.model_tag(model.tenant, "m")
@@ -347,7 +347,7 @@ async def test_discarding_frees_and_remembers(model: Model) -> None:
     assert await model.waiting() == (2, 16)
     assert await discard(model.store.contribution_prefix(model.tenant, "s", 7)) == 2
     assert await discard(b"") == 0
-    assert await model.count(1) is CountOutcome.REPLAYED
+    assert await model.count(1) is CountOutcome.CONSUMED
     assert await model.waiting() == (0, 0)
     other = model.store.discard_contributions(model.tenant, "m", b"j" * 16, [b""])
     assert await other is None

@@ -13,7 +13,7 @@
 --         (4; 0: none), h. The tape was laid down under a name of its own right before: passed through the
 --         script it would be copied several times; so it is only given its right name.
 -- Returns for each chunk OK; TOUCH: OK, and a quarter of the ttl has passed since the tenant's list was told;
--- STALE; QUOTA: too many tapes wait
+-- STALE; QUOTA: too many tapes wait; UNLAID: the tape is not under its first name
 local window, extra = tonumber(ARGV[1]), tonumber(ARGV[2])
 local time = redis.call('TIME')
 local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
@@ -70,7 +70,7 @@ local function commit(key, at, h, laid_key, tape_bytes)
   local base = first + (seq % slots) * (64 + size)
   if redis.call('GETRANGE', key, base + 24, base + 39) ~= string.sub(ARGV[7], at + 16, at + 31) then return 'STALE' end
   if tape_bytes > 0 then
-    if redis.call('STRLEN', laid_key) ~= tape_bytes then return 'STALE' end
+    if redis.call('STRLEN', laid_key) ~= tape_bytes then return 'UNLAID' end
     local name = string.sub(ARGV[7], at, at + 7) .. string.sub(ARGV[7], at + 32, at + 39)
     if not keep_tape(key .. 't', name, string.sub(ARGV[7], at + 56, at + 71), laid_key, tape_bytes, ttl) then return 'QUOTA' end
   end
@@ -94,7 +94,7 @@ while at <= #ARGV[7] do
   local h_bytes, tape_bytes = struct.unpack('>I4I4', ARGV[7], at + 96)
   local laid_key = key .. 'u' .. string.sub(ARGV[7], at + 56, at + 71)
   local answer = commit(key, at, string.sub(ARGV[7], at + 104, at + 103 + h_bytes), laid_key, tape_bytes)
-  if tape_bytes > 0 and answer ~= 'OK' and answer ~= 'TOUCH' then redis.call('UNLINK', laid_key) end
+  if tape_bytes > 0 and (answer == 'STALE' or answer == 'QUOTA') then redis.pcall('UNLINK', laid_key) end
   answers[#answers + 1] = answer
   at = at + 104 + h_bytes
 end

@@ -10,7 +10,7 @@
 -- ARGV[8] prefix of weights  ARGV[9] prefix of moments  ARGV[10] prefix of gradients
 -- ARGV[11] time for which a counted name is remembered (ms)  ARGV[12] … a superseded version is kept (ms)
 -- ARGV[13] most bytes of superseded versions  ARGV[14] most requests remembered
--- Returns {FLIPPED} | {REPLAYED, answer} | {REUSED} | {STALE} | {GONE}
+-- Returns {FLIPPED} | {REPLAYED, answer} | {REUSED} | {STALE} | {GONE} | {MISSING}: a part is not there, or not any more
 local model = redis.call('HMGET', KEYS[1], 'incarnation', 'head')
 if model[1] ~= ARGV[1] then return {'GONE'} end
 local known = redis.call('HGET', KEYS[7], ARGV[4])
@@ -41,7 +41,7 @@ local number = string.sub(ARGV[3], 1, 8)
 local parts, moment_parts = struct.unpack('>I2I2', ARGV[7], 25)
 -- All or nothing: a part made to stay beside one that has expired would stay for ever.
 if blobs('EXISTS', number, ARGV[7], ARGV[8], 25) < parts or blobs('EXISTS', number, ARGV[7], ARGV[9], 27) < moment_parts then
-  return {'STALE'}
+  return {'MISSING'}
 end
 blobs('PERSIST', number, ARGV[7], ARGV[8], 25)
 blobs('PERSIST', number, ARGV[7], ARGV[9], 27)
