@@ -24,7 +24,11 @@ _ENTRY_BYTES = 1024  # what an entry costs beside its state, roughly
 
 @dataclass(slots=True)
 class LiveSession:
-    """A session's numbers and its state h (N, H); the array itself is never written to."""
+    """A session's numbers and its state h (N, H); the array itself is never written to.
+
+    Attributes:
+        is_listed: False if the tenant's list could not be told lately that it lives on.
+    """
 
     model_id: str
     incarnation: bytes
@@ -33,6 +37,7 @@ class LiveSession:
     token: bytes
     h: Array
     ttl_ms: int
+    is_listed: bool = True
 
     def advance(self, chunk_seq: int, token: bytes, h: Array) -> None:
         """Move on by a chunk computed from here; who holds another state does not see it."""

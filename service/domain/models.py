@@ -24,7 +24,12 @@ from service.domain.ports import (
     ModelRecord,
     NewVersion,
 )
-from service.domain.refusals import model_not_found, version_gone, weights_forked
+from service.domain.refusals import (
+    after_decision,
+    model_not_found,
+    version_gone,
+    weights_forked,
+)
 from service.domain.types import (
     DIGEST_BYTES,
     ModelView,
@@ -92,7 +97,8 @@ class Models:
         if outcome is CreateOutcome.EXISTS:
             raise await self._exists(tenant, spec)
         self._refuse_creation(outcome)
-        model = await self._catalog.get(tenant, spec.model_id, fresh=True)
+        with after_decision():
+            model = await self._catalog.get(tenant, spec.model_id, fresh=True)
         return _view(model), outcome is CreateOutcome.REPLAYED
 
     async def get(self, tenant: str, model_id: str) -> ModelView:

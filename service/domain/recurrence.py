@@ -115,7 +115,6 @@ class Recurrence:
         self._limits = limits
         self._committer = Committer(store)
         self._lanes: dict[SessionKey, deque[_Call] | None] = {}  # in work; behind it, what waits
-        self._untouched: set[SessionKey] = set()  # of which the tenant's list could not be told
         self._tasks: set[asyncio.Task[None]] = set()
         self._idle = asyncio.Event()
 
@@ -238,7 +237,7 @@ class Recurrence:
         live = live_from_snapshot(snapshot)
         self._live.put(call.key, live)
         if op.chunk_seq <= live.chunk_seq:
-            await self._replay(call, snapshot, model)
+            await self._replay(call, snapshot, live, model)
             return
         if op.chunk_seq > live.chunk_seq + 1:
             raise seq_gap(live.chunk_seq, live.epoch)
@@ -317,14 +316,16 @@ class Recurrence:
         if op.train:
             xs, h0, hs = call.tape.xs, call.tape.h0, call.tape.hs
             self._tapes.put(call.token, StoredTape(call.version, xs, h0, hs, base.incarnation))
-        if is_touch_due or call.key in self._untouched:
-            self._touch(call.key, base.ttl_ms)
+        if is_touch_due or not base.is_listed:
+            self._touch(call.key, base)
         result = self._result(op, call.tape.hs, call.h, call.version, call.token, replayed=False)
         self._end(call, result)
 
     # --- a chunk that was applied before ----------------------------------------------------------
 
-    async def _replay(self, call: _Call, snapshot: SessionSnapshot, model: KnownModel) -> None:
+    async def _replay(
+        self, call: _Call, snapshot: SessionSnapshot, live: LiveSession, model: KnownModel
+    ) -> None:
         """Answer again: h as committed, hs computed again from the state before."""
         op, at, before = call.op, snapshot.at, snapshot.before
         if at is None:
@@ -347,7 +348,7 @@ class Recurrence:
             ):  # sums of another batch's shape may overflow where its did not
                 raise replay_window_passed(op.chunk_seq)
             hs[:, -1] = h
-        await self._extend(call.key, snapshot.head.epoch, snapshot.head.ttl_ms)
+        await self._extend(call.key, live)
         shown = h[:, None] if hs is None else hs
         self._end(call, self._result(op, shown, h, at.version, at.token, replayed=True))
 
@@ -368,11 +369,11 @@ class Recurrence:
             raise done.error or RuntimeError("a chunk was not computed")
         return done.tape
 
-    async def _extend(self, key: SessionKey, epoch: int, ttl_ms: int) -> None:
+    async def _extend(self, key: SessionKey, live: LiveSession) -> None:
         # A replay is answered also where the store takes no writes at all.
         with suppress(*STORE_FAILURES):
-            if await self._store.extend_session(*key, epoch) is ChunkOutcome.TOUCH:
-                self._touch(key, ttl_ms)
+            if await self._store.extend_session(*key, live.epoch) is ChunkOutcome.TOUCH:
+                self._touch(key, live)
 
     # --- without a session --------------------------------------------------------------------------
 
@@ -417,14 +418,14 @@ class Recurrence:
         if size > self._limits.message_bytes:
             raise answer_too_large(size, self._limits.message_bytes)
 
-    def _touch(self, key: SessionKey, ttl_ms: int) -> None:
+    def _touch(self, key: SessionKey, live: LiveSession) -> None:
         async def touch() -> None:
             try:
-                await self._store.touch_session(*key, ttl_ms)
+                await self._store.touch_session(*key, live.ttl_ms)
             except STORE_FAILURES:
-                self._untouched.add(key)  # its next chunk here tries again
+                live.is_listed = False  # the next chunk tries again
             else:
-                self._untouched.discard(key)
+                live.is_listed = True
 
         task = asyncio.get_running_loop().create_task(touch())
         self._tasks.add(task)

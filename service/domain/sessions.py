@@ -33,7 +33,14 @@ from service.domain.ports import (
     SessionSnapshot,
     StoredState,
 )
-from service.domain.refusals import check_tensor, contended, request_id_reused, session_absent
+from service.domain.refusals import (
+    STORE_FAILURES,
+    after_decision,
+    check_tensor,
+    contended,
+    request_id_reused,
+    session_absent,
+)
 from service.domain.types import (
     DIGEST_BYTES,
     OnExists,
@@ -126,7 +133,7 @@ class Sessions:
             head = snapshot.head
             outcome = await self._store.extend_session(tenant, session_id, head.epoch)
             if outcome is ChunkOutcome.TOUCH:
-                await self._store.touch_session(tenant, session_id, head.ttl_ms)
+                await self._touch(tenant, session_id, head.ttl_ms)
             snapshot = await self._read(tenant, session_id)
         return _opened(session_id, snapshot, resumed=False, replayed=False)
 
@@ -182,7 +189,8 @@ class Sessions:
             raise Aborted("EPOCH_FENCED", text, epoch=epoch)
         if outcome == "ABSENT" and why is Absence.NEVER:
             raise session_absent(session_id, AbsentSession(why))
-        await self._store.release_session(tenant, session_id)
+        with suppress(*STORE_FAILURES):  # its place on the list else lapses in time
+            await self._store.release_session(tenant, session_id)
         return outcome == "CLOSED"
 
     async def _create(self, tenant: str, session_id: str, start: EpochStart) -> OpenedSession:
@@ -236,16 +244,21 @@ class Sessions:
         """Refuse what did not begin, and return the session as it now is."""
         self._live.drop((tenant, session_id))
         self._refuse(session_id, start, outcome, number)
-        snapshot = await self._read(tenant, session_id)
+        with after_decision():
+            snapshot = await self._read(tenant, session_id)
         resumed = outcome is EpochOutcome.RESUMED
         if resumed:
             _check_resumable(snapshot.head, start.head)
+            with suppress(*STORE_FAILURES):  # it goes on all the same, for as long as it says
+                await self._store.extend_session(tenant, session_id, number)
+                snapshot = await self._read(tenant, session_id)
         elif snapshot.head.epoch != number:
             return _overtaken(session_id, snapshot, start, outcome, number)
+        live = live_from_snapshot(snapshot)
         # An Open has told the list already, but of a life that may be longer or shorter, or of a place that
         # another one, refused, has given back meanwhile.
-        await self._store.touch_session(tenant, session_id, snapshot.head.ttl_ms)
-        self._live.put((tenant, session_id), live_from_snapshot(snapshot))
+        live.is_listed = await self._touch(tenant, session_id, snapshot.head.ttl_ms)
+        self._live.put((tenant, session_id), live)
         replayed = outcome is EpochOutcome.REPLAYED
         return _opened(session_id, snapshot, resumed=resumed, replayed=replayed)
 
@@ -273,9 +286,23 @@ class Sessions:
             raise session_absent(session_id, found)
         return found
 
+    async def _touch(self, tenant: str, session_id: str, ttl_ms: int) -> bool:
+        """Tell the tenant's list that a session lives on; should that fail, its next chunk does."""
+        with suppress(*STORE_FAILURES):
+            await self._store.touch_session(tenant, session_id, ttl_ms)
+            return True
+        return False
+
     async def _reserve(self, tenant: str, session_id: str, ttl_ms: int) -> int:
-        """Reserve a place in the tenant's list; return the end that it has there."""
-        reserved = await self._store.reserve_session(tenant, session_id, ttl_ms)
+        """Reserve a place in the tenant's list; return the end that it has there, or 0 for none."""
+        try:
+            reserved = await self._store.reserve_session(tenant, session_id, ttl_ms)
+        except STORE_FAILURES as error:
+            if error.reason == "UNKNOWN_OUTCOME":
+                raise
+            # No session can begin either where the store takes no writes, so none needs a place; but
+            # one that is live can go on, and what was begun before be told.
+            return 0
         if reserved:
             return reserved
         limit = self._limits.sessions_per_tenant

@@ -10,8 +10,8 @@
 -- ARGV[6] ttl (ms)  ARGV[7] time for which the marker outlives the session (ms)
 -- ARGV[8] head after touched: request, batch size, dtype, incarnation; then the tail
 -- ARGV[9] slot 0: the state  ARGV[10] length of the tail
--- Returns {BEGUN | REPLAYED | REUSED | RESUMED | EXISTS | FENCED | GAP, epoch} or {ABSENT, marker or ''};
--- RESUMED extends the session's life only if it is of the model and batch size asked for
+-- Returns {BEGUN | REPLAYED | REUSED | RESUMED | EXISTS | FENCED | GAP, epoch} or {ABSENT, marker or ''}; only
+-- BEGUN changes anything
 local function whole(number) return string.format('%.0f', number) end
 local time = redis.call('TIME')
 local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
@@ -19,26 +19,21 @@ local mode, restored = ARGV[1], tonumber(ARGV[4])
 local head = redis.call('GETRANGE', KEYS[1], 0, 79)
 local marker = redis.call('GET', KEYS[2])
 local last = marker and struct.unpack('>I8', marker) or 0
-local ttl = tonumber(ARGV[6])
+local ttl, touched = tonumber(ARGV[6]), now
 if head ~= '' then
-  local _, _, tail, _, epoch, seq, live_ttl = struct.unpack('>I1I1I2I4I8I8I8', head)
+  local _, _, _, _, epoch, seq, live_ttl, live_touched = struct.unpack('>I1I1I2I4I8I8I8I8', head)
   if string.sub(head, 41, 48) == string.sub(ARGV[5], 1, 8) and ARGV[5] ~= string.rep('\0', 16) then
     if string.sub(head, 49, 56) ~= string.sub(ARGV[5], 9) then return {'REUSED', whole(epoch)} end
     if restored == 0 or restored == epoch then return {'REPLAYED', whole(epoch)} end
   end
   if mode == 'fail' then return {'EXISTS', whole(epoch)} end
-  if mode == 'resume' or mode == 'must_exist' then
-    if redis.call('GETRANGE', KEYS[1], 56, 79 + tail) == string.sub(ARGV[8], 17) then
-      redis.call('PEXPIRE', KEYS[1], live_ttl)
-      redis.call('SETRANGE', KEYS[1], 32, struct.pack('>I8', now))
-      redis.call('PEXPIRE', KEYS[2], live_ttl + math.floor(live_ttl / 4) + tonumber(ARGV[7]))
-    end
-    return {'RESUMED', whole(epoch)}
-  end
+  if mode == 'resume' or mode == 'must_exist' then return {'RESUMED', whole(epoch)} end
   local expected_epoch, expected_seq = tonumber(ARGV[2]), tonumber(ARGV[3])
   if expected_epoch > 0 and expected_epoch ~= epoch then return {'FENCED', whole(epoch)} end
   if expected_seq >= 0 and expected_seq ~= seq then return {'GAP', whole(seq)} end
   last = math.max(last, epoch)
+  -- The tenant's list still has what it was told of the life before, so the next chunk sees when it is due.
+  touched = ttl == live_ttl and live_touched or 0
 elseif mode == 'live' or mode == 'must_exist' then
   return {'ABSENT', marker or ''}
 end
@@ -59,7 +54,7 @@ if head ~= '' then
   redis.call('PEXPIRE', KEYS[3], ttl, 'LT')
 end
 local size = #ARGV[9] - 64
-redis.call('SET', KEYS[1], struct.pack('>I1I1I2I4I8I8I8I8', 1, 2, tonumber(ARGV[10]), size, epoch, 0, ttl, now)
+redis.call('SET', KEYS[1], struct.pack('>I1I1I2I4I8I8I8I8', 1, 2, tonumber(ARGV[10]), size, epoch, 0, ttl, touched)
   .. ARGV[8] .. ARGV[9] .. string.rep('\255', #ARGV[9]), 'PX', ttl)
 redis.call('SET', KEYS[2], struct.pack('>I8', epoch) .. 'L', 'PX', ttl + math.floor(ttl / 4) + tonumber(ARGV[7]))
 return {'BEGUN', whole(epoch)}
