@@ -6,7 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import suppress
 from functools import wraps
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
 
@@ -30,7 +30,7 @@ from timernn._core.effects import (
     Upload,
     Write,
 )
-from timernn._core.faces import documented_by
+from timernn._core.faces import documented_by, shortened
 from timernn._core.options import Options
 from timernn._core.retry import RetryPolicy
 from timernn._core.session import SessionCore
@@ -163,6 +163,8 @@ class _Transport:
                     effect = op.send(outcome)
         except StopIteration as stop:
             return stop.value  # type: ignore[no-any-return]
+        except errors.Error as error:
+            raise shortened(error) from None
 
     def close(self, frames: Frames) -> None:
         """Leave the frames' stream and close the channels."""
@@ -274,7 +276,7 @@ class Client:
     def __init__(self, addresses: list[str], options: Options) -> None:
         self._core = ClientCore(addresses, options)
         self._transport = _Transport(addresses, options)
-        self._frame_lock = threading.Lock()
+        self._frame_lock = threading.RLock()
 
     create_model = _of_client(ClientCore.create_model)
     get_model = _of_client(ClientCore.get_model)
@@ -342,8 +344,7 @@ class Client:
             reduction=reduction,
             expected_version=expected_version,
         )
-        with _all_locks(sessions or ()):
-            return self._transport.run(op)
+        return _holding(_locks(sessions or ()), lambda: self._transport.run(op))
 
     @checked_with(chunks=arguments.chunks_of_sessions)
     @documented_by(ClientCore.frame)
@@ -354,8 +355,10 @@ class Client:
         return_hs: ReturnHs = "all",
     ) -> list[Array | errors.Error]:
         items = list(chunks)
-        with _all_locks([session for session, _ in items]), self._frame_lock:
-            return self._transport.run(self._core.frame(items, return_hs=return_hs))
+        locks = [*_locks([session for session, _ in items]), self._frame_lock]
+        op = self._core.frame(items, return_hs=return_hs)
+        outcomes = _holding(locks, lambda: self._transport.run(op))
+        return [shortened(each) if isinstance(each, errors.Error) else each for each in outcomes]
 
     @checked
     def list_models(self, *, page_size: int = 100) -> Iterator[ModelInfo]:
@@ -414,7 +417,7 @@ class Session(SessionView):
 
     def __init__(self, client: Client, core: SessionCore) -> None:
         self._client, self._core = client, core
-        self._transport, self._lock = client._transport, threading.Lock()  # noqa: SLF001
+        self._transport, self._lock = client._transport, threading.RLock()  # noqa: SLF001
 
     forward = _of_session(SessionCore.forward)
     backward = _of_session(SessionCore.backward)
@@ -466,8 +469,10 @@ class Session(SessionView):
             while (hs := self._transport.run(core.step())) is not END:
                 yield hs  # type: ignore[misc]  # all but END is an array
         finally:
-            source.close()
-            core.close()
+            try:
+                source.close()
+            finally:
+                core.close()
 
     def __enter__(self) -> Self:
         return self
@@ -481,12 +486,32 @@ class Session(SessionView):
         return
 
 
-def _all_locks(sessions: Sequence[Session]) -> ExitStack:
-    """Take the locks of several sessions, always in the same order."""
-    stack = ExitStack()
-    for session in sorted(set(sessions), key=id):
-        stack.enter_context(session._lock)  # noqa: SLF001
-    return stack
+def _locks(sessions: Sequence[Session]) -> list[threading.RLock]:
+    """Return the locks of several sessions, always in the same order."""
+    return [session._lock for session in sorted(set(sessions), key=id)]  # noqa: SLF001
+
+
+def _holding(locks: Sequence[threading.RLock], run: Callable[[], R]) -> R:
+    """Run while holding locks.
+
+    An interrupt may come right after a lock was taken, before anything could note it. So they are
+    asked: one that this thread does not hold refuses to be released, and is passed over.
+    """
+    try:
+        for lock in locks:
+            lock.acquire()
+        return run()
+    finally:
+        try:
+            _release(locks)
+        finally:
+            _release(locks)  # again, if an interrupt ended the first
+
+
+def _release(locks: Sequence[threading.RLock]) -> None:
+    for lock in locks:
+        with suppress(RuntimeError):
+            lock.release()
 
 
 def _source(chunks: Iterable[npt.ArrayLike], in_flight: int) -> _InlineSource | _ThreadSource:

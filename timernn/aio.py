@@ -38,7 +38,7 @@ from timernn._core.effects import (
     Upload,
     Write,
 )
-from timernn._core.faces import documented_by
+from timernn._core.faces import documented_by, shortened
 from timernn._core.options import Options
 from timernn._core.retry import RetryPolicy
 from timernn._core.session import SessionCore
@@ -165,6 +165,8 @@ class _Transport:
                     effect = op.send(outcome)
         except StopIteration as stop:
             return stop.value  # type: ignore[no-any-return]
+        except errors.Error as error:
+            raise shortened(error) from None
 
     async def close(self, frames: Frames) -> None:
         """Leave the frames' stream and close the channels."""
@@ -352,7 +354,8 @@ class Client:
         async with AsyncExitStack() as stack:
             await _take_locks(stack, [session for session, _ in items])
             await stack.enter_async_context(self._frame_lock)
-            return await self._transport.run(self._core.frame(items, return_hs=return_hs))
+            outcomes = await self._transport.run(self._core.frame(items, return_hs=return_hs))
+        return [shortened(each) if isinstance(each, errors.Error) else each for each in outcomes]
 
     @checked
     async def list_models(self, *, page_size: int = 100) -> AsyncIterator[ModelInfo]:

@@ -70,8 +70,10 @@ def run(arguments: list[str]) -> int:
 
 def explain(error: Exception) -> str:
     """Return what to tell a person of an error that ended a command."""
-    from timernn import Error, Unavailable  # noqa: PLC0415 - most commands end without an error
+    from timernn import Error, NoServer, Unavailable  # noqa: PLC0415 - most commands end without one
 
+    if isinstance(error, NoServer):
+        return error.message
     if isinstance(error, Unavailable) and not error.reason:
         return f"no server answers: {error.message}"
     if isinstance(error, ModuleNotFoundError) and (text := explain_missing(error)):

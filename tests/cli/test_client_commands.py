@@ -64,7 +64,7 @@ def test_ping_without_a_server_fails_in_one_line(timernn: Timernn, nobody: str) 
     """Nobody there is exit code 1, soon."""
     failed = timernn("ping", "--server", nobody, "--timeout", "1")
     assert (failed.code, failed.out) == (1, "")
-    assert one_line(failed.err).startswith("timernn: no server answers")
+    assert one_line(failed.err).startswith("timernn: no server at ")
 
 
 def test_a_created_model_is_shown(timernn: Timernn) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import subprocess
 import sys
+import traceback
+from contextlib import ExitStack
 from typing import Any
 
 import grpc
@@ -18,6 +21,7 @@ from timernn._core.channels import Links
 from timernn._core.options import Options
 
 XS = np.ones((1, 2, 3), np.float32)
+MOST_LINES = 20
 AFTER_A_FORK = """
 import os, sys, timernn
 client = timernn.connect(sys.argv[1], timeout=20)
@@ -62,6 +66,83 @@ def test_a_forked_process_is_told_at_once(
         check=False,
     )
     assert (done.returncode, done.stdout.strip()) == (0, new), done.stderr
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_nothing_listening_is_told_soon(others: int) -> None:
+    """In a third of the time that a server which says nothing gets, with every address."""
+    with ExitStack() as stack:
+        taken = [stack.enter_context(socket.socket()) for _ in range(1 + others)]
+        for each in taken:
+            each.bind(("127.0.0.1", 0))  # and does not listen
+        addresses = [f"127.0.0.1:{each.getsockname()[1]}" for each in taken]
+        client = stack.enter_context(timernn.connect(addresses, connect_timeout=3.0))
+        with pytest.raises(timernn.NoServer) as told:
+            client.ping()
+    where = ", ".join(addresses)
+    told_text = (
+        f"no server at {where} after {told.value.attempts} tries; is `timernn serve` running?"
+    )
+    assert told.value.message == told_text
+    assert isinstance(told.value.cause, grpc.RpcError)
+
+
+def test_a_server_that_went_away_is_waited_for(doomed: Any) -> None:
+    """Refused connections are no reason to give up soon on one that has answered."""
+    with timernn.connect(doomed, timeout=3.0, connect_timeout=0.3) as client:
+        client.ping()
+        doomed.process.kill()
+        doomed.process.wait()
+        with pytest.raises(timernn.Unavailable) as told:
+            client.ping()
+    assert told.value.attempts > 4  # the waits before the fifth are longer than a connect_timeout
+
+
+def lines_of(error: BaseException) -> int:
+    """Count the lines that Python would print."""
+    return sum(text.count("\n") for text in traceback.format_exception(error))
+
+
+def test_an_errors_traceback_is_short(client: timernn.Client, stand_in: Any, refusal: Any) -> None:
+    """It shows the caller's line; what it came from is its cause."""
+    session = client.session("m")
+    calls = (
+        lambda: session.forward(XS),
+        lambda: next(session.stream([XS])),
+        lambda: raised(client.frame([(session, XS)])[0]),
+        lambda: session.backward(XS),
+    )
+    for call in calls:
+        stand_in.fail_next("Forward", refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, "STORE_FULL"))
+        with pytest.raises(timernn.Error) as told:
+            call()
+        assert lines_of(told.value) < MOST_LINES
+    stand_in.fail_next("GetModel", refusal(grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND"))
+    with pytest.raises(timernn.ModelNotFound) as told:
+        client.get_model("m")
+    assert lines_of(told.value) < MOST_LINES
+    assert isinstance(told.value.cause, grpc.RpcError)
+
+
+async def test_an_asyncio_errors_traceback_is_short(stand_in: Any, refusal: Any) -> None:
+    """It shows the caller's line; what it came from is its cause."""
+    async with aio.connect(stand_in.address) as client:
+        session = await client.session("m")
+
+        async def frame() -> None:
+            raised((await client.frame([(session, XS)]))[0])
+
+        for call in (lambda: session.forward(XS), lambda: anext(session.stream([XS])), frame):
+            stand_in.fail_next("Forward", refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, "STORE_FULL"))
+            with pytest.raises(timernn.StoreFull) as told:
+                await call()
+            assert lines_of(told.value) < MOST_LINES
+
+
+def raised(outcome: object) -> None:
+    """Raise a frame's error as a caller may."""
+    assert isinstance(outcome, timernn.Error)
+    raise outcome
 
 
 def test_a_closed_client_says_so(client: timernn.Client) -> None:

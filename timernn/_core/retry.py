@@ -160,11 +160,19 @@ class Caller:
 
     def note(self, error: errors.Error) -> None:
         """Take a typed answer as a sign of life."""
-        self._has_answered = self._has_answered or bool(error.reason)
+        if not isinstance(error, errors.NoServer):
+            self._has_answered = self._has_answered or bool(error.reason)
 
-    def latest(self, deadline: float, started: float) -> float:
-        """Return the deadline that counts while nothing has answered yet."""
-        return deadline if self._has_answered else min(deadline, started + self._connect_timeout_s)
+    def latest(self, deadline: float, started: float, *, is_nobody_there: bool = False) -> float:
+        """Return the deadline that counts while nothing has answered yet.
+
+        A third of the time is enough to find that nothing listens; a server that is known may be
+        about to come back.
+        """
+        if self._has_answered:
+            return deadline
+        share = 1 / 3 if is_nobody_there else 1.0
+        return min(deadline, started + share * self._connect_timeout_s)
 
 
 class Patience:
@@ -183,6 +191,7 @@ class Patience:
         self._failures = 0
         self._retries = 0
         self._told: errors.Error | None = None
+        self._refused: set[int] | None = set()
 
     def attempt_timeout_s(self) -> float:
         """Return how long the next attempt may take, in seconds."""
@@ -211,12 +220,28 @@ class Patience:
         else:
             self._told = error
         wait = caller.delay_s(self._retries, error)
-        latest = caller.latest(self._deadline, self._started)
+        is_nobody_there = self._is_nobody_there(error, address)
+        latest = caller.latest(self._deadline, self._started, is_nobody_there=is_nobody_there)
         if caller.clock() + wait >= latest:
+            if is_nobody_there:
+                error.message = self._no_server()
             raise self._most_telling(error)
         caller.move_on(address)
         self._retries += 1
         yield Sleep(wait)
+
+    def _is_nobody_there(self, error: errors.Error, address: int) -> bool:
+        """Tell whether every address has been tried and nothing but refused connections came."""
+        if not isinstance(error, errors.NoServer):
+            self._refused = None
+        elif self._refused is not None:
+            self._refused.add(address)
+        return self._refused is not None and len(self._refused) == len(self._caller.addresses)
+
+    def _no_server(self) -> str:
+        tries = "1 try" if self._failures == 1 else f"{self._failures} tries"
+        addresses = ", ".join(self._caller.addresses)
+        return f"no server at {addresses} after {tries}; is `timernn serve` running?"
 
     def _most_telling(self, last: errors.Error) -> errors.Error:
         """Return the last error, or the one before when the last only says that time is over."""

@@ -26,6 +26,13 @@ _BROKEN_CONNECTION = (
 )
 # gRPC's own check of an answer; of a request it says "CLIENT: Sent" and "SERVER: Received".
 _ANSWER_TOO_LARGE = ("CLIENT: Received", "SERVER: Sent")
+# What it says where nothing accepts connections, beside UNAVAILABLE.
+_NO_SERVER = (
+    "Connection refused",
+    "No such file or directory",  # a Unix socket's
+    "DNS resolution failed",
+    "Domain name not found",
+)
 
 
 def error_from_rpc(failure: Any) -> errors.Error:
@@ -42,6 +49,8 @@ def error_from_rpc(failure: Any) -> errors.Error:
         return error
     if code in {grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL} and _is_broken(text):
         return errors.Unavailable(f"the connection broke: {text}", code=code)
+    if code is grpc.StatusCode.UNAVAILABLE and any(sign in text for sign in _NO_SERVER):
+        return errors.NoServer(text, code=code)
     return errors.BY_CODE.get(code, errors.Error)(text, code=code)
 
 
