@@ -353,10 +353,11 @@ class Client:
         chunks: Iterable[tuple[Session, npt.ArrayLike]],
         *,
         return_hs: ReturnHs = "all",
+        train: bool = False,
     ) -> list[Array | errors.Error]:
         items = list(chunks)
         locks = [*_locks([session for session, _ in items]), self._frame_lock]
-        op = self._core.frame(items, return_hs=return_hs)
+        op = self._core.frame(items, return_hs=return_hs, train=train)
         outcomes = _holding(locks, lambda: self._transport.run(op))
         return [shortened(each) if isinstance(each, errors.Error) else each for each in outcomes]
 
@@ -448,11 +449,14 @@ class Session(SessionView):
         *,
         in_flight: int = 4,
         return_hs: ReturnHs = "all",
+        train: bool = False,
     ) -> Iterator[Array]:
         """Apply chunk after chunk without waiting for each answer; yields in the same order.
 
-        No tapes are left. A chunk that is refused raises in its turn, after the answers of those
-        before it. Leaving the loop early leaves the session in order: chunks that were sent count.
+        A chunk that is refused raises in its turn, after the answers of those before it; the error
+        names it (`metadata["chunk_seq"]`), and none behind it is applied. After any error, another
+        stream that begins with the first chunk without an output goes on without applying one
+        twice. Leaving the loop early leaves the session in order: chunks that were sent count.
 
         Args:
             chunks: Inputs (N, T, D), T may vary. Unless it is a sequence, or in_flight is 1, it is
@@ -460,19 +464,24 @@ class Session(SessionView):
             in_flight: Chunks sent and not answered, at most; with 1 each answer comes before the
                 next chunk is read. The server's replay window bounds it.
             return_hs: "all" hidden states of each chunk, the "last" alone, or "none".
+            train: Leave a tape for `backward` with each chunk, as many as the server keeps.
         """
         source = _source(chunks, in_flight)
-        core = StreamCore(self._client._core, self._core, source, in_flight, return_hs)  # noqa: SLF001
+        client = self._client._core  # noqa: SLF001
+        core = StreamCore(client, self._core, source, in_flight, return_hs, train=train)
         try:
             with self._lock:
                 self._transport.run(core.open())
             while (hs := self._transport.run(core.step())) is not END:
                 yield hs  # type: ignore[misc]  # all but END is an array
+        except GeneratorExit:
+            core.close(is_left=True)
+            raise
         finally:
             try:
-                source.close()
-            finally:
                 core.close()
+            finally:
+                source.close()
 
     def __enter__(self) -> Self:
         return self

@@ -349,12 +349,14 @@ class Client:
         chunks: Iterable[tuple[Session, npt.ArrayLike]],
         *,
         return_hs: ReturnHs = "all",
+        train: bool = False,
     ) -> list[Array | errors.Error]:
         items = list(chunks)
         async with AsyncExitStack() as stack:
             await _take_locks(stack, [session for session, _ in items])
             await stack.enter_async_context(self._frame_lock)
-            outcomes = await self._transport.run(self._core.frame(items, return_hs=return_hs))
+            op = self._core.frame(items, return_hs=return_hs, train=train)
+            outcomes = await self._transport.run(op)
         return [shortened(each) if isinstance(each, errors.Error) else each for each in outcomes]
 
     @checked
@@ -452,20 +454,25 @@ class Session(SessionView):
         *,
         in_flight: int = 4,
         return_hs: ReturnHs = "all",
+        train: bool = False,
     ) -> AsyncIterator[Array]:
         """Apply chunk after chunk without waiting for each answer; yields in the same order.
 
-        No tapes are left. A chunk that is refused raises in its turn, after the answers of those
-        before it. Leaving the loop early leaves the session in order: chunks that were sent count.
+        A chunk that is refused raises in its turn, after the answers of those before it; the error
+        names it (`metadata["chunk_seq"]`), and none behind it is applied. After any error, another
+        stream that begins with the first chunk without an output goes on without applying one
+        twice. Leaving the loop early leaves the session in order: chunks that were sent count.
 
         Args:
             chunks: Inputs (N, T, D), T may vary. An asynchronous source holds no answer back.
             in_flight: Chunks sent and not answered, at most; with 1 each answer comes before the
                 next chunk is read. The server's replay window bounds it.
             return_hs: "all" hidden states of each chunk, the "last" alone, or "none".
+            train: Leave a tape for `backward` with each chunk, as many as the server keeps.
         """
         source = _AsyncSource(chunks) if isinstance(chunks, AsyncIterable) else _Source(chunks)
-        core = StreamCore(self._client._core, self._core, source, in_flight, return_hs)  # noqa: SLF001
+        client = self._client._core  # noqa: SLF001
+        core = StreamCore(client, self._core, source, in_flight, return_hs, train=train)
         return _Answers(self._transport, self._lock, core, source)
 
     async def _open(self) -> Session:
@@ -557,22 +564,22 @@ class _Answers(AsyncIterator["Array"]):
                 self._is_open = True
             hs = await self._transport.run(self._core.step())
         except BaseException:
-            self._close()
+            self._close(is_left=False)
             raise
         if hs is END:
-            self._close()
+            self._close(is_left=False)
             raise StopAsyncIteration
         return hs  # type: ignore[return-value]  # all but END is an array
 
     async def aclose(self) -> None:
         """Leave the stream."""
-        self._close()
+        self._close(is_left=True)
 
     def __del__(self) -> None:
-        self._close()
+        self._close(is_left=True)
 
-    def _close(self) -> None:
+    def _close(self, *, is_left: bool) -> None:
         if not self._is_over:
             self._is_over = True
+            self._core.close(is_left=is_left)
             self._source.close()
-            self._core.close()

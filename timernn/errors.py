@@ -40,7 +40,8 @@ A reason that this version does not know becomes the class of its status code, w
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+import copy
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import grpc
 
@@ -147,6 +148,14 @@ class Error(Exception):
         self.attempts = 1
         self.is_outcome_unknown = False
         self.cause: BaseException | None = None
+
+    def at_chunk(self, chunk_seq: int) -> Self:
+        """Return a copy that names the chunk, where one of several may have failed."""
+        named = copy.copy(self).with_traceback(self.__traceback__)
+        named.message = f"chunk {chunk_seq}: {self.message}"
+        named.metadata = {**self.metadata, "chunk_seq": str(chunk_seq)}
+        named.__cause__ = self.__cause__
+        return named
 
     def __str__(self) -> str:
         name = self.reason or self.code.name

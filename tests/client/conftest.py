@@ -77,6 +77,7 @@ class StandIn:
         requests: What came, by method, in order.
         limits: What GetServerInfo tells.
         replica: What answers it is named by.
+        results_per_message: Answers of a stream that leave together.
     """
 
     def __init__(self, replica: str = "one") -> None:
@@ -86,6 +87,7 @@ class StandIn:
         self._failures: dict[str, list[tuple[status_pb2.Status | None, bool]]] = defaultdict(list)
         self._chunks: dict[tuple[str, int], list[rnn_pb.ForwardResponse]] = defaultdict(list)
         self.version = 1
+        self.results_per_message = 1
         self._arrived = threading.Condition()
         self._server = grpc.server(ThreadPoolExecutor(8))
         self._server.add_generic_rpc_handlers((_Handlers(self),))
@@ -102,9 +104,19 @@ class StandIn:
         """Let the next calls of a method end with these, before or after they take effect."""
         self._failures[method] += [(status, after_applying) for status in statuses]
 
-    def apply_next(self, method: str) -> None:
-        """Let the next call of a method succeed, before those that are to fail."""
-        self._failures[method].append((None, False))
+    def apply_next(self, method: str, count: int = 1) -> None:
+        """Let the next calls of a method succeed, before those that are to fail."""
+        self._failures[method] += [(None, False)] * count
+
+    def steps_of(self, session_id: str) -> list[int]:
+        """Return T of each chunk that was applied to a session, in order."""
+        ends = [
+            int(values(chunk.h)[0, 0])
+            for (name, _), chunks in self._chunks.items()
+            for chunk in chunks
+            if name == session_id
+        ]
+        return [end - before for before, end in zip([0, *ends], ends, strict=False)]
 
     def wait_for(self, method: str) -> None:
         """Wait until a call of a method has come."""
@@ -234,6 +246,7 @@ class _Handlers(grpc.GenericRpcHandler):
         return handle
 
     def _stream(self, requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
+        results: list[Any] = []
         for request in requests:
             for operation in request.operations:
                 result = rnn_pb.OperationResult(tag=operation.tag)
@@ -243,7 +256,10 @@ class _Handlers(grpc.GenericRpcHandler):
                     if failure.status.message.endswith("BREAK"):
                         context.abort(grpc.StatusCode.UNAVAILABLE, "the connection breaks")
                     result.error.CopyFrom(failure.status)
-                yield rnn_pb.StreamResponse(results=[result])
+                results.append(result)
+                if len(results) == self._stand_in.results_per_message:
+                    yield rnn_pb.StreamResponse(results=results)
+                    results = []
 
 
 def _abort(context: grpc.ServicerContext, status: status_pb2.Status) -> None:

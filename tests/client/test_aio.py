@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import time
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -133,6 +134,84 @@ async def test_a_broken_stream_is_not_noticed(
     )
     got = [float(hs[0, -1, 0]) async for hs in session.stream([XS] * 6)]
     assert got == [4.0 * k for k in range(1, 7)]
+
+
+CHUNKS = [np.ones((1, count, 3), "f4") for count in range(1, 8)]
+ENDS = [float(sum(range(k + 1))) for k in range(1, 8)]
+
+
+async def test_answers_before_a_refused_one_in_one_message_are_given_out(
+    client: timernn.aio.Client, stand_in: Any, refusal: Any
+) -> None:
+    """They come in order, then the error; going on from there applies nothing twice."""
+    session, got = await client.session("m"), []
+    stand_in.results_per_message = 4
+    stand_in.apply_next("Forward", 2)
+    stand_in.fail_next("Forward", refusal(grpc.StatusCode.INVALID_ARGUMENT, "NON_FINITE"))
+    stream = session.stream(CHUNKS)
+    got += [float((await anext(stream))[0, -1, 0]) for _ in range(2)]
+    with pytest.raises(timernn.NonFinite, match="chunk 3"):
+        await anext(stream)
+    stand_in.results_per_message = 1
+    got += [float(hs[0, -1, 0]) async for hs in session.stream(CHUNKS[2:])]
+    assert got == ENDS
+    assert stand_in.steps_of(session.session_id) == list(range(1, 8))
+
+
+async def test_a_refused_second_stream_does_not_free_the_session(
+    client: timernn.aio.Client, stand_in: Any
+) -> None:
+    """Of two consumers of one session the second is refused, as often as it tries."""
+    session = await client.session("m")
+    unused, stream = session.stream(CHUNKS), session.stream(CHUNKS)
+    got = [float((await anext(stream))[0, -1, 0])]
+    for _ in range(2):
+        with pytest.raises(timernn.SessionBusy):
+            await anext(session.stream(CHUNKS))
+        with pytest.raises(timernn.SessionBusy):
+            await session.forward(XS)
+    del unused
+    got += [float(hs[0, -1, 0]) async for hs in stream]
+    assert got == ENDS
+    assert stand_in.steps_of(session.session_id) == list(range(1, 8))
+
+
+async def test_a_stream_whose_consumer_is_cancelled_goes_on_with_the_same_data(
+    client: timernn.aio.Client, stand_in: Any
+) -> None:
+    """What was sent and whose output nobody got is in doubt; the same chunks are these."""
+    session, got = await client.session("m"), []
+    stand_in.results_per_message = 2
+    stream = session.stream(CHUNKS[:3], in_flight=4)
+    got += [float((await anext(stream))[0, -1, 0]), float((await anext(stream))[0, -1, 0])]
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.1):  # no answer comes: it waits for company
+            await anext(stream)
+    assert session.in_doubt
+    stand_in.results_per_message = 1
+    got += [float(hs[0, -1, 0]) async for hs in session.stream(CHUNKS[2:])]
+    assert got == ENDS
+    assert stand_in.steps_of(session.session_id) == list(range(1, 8))
+
+
+async def test_a_chunk_has_its_whole_patience_after_a_pause_of_the_source(
+    client: timernn.aio.Client, stand_in: Any, refusal: Any
+) -> None:
+    """However long the source pauses, a stream that broke meanwhile is opened again."""
+    caller, ahead_s = client._core.caller, 0.0
+    caller.clock = lambda: time.monotonic() + ahead_s
+
+    async def source() -> AsyncIterator[Any]:
+        nonlocal ahead_s
+        for chunk in CHUNKS[:2]:
+            yield chunk
+        ahead_s = 1000
+        stand_in.fail_next("Forward", refusal(grpc.StatusCode.UNAVAILABLE, "BREAK"))
+        for chunk in CHUNKS[2:]:
+            yield chunk
+
+    session = await client.session("m")
+    assert [float(hs[0, -1, 0]) async for hs in session.stream(source())] == ENDS
 
 
 async def test_frames(client: timernn.aio.Client) -> None:

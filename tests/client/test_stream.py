@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -203,6 +205,299 @@ def test_the_sources_own_failure_comes_out(session: timernn.Session) -> None:
     session.forward(XS)
 
 
+# --- what is certain after an error ---------------------------------------------------------------
+
+
+def pieces(*steps: int) -> list[Any]:
+    """Make chunks that can be told apart by their T."""
+    return [XS[:, :1].repeat(count, axis=1) for count in steps]
+
+
+DATA = pieces(1, 2, 3, 4, 5, 6, 7)
+ENDS = [float(sum(range(k + 1))) for k in range(1, 8)]
+
+
+def fail_third(stand_in: Any, status: Any, *, after_applying: bool = False) -> Iterator[Any]:
+    """Give out the chunks, and let the third of them fail; four answers come in one message."""
+    stand_in.results_per_message = 4
+    for position, chunk in enumerate(DATA):
+        if position == 0:
+            stand_in.apply_next("Forward", 2)
+            stand_in.fail_next("Forward", status, after_applying=after_applying)
+        yield chunk
+
+
+def go_on(stand_in: Any, session: timernn.Session, done: int) -> list[float]:
+    """Stream from the first chunk without an output, as the documentation says."""
+    stand_in.results_per_message = 1
+    return ends(session.stream(DATA[done:]))
+
+
+def test_answers_before_a_refused_one_in_one_message_are_given_out(
+    session: timernn.Session, stand_in: Any, refusal: Any
+) -> None:
+    """They come in order, then the error, which names its chunk; nothing is applied twice."""
+    bad, got = refusal(grpc.StatusCode.INVALID_ARGUMENT, "NON_FINITE"), list[Any]()
+    with pytest.raises(timernn.NonFinite, match="chunk 3") as caught:
+        collect(session.stream(list(fail_third(stand_in, bad))), got)
+    assert ends(got) == ENDS[:2]
+    assert caught.value.metadata["chunk_seq"] == "3"
+    assert (session.chunk_seq, session.in_doubt) == (2, False)
+    assert go_on(stand_in, session, 2) == ENDS[2:]
+    assert stand_in.steps_of(session.session_id) == list(range(1, 8))
+
+
+@pytest.mark.parametrize("after_applying", [False, True])
+def test_when_patience_ends_nothing_is_lost_and_nothing_comes_twice(
+    client: timernn.Client, stand_in: Any, refusal: Any, *, after_applying: bool
+) -> None:
+    """Answered chunks are given out, the others stay in doubt, and the same data go on."""
+    session, got = client.session("m"), list[Any]()
+    lost = refusal(UNAVAILABLE, "UNKNOWN_OUTCOME", 60.0)  # beyond the timeout
+    source = list(fail_third(stand_in, lost, after_applying=after_applying))
+    with pytest.raises(timernn.UnknownOutcome, match="chunk 3"):
+        collect(session.stream(source), got)
+    assert ends(got) == ENDS[:2]
+    assert session.in_doubt
+    assert go_on(stand_in, session, 2) == ENDS[2:]
+    assert stand_in.steps_of(session.session_id) == list(range(1, 8))
+
+
+def test_after_a_broken_stream_other_data_come_behind_what_was_sent(
+    client: timernn.Client, stand_in: Any, refusal: Any
+) -> None:
+    """What is in doubt counts, and its output is dropped."""
+    session, got = client.session("m"), list[Any]()
+    lost = refusal(UNAVAILABLE, "UNKNOWN_OUTCOME", 60.0)  # beyond the timeout
+    with pytest.raises(timernn.UnknownOutcome):
+        collect(session.stream(list(fail_third(stand_in, lost))), got)
+    stand_in.results_per_message = 1
+    sent = max(r.chunk_seq for r in stand_in.requests["Forward"])
+    outputs = list(session.stream(pieces(20, 30)))
+    assert [hs.shape[1] for hs in outputs] == [20, 30]
+    assert stand_in.steps_of(session.session_id) == [*range(1, sent + 1), 20, 30]
+
+
+def test_forward_finishes_the_first_chunk_that_a_stream_left_in_doubt(
+    client: timernn.Client, stand_in: Any, refusal: Any
+) -> None:
+    """Chunk by chunk or in a stream: the same data are the same chunk."""
+    session, got = client.session("m"), list[Any]()
+    lost = refusal(UNAVAILABLE, "UNKNOWN_OUTCOME", 60.0)  # beyond the timeout
+    with pytest.raises(timernn.UnknownOutcome):
+        collect(session.stream(list(fail_third(stand_in, lost))), got)
+    stand_in.results_per_message = 1
+    assert ends([session.forward(chunk) for chunk in DATA[2:]]) == ENDS[2:]
+    assert not session.in_doubt
+
+
+def test_answers_that_are_there_do_not_wait_for_a_retry(
+    session: timernn.Session, stand_in: Any, refusal: Any
+) -> None:
+    """What came before a failure is given out before the failure is waited for."""
+    later = refusal(UNAVAILABLE, "STORE_DOWN", 2.0)
+    stream = session.stream(list(fail_third(stand_in, later)))
+    clock = session._core.client.caller.clock
+    began = clock()
+    assert ends([next(stream), next(stream)]) == ENDS[:2]
+    assert clock() - began < 1.9  # the retry alone would have waited longer
+    stream.close()  # type: ignore[attr-defined]  # it is a generator
+
+
+def test_the_sources_failure_comes_after_the_answers_before_it(session: timernn.Session) -> None:
+    """No chunk that was given out before is lost or left in doubt."""
+
+    def source() -> Iterator[Any]:
+        yield from DATA[:3]
+        raise LookupError("mine")
+
+    got: list[Any] = []
+    with pytest.raises(LookupError, match="mine"):
+        collect(session.stream(source()), got)
+    assert ends(got) == ENDS[:3]
+    assert not session.in_doubt
+
+
+@pytest.mark.parametrize("way", ["forward", "stream", "frame"])
+def test_a_cut_chunk_refused_half_way_goes_on_when_it_is_asked_for_again(
+    client: timernn.Client, stand_in: Any, refusal: Any, way: str
+) -> None:
+    """The pieces that were applied are not applied again, and the output is whole."""
+    stand_in.limits.chunk_steps = 4
+    session, xs = client.session("m"), np.ones((1, 12, 3))
+    stand_in.apply_next("Forward")
+    stand_in.fail_next("Forward", refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, "TAPE_QUOTA"))
+
+    def ask() -> Any:
+        if way == "stream":
+            return next(session.stream([xs], in_flight=1))
+        answer = session.forward(xs) if way == "forward" else client.frame([(session, xs)])[0]
+        if isinstance(answer, timernn.Error):
+            raise answer
+        return answer
+
+    with pytest.raises(timernn.TapeQuota):
+        ask()
+    assert session.chunk_seq == 1
+    assert ask()[0, :, 0].tolist() == list(range(1, 13))
+    assert stand_in.steps_of(session.session_id) == [4, 4, 4]
+
+
+# --- whose session it is --------------------------------------------------------------------------
+
+OTHERS: dict[str, Any] = {
+    "forward": lambda _, session: session.forward(XS),
+    "backward": lambda _, session: session.backward(XS[..., :2]),
+    "update": lambda _, session: session.update(),
+    "update over sessions": lambda client, session: client.update("m", sessions=[session]),
+    "set_state": lambda _, session: session.set_state(np.zeros((1, 2))),
+    "reset_state": lambda _, session: session.reset_state(),
+    "fork": lambda _, session: session.fork(),
+    "close": lambda _, session: session.close(),
+    "settle": lambda _, session: session.settle(),
+    "discard_gradients": lambda _, session: session.discard_gradients(),
+    "stream": lambda _, session: next(session.stream([XS])),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_a_refused_operation_does_not_free_the_session_of_a_stream(
+    client: timernn.Client, stand_in: Any, other: str
+) -> None:
+    """Refused once or twice, the stream keeps the session and all its outputs."""
+    session = client.session("m", train=True)
+    stream = session.stream(DATA)
+    got = [next(stream)]
+    for _ in range(2):
+        with pytest.raises(timernn.SessionBusy):
+            OTHERS[other](client, session)
+    assert ends([*got, *stream]) == ENDS
+    session.forward(XS)
+    assert stand_in.steps_of(session.session_id) == [*range(1, 8), 4]
+
+
+def test_a_frame_does_not_free_the_session_of_a_stream(
+    client: timernn.Client, stand_in: Any
+) -> None:
+    """The refusal stands in the frame's place, for each of its chunks."""
+    session = client.session("m")
+    stream = session.stream(DATA)
+    got = [next(stream)]
+    for _ in range(2):
+        outputs = client.frame([(session, XS), (session, XS)])
+        assert all(isinstance(error, timernn.SessionBusy) for error in outputs)
+    assert ends([*got, *stream]) == ENDS
+
+
+def test_a_stream_that_is_closed_before_it_begins_takes_no_session(
+    session: timernn.Session,
+) -> None:
+    """Nor does closing it free the session of another."""
+    unused = session.stream(DATA)
+    stream = session.stream(DATA)
+    got = [next(stream)]
+    unused.close()  # type: ignore[attr-defined]  # it is a generator
+    with pytest.raises(timernn.SessionBusy):
+        session.forward(XS)
+    assert ends([*got, *stream]) == ENDS
+
+
+# --- patience -------------------------------------------------------------------------------------
+
+
+@dataclass
+class Clock:
+    """A clock that a test sets forward."""
+
+    ahead_s: float = 0.0
+
+    def now(self) -> float:
+        """Return seconds."""
+        return time.monotonic() + self.ahead_s
+
+
+@pytest.fixture
+def clock(client: timernn.Client) -> Clock:
+    """The client's clock."""
+    made = Clock()
+    client._core.caller.clock = made.now
+    return made
+
+
+@pytest.mark.parametrize("in_flight", [1, 4])
+def test_a_chunk_has_its_whole_patience_after_a_pause_of_the_source(
+    session: timernn.Session, stand_in: Any, refusal: Any, clock: Clock, in_flight: int
+) -> None:
+    """However long the source pauses, a stream that broke meanwhile is opened again."""
+
+    def source() -> Iterator[Any]:
+        yield from DATA[:2]
+        clock.ahead_s += 1000
+        stand_in.fail_next("Forward", refusal(UNAVAILABLE, "BREAK"))
+        yield from DATA[2:]
+
+    assert ends(session.stream(source(), in_flight=in_flight)) == ENDS
+
+
+def test_a_chunk_has_its_whole_patience_after_a_pause_of_the_consumer(
+    session: timernn.Session, stand_in: Any, refusal: Any, clock: Clock
+) -> None:
+    """What broke while nobody asked for the next output is mended when somebody does."""
+    stand_in.apply_next("Forward", 2)
+    stand_in.fail_next("Forward", refusal(UNAVAILABLE, "BREAK"))
+    got: list[Any] = []
+    for hs in session.stream(DATA):
+        got.append(hs)
+        clock.ahead_s += 1000
+    assert ends(got) == ENDS
+
+
+def test_a_frame_has_its_whole_patience_after_a_pause(
+    client: timernn.Client, stand_in: Any, refusal: Any, clock: Clock
+) -> None:
+    """A stream that ended between two frames is opened again."""
+    session = client.session("m")
+    client.frame([(session, DATA[0])])
+    clock.ahead_s += 1000
+    stand_in.fail_next("Forward", refusal(UNAVAILABLE, "BREAK"))
+    assert ends(client.frame([(session, DATA[1])])) == [ENDS[1]]
+
+
+# --- tapes ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("way", ["stream", "frame"])
+def test_tapes_are_left_where_they_are_asked_for(
+    client: timernn.Client, stand_in: Any, way: str, *, train: bool
+) -> None:
+    """Streams and frames of a training session leave none by default."""
+    session = client.session("m", train=True)
+    if way == "stream":
+        outputs: list[Any] = list(session.stream(DATA[:2], train=train))
+    else:
+        outputs = client.frame([(session, xs) for xs in DATA[:2]], train=train)
+    assert ends(outputs) == ENDS[:2]
+    if not train:
+        with pytest.raises(timernn.TapeMissing):
+            session.backward(outputs[1])
+        return
+    session.backward(outputs[1])
+    session.backward(outputs[0], dh_next=session.dh)
+    assert [r.chunk_seq for r in stand_in.requests["Backward"]] == [2, 1]
+
+
+def test_tapes_of_a_session_that_only_infers_are_refused(
+    client: timernn.Client, session: timernn.Session
+) -> None:
+    """Nothing is sent, and the message says how to open it."""
+    with pytest.raises(timernn.BadField, match="train=True"):
+        next(session.stream(DATA, train=True))
+    (error,) = client.frame([(session, XS)], train=True)
+    assert isinstance(error, timernn.BadField)
+    assert ends([session.forward(XS)]) == [4]
+
+
 # --- frames ---------------------------------------------------------------------------------------
 
 
@@ -241,3 +536,37 @@ def test_frames_keep_to_the_limits(client: timernn.Client, stand_in: Any) -> Non
     stand_in.limits.operations_per_message = 2
     sessions = [client.session("m") for _ in range(5)]
     assert ends(client.frame([(session, XS) for session in sessions])) == [4.0] * 5
+
+
+def test_behind_a_failed_chunk_a_frame_applies_none_of_its_session(
+    client: timernn.Client, stand_in: Any, refusal: Any
+) -> None:
+    """Its error names the chunk and stands for those behind it; other sessions go on."""
+    one, two = client.session("m"), client.session("m")
+    stand_in.fail_next("Forward", refusal(grpc.StatusCode.INVALID_ARGUMENT, "NON_FINITE"))
+    outputs = client.frame([(one, XS), (two, XS), (one, XS)])
+    assert isinstance(outputs[0], timernn.NonFinite)
+    assert outputs[0].metadata["chunk_seq"] == "1"
+    assert outputs[2] is outputs[0]
+    assert ends(outputs[1:2]) == [4.0]
+    assert stand_in.steps_of(one.session_id) == []
+
+
+def test_a_frame_in_doubt_goes_on_when_it_is_sent_again(
+    client: timernn.Client, stand_in: Any, refusal: Any
+) -> None:
+    """Of a session that came twice nothing is lost, nothing applied twice."""
+    one, two = client.session("m"), client.session("m")
+    frame = [(one, DATA[0]), (two, DATA[0]), (one, DATA[1])]
+    lost = refusal(UNAVAILABLE, "UNKNOWN_OUTCOME", 60.0)  # beyond the timeout
+    stand_in.fail_next("Forward", lost, after_applying=True)
+    outputs = client.frame(frame)
+    assert [type(each) for each in outputs] == [
+        timernn.UnknownOutcome,
+        np.ndarray,
+        type(outputs[0]),
+    ]
+    frame.pop(1)
+    assert ends(client.frame(frame)) == ENDS[:2]
+    assert stand_in.steps_of(one.session_id) == [1, 2]
+    assert not one.in_doubt

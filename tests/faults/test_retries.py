@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from instruments.report import Proof
     from rnn_engine import TimeRNN
+    from timernn._core.intents import Forwarded
 
 D, H = 4, 8
 FIRST_CHUNKS = 4  # of each session, before the first fault
@@ -60,9 +61,9 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> Counter[bool]:
     """How many answers that the client library took were replayed, and how many not."""
     taken, advance = Counter[bool](), SessionPlace.advance
 
-    def count(self: SessionPlace, request: Any, answer: rnn_pb.ForwardResponse) -> None:
-        taken[answer.replayed] += 1
-        advance(self, request, answer)
+    def count(self: SessionPlace, answer: Forwarded) -> None:
+        taken[answer.message.replayed] += 1
+        advance(self, answer)
 
     monkeypatch.setattr(SessionPlace, "advance", count)
     return taken

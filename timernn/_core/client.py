@@ -94,10 +94,11 @@ class ClientCore(ModelsCore):
             self._bounds = Bounds.from_limits(answer.limits, self.options.max_message_bytes)
         return self._bounds
 
-    def carry_out(self, intent: Intent[Any], scope: Scope, deadline: float) -> Op[None]:
+    def carry_out(self, intent: Intent[Any, Any], scope: Scope, deadline: float) -> Op[None]:
         """Send an intent's requests in order, healing what was lost on the way."""
         healing = Healing(self.caller, scope)
-        while intent.done < len(intent.requests):
+        intent.apply()  # of an answer that was noted when an interrupt came
+        while not intent.is_done:
             request = intent.prepare()
             try:
                 answer = yield from self.caller.call(intent.rpc, request, deadline)
@@ -245,10 +246,7 @@ class ClientCore(ModelsCore):
                 raise errors.BadField(f"sessions: {core.session_id!r} runs another model")
         if expected_version is not None:
             self.set_known(model_id, expected_version)
-        result = yield from self.training(model_id).update(cores, step, expect_known=True)
-        for core in cores:
-            core.last_update, core.version = result, result.version
-        return result
+        return (yield from self.training(model_id).update(cores, step, expect_known=True))
 
     def _update_waiting(
         self,
@@ -299,20 +297,23 @@ class ClientCore(ModelsCore):
         chunks: Iterable[tuple[SessionView, npt.ArrayLike]],
         *,
         return_hs: ReturnHs = "all",
+        train: bool = False,
     ) -> Op[list[Array | errors.Error]]:
-        """Apply chunks of many sessions in one message of one stream; training ones leave tapes.
+        """Apply chunks of many sessions in one message of one stream.
 
         Args:
             chunks: Open sessions of this client, each with its inputs (N, T, D). The same session
                 may come several times; its chunks are applied in this order.
             return_hs: "all" hidden states, the "last" alone, or "none".
+            train: Leave tapes for `backward`; each session has to be open to train.
 
         Returns:
             In the order given, the hidden states, or the error of a session that failed: it
-            disturbs no other.
+            disturbs no other. It stands in the place of that session's later chunks as well,
+            which are not applied, and names the chunk that failed.
         """
         cores = ((view._core, xs) for view, xs in chunks)  # noqa: SLF001  # one package
-        return (yield from self.frames.forward(cores, return_hs))
+        return (yield from self.frames.forward(cores, return_hs, train=train))
 
     # -- without a session -------------------------------------------------------------------------
 

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from timernn import errors
 from timernn._core.contract import STREAM
 from timernn._core.effects import OpenStream, Read, Write
 from timernn._core.journal import Healing
-from timernn._core.refusals import Proof, leaves_in_doubt, proof_of
+from timernn._core.refusals import Proof, proof_of
 from timernn._core.retry import Patience, is_worth_retrying
 from timernn._core.status import error_from_status
 from timernn._core.stream import LIFE_S
 from timernn.v1 import time_rnn_service_pb2 as rnn_pb
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     import numpy.typing as npt
 
@@ -37,26 +39,34 @@ class _Item:
     intent: ForwardIntent | None
     error: errors.Error | None
     healing: Healing
-    is_over: bool = field(default=False)
-    may_be_applied: bool = field(default=False)  # what was sent and has no answer
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more is to be sent of it."""
+        return self.error is not None or self.intent is None or self.intent.is_done
 
     def note(self, error: errors.Error) -> None:
         """Note how an attempt of the present chunk failed."""
-        self.may_be_applied |= proof_of(error) is Proof.NOTHING
+        if self.intent is not None and proof_of(error) is Proof.NOTHING:
+            self.intent.may_be_applied = True
 
     def fail(self, error: errors.Error) -> None:
         """End with an error; what may be applied all the same stays in doubt."""
-        self.error, self.is_over = error, True
+        self.error = error.at_chunk(self.session.chunk_seq + 1)
         if self.intent is not None:
-            before = self.may_be_applied or self.intent.done > 0
-            if leaves_in_doubt(error, before=before):
-                self.session.doubt = self.intent
+            self.session.failed(self.intent, error)
 
     def outcome(self) -> Array | errors.Error:
         """Return the hidden states, or the error in their place."""
         if self.error is not None or self.intent is None:
             return self.error or errors.Internal("a frame's item ended without an answer")
         return self.intent.hs()
+
+    def take_leave(self) -> None:
+        """Let the session forget what its caller gets."""
+        doubts = self.session.doubts
+        if self.error is None and self.intent is not None and self.intent in doubts:
+            doubts.remove(self.intent)
 
 
 class Frames:
@@ -65,6 +75,7 @@ class Frames:
     def __init__(self, client: ClientCore) -> None:
         self._client = client
         self._handle: StreamHandle | None = None
+        self._is_quiet = True  # no answer is still to come
         self._address = 0
         self._fresh_until = 0.0
 
@@ -75,36 +86,47 @@ class Frames:
             self._handle = None
 
     def forward(
-        self, chunks: Iterable[tuple[SessionCore, npt.ArrayLike]], return_hs: ReturnHs
+        self,
+        chunks: Iterable[tuple[SessionCore, npt.ArrayLike]],
+        return_hs: ReturnHs,
+        *,
+        train: bool,
     ) -> Op[list[Array | errors.Error]]:
         """Apply one sequence to each session; a failure stands in its own place alone."""
-        items = []
+        deadline, items = self._client.caller.deadline(), list[_Item]()
+        positions = Counter[int]()
         for session, xs in chunks:
-            items.append((yield from self._item(session, xs, return_hs)))
-        patience, deadline = Patience(self._client.caller), self._client.caller.deadline()
+            make = partial(session.forward_intent, xs, return_hs, train=train)
+            items.append((yield from self._item(session, make, positions[id(session)], deadline)))
+            positions[id(session)] += 1
+        patience = Patience(self._client.caller, deadline)
         try:
-            while waiting := _first_of_each_session(items):
+            while waiting := _next_of_each_session(items):
                 yield from self._round(waiting, patience, deadline)
-        except BaseException as error:
-            self.close()
-            for item in (i for i in items if not i.is_over):
-                if item.intent is not None and item.intent.requests[item.intent.done].chunk_seq:
-                    item.session.doubt = item.intent
-            if not isinstance(error, errors.Error):
-                raise
-            for item in (i for i in items if not i.is_over):
+        except errors.Error as error:
+            for item in _next_of_each_session(items):
                 item.fail(error)
-        return [item.outcome() for item in items]
+            _next_of_each_session(items)  # what stands behind a failed one fails too
+        outcomes = [item.outcome() for item in items]
+        for item in items:
+            item.take_leave()
+        return outcomes
 
-    def _item(self, session: SessionCore, xs: npt.ArrayLike, return_hs: ReturnHs) -> Op[_Item]:
+    def _item(
+        self, session: SessionCore, make: Callable[[], ForwardIntent], before: int, deadline: float
+    ) -> Op[_Item]:
+        """Make an item, or take what is in doubt since before if it is the same again."""
         healing = Healing(self._client.caller, session.scope())
         try:
             session.require_idle()
-            yield from session.settle()
-            intent = session.forward_intent(xs, return_hs, train=session.train)
+            intent = make()
+            again = session.again(intent, before)
+            if again is None:
+                yield from session.settle(deadline)
         except errors.Error as error:
-            return _Item(session, None, error, healing, is_over=True)
-        return _Item(session, intent, None, healing)
+            refused = error.at_chunk(session.chunk_seq + before + 1)
+            return _Item(session, None, refused, healing)
+        return _Item(session, again or intent, None, healing)
 
     def _round(self, items: list[_Item], patience: Patience, deadline: float) -> Op[None]:
         """Send each item's next chunk, take the answers, put right what failed."""
@@ -131,6 +153,7 @@ class Frames:
 
     def _exchange(self, items: list[_Item]) -> Op[list[tuple[_Item, errors.Error]]]:
         handle = yield from self._stream()
+        self._is_quiet = False
         count = 0
         for message in self._messages(items):
             yield Write(handle, message)
@@ -147,17 +170,20 @@ class Frames:
                 self._fresh_until = 0.0
                 if count:
                     raise errors.Draining("the server is about to stop")
+        self._is_quiet = True
         return failures
 
     def _stream(self) -> Op[StreamHandle]:
         caller = self._client.caller
-        if self._handle is not None and caller.clock() < self._fresh_until:
+        is_fresh = self._is_quiet and caller.clock() < self._fresh_until
+        if self._handle is not None and is_fresh:
             return self._handle
         self.close()
         self._address = caller.address
-        # Half of its life is kept for the answers of a frame that begins at the last moment.
-        self._fresh_until = caller.clock() + LIFE_S / 2
-        self._handle = yield OpenStream(STREAM, self._address, LIFE_S)
+        # Half of its time is kept for the answers of a frame that begins at the last moment.
+        life_s = min(LIFE_S, caller.timeout_s)
+        self._fresh_until = caller.clock() + life_s / 2
+        self._handle = yield OpenStream(STREAM, self._address, life_s)
         return self._handle
 
     def _messages(self, items: list[_Item]) -> Iterator[rnn_pb.StreamRequest]:
@@ -166,6 +192,7 @@ class Frames:
         for tag, item in enumerate(items):
             if item.intent is None:
                 continue
+            item.session.doubted(item.intent)
             request = item.intent.prepare()
             bounds, item_size = item.session.bounds, _size(request, item.session)
             is_full = len(message.operations) >= bounds.operations_per_message
@@ -178,21 +205,29 @@ class Frames:
             yield message
 
 
-def _first_of_each_session(items: list[_Item]) -> list[_Item]:
+def _next_of_each_session(items: list[_Item]) -> list[_Item]:
+    """Return the first unfinished item of each session; behind a failed one there is none.
+
+    Those behind it have its error: a chunk must not be applied without the one before it.
+    """
     first: dict[int, _Item] = {}
+    failed: dict[int, errors.Error] = {}
     for item in items:
-        if not item.is_over:
-            first.setdefault(id(item.session), item)
+        key = id(item.session)
+        if item.error is not None:
+            failed.setdefault(key, item.error)
+        elif key in failed and not item.is_over:
+            item.error = failed[key]
+        elif not item.is_over:
+            first.setdefault(key, item)
     return list(first.values())
 
 
 def _take(item: _Item, result: rnn_pb.OperationResult) -> list[tuple[_Item, errors.Error]]:
     if result.HasField("error"):
         return [(item, error_from_status(result.error))]
-    if item.intent is None:
-        return []
-    item.intent.accept(result.forward)
-    item.is_over, item.may_be_applied = item.intent.is_done, False
+    if item.intent is not None:
+        item.intent.accept(result.forward)
     return []
 
 

@@ -4,6 +4,11 @@ A call may end without an answer: time over, cancelled, no replica reachable. It
 have been applied or not. The intent then stays "in doubt", and before anything else is sent, the
 same operations are sent again with the same numbers and content; asked for once more by the
 caller, the same intent is finished and answered.
+
+An exception may come between any two steps of this code: a signal's, a time limit's. So an answer
+is taken in two halves. The first decodes and checks all of it and ends by noting it in one
+assignment: that is the moment from which it is answered. The second brings the session to where the
+answer puts it; it only assigns what the first has made, and is repeated when it was interrupted.
 """
 
 from __future__ import annotations
@@ -21,7 +26,9 @@ from timernn._core.convert import (
     join_steps,
     tensor_from_proto,
     update_from_proto,
+    version_from_proto,
 )
+from timernn._core.moves import Move
 from timernn.types import Gradients
 from timernn.v1 import session_service_pb2 as session_pb
 from timernn.v1 import time_rnn_service_pb2 as rnn_pb
@@ -32,42 +39,70 @@ if TYPE_CHECKING:
     from timernn._core.contract import Rpc
     from timernn._core.session import SessionCore
     from timernn._core.training import Training
-    from timernn.types import Array, Step, UpdateResult
+    from timernn.types import Array, Step, UpdateResult, Version
+    from timernn.v1.tensor_pb2 import Tensor
 
 
 EpochRequest: TypeAlias = session_pb.SetStateRequest | session_pb.ResetStateRequest
 Q = TypeVar("Q")
+A = TypeVar("A")
 
 
-class Intent(ABC, Generic[Q]):
+class Intent(ABC, Generic[Q, A]):
     """Operations that belong together and are carried out in order.
 
     Attributes:
         rpc: The method of all its requests.
         requests: What is sent, in order.
-        done: How many are answered.
+        answers: What came back, decoded, one for each answered request.
+        is_wanted: Whether its caller may still ask for the same again and mean this.
+        is_refused: Whether the rest of it was refused after a part had been applied.
+        may_be_applied: Whether an attempt had an unknown outcome.
     """
 
     rpc: Rpc[Any, Any]
 
     def __init__(self, requests: Sequence[Q]) -> None:
-        self.requests, self.done = requests, 0
+        self.requests = requests
+        self.answers: tuple[A, ...] = ()
+        self.is_wanted, self.is_refused, self.may_be_applied = True, False, False
+        self._applied = 0
+
+    @property
+    def done(self) -> int:
+        """How many requests are answered."""
+        return len(self.answers)
 
     @property
     def is_done(self) -> bool:
         """Whether every request is answered."""
         return self.done == len(self.requests)
 
+    def accept(self, answer: Any) -> None:
+        """Take the answer of the request that was prepared."""
+        self.answers = (*self.answers, self.read(answer))
+        self.apply()
+
+    def apply(self) -> None:
+        """Bring the session to where the last answer puts it; nothing if it is there already."""
+        if self._applied < self.done:
+            self.carry_over(self.answers[-1])
+            self._applied = self.done
+
     @abstractmethod
     def prepare(self) -> Q:
         """Return the next request with its numbers; the same each time until it is accepted."""
 
     @abstractmethod
-    def accept(self, answer: Any) -> None:
-        """Take the answer of the request that was prepared."""
+    def read(self, answer: Any) -> A:
+        """Decode and check an answer and all that follows from it; nothing is changed."""
 
     @abstractmethod
-    def is_same(self, other: Intent[Any]) -> bool:
+    def carry_over(self, answer: A) -> None:
+        """Change the session by what `read` returned; may be interrupted and done again."""
+
+    @abstractmethod
+    def is_same(self, other: Intent[Any, Any]) -> bool:
         """Tell whether the other, not sent yet, asks for the same."""
 
     def refused(self, error: errors.Error) -> None:
@@ -102,7 +137,28 @@ class Taped:
         return sum(chunk.steps for chunk in self.chunks)
 
 
-class ForwardIntent(Intent[rnn_pb.ForwardRequest]):
+@dataclass(frozen=True, slots=True, eq=False)
+class Forwarded:
+    """A Forward's answer.
+
+    Attributes:
+        request: The request, with its numbers.
+        message: The answer as it came.
+        version: The weights version it names.
+        hs: The hidden states it brought, shape (N, T, H) or (N, 1, H); None if it brought none.
+        taped: What it left for a Backward; None in inference.
+        move: Where it puts the session.
+    """
+
+    request: rnn_pb.ForwardRequest
+    message: rnn_pb.ForwardResponse
+    version: Version
+    hs: Array | None
+    taped: TapedChunk | None
+    move: Move
+
+
+class ForwardIntent(Intent[rnn_pb.ForwardRequest, Forwarded]):
     """One `forward`: the pieces of its sequence, as consecutive chunks.
 
     Args:
@@ -116,8 +172,6 @@ class ForwardIntent(Intent[rnn_pb.ForwardRequest]):
         super().__init__(requests)
         self._session = session
         self._returns = [request.return_hs for request in requests]
-        self._hs: list[Array] = []
-        self._taped: list[TapedChunk] = []
 
     @property
     def is_training(self) -> bool:
@@ -133,22 +187,31 @@ class ForwardIntent(Intent[rnn_pb.ForwardRequest]):
         request.previous_token = self._session.state_token
         return request
 
-    def accept(self, answer: rnn_pb.ForwardResponse) -> None:
-        """Advance the session; keep what was asked for."""
-        request = self.requests[self.done]
-        self.done += 1
-        if answer.HasField("hs"):
-            self._hs.append(tensor_from_proto(answer.hs))
-        self._session.advance(request, answer)
+    def read(self, answer: rnn_pb.ForwardResponse) -> Forwarded:
+        """Decode what was asked for; find out where it puts the session."""
+        session, request = self._session, self.requests[self.done]
+        sent = (request.session_id, request.epoch, request.chunk_seq)
+        if (answer.session_id, answer.epoch, answer.chunk_seq) != sent:
+            raise errors.Internal(f"chunk {request.chunk_seq} got the answer of {answer.chunk_seq}")
+        version, taped = version_from_proto(answer.weights_version), None
+        move = Move(
+            chunk_seq=answer.chunk_seq, state_token=answer.state_token, _h=answer.h, version=version
+        )
         if self.is_training:
             steps = request.xs.shape[1]
-            chunk = TapedChunk(answer.epoch, answer.chunk_seq, answer.state_token, steps)
-            self._taped.append(chunk)
-            if self.is_done:
+            taped = TapedChunk(answer.epoch, answer.chunk_seq, answer.state_token, steps)
+            if self.done == len(self.requests) - 1:
+                chunks = (*(a.taped for a in self.answers if a.taped), taped)
                 has_last_only = self._returns[-1] == rnn_pb.RETURN_HS_LAST
-                self._session.tapes.append(Taped(tuple(self._taped), has_last_only))
+                move["tapes"] = [*session.tapes, Taped(chunks, has_last_only)]
+        hs = tensor_from_proto(answer.hs) if answer.HasField("hs") else None
+        return Forwarded(request, answer, version, hs, taped, move)
 
-    def is_same(self, other: Intent[Any]) -> bool:
+    def carry_over(self, answer: Forwarded) -> None:
+        """Advance the session."""
+        self._session.advance(answer)
+
+    def is_same(self, other: Intent[Any, Any]) -> bool:
         """Compare mode, what is returned and every input bit."""
         if not isinstance(other, ForwardIntent) or self._returns != other._returns:  # noqa: SLF001
             return False
@@ -161,10 +224,34 @@ class ForwardIntent(Intent[rnn_pb.ForwardRequest]):
         """Return the hidden states asked for, shape (N, T, H), (N, 1, H) or (N, 0, H)."""
         session = self._session
         none = (session.batch_size, 0, session.model.hidden_size)
-        return join_steps(self._hs, none, session.model.dtype)
+        pieces = [answer.hs for answer in self.answers if answer.hs is not None]
+        return join_steps(pieces, none, session.model.dtype)
 
 
-class BackwardIntent(Intent[rnn_pb.BackwardRequest]):
+@dataclass(frozen=True, slots=True, eq=False)
+class Backwarded:
+    """A Backward's answer.
+
+    Attributes:
+        request: The request.
+        dh0: The gradient of the state before the chunk.
+        norm: The global norm of the weights' gradients.
+        dxs: The gradient of the inputs, shape (N, T, D); None if not asked for.
+        gradients: The weights' gradients, if they were asked for.
+        stepped: The step made in the same call: what was asked, what was answered.
+        move: What it changes of the session; nothing before the last piece.
+    """
+
+    request: rnn_pb.BackwardRequest
+    dh0: Tensor
+    norm: float
+    dxs: Array | None
+    gradients: Gradients | None
+    stepped: tuple[rnn_pb.UpdateRequest, rnn_pb.UpdateResponse] | None
+    move: Move
+
+
+class BackwardIntent(Intent[rnn_pb.BackwardRequest, Backwarded]):
     """One `backward`: the pieces of its Forward in reverse, chained by dh0 and dh_next.
 
     Args:
@@ -187,37 +274,35 @@ class BackwardIntent(Intent[rnn_pb.BackwardRequest]):
         self._session, self._taped = session, taped
         first = requests[0]
         self._asked = (step, first.return_dxs, first.return_gradients, first.dh_next)
-        self._dxs: list[Array] = []
-        self._gradients: list[Gradients] = []
-        self._norms: list[float] = []
-        self._dh = first.dh_next if first.HasField("dh_next") else None
 
     def prepare(self) -> rnn_pb.BackwardRequest:
         """Give the next piece the gradient that arrives at its last state."""
         request = self.requests[self.done]
-        if self._dh is not None:
-            request.dh_next.CopyFrom(self._dh)
+        if self.answers:
+            request.dh_next.CopyFrom(self.answers[-1].dh0)
         return request
 
-    def accept(self, answer: rnn_pb.BackwardResponse) -> None:
-        """Keep the gradients; note the contribution, and the step where one was made."""
-        request = self.requests[self.done]
-        self.done += 1
-        self._dh = answer.dh0
-        self._norms.append(answer.gradient_norm)
-        if answer.HasField("dxs"):
-            self._dxs.insert(0, tensor_from_proto(answer.dxs))
-        if answer.HasField("gradients"):
-            self._gradients.append(gradients_from_proto(answer.gradients))
-        update = rnn_pb.UpdateRequest()
-        update.CopyFrom(request.update)
-        self._session.contributed(request)
+    def read(self, answer: rnn_pb.BackwardResponse) -> Backwarded:
+        """Decode the gradients, and the step where one was made."""
+        request, stepped = self.requests[self.done], None
         if answer.HasField("update"):
-            self._session.training.stepped(update, answer.update)
-            self._session.last_update = result = update_from_proto(answer.update)
-            self._session.version = result.version
-        if self.done == len(self.requests):
-            self._finish()
+            update = rnn_pb.UpdateRequest()
+            update.CopyFrom(request.update)  # the log's copy of the request goes without
+            stepped = (update, answer.update)
+        piece = Backwarded(
+            request=request,
+            dh0=answer.dh0,
+            norm=answer.gradient_norm,
+            dxs=tensor_from_proto(answer.dxs) if answer.HasField("dxs") else None,
+            gradients=gradients_from_proto(answer.gradients)
+            if answer.HasField("gradients")
+            else None,
+            stepped=stepped,
+            move=Move(),
+        )
+        if self.done == len(self.requests) - 1:
+            piece.move.update(self._result([*self.answers, piece]))
+        return piece
 
     def refused(self, error: errors.Error) -> None:
         """Note the contribution where the step alone was refused: the next update takes it.
@@ -229,7 +314,15 @@ class BackwardIntent(Intent[rnn_pb.BackwardRequest]):
             request.CopyFrom(self.requests[self.done])
             self._session.contributed(request)
 
-    def is_same(self, other: Intent[Any]) -> bool:
+    def carry_over(self, answer: Backwarded) -> None:
+        """Note the contribution, and the step where one was made."""
+        session = self._session
+        session.contributed(answer.request)
+        if answer.stepped is not None:
+            session.training.stepped(*answer.stepped)
+        session.move(answer.move)
+
+    def is_same(self, other: Intent[Any, Any]) -> bool:
         """Compare the tape, every gradient bit and the options."""
         if not isinstance(other, BackwardIntent) or self._taped is not other._taped:  # noqa: SLF001
             return False
@@ -242,59 +335,94 @@ class BackwardIntent(Intent[rnn_pb.BackwardRequest]):
         """Return the gradient of the inputs, shape (N, T, D), or (N, 0, D) if not asked for."""
         session = self._session
         none = (session.batch_size, 0, session.model.input_size)
-        return join_steps(self._dxs, none, session.model.dtype)
+        pieces = [answer.dxs for answer in reversed(self.answers) if answer.dxs is not None]
+        return join_steps(pieces, none, session.model.dtype)
 
-    def _finish(self) -> None:
-        session = self._session
-        if self._taped in session.tapes:
-            session.tapes.remove(self._taped)
-        session.dh = None if self._dh is None else tensor_from_proto(self._dh)
-        session.gradients = self._joined()
-        one = len(self._norms) == 1
-        norm = None if session.gradients is None else session.gradients.norm
-        session.gradient_norm = self._norms[0] if one else norm
-
-    def _joined(self) -> Gradients | None:
-        if not self._gradients:
-            return None
-        return Gradients(
-            dWx=np.sum([g.dWx for g in self._gradients], axis=0),
-            dWh=np.sum([g.dWh for g in self._gradients], axis=0),
-            db=np.sum([g.db for g in self._gradients], axis=0),
+    def _result(self, pieces: list[Backwarded]) -> Move:
+        """Return what all the pieces together change of the session."""
+        gradients = _sum([piece.gradients for piece in pieces if piece.gradients])
+        norm = None if gradients is None else gradients.norm
+        if len(pieces) == 1:
+            norm = pieces[0].norm
+        move = Move(
+            tapes=[taped for taped in self._session.tapes if taped is not self._taped],
+            dh=tensor_from_proto(pieces[-1].dh0),
+            gradients=gradients,
+            gradient_norm=norm,
         )
+        if (stepped := pieces[-1].stepped) is not None:
+            result = update_from_proto(stepped[1])
+            move.update(Move(last_update=result, version=result.version))
+        return move
 
 
-class UpdateIntent(Intent[rnn_pb.UpdateRequest]):
-    """One exact `update`: named contributions on an expected head."""
+def _sum(gradients: list[Gradients]) -> Gradients | None:
+    if not gradients:
+        return None
+    return Gradients(
+        dWx=np.sum([g.dWx for g in gradients], axis=0),
+        dWh=np.sum([g.dWh for g in gradients], axis=0),
+        db=np.sum([g.db for g in gradients], axis=0),
+    )
+
+
+class UpdateIntent(Intent[rnn_pb.UpdateRequest, "Updated"]):
+    """One exact `update`: named contributions on an expected head.
+
+    Args:
+        training: The model's.
+        request: Complete from the beginning.
+        asked: What the caller asked for: the sessions, the step, whether a head is expected.
+    """
 
     rpc = UPDATE
 
-    def __init__(self, training: Training, request: rnn_pb.UpdateRequest) -> None:
+    def __init__(
+        self,
+        training: Training,
+        request: rnn_pb.UpdateRequest,
+        asked: tuple[tuple[SessionCore, ...], Step, bool],
+    ) -> None:
         super().__init__([request])
-        self._training = training
-        self.result: UpdateResult | None = None
+        self._training, self.asked = training, asked
 
     def prepare(self) -> rnn_pb.UpdateRequest:
         """Return the request; it is complete from the beginning."""
         return self.requests[0]
 
-    def accept(self, answer: rnn_pb.UpdateResponse) -> None:
+    def read(self, answer: rnn_pb.UpdateResponse) -> Updated:
+        """Decode what the step did."""
+        return Updated(answer, update_from_proto(answer))
+
+    def carry_over(self, answer: Updated) -> None:
         """Note the new head and that the contributions are consumed."""
-        self.done = 1
-        self.result = update_from_proto(answer)
-        self._training.stepped(self.requests[0], answer)
+        result = answer.result
+        self._training.stepped(self.requests[0], answer.message)
+        for session in self.asked[0]:
+            session.move(Move(last_update=result, version=result.version))
 
-    def is_same(self, other: Intent[Any]) -> bool:
-        """Compare everything but the request id."""
-        if not isinstance(other, UpdateIntent):
-            return False
-        theirs = rnn_pb.UpdateRequest()
-        theirs.CopyFrom(other.requests[0])
-        theirs.request_id = self.requests[0].request_id
-        return theirs == self.requests[0]
+    def is_same(self, other: Intent[Any, Any]) -> bool:
+        """Compare what was asked for: what waited then may be consumed by now."""
+        return isinstance(other, UpdateIntent) and self.asked == other.asked
 
 
-class EpochIntent(Intent[EpochRequest]):
+@dataclass(frozen=True, slots=True, eq=False)
+class Updated:
+    """An Update's answer, as it came and decoded."""
+
+    message: rnn_pb.UpdateResponse
+    result: UpdateResult
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Begun:
+    """An epoch's beginning: the session as the server told it, and its hidden state; None: zero."""
+
+    session: session_pb.Session
+    state: Tensor | None
+
+
+class EpochIntent(Intent[EpochRequest, Begun]):
     """One `set_state` or `reset_state`.
 
     Args:
@@ -313,19 +441,23 @@ class EpochIntent(Intent[EpochRequest]):
     def prepare(self) -> EpochRequest:
         """Say which epoch is to end."""
         request = self.requests[0]
-        request.expected_epoch = request.expected_epoch or self._session.epoch
-        if self._is_strict:
-            request.expected_chunk_seq = self._session.chunk_seq
+        if not request.expected_epoch:
+            request.expected_epoch = self._session.epoch
+            if self._is_strict:
+                request.expected_chunk_seq = self._session.chunk_seq
         return request
 
-    def accept(self, answer: session_pb.SetStateResponse | session_pb.ResetStateResponse) -> None:
-        """Begin the new epoch."""
-        self.done = 1
+    def read(self, answer: session_pb.SetStateResponse | session_pb.ResetStateResponse) -> Begun:
+        """Take the new epoch's beginning."""
         request = self.requests[0]
         state = request.state if isinstance(request, session_pb.SetStateRequest) else None
-        self._session.begin(answer.session, state)
+        return Begun(answer.session, state)
 
-    def is_same(self, other: Intent[Any]) -> bool:
+    def carry_over(self, answer: Begun) -> None:
+        """Begin the new epoch."""
+        self._session.begin(answer.session, answer.state)
+
+    def is_same(self, other: Intent[Any, Any]) -> bool:
         """Compare the state to set."""
         if not isinstance(other, EpochIntent) or self.rpc is not other.rpc:
             return False

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections import deque
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from timernn import errors
 from timernn._core.convert import (
     duration_to_proto,
     tensor_from_proto,
@@ -18,16 +18,21 @@ from timernn._core.journal import (
     begin_entry,
     forward_entry,
 )
+from timernn._core.moves import Move
+from timernn._core.refusals import leaves_in_doubt
 from timernn.types import Contributions
 from timernn.v1 import session_service_pb2 as session_pb
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from timernn import errors
     from timernn._core.client import ClientCore
     from timernn._core.intents import (
+        Forwarded,
         Intent,
         Taped,
+        TapedChunk,
     )
     from timernn._core.splitting import Bounds
     from timernn.types import (
@@ -39,6 +44,8 @@ if TYPE_CHECKING:
     )
     from timernn.v1 import time_rnn_service_pb2 as rnn_pb
     from timernn.v1.tensor_pb2 import Tensor
+
+_I = TypeVar("_I", bound="Intent[Any, Any]")
 
 
 class SessionPlace:
@@ -58,7 +65,10 @@ class SessionPlace:
             were not asked for.
         version: The weights version of the last answer; None before the first.
         last_update: What the last step over this session did.
-        is_streaming: Whether a `stream()` uses the numbers now.
+        doubts: What was begun and has not been handed to its caller, in the order of the numbers:
+            of an unknown outcome, or answered while the call that asked was interrupted. Each
+            stands here from before it is first sent, so that no interrupt can lose it.
+        stream: The `stream()` that uses the numbers now.
         resumed: Whether opening it went on with a live session.
     """
 
@@ -80,14 +90,15 @@ class SessionPlace:
         self._ttl = duration_to_proto(0)
         self._h: Tensor | None = None
         self._waiting: dict[tuple[int, int], None] = {}
-        self.doubt: Intent[Any] | None = None
+        self.doubts: deque[Intent[Any, Any]] = deque()
         self.tapes: list[Taped] = []
         self.dh: Array | None = None
         self.gradients: Gradients | None = None
         self.gradient_norm: float | None = None
         self.version: Version | None = None
         self.last_update: UpdateResult | None = None
-        self.is_streaming = self.resumed = False
+        self.stream: object | None = None
+        self.resumed = False
 
     @property
     def h(self) -> Array:
@@ -96,8 +107,42 @@ class SessionPlace:
 
     @property
     def in_doubt(self) -> bool:
-        """Whether the outcome of the last call is unknown; `settle()` finds out."""
-        return self.doubt is not None
+        """Whether something was sent whose outcome is unknown, or whose output nobody got."""
+        return any(not intent.is_refused for intent in self.doubts)
+
+    def move(self, to: Move) -> None:
+        """Change the attributes named; an interrupt finds all of them changed or none."""
+        vars(self).update(to)  # one step of the interpreter
+
+    def again(self, intent: _I, position: int = 0) -> _I | None:
+        """Return what is in doubt at a position if the caller, asking anew, asks for that."""
+        if position >= len(self.doubts):
+            return None
+        doubt = self.doubts[position]
+        if not (doubt.is_wanted and doubt.is_same(intent)):
+            return None
+        doubt.may_be_applied |= not doubt.is_refused
+        doubt.is_refused = False
+        doubt.apply()
+        return doubt  # type: ignore[return-value]  # is_same() compares the class
+
+    def doubted(self, intent: Intent[Any, Any]) -> None:
+        """Keep an intent that is about to be sent until its caller has got its output."""
+        if intent not in self.doubts:
+            self.doubts.append(intent)
+
+    def failed(self, intent: Intent[Any, Any], error: errors.Error) -> None:
+        """Let an intent go that is certain not to be applied, and what was sent behind it.
+
+        Where a part of it is applied, the same call can still go on with the rest.
+        """
+        if leaves_in_doubt(error, before=intent.may_be_applied or intent.done > 0):
+            intent.may_be_applied = True
+            return
+        intent.refused(error)
+        intent.is_refused = True
+        while intent in self.doubts and (self.doubts[-1] is not intent or not intent.done):
+            self.doubts.pop()
 
     def begin(self, session: session_pb.Session, state: Tensor | None) -> None:
         """Take over an epoch's beginning, or a session that goes on.
@@ -106,14 +151,23 @@ class SessionPlace:
             session: As the server told it.
             state: Its hidden state (N, H); None: zero.
         """
-        self.session_id, self.epoch = session.session_id, session.epoch
-        self.chunk_seq, self.state_token = session.chunk_seq, session.state_token
-        self.batch_size, self._ttl, self._h = session.batch_size, session.ttl, state
-        self.tapes.clear()  # a chunk of an epoch that has ended has no Backward
+        self.session_id, self.batch_size, self._ttl = (
+            session.session_id,
+            session.batch_size,
+            session.ttl,
+        )
+        move = Move(
+            epoch=session.epoch,
+            chunk_seq=session.chunk_seq,
+            state_token=session.state_token,
+            _h=state,
+            tapes=[],  # a chunk of an epoch that has ended has no Backward
+        )
         if session.HasField("weights_version"):
-            self.version = version_from_proto(session.weights_version)
+            move["version"] = version_from_proto(session.weights_version)
         if not session.chunk_seq:  # a history that the log can tell from its beginning
-            self.journal.append(begin_entry(self._restoring_request()))
+            self.journal.append(begin_entry(self._restoring_request(session.epoch, state)))
+        self.move(move)
 
     def number(self, request: rnn_pb.ForwardRequest, ahead: int = 0) -> None:
         """Write a chunk's place into its request, `ahead` chunks after the next."""
@@ -125,14 +179,11 @@ class SessionPlace:
         if known is not None:
             request.minimum_version.CopyFrom(version_to_proto(known))
 
-    def advance(self, request: rnn_pb.ForwardRequest, answer: rnn_pb.ForwardResponse) -> None:
+    def advance(self, answer: Forwarded) -> None:
         """Move on to an answered chunk."""
-        if (answer.epoch, answer.chunk_seq) != (request.epoch, request.chunk_seq):
-            raise errors.Internal(f"chunk {request.chunk_seq} got the answer of {answer.chunk_seq}")
-        self.chunk_seq, self.state_token, self._h = answer.chunk_seq, answer.state_token, answer.h
-        self.version = version_from_proto(answer.weights_version)
-        self.client.note_version(self.model.model_id, self.version)
-        self.journal.append(forward_entry(request, answer))
+        self.client.note_version(self.model.model_id, answer.version)
+        self.journal.append(forward_entry(answer.request, answer.message))
+        self.move(answer.move)
 
     def contributed(self, request: rnn_pb.BackwardRequest) -> None:
         """Note a contribution that waits for the next update."""
@@ -141,10 +192,15 @@ class SessionPlace:
             del self._waiting[next(iter(self._waiting))]
         self.journal.append(backward_entry(request))
 
-    def waiting(self) -> list[Contributions]:
-        """Name this session's contributions since the last update, by epoch."""
+    def waiting(self, *more: TapedChunk) -> list[Contributions]:
+        """Name this session's contributions since the last update, by epoch.
+
+        Args:
+            more: Chunks whose contributions are about to be made.
+        """
         by_epoch: dict[int, list[int]] = {}
-        for epoch, chunk_seq in self._waiting:
+        about = ((chunk.epoch, chunk.chunk_seq) for chunk in more)
+        for epoch, chunk_seq in dict.fromkeys((*self._waiting, *about)):
             by_epoch.setdefault(epoch, []).append(chunk_seq)
         return [
             Contributions(self.session_id, epoch, tuple(sorted(chunks)))
@@ -173,15 +229,15 @@ class SessionPlace:
             and (not name.chunk_seqs or chunk_seq in name.chunk_seqs)
         )
 
-    def _restoring_request(self) -> session_pb.OpenSessionRequest:
+    def _restoring_request(self, epoch: int, state: Tensor | None) -> session_pb.OpenSessionRequest:
         return session_pb.OpenSessionRequest(
             model_id=self.model.model_id,
             session_id=self.session_id,
             batch_size=self.batch_size,
-            initial_state=self._h,
+            initial_state=state,
             ttl=self._ttl,
             on_exists=session_pb.ON_EXISTS_RESET,
-            restored_epoch=self.epoch,
+            restored_epoch=epoch,
         )
 
     def _zeros(self) -> Array:

@@ -33,8 +33,8 @@ from timernn._core.journal import (
     Healing,
     Scope,
 )
+from timernn._core.moves import Move
 from timernn._core.place import SessionPlace
-from timernn._core.refusals import leaves_in_doubt
 from timernn._core.splitting import split_steps
 from timernn.types import Discarded, Step
 from timernn.v1 import session_service_pb2 as session_pb
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
         Version,
     )
 
-_I = TypeVar("_I", bound="Intent[Any]")
+_I = TypeVar("_I", bound="Intent[Any, Any]")
 
 RETURN_HS: dict[str, rnn_pb.ReturnHs.ValueType] = {
     "all": rnn_pb.RETURN_HS_ALL,
@@ -156,13 +156,11 @@ class SessionCore(SessionPlace):
         """
         step = Step(lr, clip_norm, reduction)  # type: ignore[arg-type]  # checked where it is used
         self.require_idle()
-        self.last_update = yield from self.training.update([self], step, expect_known=exclusive)
-        self.version = self.last_update.version
-        return self.version
+        result = yield from self.training.update([self], step, expect_known=exclusive)
+        return result.version
 
     def discard_gradients(self) -> Op[Discarded]:
         """Drop the contributions and tapes of this session that wait."""
-        self.require_idle()
         deadline = self.client.caller.deadline()
         yield from self.settle(deadline)
         request = rnn_pb.DiscardGradientsRequest(
@@ -172,7 +170,7 @@ class SessionCore(SessionPlace):
         answer = yield from self.client.caller.call(DISCARD_GRADIENTS, request, deadline)
         self.journal.drop_contributions(self.session_id, dict(self._waiting))
         self._waiting.clear()
-        self.tapes.clear()
+        self.move(Move(tapes=[]))
         return Discarded(answer.contribution_count, answer.tape_count)
 
     @checked
@@ -183,7 +181,7 @@ class SessionCore(SessionPlace):
             extend_ttl: Let the time to live start again.
         """
         deadline = self.client.caller.deadline()
-        if not self.is_streaming:
+        if self.stream is None:
             yield from self.settle(deadline)
         request = session_pb.GetStateRequest(session_id=self.session_id, extend_ttl=extend_ttl)
         answer = yield from self._read(GET_STATE, request, deadline)
@@ -239,7 +237,6 @@ class SessionCore(SessionPlace):
             new_id: The new session's name; None: one of 128 random bits.
             ttl: Its time to live in seconds; None: this one's.
         """
-        self.require_idle()
         deadline = self.client.caller.deadline()
         yield from self.settle(deadline)
         # A state that a lost write has set back must not be copied: look, and heal, first.
@@ -266,7 +263,6 @@ class SessionCore(SessionPlace):
         request = session_pb.CloseSessionRequest(
             session_id=self.session_id, expected_epoch=self.epoch
         )
-        self.doubt = None
         try:
             answer = yield from self.client.caller.call(CLOSE_SESSION, request)
         except errors.EpochFenced as error:
@@ -276,7 +272,9 @@ class SessionCore(SessionPlace):
             request.expected_epoch = 0
             answer = yield from self.client.caller.call(CLOSE_SESSION, request)
         except errors.SessionNotFound:
+            self.doubts.clear()
             return False
+        self.doubts.clear()
         self.training.leave(self)
         return answer.closed
 
@@ -289,15 +287,29 @@ class SessionCore(SessionPlace):
 
     def settle_own(self, deadline: float) -> Op[None]:
         """Send again what of this session alone is in doubt; an update may join several."""
-        if self.doubt is not None:
-            yield from self._finish(self.doubt, deadline)
+        self.require_idle()
+        while self.doubts:
+            if self.doubts[0].is_refused:
+                self.doubts.popleft()
+            else:
+                self.doubts[0].may_be_applied = True
+                yield from self._finish(self.doubts[0], deadline)
 
     # -- the making of requests --------------------------------------------------------------------
 
     def forward_intent(
         self, xs: npt.ArrayLike, return_hs: ReturnHs, *, train: bool
     ) -> ForwardIntent:
-        """Cut a sequence into the requests of its chunks, not numbered yet."""
+        """Cut a sequence into the requests of its chunks, not numbered yet.
+
+        Raises:
+            BadField: If tapes are wanted of a session that was not opened to train.
+        """
+        if train and not self.train:
+            raise errors.BadField(
+                f"train: session {self.session_id!r} was opened with train=False and keeps no tapes; "
+                "open it with train=True"
+            )
         model = self.model
         array = array_from_caller(xs, "xs", model.dtype, (self.batch_size, None, model.input_size))
         pieces = self._split(array)
@@ -377,13 +389,7 @@ class SessionCore(SessionPlace):
 
     def _inline_update(self, taped: Taped, step: Step) -> rnn_pb.UpdateRequest:
         """Name what waits and what this backward is about to contribute."""
-        before = dict(self._waiting)
-        for chunk in taped.chunks:
-            self._waiting[chunk.epoch, chunk.chunk_seq] = None
-        try:
-            return self.training.request(self.waiting(), step)
-        finally:
-            self._waiting = before
+        return self.training.request(self.waiting(*taped.chunks), step)
 
     # -- the sending -------------------------------------------------------------------------------
 
@@ -393,7 +399,7 @@ class SessionCore(SessionPlace):
         Raises:
             SessionBusy: If one does.
         """
-        if self.is_streaming:
+        if self.stream is not None:
             raise errors.SessionBusy(
                 f"session {self.session_id!r} is in use by a stream(); finish or close it first"
             )
@@ -408,14 +414,12 @@ class SessionCore(SessionPlace):
         """Carry out an intent; finish an earlier one first unless this is the same again."""
         self.require_idle()
         deadline = self.client.caller.deadline()
-        doubt = self.doubt
-        if doubt is not None:
-            intent = self._unless_impossible(make)
-            if intent is not None and doubt.is_same(intent):
-                yield from self._finish(doubt, deadline)
-                return doubt  # type: ignore[return-value]  # is_same() compares the class
-        yield from self.settle(deadline)
-        intent = make()
+        intent = self._unless_impossible(make) if self.doubts else None
+        if intent is not None:
+            intent = self.again(intent)
+        if intent is None:
+            yield from self.settle(deadline)
+            intent = make()
         yield from self._finish(intent, deadline)
         return intent
 
@@ -425,16 +429,15 @@ class SessionCore(SessionPlace):
         except errors.TapeMissing:  # its forward may be what is in doubt
             return None
 
-    def _finish(self, intent: Intent[Any], deadline: float) -> Op[None]:
+    def _finish(self, intent: Intent[Any, Any], deadline: float) -> Op[None]:
+        """Carry out the first of what is in doubt, or what is to be the first."""
+        self.doubted(intent)
         try:
             yield from self.client.carry_out(intent, self.scope(), deadline)
-        except BaseException as error:
-            before = self.doubt is intent or intent.done > 0
-            self.doubt = intent if leaves_in_doubt(error, before=before) else None
-            if self.doubt is None and isinstance(error, errors.Error):
-                intent.refused(error)
+        except errors.Error as error:
+            self.failed(intent, error)
             raise
-        self.doubt = None
+        self.doubts.popleft()
 
     def _read(self, rpc: Any, request: Any, deadline: float) -> Op[Any]:
         """Make a call that tells where the session stands, and heal it if it has gone back."""

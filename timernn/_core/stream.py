@@ -15,16 +15,14 @@ from timernn._core.effects import (
     Read,
     Write,
 )
-from timernn._core.intents import ForwardIntent, Intent
+from timernn._core.intents import ForwardIntent
 from timernn._core.journal import Healing
-from timernn._core.refusals import leaves_in_doubt
+from timernn._core.refusals import Proof, proof_of
 from timernn._core.retry import Patience, is_worth_retrying
 from timernn._core.status import error_from_status
 from timernn.v1 import time_rnn_service_pb2 as rnn_pb
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from timernn._core.client import ClientCore
     from timernn._core.effects import (
         Mark,
@@ -43,12 +41,17 @@ Chunk: TypeAlias = "tuple[ForwardIntent, rnn_pb.ForwardRequest]"
 class StreamCore:
     """What one `stream()` has sent, has still to send and waits for.
 
+    What is sent stands in the session's `doubts` from before it is sent until its output has been
+    taken. So whatever ends the stream, the session knows what may be applied; and another stream
+    that begins with the same chunks goes on with these.
+
     Args:
         client: Whose addresses and patience it uses.
         session: Whose chunks; its other operations are refused meanwhile.
         source: Where the faces pull the caller's chunks from.
         in_flight: Chunks sent and not answered, at most.
         return_hs: What each chunk returns.
+        train: Whether each chunk leaves a tape for `backward`.
     """
 
     def __init__(
@@ -58,91 +61,172 @@ class StreamCore:
         source: Any,
         in_flight: int,
         return_hs: ReturnHs,
+        *,
+        train: bool,
     ) -> None:
         self._client, self._session, self._source = client, session, source
         self._in_flight = max(1, min(in_flight, session.bounds.replay_window))
-        self._return_hs = return_hs
+        self._return_hs, self._train = return_hs, train
+        self._earlier: deque[ForwardIntent] = deque()  # in doubt since before, not asked for yet
         self._intents: deque[ForwardIntent] = deque()
+        self._given: ForwardIntent | None = None  # whose output was returned by the last step
         self._sent: deque[Chunk] = deque()
         self._to_send: deque[Chunk] = deque()
         self._handle: StreamHandle | None = None
         self._address = 0
         self._fresh_until = 0.0
-        self._doubtful_seq = 0  # the last chunk that was sent on a stream which broke
-        self._refused: errors.Error | None = None
+        self._failure: errors.Error | None = None  # of the first chunk that has no answer
+        self._refused: Exception | None = None  # instead of the chunk that comes next
         self._is_exhausted = False
-        self._renew_memory()
+        self._begin_waiting()
 
     def open(self) -> Op[None]:
-        """Take the session over."""
-        self._session.require_idle()
-        yield from self._session.settle()
-        self._session.is_streaming = True
-        self._renew_memory()
+        """Take the session over.
+
+        Raises:
+            SessionBusy: If another stream has it.
+        """
+        session = self._session
+        session.require_idle()
+        deadline = self._client.caller.deadline()
+        earlier = [doubt for doubt in session.doubts if isinstance(doubt, ForwardIntent)]
+        if len(earlier) < len(session.doubts):
+            yield from session.settle_own(deadline)
+        yield from session.training.settle(deadline)
+        self._earlier.extend(earlier)
+        session.stream = self
 
     def step(self) -> Op[Array | Mark[Any]]:
         """Return the hidden states of the next chunk, or END."""
+        self._take_leave_of_given()
+        self._begin_waiting()
         while True:
             if self._intents and self._intents[0].is_done:
-                return self._intents.popleft().hs()
-            yield from self._pull()
-            if not self._intents:
-                if self._refused is not None:
-                    raise self._refused
-                return END
-            try:
+                self._given = self._intents[0]
+                if self._given.is_wanted:
+                    return self._given.hs()
+                self._take_leave_of_given()
+            elif self._failure is not None:
+                failure, self._failure = self._failure, None
+                yield from self._recover(failure)
+            else:
+                yield from self._pull()
+                if not self._intents:
+                    if self._refused is not None:
+                        raise self._refused
+                    return END
                 yield from self._exchange()
-            except errors.Error as error:
-                yield from self._recover(error)
 
-    def close(self) -> None:
-        """Leave the stream; what was sent and is not answered is in doubt from now on."""
+    def close(self, *, is_left: bool = False) -> None:
+        """Leave the stream; what was sent and is not answered is in doubt from now on.
+
+        Args:
+            is_left: By a caller who wants no further output: asked for later, the same data are
+                new chunks.
+        """
         self._leave()
         session = self._session
-        if session.is_streaming:
-            session.is_streaming = False
-            session.doubt = UnansweredChunks.of(self._intents)
+        if session.stream is self:
+            if is_left:
+                self._take_leave_of_given()
+                for intent in self._intents:
+                    intent.is_wanted = False
+            session.stream = None
+
+    def _take_leave_of_given(self) -> None:
+        """Forget a chunk whose output has been taken."""
+        if self._given is not None:
+            self._session.doubts.popleft()
+            self._intents.popleft()
+            self._given = None
+
+    def _begin_waiting(self) -> None:
+        """Begin with full patience: the caller begins to wait, or a chunk or an answer has come."""
+        self._waiting_since = self._client.caller.clock()
+        self._patience: Patience | None = None
+        self._healing: Healing | None = None
 
     def _pull(self) -> Op[None]:
         """Take chunks of the caller while there is room for them; wait only with nothing to do."""
         while not self._is_exhausted and len(self._sent) + len(self._to_send) < self._in_flight:
-            item = yield Pull(self._source, block=not self._intents)
+            try:
+                item = yield Pull(self._source, block=not self._intents)
+            except Exception as error:  # noqa: BLE001  # the source's own
+                self._refuse(error)
+                return
             if item is NOT_YET:
                 return
+            self._begin_waiting()  # the time until now was the source's
             if item is END:
                 self._is_exhausted = True
                 return
             try:
-                intent = self._session.forward_intent(item, self._return_hs, train=False)
+                intent = self._session.forward_intent(item, self._return_hs, train=self._train)
             except errors.Error as error:
-                # Told in its turn: the chunks before it are answered first.
-                self._refused, self._is_exhausted = error, True
+                ahead = len(self._sent) + len(self._to_send)
+                self._refuse(error.at_chunk(self._session.chunk_seq + ahead + 1))
                 return
-            self._intents.append(intent)
-            self._to_send.extend((intent, request) for request in intent.requests)
+            self._add(intent)
+
+    def _refuse(self, error: Exception) -> None:
+        """Take no more chunks; the error is raised in its turn, after the answers of those before."""
+        self._refused, self._is_exhausted = error, True
+
+    def _add(self, intent: ForwardIntent) -> None:
+        """Queue a chunk, or what is in doubt since before if it is the same."""
+        position = len(self._intents)
+        if self._earlier:
+            again = self._session.again(intent, position)
+            if again is not None:
+                self._earlier.popleft()
+                self._queue(again)
+                return
+            while self._earlier:  # other chunks follow: these count, and nobody asks for them
+                earlier = self._earlier.popleft()
+                if earlier.is_refused:
+                    self._session.doubts.remove(earlier)
+                    continue
+                earlier.is_wanted = False
+                self._queue(earlier)
+        self._queue(intent)
+
+    def _queue(self, intent: ForwardIntent) -> None:
+        self._intents.append(intent)
+        self._to_send.extend((intent, request) for request in intent.requests[intent.done :])
 
     def _exchange(self) -> Op[None]:
-        """Send what may be sent, take what comes next."""
+        """Send what may be sent, take what comes next; a failure is kept until it has its turn."""
+        try:
+            answer = yield from self._converse()
+            for result in answer.results:
+                self._take(result)
+            if answer.draining:
+                raise errors.Draining("the server is about to stop")
+        except errors.Error as error:
+            self._leave()
+            self._failure = error
+
+    def _converse(self) -> Op[rnn_pb.StreamResponse]:
         caller = self._client.caller
         is_old = caller.clock() > self._fresh_until
         if is_old and not self._sent:
             self._leave()
         if self._handle is None:
             self._address, is_old = caller.address, False
-            self._fresh_until = caller.clock() + LIFE_S / 2
-            self._handle = yield OpenStream(STREAM, self._address, LIFE_S)
+            # Half of its time is kept for the answers of what is sent at the last moment.
+            life_s = min(LIFE_S, caller.timeout_s)
+            self._fresh_until = caller.clock() + life_s / 2
+            self._handle = yield OpenStream(STREAM, self._address, life_s)
         while self._to_send and len(self._sent) < self._in_flight and not is_old:
-            chunk = self._to_send[0]
-            self._number(chunk[1])
-            yield Write(self._handle, _message(chunk[1]))
+            intent, request = self._to_send[0]
+            self._session.doubted(intent)
+            self._number(request)
+            yield Write(self._handle, _message(request))
             self._sent.append(self._to_send.popleft())
         answer: rnn_pb.StreamResponse | None = yield Read(self._handle)
         if answer is None:
             raise errors.Unavailable("the server ended the stream")
-        for result in answer.results:
-            self._take(result)
-        if answer.draining:
-            raise errors.Draining("the server is about to stop")
+        return answer
 
     def _number(self, request: rnn_pb.ForwardRequest) -> None:
         is_again = bool(request.chunk_seq)
@@ -157,79 +241,39 @@ class StreamCore:
         if result.HasField("error"):
             raise error_from_status(result.error)
         intent, request = self._sent[0]
-        if result.forward.chunk_seq != request.chunk_seq:
-            raise errors.Internal(
-                f"expected the answer of chunk {request.chunk_seq}, "
-                f"got that of {result.forward.chunk_seq}"
-            )
-        self._sent.popleft()
         # A chunk in flight named no token; in the log it names the one it followed.
         request.previous_token = self._session.state_token
         intent.accept(result.forward)
-        self._renew_memory()
+        self._sent.popleft()
+        self._begin_waiting()
 
     def _recover(self, error: errors.Error) -> Op[None]:
         """Make ready to send the unanswered chunks again, or raise what will not get better."""
-        self._leave()
-        last_sent = self._sent[-1][1].chunk_seq if self._sent else 0
+        if proof_of(error) is Proof.NOTHING:
+            for intent, _ in self._sent:
+                intent.may_be_applied = True
         self._to_send.extendleft(reversed(self._sent))
         self._sent.clear()
-        if is_worth_retrying(error):
-            self._doubtful_seq = max(self._doubtful_seq, last_sent)
-            yield from self._patience.after(error, self._address)
-            return
+        session, caller = self._session, self._client.caller
+        deadline = self._waiting_since + caller.timeout_s
+        if self._patience is None or self._healing is None:
+            self._patience = Patience(caller, deadline)
+            self._healing = Healing(caller, session.scope())
         try:
-            yield from self._client.heal(
-                self._healing, error, self._session.scope(), self._client.caller.deadline()
-            )
+            if is_worth_retrying(error):
+                yield from self._patience.after(error, self._address)
+            else:
+                yield from self._client.heal(self._healing, error, session.scope(), deadline)
         except errors.Error as final:
-            if not leaves_in_doubt(final, before=self._doubtful_seq > self._session.chunk_seq):
-                # Refused, and the chunks behind it with it: nothing is in doubt.
-                self._intents.clear()
-            raise
-
-    def _renew_memory(self) -> None:
-        self._patience = Patience(self._client.caller)
-        self._healing = Healing(self._client.caller, self._session.scope())
+            if self._intents:
+                # Refused, those behind it are refused with it: the server tries none of them.
+                session.failed(self._intents[0], final)
+            raise final.at_chunk(session.chunk_seq + 1) from final.__cause__
 
     def _leave(self) -> None:
         if self._handle is not None:
             self._handle.close()
             self._handle = None
-
-
-class UnansweredChunks(Intent[rnn_pb.ForwardRequest]):
-    """Chunks that a stream left unanswered, as an intent that nobody waits for."""
-
-    rpc = ForwardIntent.rpc
-
-    def __init__(self, intents: list[ForwardIntent]) -> None:
-        super().__init__([request for intent in intents for request in intent.requests])
-        self._intents = intents
-        self.done = sum(intent.done for intent in intents)
-
-    @classmethod
-    def of(cls, intents: Iterator[ForwardIntent] | deque[ForwardIntent]) -> UnansweredChunks | None:
-        """Collect the chunks of which a part was sent; the others never left the client."""
-        begun = [i for i in intents if not i.is_done and any(r.chunk_seq for r in i.requests)]
-        return cls(begun) if begun else None
-
-    def prepare(self) -> rnn_pb.ForwardRequest:
-        """Number the next chunk, or let it keep its number, and name what it follows."""
-        return self._next().prepare()
-
-    def accept(self, answer: rnn_pb.ForwardResponse) -> None:
-        """Advance the session; the outputs are dropped."""
-        self._next().accept(answer)
-        self.done += 1
-
-    def is_same(self, other: Intent[Any]) -> bool:
-        """Tell no: nobody can ask for these again, the loop that wanted them has ended."""
-        del other
-        return False
-
-    def _next(self) -> ForwardIntent:
-        return next(intent for intent in self._intents if not intent.is_done)
 
 
 def _message(request: rnn_pb.ForwardRequest) -> rnn_pb.StreamRequest:

@@ -87,16 +87,15 @@ class Training:
         deadline = self._client.caller.deadline()
         for session in sessions:
             yield from session.settle_own(deadline)
-        named = [names for session in sessions for names in session.waiting()]
-        intent = UpdateIntent(self, self.request(named, step, expect_known=expect_known))
-        if self.doubt is not None and self.doubt.is_same(intent):
-            intent = self.doubt
-        else:
+        asked = (tuple(sessions), step, expect_known)
+        intent = self.doubt
+        if intent is None or intent.asked != asked:
             yield from self.settle(deadline)
+            named = [names for session in sessions for names in session.waiting()]
+            request = self.request(named, step, expect_known=expect_known)
+            intent = UpdateIntent(self, request, asked)
         yield from self._finish(intent, deadline)
-        if intent.result is None:
-            raise errors.Internal("an update ended without a result")
-        return intent.result
+        return intent.answers[0].result
 
     def settle(self, deadline: float) -> Op[None]:
         """Send an update again whose outcome is not known."""
@@ -118,10 +117,12 @@ class Training:
             session.consumed(taken)
 
     def _finish(self, intent: UpdateIntent, deadline: float) -> Op[None]:
+        self.doubt = intent
         try:
             yield from self._client.carry_out(intent, self.scope(), deadline)
-        except BaseException as error:
-            is_open = leaves_in_doubt(error, before=self.doubt is intent)
-            self.doubt = intent if is_open else None
+        except errors.Error as error:
+            if not leaves_in_doubt(error, before=intent.may_be_applied):
+                self.doubt = None
+            intent.may_be_applied = True
             raise
         self.doubt = None
