@@ -157,27 +157,31 @@ class Client:
     def _finish(self, op: Operation) -> None:
         rounds = Rounds()
         try:
-            while True:
-                try:
-                    self._require_knowable(op)
-                    answer = self._call(op, is_own=True)
-                except Refused as refused:
-                    if self._is_counted(op, refused):
-                        answer = BackwardAnswer(self._gradient(op.request), step=refused)
-                    else:
-                        self._heal(op, refused, rounds)
-                        continue
-                self._accept(op, answer)
-                if not isinstance(answer, BackwardAnswer) or not isinstance(answer.step, Refused):
-                    break
-                assert isinstance(op.request, Backward)
-                if op.request.update is None:
-                    break
-                op.request = op.request.update  # recorded: the step is asked for by itself
+            while self._go_on(op, rounds):
+                pass
         except Refused as refused:
             self.doubt = op if self._stays_in_doubt(op, refused) else None
             raise
         self.doubt = None
+
+    def _go_on(self, op: Operation, rounds: Rounds) -> bool:
+        """Make one call of an operation, or heal; tell whether something is left to be done."""
+        try:
+            self._require_knowable(op)
+            answer = self._call(op, is_own=True)
+        except Refused as refused:
+            if not self._is_counted(op, refused):
+                self._heal(op, refused, rounds)
+                return True
+            answer = BackwardAnswer(self._gradient(op.request), step=refused)
+        self._accept(op, answer)
+        step = op.request.update if isinstance(op.request, Backward) else None
+        if step is None or not isinstance(answer, BackwardAnswer):
+            return False
+        if not isinstance(answer.step, Refused):
+            return False
+        op.request = step  # the contribution is recorded: the step is asked for by itself
+        return True
 
     def _stays_in_doubt(self, op: Operation, refused: Refused) -> bool:
         if refused.reason in UNDECIDED or op.is_healing:
@@ -305,6 +309,7 @@ class Client:
         op.is_healing = True
         applied = self._send_again()
         op.is_healing = False
+        op.is_unknown &= self._rules.on("doubt-through-healing")
         rounds.count += 1
         rounds.in_vain = 0 if applied else rounds.in_vain + 1
         if rounds.in_vain >= _MAX_ROUNDS_IN_VAIN or rounds.count >= _MAX_ROUNDS:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from state_protocol.messages import (
     Backward,
@@ -16,7 +16,14 @@ from state_protocol.messages import (
     UpdateAnswer,
 )
 from state_protocol.store import State
-from state_protocol.values import CommandRefused, Refused, ScriptRaised, Version, mix, require
+from state_protocol.values import (
+    CommandRefused,
+    Refused,
+    ScriptRaised,
+    Version,
+    mix,
+    require,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -27,9 +34,9 @@ if TYPE_CHECKING:
         Request,
     )
     from state_protocol.store import Store, Tape
+    from state_protocol.values import Name
 
 A = TypeVar("A")
-Steps = "Generator[str, None, A]"
 
 _TRIES = 3
 _AGAIN = "UNKNOWN_OUTCOME"
@@ -273,13 +280,13 @@ class Replica:
         raise self._overtaken(is_staged=is_staged)
 
     def _flip(
-        self, op: Update, base: Version, new: Version, names: list[Any], *, is_staged: bool
+        self, op: Update, base: Version, new: Version, names: list[Name], *, is_staged: bool
     ) -> Version | None:
         return self._run(
             lambda: self._store.flip_head(base, new, names, op.request_id, is_staged=is_staged)
         )
 
-    def _take(self, op: Update) -> tuple[Version, list[Any]]:
+    def _take(self, op: Update) -> tuple[Version, list[Name]]:
         """Return the head and the contributions that a step is to be made from."""
         model, is_exact = self._store.model, self._rules.on("exact-names")
         if is_exact and op.expected not in (None, model.head):

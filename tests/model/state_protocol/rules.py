@@ -193,6 +193,13 @@ RULES = (
         "a full store",
     ),
     Rule(
+        "doubt-through-healing",
+        "Healing does not settle what is unknown of the operation that it was made for.",
+        "An attempt from before may still be carried out once its place has been healed.",
+        "a full store that lost writes",
+        seed=1442,
+    ),
+    Rule(
         "raised-inside",
         "An error raised inside a script leaves the outcome unknown; only a command that was "
         "refused as a whole was not applied.",
