@@ -306,8 +306,11 @@ class Client:
         """Heal what a refusal is a sign of, or raise it."""
         if not self._is_loss(op, refused, rounds):
             raise refused
-        op.is_healing = True
-        applied = self._send_again()
+        op.is_healing = self._world.is_healing = True
+        try:
+            applied = self._send_again()
+        finally:
+            self._world.is_healing = False
         op.is_healing = False
         op.is_unknown &= self._rules.on("doubt-through-healing")
         rounds.count += 1

@@ -43,6 +43,9 @@ WORLDS = {
 _OF_OLD_AGE = {"SESSION_EXPIRED", "NO_GRADIENTS", "OUTCOME_LOST"}
 _OF_OLD_AGE_AND_LOSS = {*_OF_OLD_AGE, "VERSION_GONE", "VERSION_CONFLICT", "SEQ_GAP"}
 
+# An epoch that was begun again fences off the one before it, whose chunks are lost once more.
+_OF_LOSS_IN_HEALING = {"VERSION_GONE", "NO_GRADIENTS"}
+
 
 @dataclass(slots=True)
 class Outcome:
@@ -110,6 +113,8 @@ def _check_alone(world: World, trainer: Trainer, outcome: Outcome) -> None:
     allowed = {"done"}
     if world.slept:
         allowed |= _OF_OLD_AGE_AND_LOSS if world.rollbacks else _OF_OLD_AGE
+    if world.lost_in_healing:
+        allowed |= _OF_LOSS_IN_HEALING
     require(outcome.end in allowed, f"the trainer could not go on: {outcome.end}")
     if not world.rollbacks and not world.slept:
         told = set(trainer.refusals) - UNDECIDED

@@ -72,6 +72,8 @@ class World:
 
     Attributes:
         rollbacks: How often a slot was set back.
+        is_healing: Whether the client sends its log again at the moment.
+        lost_in_healing: How often a slot was set back meanwhile.
         slept: How long the client has slept, in seconds.
     """
 
@@ -83,7 +85,8 @@ class World:
         self.store.raising, self.store.tight = faults.raising, faults.tight
         self.replicas = [Replica(self.store), Replica(self.store)]
         self.flying: list[Attempt] = []
-        self.rollbacks = 0
+        self.rollbacks = self.lost_in_healing = 0
+        self.is_healing = False
         self.slept = 0.0
 
     def send(self, request: Request) -> Attempt:
@@ -130,6 +133,7 @@ class World:
         """Let the store lose what it acknowledged."""
         self.store.lose()
         self.rollbacks += 1
+        self.lost_in_healing += self.is_healing
 
     def attempt(self, request: Request) -> Answer | Refused | None:
         """Make one attempt; None: no answer came in time, and the attempt may still be on its way."""
