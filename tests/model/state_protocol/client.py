@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from state_protocol import lives
-from state_protocol.log import Entry, Log, as_sent_again, told_by
+from state_protocol.log import Entry, Log, as_sent_again, promised_by
 from state_protocol.messages import (
     Backward,
     BackwardAnswer,
@@ -165,7 +165,7 @@ class Client:
         self.doubt = None
 
     def _go_on(self, op: Operation, rounds: Rounds) -> bool:
-        """Make one call of an operation, or heal; tell whether something is left to be done."""
+        """Make one call of an operation, or heal; return whether something is left to do."""
         try:
             self._require_knowable(op)
             answer = self._call(op, is_own=True)
@@ -211,7 +211,7 @@ class Client:
             refused.reason == "TAPE_MISSING"
             and isinstance(op.request, Backward)
             and refused.is_counted
-            and self._rules.on("counted-told")
+            and self._rules.on("counted-answer")
         )
 
     # -- answers -----------------------------------------------------------------------------------
@@ -270,7 +270,7 @@ class Client:
     def _note(self, op: Operation, answer: Answer) -> None:
         is_pinned = self._rules.on("pinned-replay")
         request = as_sent_again(op.request, answer, is_pinned=is_pinned)
-        self._log.append(Entry(request, told_by(answer), op.sent_at, op.head), answer)
+        self._log.append(Entry(request, promised_by(answer), op.sent_at, op.head), answer)
 
     # -- calls -------------------------------------------------------------------------------------
 
@@ -281,7 +281,7 @@ class Client:
             op.is_unknown = False
         is_impatient = is_own and chance.random() < faults.impatient
         patience = chance.choice([1, 2, 3]) if is_impatient else _PATIENCE
-        told = "GAVE_UP"
+        reason = "GAVE_UP"
         op.is_healing = False
         for _ in range(patience):
             end = self._world.attempt(op.request)
@@ -290,10 +290,10 @@ class Client:
             if end is None or end.reason == "UNKNOWN_OUTCOME":
                 op.is_unknown = True
             elif end.reason == "OVERLOADED":
-                told = "OVERLOADED"
+                reason = "OVERLOADED"
             else:
                 raise end
-        raise Refused(told)
+        raise Refused(reason)
 
     def _read_model(self) -> ModelAnswer:
         answer = self._call(Operation(ReadModel(), self.now, self.known))

@@ -1,4 +1,4 @@
-"""The client's log of answered operations, and what it tells of them."""
+"""The client's log of answered operations, and what each of them promised."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ class Entry:
 
     Attributes:
         request: The same numbers and content; a Forward pins the version that its answer named.
-        told: What the first answer said and a later one must say again.
+        promised: What the first answer said and a later one must say again.
         sent_at: When it was first sent, on the client's clock.
         head: The newest version that the client knew then.
     """
 
     request: Request
-    told: object
+    promised: object
     sent_at: float
     head: Version
 
     def confirm(self, answer: Answer) -> None:
         """Compare a later answer with the first one."""
-        if told_by(answer) != self.told:
+        if promised_by(answer) != self.promised:
             raise Refused("HISTORY_FORKED")
 
 
@@ -64,7 +64,7 @@ class Log:
             self.makers.update(dict.fromkeys(entry.request.names, answer.version))
 
 
-def told_by(answer: Answer) -> object:
+def promised_by(answer: Answer) -> object:
     """Return what an answer says that must never be said otherwise."""
     if isinstance(answer, ForwardAnswer):
         return (answer.h, answer.token)

@@ -109,7 +109,7 @@ class Replica:
 
     def _full(self, op: Forward, *, was_applied: bool) -> Refused:
         is_wrong = was_applied and self._is_applied(op)
-        require(not is_wrong, "STORE_FULL is told of a chunk that was applied before")
+        require(not is_wrong, "STORE_FULL is answered for a chunk that was applied before")
         return Refused("STORE_FULL")
 
     def _overtaken(self, *, is_staged: bool) -> Refused:
@@ -236,21 +236,21 @@ class Replica:
         try:
             return (yield from self._update(update))
         except Refused as refused:
-            if refused.reason == _AGAIN or not self._rules.on("recorded-told"):
+            if refused.reason == _AGAIN or not self._rules.on("recorded-reported"):
                 raise
             return refused
 
     # -- Update ------------------------------------------------------------------------------------
 
     def _update(self, op: Update) -> Generator[str, None, UpdateAnswer]:
-        store, one_look = self._store, self._rules.on("one-look")
+        store, one_read = self._store, self._rules.on("one-read")
         is_full, is_staged = False, True
-        yield "look"
+        yield "read all at once"
         done = store.find_request(op.request_id)
-        if not one_look:
-            yield "look again"
+        if not one_read:
+            yield "read it again"
         for _ in range(_TRIES):
-            if one_look:
+            if one_read:
                 done = store.find_request(op.request_id)
             if done is not None:
                 return UpdateAnswer(done, is_replayed=True)
@@ -264,19 +264,19 @@ class Replica:
             is_staged = store.stage()
             if not is_staged and self._rules.on("staged-refusal"):
                 is_full = True
-                yield "look"
+                yield "read all at once"
                 continue
             yield "flip"
             try:
                 made = self._flip(op, base, new, names, is_staged=is_staged)
             except CommandRefused:
                 is_full = True
-                yield "look"
+                yield "read all at once"
                 continue
             if made is not None:
                 yield "reply"
                 return UpdateAnswer(made)
-            yield "look"
+            yield "read all at once"
         raise self._overtaken(is_staged=is_staged)
 
     def _flip(
@@ -318,7 +318,7 @@ class Replica:
         if outcome == "GAP":
             raise Refused("SEQ_GAP")
         yield "bring the tenant's list up to date"
-        if not store.stage() and not self._rules.on("begun-told"):
+        if not store.stage() and not self._rules.on("begun-reported"):
             raise Refused("STORE_FULL")
         yield "reply"
         return EpochAnswer(epoch, mix("first", op.state), is_replayed=outcome == "REPLAYED")
@@ -334,5 +334,5 @@ class Replica:
             return self._store.run(script, allow_full=allow_full)
         except ScriptRaised:
             self._cached = None
-            told = _AGAIN if self._rules.on("raised-inside") else "STORE_FULL"
-            raise Refused(told) from None
+            reason = _AGAIN if self._rules.on("raised-inside") else "STORE_FULL"
+            raise Refused(reason) from None

@@ -66,7 +66,7 @@ RULES = (
         "lost replies",
     ),
     Rule(
-        "one-look",
+        "one-read",
         "Request id, head and contributions are read by one script.",
         "A late duplicate would find the contributions gone and refuse a step that was made.",
         "lost replies",
@@ -154,11 +154,11 @@ RULES = (
         "doubt-age",
         "An Update whose outcome has been unknown for longer than a request id is remembered is "
         "not sent again unless the head is still the one that it expects.",
-        "It would be refused, and told as not made, though it was.",
+        "It would be refused, and reported as not made, though it was.",
         "hours of sleep",
     ),
     Rule(
-        "counted-told",
+        "counted-answer",
         "TAPE_MISSING with counted=true is an answer: the contribution waits.",
         "A contribution whose answer was lost would wait for ever, or be taken by a stranger.",
         "hours of sleep",
@@ -173,7 +173,7 @@ RULES = (
     ),
     Rule(
         "conflict-truth",
-        "VERSION_CONFLICT with a head above the expected version, which is still kept, is told at "
+        "VERSION_CONFLICT with a head above the expected version, which is still kept, is raised at "
         "once.",
         "The log would be sent again though nothing was lost.",
         "rivals",
@@ -207,20 +207,20 @@ RULES = (
         "a full store",
     ),
     Rule(
-        "begun-told",
-        "An epoch that has begun is told, even if the tenant's list cannot be brought up to date.",
+        "begun-reported",
+        "An epoch that has begun is reported, even if the tenant's list cannot be brought up to date.",
         "The session would be fenced off by its own reset.",
         "a full store",
     ),
     Rule(
-        "recorded-told",
+        "recorded-reported",
         "A Backward whose contribution was recorded says so, whatever became of its Update.",
         "Other gradients would be refused as SEQ_REUSED and the recorded ones wait for a stranger.",
         "a full store",
     ),
     Rule(
         "read-before-full",
-        "What the full store refuses is read first: STORE_FULL is told only of what was not done.",
+        "What the full store refuses is read first: STORE_FULL is answered only for what was not done.",
         "A chunk that was applied would be refused as if it had not been.",
         "a full store",
     ),

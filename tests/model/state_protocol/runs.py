@@ -53,7 +53,7 @@ class Outcome:
 
     Attributes:
         end: "done", or the reason for which the trainer could not go on.
-        refusals: The reasons it was told on the way.
+        refusals: The reasons of its refusals on the way.
         rollbacks: How often a slot was set back.
     """
 
@@ -117,13 +117,13 @@ def _check_alone(world: World, trainer: Trainer, outcome: Outcome) -> None:
         allowed |= _OF_LOSS_IN_HEALING
     require(outcome.end in allowed, f"the trainer could not go on: {outcome.end}")
     if not world.rollbacks and not world.slept:
-        told = set(trainer.refusals) - UNDECIDED
-        require(not told, f"nothing was lost, yet the trainer was told {sorted(told)}")
+        seen = set(trainer.refusals) - UNDECIDED
+        require(not seen, f"nothing was lost, yet the trainer was refused with {sorted(seen)}")
     if outcome.end != "done":
         return
     made = store.lineage[client.known.digest]
     require(made == tuple(client.steps), "a step is missing or differs")
     if not world.rollbacks:
-        require(store.model.head == client.known, "a step was made that nobody was told of")
+        require(store.model.head == client.known, "a step was made that no answer names")
         strays = set(store.model.waiting()) - set(client.waiting)
         require(not strays, "a contribution waits that its trainer does not know of")

@@ -89,7 +89,7 @@ class SessionSlot:
 
     Attributes:
         record: The session while it lives.
-        marker: What tells how it ended.
+        marker: Says how it ended.
         tapes: By epoch and chunk.
         ended: The epochs that truly ended with their session; no replica reads it.
     """
@@ -184,7 +184,7 @@ class Store:
         return answer
 
     def stage(self) -> bool:
-        """Write what a script will refer to; tell whether the store took it."""
+        """Write what a script will refer to; return whether the store took it."""
         return not self.is_full and self.chance.random() >= self.tight
 
     def keep(self) -> None:

@@ -31,7 +31,7 @@ class Trainer:
 
     Attributes:
         client: Its library.
-        refusals: The reasons it was told.
+        refusals: The reasons of its refusals.
     """
 
     def __init__(self, world: World) -> None:
