@@ -157,7 +157,8 @@ def step(name: str, value: Any) -> Step:
     """Accept a Step whose parts are in their ranges."""
     if not isinstance(value, Step):
         raise refusal(name, "a timernn.Step", value)
-    for part in ("lr", "clip_norm", "reduction"):
+    optional(CHECKS["lr"])(f"{name}.lr", value.lr)
+    for part in ("clip_norm", "reduction"):
         CHECKS[part](f"{name}.{part}", getattr(value, part))
     return value
 
