@@ -37,6 +37,8 @@ from service.domain.types import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rnn_engine import Params
     from service.compute.scheduler import Scheduler
     from service.domain.catalog import Catalog, KnownModel
@@ -131,6 +133,15 @@ class Models:
             raise
         self._catalog.forget(tenant, model_id)
         return await self._store.delete_model(tenant, model_id, model.incarnation)
+
+    async def find_versions(
+        self, tenant: str, model_id: str, numbers: Sequence[int]
+    ) -> tuple[Version, list[Version]]:
+        """Return a model's head, and those of the versions of these numbers that are kept."""
+        # The head first: a version above it was not made yet when it was read.
+        model = await self._catalog.get(tenant, model_id, fresh=True)
+        wanted = sorted(set(numbers))
+        return model.head, await self._store.find_versions(tenant, model_id, wanted)
 
     async def read_weights(
         self, tenant: str, model_id: str, version: Version | None, *, include_moments: bool

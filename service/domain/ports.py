@@ -327,6 +327,11 @@ class ModelStore(Protocol):
     async def find_version(self, tenant: str, model_id: str, number: int) -> Version | None:
         """Return the version stored under a number."""
 
+    async def find_versions(
+        self, tenant: str, model_id: str, numbers: Sequence[int]
+    ) -> list[Version]:
+        """Return those of the versions of these numbers that are kept, in this order."""
+
     async def read_weights(
         self, tenant: str, model_id: str, incarnation: bytes, version: Version
     ) -> bytes | None:

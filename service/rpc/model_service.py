@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from service.domain.errors import bad_field
 from service.rpc.errors import message_too_large
-from service.rpc.fields import check_id, check_page, check_request_id, check_size
+from service.rpc.fields import check_id, check_number, check_page, check_request_id, check_size
 from service.rpc.model_messages import (
     checkpoint_to_proto,
     expected_version,
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from service.rpc.server_info import ServerInfo
 
 PART_BYTES: Final = 1 << 20
+MAX_NUMBERS: Final = 1000  # of versions that one call may ask for
 _PART_OVERHEAD_BYTES: Final = 64  # version, size and the field's own header
 
 
@@ -108,6 +109,21 @@ class ModelService:
             call.tenant, model_id, expected, request_id, data
         )
         return pb.PutWeightsResponse(version=version_to_proto(version), replayed=replayed)
+
+    async def find_versions(
+        self, call: Call, request: pb.FindVersionsRequest
+    ) -> pb.FindVersionsResponse:
+        """Tell which versions are kept."""
+        model_id = check_id("model_id", request.model_id)
+        if not 1 <= len(request.numbers) <= MAX_NUMBERS:
+            text = f"must be 1 to {MAX_NUMBERS} numbers, got {len(request.numbers)}"
+            raise bad_field("numbers", text)
+        for number in request.numbers:
+            check_number("numbers", number, 1)
+        head, kept = await self.models.find_versions(call.tenant, model_id, request.numbers)
+        return pb.FindVersionsResponse(
+            head=version_to_proto(head), versions=map(version_to_proto, kept)
+        )
 
     async def create_checkpoint(
         self, call: Call, request: pb.CreateCheckpointRequest

@@ -166,11 +166,17 @@ class RedisModelStore:
 
     async def find_version(self, tenant: str, model_id: str, number: int) -> Version | None:
         """Return the version stored under a number."""
-        tag = keys.model_tag(tenant, model_id)
-        (entry,) = await self._runner.run_commands(
-            [("HGET", keys.versions_key(tag), number.to_bytes(8, "big"))]
-        )
-        return Version(number, entry[:16]) if entry else None
+        return next(iter(await self.find_versions(tenant, model_id, [number])), None)
+
+    async def find_versions(
+        self, tenant: str, model_id: str, numbers: Sequence[int]
+    ) -> list[Version]:
+        """Return those of the versions of these numbers that are kept, in this order."""
+        key = keys.versions_key(keys.model_tag(tenant, model_id))
+        names = [number.to_bytes(8, "big") for number in numbers]
+        (entries,) = await self._runner.run_commands([("HMGET", key, *names)])
+        found = zip(numbers, entries, strict=True)
+        return [Version(number, entry[:16]) for number, entry in found if entry]
 
     async def read_weights(
         self, tenant: str, model_id: str, incarnation: bytes, version: Version

@@ -76,6 +76,8 @@ class StandIn:
     Attributes:
         requests: What came, by method, in order.
         limits: What GetServerInfo tells.
+        kept: The numbers of the versions that FindVersions tells of; None: as an older replica, which
+            does not have the method.
         replica: What answers it is named by.
         results_per_message: Answers of a stream that leave together.
     """
@@ -86,8 +88,10 @@ class StandIn:
         self.limits = model_pb.Limits(message_bytes=16 << 20, chunk_steps=4096, replay_window=4)
         self._failures: dict[str, list[tuple[status_pb2.Status | None, bool]]] = defaultdict(list)
         self._chunks: dict[tuple[str, int], list[rnn_pb.ForwardResponse]] = defaultdict(list)
+        self._counted: set[tuple[str, int, int]] = set()
         self.version = 1
         self.results_per_message = 1
+        self.kept: set[int] | None = set()
         self._arrived = threading.Condition()
         self._server = grpc.server(ThreadPoolExecutor(8))
         self._server.add_generic_rpc_handlers((_Handlers(self),))
@@ -146,11 +150,19 @@ class StandIn:
         )
         return model_pb.GetModelResponse(model=model_pb.Model(spec=spec, head=self._head()))
 
+    def _FindVersions(self, request: Any) -> Any:  # noqa: N802
+        if self.kept is None:
+            raise Failure(make_refusal(grpc.StatusCode.UNIMPLEMENTED))
+        found = [_version(number) for number in request.numbers if number in self.kept]
+        return model_pb.FindVersionsResponse(head=self._head(), versions=found)
+
     def _DeleteModel(self, _: Any) -> Any:  # noqa: N802
         return model_pb.DeleteModelResponse(deleted=True)
 
     def _OpenSession(self, request: Any) -> Any:  # noqa: N802
         rows = request.batch_size or 1
+        if request.restored_epoch:  # nothing is ever lost here
+            raise Failure(make_refusal(grpc.StatusCode.ABORTED, "EPOCH_FENCED", epoch="100"))
         session = session_pb.Session(
             session_id=request.session_id,
             model_id=request.model_id,
@@ -196,7 +208,11 @@ class StandIn:
 
     def _Backward(self, request: Any) -> Any:  # noqa: N802
         dhs = values(request.dhs)
+        name = (request.session_id, request.epoch, request.chunk_seq)
+        replayed = name in self._counted
+        self._counted.add(name)
         response = rnn_pb.BackwardResponse(
+            replayed=replayed,
             session_id=request.session_id,
             epoch=request.epoch,
             chunk_seq=request.chunk_seq,
@@ -214,7 +230,7 @@ class StandIn:
         return rnn_pb.UpdateResponse(version=self._head(), contribution_count=count)
 
     def _head(self) -> tensor_pb.WeightsVersion:
-        return tensor_pb.WeightsVersion(number=self.version, digest=b"w%d" % self.version)
+        return _version(self.version)
 
 
 class _Handlers(grpc.GenericRpcHandler):
@@ -260,6 +276,10 @@ class _Handlers(grpc.GenericRpcHandler):
                 if len(results) == self._stand_in.results_per_message:
                     yield rnn_pb.StreamResponse(results=results)
                     results = []
+
+
+def _version(number: int) -> tensor_pb.WeightsVersion:
+    return tensor_pb.WeightsVersion(number=number, digest=b"w%d" % number)
 
 
 def _abort(context: grpc.ServicerContext, status: status_pb2.Status) -> None:
@@ -378,6 +398,10 @@ class Slot:
             key: (self._redis.dump(key), max(0, self._redis.pttl(key)))
             for key in self._redis.keys(self._pattern)
         }
+
+    def forget(self) -> None:
+        """Let what was kept be the time before there were any keys."""
+        self._kept = {}
 
     def lose(self) -> None:
         """Set the keys back to what was kept, at one stroke."""

@@ -332,6 +332,45 @@ def test_a_loss_from_before_the_log_is_told(
         assert np.array_equal(session.state, last)
 
 
+@pytest.mark.parametrize("begun", ["opened", "trained", "forked", "resumed", "set"])
+@pytest.mark.parametrize("mend", ["set_state", "reset_state"])
+def test_a_new_state_recovers_a_session_whose_beginning_was_lost(
+    live: timernn.Client,
+    model_id: str,
+    replicas: list[str],
+    slots: Any,
+    rng: np.random.Generator,
+    begun: str,
+    mend: str,
+) -> None:
+    """However its epoch began, a log that is too short for it does not end the session object."""
+    with timernn.connect(replicas, log_limit=3) as forgetful:
+        first = live.session(model_id)
+        first.forward(rng.normal(size=(1, 3, D)))
+        session = forgetful.session(
+            model_id, first.session_id if begun == "resumed" else None, train=begun == "trained"
+        )
+        if begun == "forked":
+            session = session.fork()
+        slot = slots.of_session(session.session_id)
+        if begun == "set":
+            session.set_state(np.ones((1, H)))
+        else:
+            slot.forget()
+        for _ in range(6):
+            hs = session.forward(rng.normal(size=(1, 3, D)))
+            if begun == "trained":
+                session.backward(hs)
+        last = session.h if mend == "set_state" else np.zeros((1, H))
+        slot.lose()
+        with pytest.raises(timernn.HistoryLost):
+            session.forward(rng.normal(size=(1, 3, D)))
+        session.set_state(last) if mend == "set_state" else session.reset_state()
+        assert np.array_equal(session.state, last)
+        twin, xs = live.session(model_id, initial_state=last), rng.normal(size=(1, 3, D))
+        np.testing.assert_allclose(session.forward(xs), twin.forward(xs), atol=1e-6)
+
+
 def test_a_version_that_is_gone_is_told_once(
     live: timernn.Client, model_id: str, replicas: list[str], slots: Any, rng: np.random.Generator
 ) -> None:

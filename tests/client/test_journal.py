@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from typing import TYPE_CHECKING
 
+from timernn._core.ages import Ages, Lifetime
 from timernn._core.journal import Shelf, begin_entry
 from timernn.v1.session_service_pb2 import OpenSessionRequest
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 def entry(epoch: int) -> Entry:
     """Make an entry of about a kibibyte."""
-    return begin_entry(OpenSessionRequest(session_id="s", restored_epoch=epoch))
+    return begin_entry(OpenSessionRequest(session_id="s", restored_epoch=epoch), Lifetime(Ages()))
 
 
 def epochs(journal: Journal) -> list[int]:

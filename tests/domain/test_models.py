@@ -320,8 +320,9 @@ async def test_a_checkpointed_version_stays_while_others_go(
     await tight.models.create_checkpoint(tenant, "m", "c", None)
     for k in range(8):
         await train(client, rng, f"u{k}")
-    numbers = [n for n in range(1, 10) if await tight.store.models.find_version(tenant, "m", n)]
-    assert numbers == [1, 5, 6, 7, 8, 9]
+    head, kept = await tight.models.find_versions(tenant, "m", range(1, 12))
+    assert [version.number for version in kept] == [1, 5, 6, 7, 8, 9]
+    assert kept[-1] == head
     await tight.models.delete_checkpoint(tenant, "m", "c", allow_missing=False)
     await train(client, rng, "u8")
     await train(client, rng, "u9")

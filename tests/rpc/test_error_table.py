@@ -209,6 +209,13 @@ async def bad_page_token(lab: Lab) -> None:
     await lab.sessions.ListSessions(session_pb.ListSessionsRequest(page_token="*/../{}"))  # noqa: S106
 
 
+@row("INVALID_ARGUMENT", "BAD_FIELD", "numbers: must be 1 to 1000 numbers, got 0")
+async def no_version_numbers(lab: Lab) -> None:
+    """All versions are not told of at once."""
+    await lab.create()
+    await lab.models.FindVersions(model_pb.FindVersionsRequest(model_id="m"))
+
+
 # --- NOT_FOUND ------------------------------------------------------------------------------------
 
 

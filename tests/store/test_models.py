@@ -245,6 +245,7 @@ async def test_a_version_is_read_by_number_and_digest(model: Model) -> None:
     await model.create()
     assert await model.store.find_version(model.tenant, "m", 1) == version(1)
     assert await model.store.find_version(model.tenant, "m", 2) is None
+    assert await model.store.find_versions(model.tenant, "m", [2, 1, 3]) == [version(1)]
     assert await model.store.read_weights(model.tenant, "m", INCARNATION, version(1, b"x")) is None
 
 

@@ -318,6 +318,24 @@ async def test_a_marker_outlives_its_session_by_a_day(
     assert await raw.pttl(keys.marker_key(tag)) - await raw.pttl(tag) > DAY_MS - 1000
 
 
+@pytest.mark.parametrize("ends", ["closed", "reset", "extended"])
+async def test_a_marker_outlives_every_life_that_was_promised(
+    writer: Writer, tenant: str, raw: Redis, ends: str
+) -> None:
+    """Closed, or begun again for a shorter time: within the first time to live the end is known."""
+    week_ms = 7 * DAY_MS
+    await writer.begin(head=replace(HEAD, ttl_ms=week_ms))
+    if ends == "closed":
+        await writer.store.close_session(tenant, "s", 0)
+    else:
+        await writer.begin("reset", head=replace(HEAD, ttl_ms=1))
+    if ends == "extended":
+        await writer.begin("reset", head=replace(HEAD, ttl_ms=1000))
+        await writer.store.extend_session(tenant, "s", writer.epoch)
+    marker = keys.marker_key(keys.session_tag(tenant, "s"))
+    assert await raw.pttl(marker) > week_ms + DAY_MS - 1000
+
+
 async def test_a_close_minds_the_epoch_expected(writer: Writer, tenant: str) -> None:
     """Another epoch is FENCED and closes nothing."""
     await writer.begin()

@@ -22,8 +22,9 @@ from timernn._core.convert import (
 )
 from timernn._core.effects import Call
 from timernn._core.frame import Frames
+from timernn._core.healing import Healing, Scope
 from timernn._core.ids import new_request_id, new_session_id
-from timernn._core.journal import Healing, Scope, Shelf
+from timernn._core.journal import Shelf
 from timernn._core.models import ModelsCore, given, optional
 from timernn._core.session import RETURN_HS, SessionCore
 from timernn._core.splitting import Bounds, split_steps
@@ -103,16 +104,21 @@ class ClientCore(ModelsCore):
             try:
                 answer = yield from self.caller.call(intent.rpc, request, deadline)
             except errors.Error as error:
-                yield from self.heal(healing, error, scope, deadline)
+                yield from self.heal(healing, error, scope, deadline, request)
             else:
                 intent.accept(answer)
 
     def heal(
-        self, healing: Healing, error: errors.Error, scope: Scope, deadline: float
+        self,
+        healing: Healing,
+        error: errors.Error,
+        scope: Scope,
+        deadline: float,
+        request: Any = None,
     ) -> Op[None]:
         """Heal what an error is a sign of, or raise it."""
         try:
-            yield from healing.after(error, deadline)
+            yield from healing.after(error, deadline, request)
         except (errors.VersionGone, errors.WeightsForked):
             # Told once. Asking for a version that nobody can bring back would fail for ever.
             self._known.pop(scope.model_id, None)

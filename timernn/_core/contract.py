@@ -58,6 +58,8 @@ GET_WEIGHTS: Rpc[model_pb.GetWeightsRequest, model_pb.GetWeightsResponse]
 GET_WEIGHTS = _rpc(_MODEL, "GetWeights", model_pb)
 PUT_WEIGHTS: Rpc[model_pb.PutWeightsRequest, model_pb.PutWeightsResponse]
 PUT_WEIGHTS = _rpc(_MODEL, "PutWeights", model_pb)
+FIND_VERSIONS: Rpc[model_pb.FindVersionsRequest, model_pb.FindVersionsResponse]
+FIND_VERSIONS = _rpc(_MODEL, "FindVersions", model_pb)
 CREATE_CHECKPOINT: Rpc[model_pb.CreateCheckpointRequest, model_pb.CreateCheckpointResponse]
 CREATE_CHECKPOINT = _rpc(_MODEL, "CreateCheckpoint", model_pb)
 LIST_CHECKPOINTS: Rpc[model_pb.ListCheckpointsRequest, model_pb.ListCheckpointsResponse]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from timernn import errors
 from timernn._core.contract import STREAM
 from timernn._core.effects import OpenStream, Read, Write
-from timernn._core.journal import Healing
+from timernn._core.healing import Healing
 from timernn._core.refusals import Proof, proof_of
 from timernn._core.retry import Patience, is_worth_retrying
 from timernn._core.status import error_from_status

@@ -36,6 +36,7 @@ from timernn.v1 import time_rnn_service_pb2 as rnn_pb
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from timernn._core.ages import Lifetime
     from timernn._core.contract import Rpc
     from timernn._core.session import SessionCore
     from timernn._core.training import Training
@@ -58,9 +59,11 @@ class Intent(ABC, Generic[Q, A]):
         is_wanted: Whether its caller may still ask for the same again and mean this.
         is_refused: Whether the rest of it was refused after a part had been applied.
         may_be_applied: Whether an attempt had an unknown outcome.
+        needs_history: Whether they continue what was applied before them, which is then healed.
     """
 
     rpc: Rpc[Any, Any]
+    needs_history = True
 
     def __init__(self, requests: Sequence[Q]) -> None:
         self.requests = requests
@@ -111,12 +114,13 @@ class Intent(ABC, Generic[Q, A]):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TapedChunk:
-    """A training chunk whose Backward may come: its name, its token and its T."""
+    """A training chunk whose Backward may come: its name, its token, its T, its tape's time."""
 
     epoch: int
     chunk_seq: int
     token: bytes
     steps: int
+    tape: Lifetime
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -199,7 +203,8 @@ class ForwardIntent(Intent[rnn_pb.ForwardRequest, Forwarded]):
         )
         if self.is_training:
             steps = request.xs.shape[1]
-            taped = TapedChunk(answer.epoch, answer.chunk_seq, answer.state_token, steps)
+            tape = session.new_tape()
+            taped = TapedChunk(answer.epoch, answer.chunk_seq, answer.state_token, steps, tape)
             if self.done == len(self.requests) - 1:
                 chunks = (*(a.taped for a in self.answers if a.taped), taped)
                 has_last_only = self._returns[-1] == rnn_pb.RETURN_HS_LAST
@@ -276,8 +281,20 @@ class BackwardIntent(Intent[rnn_pb.BackwardRequest, Backwarded]):
         self._asked = (step, first.return_dxs, first.return_gradients, first.dh_next)
 
     def prepare(self) -> rnn_pb.BackwardRequest:
-        """Give the next piece the gradient that arrives at its last state."""
+        """Give the next piece the gradient that arrives at its last state.
+
+        Raises:
+            TapeMissing: If the tape's time is over. A tape that healing has made again must not let
+                a gradient be counted twice, and the server may have forgotten that it was counted.
+        """
         request = self.requests[self.done]
+        tape = self._taped.chunks[-1 - self.done].tape
+        if tape.is_over:
+            raise errors.TapeMissing(
+                f"the forward of chunk {request.chunk_seq} was {tape.age_s:.0f} s ago; its tape can be "
+                f"used for {tape.ttl_s:.0f} s",
+                metadata={"chunk_seq": str(request.chunk_seq)},
+            )
         if self.answers:
             request.dh_next.CopyFrom(self.answers[-1].dh0)
         return request
@@ -436,6 +453,7 @@ class EpochIntent(Intent[EpochRequest, Begun]):
     ) -> None:
         super().__init__([request])
         self._session, self._is_strict = session, is_strict
+        self.needs_history = is_strict
         self.rpc = SET_STATE if isinstance(request, session_pb.SetStateRequest) else RESET_STATE
 
     def prepare(self) -> EpochRequest:

@@ -1,11 +1,4 @@
-"""The log of answered operations, and the healing of a store that lost them.
-
-After a failover the store may have lost writes that were acknowledged, in one hash slot and not in
-another. Each operation is a function of its content, its numbers and the weights version it used,
-and each one is guarded by them on the server. So sending the log again is always safe: what is
-there answers `replayed`, what was lost is applied again and becomes what it was, and what another
-writer has put in its place answers otherwise, which is raised and never mixed in.
-"""
+"""The log of answered operations, from which a store that lost them is healed."""
 
 from __future__ import annotations
 
@@ -13,44 +6,23 @@ import threading
 import weakref
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from timernn import errors
 from timernn._core.contract import BACKWARD, FORWARD, OPEN_SESSION, UPDATE
-from timernn._core.effects import Sleep
 from timernn.types import Version
 from timernn.v1 import time_rnn_service_pb2 as rnn_pb
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container
 
+    from timernn._core.ages import Lifetime
     from timernn._core.contract import Rpc
-    from timernn._core.effects import Op
-    from timernn._core.retry import Caller
     from timernn.v1 import session_service_pb2 as session_pb
 
-# What a store answers that has lost something of ours. Each of them can be the truth as well: then
-# healing changes nothing, and the error is raised.
-_LOSS = (
-    errors.SeqGap,
-    errors.SessionNotFound,
-    errors.VersionGone,
-    errors.WeightsForked,
-    errors.NoGradients,
-    errors.VersionConflict,
-)
-# What an old operation may answer that nobody needs any more: applied long ago, of an epoch that
-# has ended, of a session that was closed since.
-_PASSED = (
-    errors.ReplayWindowPassed,
-    errors.EpochFenced,
-    errors.SessionClosed,
-    errors.SessionExpired,
-    errors.TapeMissing,
-)
-_MAX_ROUNDS = 40
-_MAX_ROUNDS_IN_VAIN = 3
-_PAUSE_S = 0.05
+Name: TypeAlias = tuple[str, int, int]
+"""A contribution: session_id, epoch, chunk_seq."""
+
 _ENTRY_OVERHEAD_BYTES = 1024  # of the objects around the tensors
 
 
@@ -66,14 +38,32 @@ class Entry:
         told: What the first answer said and a later one must say again.
         read: Takes the same out of an answer.
         size: Bytes held, about.
+        lifetime: Of its session, which it shares with the session's other entries; None: of none.
+        tape: Of a Backward's tape. While it lasts the server surely remembers whether the
+            contribution was counted; later, a tape that healing has made again would let it be
+            counted once more.
+        head: Of a Backward, the highest version known when it was answered. A step that takes its
+            contribution makes a higher one.
     """
 
     session_id: str
     rpc: Rpc[Any, Any]
     request: Any
-    told: object
+    told: Any
     read: Callable[[Any], object]
     size: int
+    lifetime: Lifetime | None = None
+    tape: Lifetime | None = None
+    head: int = 0
+
+    def names(self) -> list[Name]:
+        """Name the contributions that a Backward makes or an Update takes."""
+        asked = self.request
+        if self.rpc is BACKWARD:
+            return [(asked.session_id, asked.epoch, asked.chunk_seq)]
+        if self.rpc is UPDATE:
+            return [(c.session_id, c.epoch, k) for c in asked.contributions for k in c.chunk_seqs]
+        return []
 
     def confirm(self, answer: Any) -> None:
         """Compare a later answer with the first one."""
@@ -85,7 +75,7 @@ class Entry:
             )
 
 
-def begin_entry(request: session_pb.OpenSessionRequest) -> Entry:
+def begin_entry(request: session_pb.OpenSessionRequest, lifetime: Lifetime) -> Entry:
     """Log the beginning of an epoch as an OpenSession that restores it."""
     size = len(request.initial_state.data) + _ENTRY_OVERHEAD_BYTES
     return Entry(
@@ -95,10 +85,13 @@ def begin_entry(request: session_pb.OpenSessionRequest) -> Entry:
         told=request.restored_epoch,
         read=lambda answer: answer.session.epoch,
         size=size,
+        lifetime=lifetime,
     )
 
 
-def forward_entry(request: rnn_pb.ForwardRequest, answer: rnn_pb.ForwardResponse) -> Entry:
+def forward_entry(
+    request: rnn_pb.ForwardRequest, answer: rnn_pb.ForwardResponse, lifetime: Lifetime
+) -> Entry:
     """Log a Forward; from now on it asks for the version that its answer named."""
     request.ClearField("minimum_version")
     request.pinned_version.CopyFrom(answer.weights_version)
@@ -112,10 +105,13 @@ def forward_entry(request: rnn_pb.ForwardRequest, answer: rnn_pb.ForwardResponse
         told=answer.state_token,
         read=lambda again: again.state_token,
         size=len(request.xs.data) + _ENTRY_OVERHEAD_BYTES,
+        lifetime=lifetime,
     )
 
 
-def backward_entry(request: rnn_pb.BackwardRequest) -> Entry:
+def backward_entry(
+    request: rnn_pb.BackwardRequest, lifetime: Lifetime, tape: Lifetime, head: int
+) -> Entry:
     """Log a Backward, of which only the contribution is wanted again."""
     request.ClearField("update")
     request.return_dxs = request.return_gradients = False
@@ -129,6 +125,9 @@ def backward_entry(request: rnn_pb.BackwardRequest) -> Entry:
         told=request.chunk_seq,
         read=lambda again: again.chunk_seq,
         size=size,
+        lifetime=lifetime,
+        tape=tape,
+        head=head,
     )
 
 
@@ -237,79 +236,3 @@ class Shelf:
         with self.lock:
             self._journals.pop(key, None)
             self._bytes -= self._sizes.pop(key, 0)
-
-
-@dataclass(frozen=True, slots=True)
-class Scope:
-    """What an operation depends on.
-
-    Attributes:
-        model_id: The model.
-        journals: What to send again when something of it was lost, in this order.
-        epoch: The session's epoch; 0 if it is no session's operation.
-    """
-
-    model_id: str
-    journals: tuple[Journal, ...]
-    epoch: int = 0
-
-
-class Healing:
-    """What one operation does about signs of lost writes: the memory of a healing loop."""
-
-    def __init__(self, caller: Caller, scope: Scope) -> None:
-        self._caller, self._journals, self._epoch = caller, scope.journals, scope.epoch
-        self._rounds = 0
-        self._rounds_in_vain = 0
-
-    def after(self, error: errors.Error, deadline: float) -> Op[None]:
-        """Heal what the error is a sign of, or raise it.
-
-        Raises:
-            HistoryForked: If another writer used the gap.
-            HistoryLost: If the log begins after what was lost.
-            Error: The given one, if it is no sign of loss or if healing changes nothing about it.
-        """
-        if not self._is_loss(error):
-            raise error
-        applied = yield from self._send_again(deadline)
-        self._rounds += 1
-        self._rounds_in_vain = 0 if applied else self._rounds_in_vain + 1
-        if self._rounds_in_vain >= _MAX_ROUNDS_IN_VAIN or self._rounds >= _MAX_ROUNDS:
-            raise self._verdict(error) from error
-        if not applied:
-            yield Sleep(_PAUSE_S)
-
-    def _is_loss(self, error: errors.Error) -> bool:
-        if isinstance(error, errors.EpochFenced):  # the store is at an epoch before ours
-            stored = error.metadata.get("epoch", "")
-            return stored.isdecimal() and int(stored) < self._epoch
-        return isinstance(error, _LOSS)
-
-    def _send_again(self, deadline: float) -> Op[int]:
-        """Send the logs once; return how many operations were applied anew."""
-        applied, stuck = 0, set[str]()
-        for entry in [entry for journal in self._journals for entry in journal.entries()]:
-            if entry.session_id in stuck:
-                continue  # its own later operations cannot do better
-            try:
-                answer = yield from self._caller.call(entry.rpc, entry.request, deadline)
-            except _PASSED:
-                continue
-            except _LOSS:
-                # What it waits for may stand later in the log, by another session: next round.
-                if entry.session_id:
-                    stuck.add(entry.session_id)
-                continue
-            entry.confirm(answer)
-            applied += not answer.replayed
-        return applied
-
-    def _verdict(self, error: errors.Error) -> errors.Error:
-        if not isinstance(error, errors.SeqGap):
-            return error
-        return errors.HistoryLost(
-            "the store lost writes from before this client's log begins "
-            f"({error.message}); set_state(session.h) goes on from the last answered state",
-            metadata=error.metadata,
-        )

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from timernn import errors
 from timernn._core import arguments, contract
+from timernn._core.ages import Ages
 from timernn._core.arguments import checked, checked_with
 from timernn._core.convert import (
     array_from_caller,
@@ -57,11 +58,13 @@ class ModelsCore:
     Attributes:
         options: The arguments of `connect`.
         caller: Makes the calls.
+        ages: Tells how long ago an answer came.
     """
 
     def __init__(self, addresses: list[str], options: Options) -> None:
         self.options = options
         self.caller = Caller(addresses, options.timeout_s, options.connect_timeout_s, options.retry)
+        self.ages = Ages()
         self._known: dict[str, Version] = {}
         self._models: dict[str, ModelInfo] = {}
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from timernn._core.ages import Lifetime
 from timernn._core.convert import (
     duration_to_proto,
     tensor_from_proto,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
         Taped,
         TapedChunk,
     )
+    from timernn._core.journal import Entry
     from timernn._core.splitting import Bounds
     from timernn.types import (
         Array,
@@ -68,6 +70,7 @@ class SessionPlace:
         doubts: What was begun and has not been handed to its caller, in the order of the numbers:
             of an unknown outcome, or answered while the call that asked was interrupted. Each
             stands here from before it is first sent, so that no interrupt can lose it.
+        lifetime: How long the session lives on without another answer.
         stream: The `stream()` that uses the numbers now.
         resumed: Whether opening it went on with a live session.
     """
@@ -88,6 +91,7 @@ class SessionPlace:
         self.session_id, self.epoch, self.chunk_seq, self.state_token = "", 0, 0, b""
         self.batch_size = 1
         self._ttl = duration_to_proto(0)
+        self.lifetime = Lifetime(client.ages)
         self._h: Tensor | None = None
         self._waiting: dict[tuple[int, int], None] = {}
         self.doubts: deque[Intent[Any, Any]] = deque()
@@ -156,6 +160,7 @@ class SessionPlace:
             session.batch_size,
             session.ttl,
         )
+        self.lifetime.renew(session.ttl.ToNanoseconds() / 1e9)
         move = Move(
             epoch=session.epoch,
             chunk_seq=session.chunk_seq,
@@ -166,7 +171,8 @@ class SessionPlace:
         if session.HasField("weights_version"):
             move["version"] = version_from_proto(session.weights_version)
         if not session.chunk_seq:  # a history that the log can tell from its beginning
-            self.journal.append(begin_entry(self._restoring_request(session.epoch, state)))
+            request = self._restoring_request(session.epoch, state)
+            self.journal.append(begin_entry(request, self.lifetime))
         self.move(move)
 
     def number(self, request: rnn_pb.ForwardRequest, ahead: int = 0) -> None:
@@ -181,8 +187,9 @@ class SessionPlace:
 
     def advance(self, answer: Forwarded) -> None:
         """Move on to an answered chunk."""
+        self.lifetime.renew()
         self.client.note_version(self.model.model_id, answer.version)
-        self.journal.append(forward_entry(answer.request, answer.message))
+        self.journal.append(forward_entry(answer.request, answer.message, self.lifetime))
         self.move(answer.move)
 
     def contributed(self, request: rnn_pb.BackwardRequest) -> None:
@@ -190,7 +197,17 @@ class SessionPlace:
         self._waiting[request.epoch, request.chunk_seq] = None
         if len(self._waiting) > self.bounds.contributions_per_model:
             del self._waiting[next(iter(self._waiting))]
-        self.journal.append(backward_entry(request))
+        known = self.client.known(self.model.model_id)
+        head = 0 if known is None else known.number
+        self.journal.append(backward_entry(request, self.lifetime, self.new_tape(), head))
+
+    def new_tape(self) -> Lifetime:
+        """Return the time for which a tape that was just written can be used."""
+        return Lifetime(self.client.ages, self.bounds.tape_ttl_s)
+
+    def beginning(self) -> Entry:
+        """Log the beginning of the present epoch, from the state as of the last answer."""
+        return begin_entry(self._restoring_request(self.epoch, self._h), self.lifetime)
 
     def waiting(self, *more: TapedChunk) -> list[Contributions]:
         """Name this session's contributions since the last update, by epoch.

@@ -22,16 +22,13 @@ from timernn._core.convert import (
     tensor_from_proto,
     tensor_to_proto,
 )
+from timernn._core.healing import Healing, Scope
 from timernn._core.ids import new_request_id, new_session_id
 from timernn._core.intents import (
     BackwardIntent,
     EpochIntent,
     ForwardIntent,
     require_finite,
-)
-from timernn._core.journal import (
-    Healing,
-    Scope,
 )
 from timernn._core.moves import Move
 from timernn._core.place import SessionPlace
@@ -185,6 +182,8 @@ class SessionCore(SessionPlace):
             yield from self.settle(deadline)
         request = session_pb.GetStateRequest(session_id=self.session_id, extend_ttl=extend_ttl)
         answer = yield from self._read(GET_STATE, request, deadline)
+        if extend_ttl:
+            self.lifetime.renew()
         return tensor_from_proto(answer.state)
 
     def get_info(self) -> Op[SessionInfo]:
@@ -408,7 +407,17 @@ class SessionCore(SessionPlace):
         """Return what this session's operations depend on."""
         shared = self.training.journal
         journals = (shared,) if self.journal is shared else (shared, self.journal)
-        return Scope(self.model.model_id, journals, self.epoch)
+        return Scope(self.model.model_id, journals, self.epoch, self.lifetime)
+
+    def _scope_of(self, intent: Intent[Any, Any]) -> Scope:
+        """Return what an intent depends on: a new state only on the epoch that it ends.
+
+        Such an epoch can be begun again however much the log has let go.
+        """
+        if intent.needs_history:
+            return self.scope()
+        model_id = self.model.model_id
+        return Scope(model_id, (), self.epoch, self.lifetime, self.beginning())
 
     def _carry_out(self, make: Callable[[], _I]) -> Op[_I]:
         """Carry out an intent; finish an earlier one first unless this is the same again."""
@@ -433,7 +442,7 @@ class SessionCore(SessionPlace):
         """Carry out the first of what is in doubt, or what is to be the first."""
         self.doubted(intent)
         try:
-            yield from self.client.carry_out(intent, self.scope(), deadline)
+            yield from self.client.carry_out(intent, self._scope_of(intent), deadline)
         except errors.Error as error:
             self.failed(intent, error)
             raise

@@ -22,6 +22,7 @@ _DEFAULTS = {
     "contributions_per_model": 10_000,
     "operations_per_message": 64,
 }
+_DEFAULT_TAPE_TTL_S = 900.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,7 @@ class Bounds:
         tapes_per_session: Training chunks that may wait for their Backward.
         contributions_per_model: Contributions that may wait for an Update.
         operations_per_message: Operations in one message of a stream.
+        tape_ttl_s: How long a tape can be used after it was written, in seconds.
     """
 
     message_bytes: int
@@ -43,13 +45,15 @@ class Bounds:
     tapes_per_session: int
     contributions_per_model: int
     operations_per_message: int
+    tape_ttl_s: float
 
     @classmethod
     def from_limits(cls, limits: model_pb.Limits, max_message_bytes: int) -> Bounds:
         """Read the limits that a server tells; the client's own message limit counts as well."""
         told = {name: getattr(limits, name) or default for name, default in _DEFAULTS.items()}
         told["message_bytes"] = min(told["message_bytes"], max_message_bytes)
-        return cls(**told)
+        tape_ttl_s = limits.tape_ttl.ToNanoseconds() / 1e9 or _DEFAULT_TAPE_TTL_S
+        return cls(**told, tape_ttl_s=tape_ttl_s)
 
 
 def split_steps(steps: int, step_bytes: int, state_bytes: int, bounds: Bounds) -> list[slice]:

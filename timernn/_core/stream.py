@@ -15,8 +15,8 @@ from timernn._core.effects import (
     Read,
     Write,
 )
+from timernn._core.healing import Healing
 from timernn._core.intents import ForwardIntent
-from timernn._core.journal import Healing
 from timernn._core.refusals import Proof, proof_of
 from timernn._core.retry import Patience, is_worth_retrying
 from timernn._core.status import error_from_status

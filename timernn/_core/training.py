@@ -12,9 +12,10 @@ from timernn._core.convert import (
     version_from_proto,
     version_to_proto,
 )
+from timernn._core.healing import Scope
 from timernn._core.ids import new_request_id
 from timernn._core.intents import UpdateIntent
-from timernn._core.journal import Scope, update_entry
+from timernn._core.journal import update_entry
 from timernn._core.refusals import leaves_in_doubt
 from timernn.types import Contributions
 from timernn.v1 import time_rnn_service_pb2 as rnn_pb

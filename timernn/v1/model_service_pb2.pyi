@@ -1106,6 +1106,64 @@ class DeleteCheckpointResponse(_message.Message):
 Global___DeleteCheckpointResponse: _TypeAlias = DeleteCheckpointResponse  # noqa: Y015
 
 @_typing.final
+class FindVersionsRequest(_message.Message):
+    """Asks which versions are kept."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_ID_FIELD_NUMBER: _builtins.int
+    NUMBERS_FIELD_NUMBER: _builtins.int
+    model_id: _builtins.str
+    """Required. The model."""
+    @_builtins.property
+    def numbers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Required. The numbers of the versions, 1 to 1000 of them."""
+
+    def __init__(
+        self,
+        *,
+        model_id: _builtins.str = ...,
+        numbers: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model_id", b"model_id", "numbers", b"numbers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FindVersionsRequest: _TypeAlias = FindVersionsRequest  # noqa: Y015
+
+@_typing.final
+class FindVersionsResponse(_message.Message):
+    """The versions that are kept."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HEAD_FIELD_NUMBER: _builtins.int
+    VERSIONS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def head(self) -> _tensor_pb2.WeightsVersion:
+        """Output only. The model's head; read first, so that no version made meanwhile counts as superseded."""
+
+    @_builtins.property
+    def versions(self) -> _containers.RepeatedCompositeFieldContainer[_tensor_pb2.WeightsVersion]:
+        """Output only. Those asked for that are kept, in the order of their numbers."""
+
+    def __init__(
+        self,
+        *,
+        head: _tensor_pb2.WeightsVersion | None = ...,
+        versions: _abc.Iterable[_tensor_pb2.WeightsVersion] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["head", b"head"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["head", b"head", "versions", b"versions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FindVersionsResponse: _TypeAlias = FindVersionsResponse  # noqa: Y015
+
+@_typing.final
 class GetServerInfoRequest(_message.Message):
     """Asks for limits, build and replica."""
 

@@ -65,6 +65,11 @@ class ModelServiceStub(object):
                 request_serializer=timernn_dot_v1_dot_model__service__pb2.PutWeightsRequest.SerializeToString,
                 response_deserializer=timernn_dot_v1_dot_model__service__pb2.PutWeightsResponse.FromString,
                 _registered_method=True)
+        self.FindVersions = channel.unary_unary(
+                '/timernn.v1.ModelService/FindVersions',
+                request_serializer=timernn_dot_v1_dot_model__service__pb2.FindVersionsRequest.SerializeToString,
+                response_deserializer=timernn_dot_v1_dot_model__service__pb2.FindVersionsResponse.FromString,
+                _registered_method=True)
         self.CreateCheckpoint = channel.unary_unary(
                 '/timernn.v1.ModelService/CreateCheckpoint',
                 request_serializer=timernn_dot_v1_dot_model__service__pb2.CreateCheckpointRequest.SerializeToString,
@@ -141,6 +146,13 @@ class ModelServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def FindVersions(self, request, context):
+        """Tells which versions of a model are kept, and with which content.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CreateCheckpoint(self, request, context):
         """Gives a version a name under which it is kept. Idempotent for the same name and version.
         """
@@ -208,6 +220,11 @@ def add_ModelServiceServicer_to_server(servicer, server):
                     servicer.PutWeights,
                     request_deserializer=timernn_dot_v1_dot_model__service__pb2.PutWeightsRequest.FromString,
                     response_serializer=timernn_dot_v1_dot_model__service__pb2.PutWeightsResponse.SerializeToString,
+            ),
+            'FindVersions': grpc.unary_unary_rpc_method_handler(
+                    servicer.FindVersions,
+                    request_deserializer=timernn_dot_v1_dot_model__service__pb2.FindVersionsRequest.FromString,
+                    response_serializer=timernn_dot_v1_dot_model__service__pb2.FindVersionsResponse.SerializeToString,
             ),
             'CreateCheckpoint': grpc.unary_unary_rpc_method_handler(
                     servicer.CreateCheckpoint,
@@ -398,6 +415,33 @@ class ModelService(object):
             '/timernn.v1.ModelService/PutWeights',
             timernn_dot_v1_dot_model__service__pb2.PutWeightsRequest.SerializeToString,
             timernn_dot_v1_dot_model__service__pb2.PutWeightsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FindVersions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/timernn.v1.ModelService/FindVersions',
+            timernn_dot_v1_dot_model__service__pb2.FindVersionsRequest.SerializeToString,
+            timernn_dot_v1_dot_model__service__pb2.FindVersionsResponse.FromString,
             options,
             channel_credentials,
             insecure,

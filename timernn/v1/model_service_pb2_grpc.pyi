@@ -50,6 +50,8 @@ class ModelServiceStub:
     """Streams one version as a safetensors file in parts."""
     PutWeights: _grpc.StreamUnaryMultiCallable[_model_service_pb2.PutWeightsRequest, _model_service_pb2.PutWeightsResponse]
     """Takes a safetensors file in parts and makes it the model's next version."""
+    FindVersions: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.FindVersionsRequest, _model_service_pb2.FindVersionsResponse]
+    """Tells which versions of a model are kept, and with which content."""
     CreateCheckpoint: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.CreateCheckpointRequest, _model_service_pb2.CreateCheckpointResponse]
     """Gives a version a name under which it is kept. Idempotent for the same name and version."""
     ListCheckpoints: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.ListCheckpointsRequest, _model_service_pb2.ListCheckpointsResponse]
@@ -83,6 +85,8 @@ class ModelServiceAsyncStub(ModelServiceStub):
     """Streams one version as a safetensors file in parts."""
     PutWeights: _aio.StreamUnaryMultiCallable[_model_service_pb2.PutWeightsRequest, _model_service_pb2.PutWeightsResponse]  # type: ignore[assignment]
     """Takes a safetensors file in parts and makes it the model's next version."""
+    FindVersions: _aio.UnaryUnaryMultiCallable[_model_service_pb2.FindVersionsRequest, _model_service_pb2.FindVersionsResponse]  # type: ignore[assignment]
+    """Tells which versions of a model are kept, and with which content."""
     CreateCheckpoint: _aio.UnaryUnaryMultiCallable[_model_service_pb2.CreateCheckpointRequest, _model_service_pb2.CreateCheckpointResponse]  # type: ignore[assignment]
     """Gives a version a name under which it is kept. Idempotent for the same name and version."""
     ListCheckpoints: _aio.UnaryUnaryMultiCallable[_model_service_pb2.ListCheckpointsRequest, _model_service_pb2.ListCheckpointsResponse]  # type: ignore[assignment]
@@ -149,6 +153,14 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_model_service_pb2.PutWeightsResponse, _abc.Awaitable[_model_service_pb2.PutWeightsResponse]]:
         """Takes a safetensors file in parts and makes it the model's next version."""
+
+    @_abc_1.abstractmethod
+    def FindVersions(
+        self,
+        request: _model_service_pb2.FindVersionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_service_pb2.FindVersionsResponse, _abc.Awaitable[_model_service_pb2.FindVersionsResponse]]:
+        """Tells which versions of a model are kept, and with which content."""
 
     @_abc_1.abstractmethod
     def CreateCheckpoint(

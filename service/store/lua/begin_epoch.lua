@@ -56,5 +56,7 @@ end
 local size = #ARGV[9] - 64
 redis.call('SET', KEYS[1], struct.pack('>I1I1I2I4I8I8I8I8', 1, 2, tonumber(ARGV[10]), size, epoch, 0, ttl, touched)
   .. ARGV[8] .. ARGV[9] .. string.rep('\255', #ARGV[9]), 'PX', ttl)
-redis.call('SET', KEYS[2], struct.pack('>I8', epoch) .. 'L', 'PX', ttl + math.floor(ttl / 4) + tonumber(ARGV[7]))
+-- Not shorter than it was: the writers of an earlier epoch may have been promised a longer life.
+local stays = math.max(redis.call('PTTL', KEYS[2]), ttl + math.floor(ttl / 4) + tonumber(ARGV[7]))
+redis.call('SET', KEYS[2], struct.pack('>I8', epoch) .. 'L', 'PX', whole(stays))
 return {'BEGUN', whole(epoch)}

@@ -84,7 +84,7 @@ local function commit(key, at, h, laid_key, tape_bytes)
   redis.call('SETRANGE', key, 16, struct.pack('>I8I8I8', next_seq, ttl, due and now or touched))
   redis.call('PEXPIRE', key, ttl)
   if not due then return 'OK' end
-  redis.pcall('PEXPIRE', key .. 'e', ttl + math.floor(ttl / 4) + extra) -- nor this; it has time to spare
+  redis.pcall('PEXPIRE', key .. 'e', ttl + math.floor(ttl / 4) + extra, 'GT') -- nor this; it has time to spare
   return 'TOUCH'
 end
 

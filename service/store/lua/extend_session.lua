@@ -10,6 +10,6 @@ if epoch ~= tonumber(ARGV[1]) then return 'ABSENT' end
 local time = redis.call('TIME')
 local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
 redis.call('PEXPIRE', KEYS[1], ttl)
-redis.call('PEXPIRE', KEYS[2], ttl + math.floor(ttl / 4) + tonumber(ARGV[2]))
+redis.call('PEXPIRE', KEYS[2], ttl + math.floor(ttl / 4) + tonumber(ARGV[2]), 'GT')
 -- That the list is told is noted by a chunk alone: until one comes, it is due each time.
 return now - touched < ttl / 4 and 'OK' or 'TOUCH'
