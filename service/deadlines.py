@@ -21,7 +21,7 @@ class Deadlines:
 
     def __init__(self, limit_s: float) -> None:
         """Set the limit, in seconds."""
-        self._limit_s = limit_s
+        self.limit_s = limit_s
         self._due: dict[asyncio.Task[Any], float] = {}  # in the order in which they are due
         self._overdue: set[asyncio.Task[Any]] = set()
         self._timer: asyncio.TimerHandle | None = None
@@ -35,9 +35,9 @@ class Deadlines:
         task, loop = asyncio.current_task(), asyncio.get_running_loop()
         assert task is not None  # noqa: S101 - a coroutine runs in one
         cancels_before = task.cancelling()
-        self._due[task] = loop.time() + self._limit_s
+        self._due[task] = loop.time() + self.limit_s
         if self._timer is None:
-            self._timer = loop.call_later(self._limit_s, self._look, loop)
+            self._timer = loop.call_later(self.limit_s, self._look, loop)
         try:
             return await steps
         except asyncio.CancelledError as error:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from service.domain.blob import Blob
 from service.domain.types import DIGEST_BYTES
 
 if TYPE_CHECKING:
@@ -60,12 +61,14 @@ def epoch_request_name(request_id: str, *content: bytes) -> bytes:
     return name if not request_id else name[:half] + content_digest(*content)[:half]
 
 
-def content_digest(*parts: bytes | memoryview) -> bytes:
+def content_digest(*parts: bytes | memoryview | Blob) -> bytes:
     """Return the 16 bytes that stand for a sequence of byte strings."""
     made = hashlib.sha256()
     for part in parts:
-        made.update(_NUMBER.pack(len(part)))
-        made.update(part)
+        pieces = part.pieces if isinstance(part, Blob) else (part,)
+        made.update(_NUMBER.pack(sum(map(len, pieces))))
+        for piece in pieces:
+            made.update(piece)
     return made.digest()[:DIGEST_BYTES]
 
 

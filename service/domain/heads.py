@@ -17,6 +17,7 @@ from weakref import WeakValueDictionary
 from rnn_engine import moments_to_arrays
 from service.compute.scheduler import hash_work
 from service.domain import weights
+from service.domain.carrying import Carrier
 from service.domain.digests import request_name
 from service.domain.errors import FailedPrecondition, Unavailable
 from service.domain.finite import is_finite
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
     from rnn_engine import Moments, Params
     from service.compute.scheduler import Scheduler
+    from service.domain.blob import Blob
     from service.domain.catalog import Catalog, KnownModel
     from service.domain.ports import ModelStore, UpdateLook
 
@@ -55,7 +57,7 @@ class NextHead:
     clipped: bool = False
 
     @cached_property
-    def stored(self) -> tuple[bytes, bytes, bytes]:
+    def stored(self) -> tuple[Blob, Blob, bytes]:
         """Weights and moments laid out for the store, and the digest that names them.
 
         Raises:
@@ -71,8 +73,8 @@ class NextHead:
                     ", and the contributions still wait: discard them, or clip them with clip_norm"
                 )
             raise FailedPrecondition("NON_FINITE_RESULT", text, tensors=",".join(bad))
-        data = weights.params_to_bytes(params)
-        moments = weights.moments_to_bytes(self.moments)
+        data = weights.params_to_blob(params)
+        moments = weights.moments_to_blob(self.moments)
         return data, moments, weights.version_digest(data, moments)
 
 
@@ -118,6 +120,7 @@ class HeadMaker:
         self._store = store
         self._catalog = catalog
         self._scheduler = scheduler
+        self._carrier = Carrier()
         self._turns: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
 
     async def install(
@@ -159,6 +162,13 @@ class HeadMaker:
         Raises:
             DomainError: MODEL_NOT_FOUND, REQUEST_ID_REUSED, VERSION_CONFLICT, NON_FINITE_RESULT.
         """
+        # Carried on: a large step may take longer than a caller waits for one answer, and its retry,
+        # whose turn comes after, is to find it made.
+        return await self._carrier.carry(self._advance_in_turn(request, make, first_look))
+
+    async def _advance_in_turn(
+        self, request: HeadRequest, make: MakeHead, first_look: Look | None
+    ) -> StepAnswer:
         # Only to spare work: two steps from one head would make one of them compute again.
         turn = self._turns.setdefault((request.tenant, request.model_id), asyncio.Lock())
         async with turn:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
+
+import numpy as np
 
 from rnn_engine import init_moments
 from service.domain import pages, weights
+from service.domain.carrying import Carrier
 from service.domain.digests import content_digest, request_name
 from service.domain.errors import (
     AlreadyExists,
@@ -52,6 +57,7 @@ if TYPE_CHECKING:
     from service.settings import Limits
 
 _TRIES = 8
+MESSAGE_OVERHEAD_BYTES = 1024  # of a message beside its tensors, at most
 
 
 class Models:
@@ -71,19 +77,34 @@ class Models:
         self._heads = heads
         self._scheduler = scheduler
         self._limits = limits
+        self._carrier = Carrier()
+        self._turns: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
 
     async def create(
         self, tenant: str, spec: ModelSpec, first: InitialWeights, request_id: str
     ) -> tuple[ModelView, bool]:
         """Create a model; tell whether an earlier try of this request had created it."""
-        size = weights.spec_bytes(spec)
-        if size > self._limits.weights_bytes:
-            text = f"the weights would need {size} bytes, over the limit of {self._limits.weights_bytes}"
-            raise bad_field("spec.hidden_size", text)
-        work = size  # bytes drawn or checked stand for the work
+        for name, least, limit in self._least_sizes(spec):
+            if least > limit:
+                text = f"{name} would need {least} bytes, over the limit of {limit}"
+                raise bad_field("spec.hidden_size", text)
+        return await self._carrier.carry(self._create_in_turn(tenant, spec, first, request_id))
+
+    async def _create_in_turn(
+        self, tenant: str, spec: ModelSpec, first: InitialWeights, request_id: str
+    ) -> tuple[ModelView, bool]:
+        # A retry of a large creation that is still under way waits for it, and finds the model there.
+        turn = self._turns.setdefault((tenant, spec.model_id), asyncio.Lock())
+        async with turn:
+            return await self._create(tenant, spec, first, request_id)
+
+    async def _create(
+        self, tenant: str, spec: ModelSpec, first: InitialWeights, request_id: str
+    ) -> tuple[ModelView, bool]:
+        work = weights.spec_bytes(spec)  # bytes drawn or checked stand for the work
         params = await self._scheduler.run(work, _first_params, spec, first)
-        data = weights.params_to_bytes(params)
-        moments = weights.moments_to_bytes(init_moments(spec.optimizer, params))
+        data = weights.params_to_blob(params)
+        moments = weights.moments_to_blob(init_moments(spec.optimizer, params))
         version = Version(1, weights.version_digest(data, moments))
         incarnation = secrets.token_bytes(DIGEST_BYTES)
         stored_spec = weights.spec_to_bytes(spec)
@@ -237,6 +258,27 @@ class Models:
         if not deleted and not allow_missing:
             raise _checkpoint_not_found(checkpoint_id)
         return deleted
+
+    def _least_sizes(self, spec: ModelSpec) -> list[tuple[str, int, int]]:
+        """Return what a model of this size needs at the least, and the limit that it has to keep to."""
+        limits, size = self._limits, weights.spec_bytes(spec)
+        file = weights.file_bytes_limit(spec)
+        widest = max(spec.input_size, spec.hidden_size)
+        step = 2 * widest * np.dtype(spec.dtype).itemsize + MESSAGE_OVERHEAD_BYTES
+        return [
+            ("the weights", size, limits.weights_bytes),
+            (
+                "the gradient of one chunk (contribution_bytes_per_model)",
+                size,
+                limits.contribution_bytes_per_model,
+            ),
+            (
+                "an upload of weights and moments (request_bytes_in_flight)",
+                file,
+                limits.request_bytes_in_flight,
+            ),
+            ("a message with one step of one row (message_bytes)", step, limits.message_bytes),
+        ]
 
     async def _exists(self, tenant: str, asked: ModelSpec) -> Exception:
         """Make the refusal of a name that is taken; it tells how the model there differs."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from service.domain.blob import Blob
     from service.domain.types import Checkpoint, Version, WaitingTape
 
 Bytes = bytes | memoryview
@@ -144,8 +145,8 @@ class NewVersion:
     """Weights and moments to be written under a version's name."""
 
     version: Version
-    weights: Bytes
-    moments: Bytes
+    weights: Blob
+    moments: Blob
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +195,7 @@ class Contribution:
     incarnation: bytes
     name: bytes
     digest: bytes
-    gradient: bytes
+    gradient: Blob
 
     @property
     def entry(self) -> bytes:
@@ -334,12 +335,12 @@ class ModelStore(Protocol):
 
     async def read_weights(
         self, tenant: str, model_id: str, incarnation: bytes, version: Version
-    ) -> bytes | None:
+    ) -> Bytes | None:
         """Read a version's weights."""
 
     async def read_moments(
         self, tenant: str, model_id: str, incarnation: bytes, version: Version
-    ) -> bytes | None:
+    ) -> Bytes | None:
         """Read a version's moments."""
 
     async def count_contribution(
@@ -370,7 +371,7 @@ class ModelStore(Protocol):
 
     async def read_gradients(
         self, tenant: str, model_id: str, entries: Sequence[bytes], size: int
-    ) -> list[bytes] | None:
+    ) -> Sequence[Bytes] | None:
         """Read waiting gradients of `size` bytes by name and digest; None when one has gone."""
 
     async def flip_head(

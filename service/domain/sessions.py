@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 from contextlib import suppress
 from dataclasses import replace
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from service.domain import pages
+from service.domain.carrying import Carrier
 from service.domain.digests import epoch_request_name, first_token
 from service.domain.errors import (
     Aborted,
@@ -79,7 +79,7 @@ class Sessions:
         self._catalog = catalog
         self._live = live
         self._limits = limits
-        self._creating: set[asyncio.Task[OpenedSession]] = set()
+        self._carrier = Carrier()
 
     async def open(self, tenant: str, op: OpenSession) -> OpenedSession:
         """Open a session, or go on with or begin again a live one.
@@ -199,10 +199,7 @@ class Sessions:
         Whoever gives up waiting, what was begun is carried on: a place that is reserved is used or
         given back.
         """
-        creating = asyncio.create_task(self._create_in_place(tenant, session_id, start))
-        self._creating.add(creating)
-        creating.add_done_callback(self._created)
-        return await asyncio.shield(creating)
+        return await self._carrier.carry(self._create_in_place(tenant, session_id, start))
 
     async def _create_in_place(
         self, tenant: str, session_id: str, start: EpochStart
@@ -218,11 +215,6 @@ class Sessions:
                 live = found if isinstance(found, SessionSnapshot) else None
                 await self._store.give_back_place(tenant, session_id, reserved, live)
             raise
-
-    def _created(self, done: asyncio.Task[OpenedSession]) -> None:
-        self._creating.discard(done)
-        if not done.cancelled():
-            done.exception()  # told to whoever still waits
 
     async def _begin(self, tenant: str, session_id: str, start: EpochStart) -> OpenedSession:
         outcome, number = await self._begin_epoch(tenant, session_id, start)

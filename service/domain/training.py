@@ -56,7 +56,7 @@ from service.domain.types import (
     UpdateResult,
     Waiting,
 )
-from service.domain.weights import grads_from_bytes, grads_to_bytes, spec_bytes
+from service.domain.weights import grads_from_bytes, grads_to_blob, spec_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -290,7 +290,7 @@ class Training:
         self, tenant: str, op: Backward, model: KnownModel, digest: bytes, grads: Grads
     ) -> Contribution:
         name = self._models.contribution_name(tenant, op.session_id, op.epoch, op.chunk_seq)
-        return Contribution(model.incarnation, name, digest, grads_to_bytes(grads))
+        return Contribution(model.incarnation, name, digest, grads_to_blob(grads))
 
     async def _count(
         self, tenant: str, op: Backward, model: KnownModel, counting: _Counting

@@ -23,6 +23,7 @@ from rnn_engine import (
     moments_from_arrays,
     moments_to_arrays,
 )
+from service.domain.blob import blob_of_arrays
 from service.domain.digests import content_digest
 from service.domain.errors import InvalidArgument
 from service.domain.finite import check_finite
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
         Array,
         Moments,
     )
+    from service.domain.blob import Blob
+    from service.domain.ports import Bytes
 
 SPEC_LAYOUT = 1
 HEADER_BYTES = 64 * 1024  # of a safetensors file; ours need a few hundred
@@ -81,33 +84,32 @@ def draw_params(spec: ModelSpec, seed: int) -> Params:
     return Params(Wx.astype(spec.dtype), Wh.astype(spec.dtype), np.zeros(h, spec.dtype))
 
 
-def params_to_bytes(params: Params) -> bytes:
+def params_to_blob(params: Params) -> Blob:
     """Lay out weights for the store."""
-    return b"".join(array.tobytes() for array in (params.Wx, params.Wh, params.b))
+    return blob_of_arrays((params.Wx, params.Wh, params.b))
 
 
-def params_from_bytes(spec: ModelSpec, data: bytes) -> Params:
+def params_from_bytes(spec: ModelSpec, data: Bytes) -> Params:
     """Read weights from the store; the arrays are read-only views."""
     return Params(*_split(spec, data))
 
 
-def grads_to_bytes(grads: Grads) -> bytes:
+def grads_to_blob(grads: Grads) -> Blob:
     """Lay out gradients for the store."""
-    return b"".join(array.tobytes() for array in grads.arrays)
+    return blob_of_arrays(grads.arrays)
 
 
-def grads_from_bytes(spec: ModelSpec, data: bytes) -> Grads:
+def grads_from_bytes(spec: ModelSpec, data: Bytes) -> Grads:
     """Read gradients from the store; the arrays are read-only views."""
     return Grads(*_split(spec, data))
 
 
-def moments_to_bytes(moments: Moments) -> bytes:
+def moments_to_blob(moments: Moments) -> Blob:
     """Lay out moments for the store."""
-    arrays = moments_to_arrays(moments).values()
-    return _STEP.pack(moments.step) + b"".join(array.tobytes() for array in arrays)
+    return blob_of_arrays(moments_to_arrays(moments).values(), head=_STEP.pack(moments.step))
 
 
-def moments_from_bytes(spec: ModelSpec, params: Params, data: bytes | None) -> Moments:
+def moments_from_bytes(spec: ModelSpec, params: Params, data: Bytes | None) -> Moments:
     """Read moments from the store; where they were not kept the optimizer starts anew."""
     if not data:
         return init_moments(spec.optimizer, params)
@@ -122,7 +124,7 @@ def moments_from_bytes(spec: ModelSpec, params: Params, data: bytes | None) -> M
     return moments_from_arrays(spec.optimizer, step, arrays, params)
 
 
-def version_digest(weights: bytes, moments: bytes) -> bytes:
+def version_digest(weights: Blob, moments: Blob) -> bytes:
     """Return the digest that names weights and moments."""
     return content_digest(weights, moments)
 
@@ -215,7 +217,7 @@ def _bad_weights(message: str) -> InvalidArgument:
     return InvalidArgument("BAD_WEIGHTS", f"data: {message}", field="data")
 
 
-def _split(spec: ModelSpec, data: bytes) -> Sequence[Array]:
+def _split(spec: ModelSpec, data: Bytes) -> Sequence[Array]:
     d, h = spec.input_size, spec.hidden_size
     flat: Array = np.frombuffer(data, spec.dtype)
     return (

@@ -52,7 +52,7 @@ class ClusterRouter:
         self._is_stale = True
         self._refreshing = asyncio.Lock()
 
-    async def send(self, commands: Sequence[Command]) -> list[Any]:
+    async def send(self, commands: Sequence[Command], answer_bytes: int = 0) -> list[Any]:
         """Send commands, each to the node of its key; a failure stands in its command's place."""
         answers: list[Any] = [_NO_NODE] * len(commands)
         try:
@@ -63,7 +63,7 @@ class ClusterRouter:
         asking: dict[int, Node] = {}
         pending = list(range(len(commands)))
         for _ in range(REDIRECTS):
-            await self._send_some(commands, slots, pending, asking, answers)
+            await self._send_some(commands, slots, pending, asking, answers, answer_bytes)
             asking = {i: answers[i].node_addr for i in pending if _is_ask(answers[i])}
             pending = [i for i in pending if self._is_redirected(answers[i])]
             if not pending:
@@ -103,6 +103,7 @@ class ClusterRouter:
         pending: Sequence[int],
         asking: dict[int, Node],
         answers: list[Any],
+        answer_bytes: int,
     ) -> None:
         """Send those that are pending, one pipeline a node, all at once."""
         by_node: dict[Node, list[int]] = {}
@@ -115,17 +116,19 @@ class ClusterRouter:
 
         async def trip(node: Node, some: list[int]) -> None:
             sent = [(commands[i], i in asking) for i in some]
-            for i, answer in zip(some, await self._trip(node, sent), strict=True):
+            for i, answer in zip(some, await self._trip(node, sent, answer_bytes), strict=True):
                 answers[i] = answer
 
         await asyncio.gather(*(trip(node, some) for node, some in by_node.items()))
 
-    async def _trip(self, node: Node, sent: list[tuple[Command, bool]]) -> list[Any]:
+    async def _trip(
+        self, node: Node, sent: list[tuple[Command, bool]], answer_bytes: int
+    ) -> list[Any]:
         on_wire: list[Command] = []
         for command, is_asking in sent:
             on_wire += (("ASKING",), command) if is_asking else (command,)
         try:
-            told = iter(await self._client(node).round_trip(on_wire))
+            told = iter(await self._client(node).round_trip(on_wire, answer_bytes))
         except Exception as error:  # noqa: BLE001 - it becomes the answer of each command
             self._is_stale = True  # it may not be the one to ask any more
             return [error] * len(sent)

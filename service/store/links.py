@@ -23,7 +23,7 @@ from redis.maint_notifications import MaintNotificationsConfig
 from service.deadlines import Deadlines
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Coroutine, Sequence
 
     from redis.asyncio import ConnectionPool
 
@@ -33,6 +33,8 @@ WITHOUT_NOTICES = MaintNotificationsConfig(enabled=False)
 KEPT_LINKS = 4  # idle ones; the pool's bound is for all, and its others may be waited for
 
 
+# What a store takes or gives at the least while other calls and its file keep it busy.
+SLOWEST_BYTES_PER_S = 8 << 20
 BIG_BYTES = 1 << 15  # a value of more goes to the socket from where it lies
 
 _packed: Callable[[Command], bytes] = (
@@ -42,7 +44,7 @@ _packed: Callable[[Command], bytes] = (
 
 def _pieces(command: Command) -> tuple[bytes | memoryview, ...]:
     """Return the bytes of a command; what is big is a piece of its own, since to pack it copies it twice."""
-    if command[0] != "SET" or not _is_big(command[2]):
+    if not _is_big_write(command):
         return (_packed(command),)
     name, key, value, *options = command
     _, before = _packed((name, key)).split(b"\r\n", 1)
@@ -51,8 +53,10 @@ def _pieces(command: Command) -> tuple[bytes | memoryview, ...]:
     return head, value, b"\r\n" + after.removesuffix(b"$0\r\n\r\n")
 
 
-def _is_big(value: object) -> bool:
-    return isinstance(value, (bytes, memoryview)) and len(value) > BIG_BYTES
+def _is_big_write(command: Command) -> bool:
+    if command[0] != "SET":
+        return False
+    return isinstance(command[2], (bytes, memoryview)) and len(command[2]) > BIG_BYTES
 
 
 class _WatchedLink:
@@ -108,15 +112,21 @@ class StoreClient(Redis):
         self._kept: list[Any] = []
         self._deadlines = Deadlines(self.connection_pool.connection_kwargs["socket_timeout"])
 
-    async def round_trip(self, commands: Sequence[Command]) -> list[Any]:
+    async def round_trip(self, commands: Sequence[Command], answer_bytes: int = 0) -> list[Any]:
         """Send commands and return their answers; an error the server gave stands in its place.
+
+        Args:
+            commands: What to send.
+            answer_bytes: How much the answers may bring.
 
         Raises:
             RedisError, OSError: If the connection broke or nothing came in time.
         """
         link = await self._take()
         try:
-            answers: list[Any] = await self._deadlines.bound(link.round_trip(commands))
+            answers: list[Any] = await self._bound(
+                link.round_trip(commands), commands, answer_bytes
+            )
         except BaseException as error:
             unfit = [link]
             if not isinstance(error, asyncio.CancelledError):
@@ -133,6 +143,16 @@ class StoreClient(Redis):
         else:
             await self.connection_pool.release(link)
         return answers
+
+    async def _bound(
+        self, trip: Coroutine[Any, Any, Any], commands: Sequence[Command], answer_bytes: int
+    ) -> Any:
+        """Give a round trip its time: what carries much gets more, in step with its bytes."""
+        big = answer_bytes + sum(len(each[2]) for each in commands if _is_big_write(each))
+        if big <= BIG_BYTES:
+            return await self._deadlines.bound(trip)
+        async with asyncio.timeout(self._deadlines.limit_s + big / SLOWEST_BYTES_PER_S):
+            return await trip
 
     async def _take(self) -> Any:
         while self._kept:

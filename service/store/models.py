@@ -28,6 +28,7 @@ from service.store.scripts import Call, load_script
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from service.domain.blob import Blob
     from service.domain.ports import (
         Bytes,
         Contribution,
@@ -180,14 +181,14 @@ class RedisModelStore:
 
     async def read_weights(
         self, tenant: str, model_id: str, incarnation: bytes, version: Version
-    ) -> bytes | None:
+    ) -> Bytes | None:
         """Read a version's weights."""
         tag = keys.model_tag(tenant, model_id)
         return await self._read_parts(tag, keys.weights_prefix(tag, incarnation), version, 2)
 
     async def read_moments(
         self, tenant: str, model_id: str, incarnation: bytes, version: Version
-    ) -> bytes | None:
+    ) -> Bytes | None:
         """Read a version's moments."""
         tag = keys.model_tag(tenant, model_id)
         return await self._read_parts(tag, keys.moments_prefix(tag, incarnation), version, 3)
@@ -249,13 +250,13 @@ class RedisModelStore:
             contribution.incarnation,
             contribution.name,
             contribution.digest,
-            gradient if len(gradient) <= PART_BYTES else b"",
+            gradient.joined() if gradient.nbytes <= PART_BYTES else b"",
             limits.contribution_ttl_ms,
             limits.contributions_per_model,
             limits.contribution_bytes_per_model,
             limits.remembered_contributions_per_model,
             keys.gradient_prefix(tag),
-            len(gradient),
+            gradient.nbytes,
         )
         return Call(_COUNT, slot, arguments)
 
@@ -274,18 +275,18 @@ class RedisModelStore:
 
     async def read_gradients(
         self, tenant: str, model_id: str, entries: Sequence[bytes], size: int
-    ) -> list[bytes] | None:
+    ) -> Sequence[Bytes] | None:
         """Read waiting gradients of `size` bytes by name and digest; None when one has gone."""
         prefix = keys.gradient_prefix(keys.model_tag(tenant, model_id))
         if size <= PART_BYTES:
             return await self._read_values([prefix + entry[:NAME_BYTES] for entry in entries], size)
-        found = []
+        found: list[Bytes] = []
         for entry in entries:
             named = _part_keys(prefix + entry, -(-size // PART_BYTES))
-            parts = await self._read_values(named, PART_BYTES)
-            if parts is None:
+            gradient = await self._read_whole(named, size)
+            if gradient is None:
                 return None
-            found.append(b"".join(parts))
+            found.append(gradient)
         return found
 
     async def flip_head(
@@ -294,7 +295,7 @@ class RedisModelStore:
         """Write a version and make it the head; REPLAYED comes with the remembered answer."""
         tag, limits = keys.model_tag(tenant, model_id), self._limits
         parts = _version_parts(tag, flip.incarnation, flip.new)
-        is_small = len(flip.new.weights) + len(flip.new.moments) <= TRIP_BYTES
+        is_small = flip.new.weights.nbytes + flip.new.moments.nbytes <= TRIP_BYTES
         if not is_small:
             await self._write_parts(parts)
         slot = (
@@ -412,8 +413,14 @@ class RedisModelStore:
         session = keys.session_digest(tenant, session_id)
         return session + epoch.to_bytes(8, "big") if epoch else session
 
-    async def _write_parts(self, parts: Sequence[tuple[bytes, memoryview]]) -> None:
+    async def _write_parts(self, parts: Sequence[tuple[bytes, Bytes]]) -> None:
+        """Write what is not there yet: a call that is sent again goes on where the last one was cut."""
         per_trip = TRIP_BYTES // PART_BYTES
+        if len(parts) > per_trip:
+            asked: list[Command] = [("PEXPIRE", key, ORPHAN_MS, "GT") for key, _ in parts]
+            await self._runner.run_commands(asked)
+            sizes = await self._runner.run_commands([("STRLEN", key) for key, _ in parts])
+            parts = [part for part, size in zip(parts, sizes, strict=True) if size != len(part[1])]
         for i in range(0, len(parts), per_trip):
             await self._runner.run_commands(_writes(parts[i : i + per_trip]))
 
@@ -423,19 +430,38 @@ class RedisModelStore:
         found: list[bytes] = []
         for i in range(0, len(names), per_trip):
             some = [("GET", name) for name in names[i : i + per_trip]]
-            found += await self._runner.run_commands(some)
+            # One of them comes in the usual time, and may be far smaller.
+            more = size * (len(some) - 1)
+            found += await self._runner.run_commands(some, answer_bytes=more)
         return None if None in found else found
+
+    async def _read_whole(self, names: Sequence[bytes], size: int) -> Bytes | None:
+        """Read one value of `size` bytes from its parts; None when one of them is not there."""
+        if len(names) == 1:
+            parts = await self._read_values(names, PART_BYTES)
+            return None if parts is None else parts[0]
+        whole = memoryview(bytearray(size))
+        per_trip, at = TRIP_BYTES // PART_BYTES, 0
+        for i in range(0, len(names), per_trip):
+            parts = await self._read_values(names[i : i + per_trip], PART_BYTES)
+            if parts is None:
+                return None
+            for part in parts:
+                whole[at : at + len(part)] = part
+                at += len(part)
+        return whole.toreadonly()[:at]
 
     async def _read_parts(
         self, tag: bytes, prefix: bytes, version: Version, which: int
-    ) -> bytes | None:
+    ) -> Bytes | None:
         number = version.number.to_bytes(8, "big")
         (entry,) = await self._runner.run_commands([("HGET", keys.versions_key(tag), number)])
         if not entry or entry[:16] != version.digest:
             return None
         count = layouts.VERSION_ENTRY.unpack(entry)[which]
-        parts = await self._read_values(_part_keys(prefix + _name(version), count), PART_BYTES)
-        return None if parts is None else b"".join(parts)
+        return await self._read_whole(
+            _part_keys(prefix + _name(version), count), count * PART_BYTES
+        )
 
 
 def _look_call(tag: bytes, request: bytes, selectors: Sequence[bytes]) -> Call:
@@ -462,16 +488,13 @@ def parts_expired() -> Unavailable:
     return Unavailable("UNKNOWN_OUTCOME", text, retry_after_s=RETRY_AFTER_S)
 
 
-def _parts(name: bytes, data: Bytes) -> list[tuple[bytes, memoryview]]:
-    view = memoryview(data)
-    starts = range(0, len(data), PART_BYTES)
+def _parts(name: bytes, data: Blob) -> list[tuple[bytes, Bytes]]:
+    starts = range(0, data.nbytes, PART_BYTES)
     named = _part_keys(name, len(starts))
-    return [(key, view[at : at + PART_BYTES]) for key, at in zip(named, starts, strict=True)]
+    return [(key, data.part(at, PART_BYTES)) for key, at in zip(named, starts, strict=True)]
 
 
-def _version_parts(
-    tag: bytes, incarnation: bytes, new: NewVersion
-) -> list[tuple[bytes, memoryview]]:
+def _version_parts(tag: bytes, incarnation: bytes, new: NewVersion) -> list[tuple[bytes, Bytes]]:
     version = new.version
     return [
         *_parts(keys.weights_prefix(tag, incarnation) + _name(version), new.weights),
@@ -479,7 +502,7 @@ def _version_parts(
     ]
 
 
-def _writes(parts: Sequence[tuple[bytes, memoryview]]) -> list[Command]:
+def _writes(parts: Sequence[tuple[bytes, Bytes]]) -> list[Command]:
     """Return commands that write what is not there yet; a name always has the same content."""
     return [("SET", key, part, "PX", ORPHAN_MS, "NX") for key, part in parts]
 
@@ -492,14 +515,14 @@ def _name(version: Version) -> bytes:
     return version.digest + version.number.to_bytes(8, "big")
 
 
-def _part_count(data: Bytes) -> int:
-    return -(-len(data) // PART_BYTES)
+def _part_count(data: Blob) -> int:
+    return -(-data.nbytes // PART_BYTES)
 
 
 def _version_entry(new: NewVersion) -> bytes:
     parts, moment_parts = _part_count(new.weights), _part_count(new.moments)
     # What a superseded version costs: its moments go when it is superseded.
-    size = len(new.weights)
+    size = new.weights.nbytes
     return layouts.VERSION_ENTRY.pack(new.version.digest, size, parts, moment_parts, 0)
 
 

@@ -198,16 +198,22 @@ class ScriptRunner:
             for call, end in zip(calls, ends, strict=True)
         ]
 
-    async def run_commands(self, commands: Sequence[Command]) -> list[Any]:
+    async def run_commands(
+        self, commands: Sequence[Command], *, answer_bytes: int = 0
+    ) -> list[Any]:
         """Run plain commands, each good to be sent twice, in one round trip.
+
+        Args:
+            commands: What to run.
+            answer_bytes: How much the answers may bring: they are given time for it.
 
         Raises:
             Unavailable, ResourceExhausted: The first failure.
         """
-        answers = await self._send(commands)
+        answers = await self._send(commands, answer_bytes)
         for _ in range(self._resends):
             if any(is_lost_connection(answer) for answer in answers):
-                answers = await self._send(commands)
+                answers = await self._send(commands, answer_bytes)
         for answer in answers:
             if isinstance(answer, Exception):
                 raise as_domain_error(answer)
@@ -216,9 +222,9 @@ class ScriptRunner:
     def _is_worth_resending(self, answer: object, attempt: int) -> bool:
         return is_missing_script(answer) or (is_lost_connection(answer) and attempt < self._resends)
 
-    async def _send(self, commands: Sequence[Command]) -> list[Any]:
+    async def _send(self, commands: Sequence[Command], answer_bytes: int = 0) -> list[Any]:
         if isinstance(self._client, ClusterRouter):
-            return await self._client.send(commands)
+            return await self._client.send(commands, answer_bytes)
         try:
             if self._trips.locked():
                 async with asyncio.timeout(self._patience_s):
@@ -228,17 +234,19 @@ class ScriptRunner:
         except TimeoutError as error:
             return [error] * len(commands)
         try:
-            return await self._send_to(self._client, commands)
+            return await self._send_to(self._client, commands, answer_bytes)
         finally:
             self._trips.release()
 
-    async def _send_to(self, client: StoreClient, commands: Sequence[Command]) -> list[Any]:
+    async def _send_to(
+        self, client: StoreClient, commands: Sequence[Command], answer_bytes: int
+    ) -> list[Any]:
         if self._wait_replicas:
             mark = ("EVAL", _WRITE_MARK, 1, WAIT_MARK)
             waiting = (mark, ("WAIT", self._wait_replicas, self._wait_ms))
             commands = (*commands, *waiting)
         try:
-            answers = await client.round_trip(commands)
+            answers = await client.round_trip(commands, answer_bytes)
         except Exception as error:  # noqa: BLE001 - every failure becomes the answer of each command
             return [error] * len(commands)
         return self._acknowledged(answers) if self._wait_replicas else answers

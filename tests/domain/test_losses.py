@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from instruments.replicas import Replica
     from rnn_engine import Array
+    from service.domain.ports import Bytes
     from service.domain.types import Version
     from tests.domain.conftest import ClientMaker, ModelMaker, ReplicaMaker
 
@@ -485,7 +486,7 @@ async def test_a_step_never_starts_an_optimizer_anew_that_has_moments(
     models = replicas[1].store.models
     read = models.read_moments
 
-    async def read_ahead(*which: Any) -> bytes | None:
+    async def read_ahead(*which: Any) -> Bytes | None:
         monkeypatch.undo()
         await ahead.restore(raw)
         found = await read(*which)

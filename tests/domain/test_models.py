@@ -21,7 +21,7 @@ from instruments.replicas import (
     step,
 )
 from rnn_engine import SGD, Adam, Params
-from service.domain.types import InitialWeights, ModelSpec, Version
+from service.domain.types import InitialWeights, ModelSpec, Selector, Version
 from service.settings import Limits
 from service.store import keys
 
@@ -377,3 +377,81 @@ async def test_a_model_too_large_is_refused_before_it_is_drawn(
     replica = await make_replica(Limits(weights_bytes=64))
     refused = await refusal(replica.models.create(tenant, SPEC, InitialWeights(), ""))
     assert refused.reason == "BAD_FIELD"
+
+
+@pytest.mark.parametrize(
+    ("limit", "value"),
+    [
+        ("weights_bytes", 100),
+        ("contribution_bytes_per_model", 100),
+        ("request_bytes_in_flight", 60_000),
+        ("message_bytes", 1_040),
+    ],
+)
+async def test_a_model_whose_own_step_could_not_fit_is_refused_at_once(
+    make_replica: ReplicaMaker, tenant: str, limit: str, value: int
+) -> None:
+    """The refusal names what is needed and the limit that it goes over."""
+    replica = await make_replica(replace(Limits(), **{limit: value}))
+    spec = ModelSpec("m", INPUTS, HIDDEN, "float32", SGD())
+    refused = await refusal(replica.models.create(tenant, spec, InitialWeights(seed=1), ""))
+    assert (refused.reason, refused.field) == ("BAD_FIELD", "spec.hidden_size")
+    assert f"over the limit of {value}" in refused.message
+
+
+async def test_a_step_whose_caller_went_away_is_made_and_found(
+    replicas: tuple[Replica, Replica],
+    tenant: str,
+    rng: np.random.Generator,
+    make_model: ModelMaker,
+    open_session: ClientMaker,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A caller that gives up while a version is written finds the step made when it comes again."""
+    await make_model()
+    client = await open_session()
+    await client.forward(draw(rng), train=True)
+    await client.backward(draw(rng, size=HIDDEN))
+    store: Any = replicas[0].store.models
+    flip, reached, go_on = store.flip_head, asyncio.Event(), asyncio.Event()
+
+    async def slow(*arguments: Any) -> Any:
+        reached.set()
+        await go_on.wait()
+        return await flip(*arguments)
+
+    monkeypatch.setattr(store, "flip_head", slow)
+    op = step("m", "u", Selector("s", client.epoch, (1,)))
+    waiting = asyncio.create_task(replicas[0].training.update(tenant, op))
+    await reached.wait()
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    go_on.set()
+    again = await replicas[0].training.update(tenant, op)
+    assert (again.replayed, again.version.number) == (True, 2)
+
+
+async def test_a_creation_whose_caller_went_away_is_made_and_found(
+    replicas: tuple[Replica, Replica], tenant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A creation that takes longer than its caller waits is carried on; the retry is answered with it."""
+    store: Any = replicas[0].store.models
+    create, reached, go_on = store.create_model, asyncio.Event(), asyncio.Event()
+
+    async def slow(*arguments: Any) -> Any:
+        reached.set()
+        await go_on.wait()
+        return await create(*arguments)
+
+    monkeypatch.setattr(store, "create_model", slow)
+    spec = ModelSpec("m", INPUTS, HIDDEN, "float32", SGD())
+    first = InitialWeights(seed=1)
+    waiting = asyncio.create_task(replicas[0].models.create(tenant, spec, first, "r"))
+    await reached.wait()
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    go_on.set()
+    _, replayed = await replicas[0].models.create(tenant, spec, first, "r")
+    assert replayed

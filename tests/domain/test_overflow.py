@@ -279,8 +279,8 @@ async def test_moments_that_an_older_server_let_overflow_are_not_carried_on(
     moments = init_moments(spec.optimizer, params)
     slots = (moments.slots[0], replace(moments.slots[1], b=np.full(HIDDEN, np.inf, np.float32)))
     stored = (
-        weights.params_to_bytes(params),
-        weights.moments_to_bytes(replace(moments, slots=slots)),
+        weights.params_to_blob(params),
+        weights.moments_to_blob(replace(moments, slots=slots)),
     )
     version = Version(1, weights.version_digest(*stored))
     record = ModelRecord(secrets.token_bytes(16), weights.spec_to_bytes(spec), version, 0, 0, 0)

@@ -56,8 +56,8 @@ from service.domain.types import (
     Version,
 )
 from service.domain.weights import (
-    moments_to_bytes,
-    params_to_bytes,
+    moments_to_blob,
+    params_to_blob,
     version_digest,
 )
 from service.settings import Limits
@@ -433,7 +433,7 @@ class Machine(RuleBasedStateMachine):
         params, self.moments = apply_update(
             self.optimizer, self.params[self.head], joined, self.moments
         )
-        digest = version_digest(params_to_bytes(params), moments_to_bytes(self.moments))
+        digest = version_digest(params_to_blob(params), moments_to_blob(self.moments))
         self.head = Version(self.head.number + 1, digest)
         self.params[self.head] = params
         assert (done.version, done.replayed) == (self.head, False)

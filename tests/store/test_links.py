@@ -96,6 +96,23 @@ def test_an_answer_that_came_too_late_is_nobodys(server: RedisServer, run: Run) 
 
 
 @LOOPS
+def test_a_round_trip_that_carries_much_has_more_time(server: RedisServer, run: Run) -> None:
+    """The time limit grows with the bytes of a trip, those sent and those asked for."""
+
+    async def scene() -> None:
+        client: Any = connect(server.url, Settings(store_timeout_ms=50))
+        waits = ("BLPOP", "nothing", 0.2)
+        assert await client.round_trip([waits], 1 << 23) == [None]
+        answers = await client.round_trip([("SET", "big", bytes(1 << 23)), waits])
+        assert answers == [b"OK", None]
+        with pytest.raises(TimeoutError):
+            await client.round_trip([("SET", "small", bytes(1 << 10)), waits])
+        await client.aclose()
+
+    run(scene())
+
+
+@LOOPS
 def test_an_error_stands_in_its_commands_place(server: RedisServer, run: Run) -> None:
     """Those after it in the round trip are answered as well, and the link stays in use."""
 

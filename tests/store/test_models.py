@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from instruments.replicas import patient
+from service.domain.blob import Blob
 from service.domain.ports import (
     CheckpointOutcome,
     Contribution,
@@ -27,6 +28,7 @@ from service.store.models import ORPHAN_MS, PART_BYTES, _version_parts
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
+    from service.domain.ports import Bytes
     from service.store.connect import Store
     from service.store.models import RedisModelStore
 
@@ -40,7 +42,8 @@ def version(number: int, letter: bytes = b"d") -> Version:
 
 def content(number: int, letter: bytes = b"d", size: int = 8) -> NewVersion:
     """Return a version's weights and moments."""
-    return NewVersion(version(number, letter), bytes([number]) * size, bytes([number]) * 2 * size)
+    one = bytes([number]) * size
+    return NewVersion(version(number, letter), Blob((one,)), Blob((one, one)))
 
 
 @dataclass
@@ -63,7 +66,7 @@ class Model:
         self, number: int, gradient: bytes = b"gradient", digest: bytes = b"g" * 16
     ) -> CountOutcome:
         """Count a contribution."""
-        contribution = Contribution(INCARNATION, self.name(number), digest, gradient)
+        contribution = Contribution(INCARNATION, self.name(number), digest, Blob((gradient,)))
         return await self.store.count_contribution(self.tenant, "m", contribution)
 
     def flip(self, number: int, *names: bytes, request: bytes = b"") -> HeadFlip:
@@ -184,7 +187,7 @@ async def test_a_look_finds_what_selectors_name(model: Model) -> None:
     for number in (3, 1, 2):
         await model.count(number)
     other = model.store.contribution_name(model.tenant, "t", 8, 1)
-    contribution = Contribution(INCARNATION, other, b"g" * 16, b"gradient")
+    contribution = Contribution(INCARNATION, other, b"g" * 16, Blob((b"gradient",)))
     await model.store.count_contribution(model.tenant, "m", contribution)
     mine = [model.name(number) for number in (1, 2, 3)]
     prefix = model.store.contribution_prefix
@@ -234,10 +237,10 @@ async def test_moments_stay_with_the_head_and_checkpoints(model: Model) -> None:
         await model.store.read_moments(model.tenant, "m", INCARNATION, version(number))
         for number in (1, 2, 3)
     ]
-    assert read == [content(1).moments, b"", content(3).moments]
+    assert read == [content(1).moments.joined(), b"", content(3).moments.joined()]
     for number in (1, 2, 3):
         weights = await model.store.read_weights(model.tenant, "m", INCARNATION, version(number))
-        assert weights == content(number).weights
+        assert weights == content(number).weights.joined()
 
 
 async def test_a_version_is_read_by_number_and_digest(model: Model) -> None:
@@ -257,7 +260,7 @@ async def test_large_blobs_go_in_parts(model: Model, raw: Redis) -> None:
     await model.store.flip_head(model.tenant, "m", flip)
     weights = await model.store.read_weights(model.tenant, "m", INCARNATION, version(2))
     moments = await model.store.read_moments(model.tenant, "m", INCARNATION, version(2))
-    assert (weights, moments) == (flip.new.weights, flip.new.moments)
+    assert (weights, moments) == (flip.new.weights.joined(), flip.new.moments.joined())
     prefix = keys.weights_prefix(keys.model_tag(model.tenant, "m"), INCARNATION)
     parts = [key async for key in raw.scan_iter(match=prefix + b"*", count=1000)]
     sizes = sorted([await raw.strlen(key) for key in parts])
@@ -314,7 +317,7 @@ async def test_a_flip_without_all_its_parts_keeps_none(
 
     def without_moments(
         tag: bytes, incarnation: bytes, new: NewVersion
-    ) -> list[tuple[bytes, memoryview]]:
+    ) -> list[tuple[bytes, Bytes]]:
         return _version_parts(tag, incarnation, new)[:1]
 
     monkeypatch.setattr("service.store.models._version_parts", without_moments)

@@ -69,9 +69,9 @@ class LosesReplies:
     def __init__(self, client: Any, count: int) -> None:
         self.round_trip, self.left = client.round_trip, count
 
-    async def __call__(self, commands: object) -> Any:
+    async def __call__(self, *asked: object) -> Any:
         """Make a round trip whose answers may be lost."""
-        answers = await self.round_trip(commands)
+        answers = await self.round_trip(*asked)
         if self.left:
             self.left -= 1
             raise redis.ConnectionError("the reply was lost")
@@ -185,7 +185,7 @@ async def test_a_silent_store_is_asked_once() -> None:
     tries = 0
 
     class Silent:
-        async def round_trip(self, _commands: object) -> list[Any]:
+        async def round_trip(self, *_asked: object) -> list[Any]:
             nonlocal tries
             tries += 1
             raise redis.TimeoutError("nothing came in time")
