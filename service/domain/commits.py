@@ -1,12 +1,14 @@
 """Sends chunks' commits to the store, many in a round trip.
 
-What has queued while a round trip is under way goes with the next one; a lone commit goes at once.
+What has queued while a round trip is under way goes with the next one; a lone commit goes at once. What
+different servers of a cluster decide goes apart: one that is silent holds up nobody else.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import defaultdict, deque
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from service.domain.refusals import cancelled_midway
@@ -25,14 +27,21 @@ TRIP_BYTES = (
 )  # carried by one round trip, about: it has to end within the store's time limit
 
 
+@dataclass(slots=True)
+class _Lane:
+    """The commits to one server."""
+
+    waiting: deque[tuple[ChunkCommit, Told]] = field(default_factory=deque)
+    under_way: int = 0
+
+
 class Committer:
     """One replica's commits."""
 
     def __init__(self, store: SessionStore) -> None:
         """Start idle."""
         self._store = store
-        self._waiting: deque[tuple[ChunkCommit, Told]] = deque()
-        self._under_way = 0
+        self._lanes: defaultdict[object, _Lane] = defaultdict(_Lane)
         self._tasks: set[asyncio.Task[None]] = set()
 
     def submit(self, commit: ChunkCommit, told: Told) -> None:
@@ -40,30 +49,25 @@ class Committer:
         if _size(commit) > BIG_BYTES:
             self._spawn([(commit, told)])
             return
-        self._waiting.append((commit, told))
-        if len(self._waiting) == 1 and self._under_way < ROUND_TRIPS:
-            asyncio.get_running_loop().call_soon(self._send_waiting)
+        lane = self._lanes[self._store.place_of(commit.tenant, commit.session_id)]
+        lane.waiting.append((commit, told))
+        if len(lane.waiting) == 1 and lane.under_way < ROUND_TRIPS:
+            asyncio.get_running_loop().call_soon(self._send_waiting, lane)
 
     async def drain(self) -> None:
         """Wait until nothing is under way."""
         while self._tasks:
             await asyncio.wait(self._tasks)
 
-    def _send_waiting(self) -> None:
-        while self._waiting and self._under_way < ROUND_TRIPS:
-            self._under_way += 1
-            self._spawn(self._take_batch()).add_done_callback(self._landed)
+    def _send_waiting(self, lane: _Lane) -> None:
+        while lane.waiting and lane.under_way < ROUND_TRIPS:
+            lane.under_way += 1
+            trip = self._spawn(_take_batch(lane))
+            trip.add_done_callback(lambda _task: self._landed(lane))
 
-    def _take_batch(self) -> list[tuple[ChunkCommit, Told]]:
-        batch, size = [], 0
-        while self._waiting and size < TRIP_BYTES:
-            batch.append(self._waiting.popleft())
-            size += _size(batch[-1][0])
-        return batch
-
-    def _landed(self, _task: asyncio.Task[None]) -> None:
-        self._under_way -= 1
-        self._send_waiting()
+    def _landed(self, lane: _Lane) -> None:
+        lane.under_way -= 1
+        self._send_waiting(lane)
 
     def _spawn(self, batch: list[tuple[ChunkCommit, Told]]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(self._send(batch))
@@ -80,6 +84,14 @@ class Committer:
             outcomes = [cancelled_midway()] * len(batch)
         for (_, told), outcome in zip(batch, outcomes, strict=True):
             told(outcome)
+
+
+def _take_batch(lane: _Lane) -> list[tuple[ChunkCommit, Told]]:
+    batch, size = [], 0
+    while lane.waiting and size < TRIP_BYTES:
+        batch.append(lane.waiting.popleft())
+        size += _size(batch[-1][0])
+    return batch
 
 
 def _size(commit: ChunkCommit) -> int:

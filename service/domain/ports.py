@@ -251,6 +251,9 @@ class SessionStore(Protocol):
     ) -> tuple[EpochOutcome, int] | AbsentSession:
         """Begin an epoch; the number is the epoch in force, or for GAP the last chunk."""
 
+    def place_of(self, tenant: str, session_id: str) -> object:
+        """Name the server that decides about a session, as far as is known; of one server, always the same."""
+
     async def commit_chunks(self, commits: Sequence[ChunkCommit]) -> list[ChunkOutcome | Exception]:
         """Apply chunks of different sessions, each by itself, in one round trip."""
 

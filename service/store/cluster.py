@@ -50,16 +50,28 @@ class ClusterRouter:
         self._slots: dict[int, Node] = {}
         self._refreshed_at = float("-inf")
         self._is_stale = True
+        self._suspects: set[Node] = set()  # failed since it was asked who serves what
         self._refreshing = asyncio.Lock()
+        self._renewing: asyncio.Task[None] | None = None
+
+    def node_of(self, key: bytes) -> Node | None:
+        """Return the node that serves a key, as far as is known."""
+        return self._slots.get(key_slot(key))
 
     async def send(self, commands: Sequence[Command], answer_bytes: int = 0) -> list[Any]:
         """Send commands, each to the node of its key; a failure stands in its command's place."""
         answers: list[Any] = [_NO_NODE] * len(commands)
-        try:
-            await self.refresh()
-        except Exception as error:  # noqa: BLE001 - it becomes the answer of each command
-            return [error] * len(commands)
         slots = [_slot_of(command) for command in commands]
+        if self._is_stale:
+            # Who knows where to go does not wait for those whose node has failed.
+            nodes = [self._slots.get(slot) for slot in slots]
+            if any(node is None or node in self._suspects for node in nodes):
+                try:
+                    await self.refresh()
+                except Exception as error:  # noqa: BLE001 - it becomes the answer of each command
+                    return [error] * len(commands)
+            else:
+                self._renew()
         asking: dict[int, Node] = {}
         pending = list(range(len(commands)))
         for _ in range(REDIRECTS):
@@ -85,6 +97,13 @@ class ClusterRouter:
                 return
             self._slots = await self._ask_any()
             self._refreshed_at, self._is_stale = time.monotonic(), False
+            self._suspects.clear()
+
+    def _renew(self) -> None:
+        """Ask who serves what while others go on."""
+        if self._renewing is None or self._renewing.done():
+            self._renewing = asyncio.create_task(self.refresh())
+            self._renewing.add_done_callback(lambda done: done.cancelled() or done.exception())
 
     async def primaries(self) -> list[StoreClient]:
         """Return a client of each node that serves slots, after a fresh look."""
@@ -93,6 +112,8 @@ class ClusterRouter:
 
     async def aclose(self) -> None:
         """Close all connections."""
+        if self._renewing is not None:
+            self._renewing.cancel()
         for client in self._clients.values():
             await client.aclose()
 
@@ -131,6 +152,7 @@ class ClusterRouter:
             told = iter(await self._client(node).round_trip(on_wire, answer_bytes))
         except Exception as error:  # noqa: BLE001 - it becomes the answer of each command
             self._is_stale = True  # it may not be the one to ask any more
+            self._suspects.add(node)
             return [error] * len(sent)
         answers = []
         for _, is_asking in sent:
@@ -153,6 +175,7 @@ class ClusterRouter:
         """Ask nodes in turn who serves what, those that serve first."""
         known = sorted(set(self._slots.values()))
         random.shuffle(known)
+        known.sort(key=lambda node: node in self._suspects)
         error: Exception = _NO_NODE
         for node in dict.fromkeys([*known, *self._seeds]):
             try:

@@ -137,6 +137,10 @@ class ScriptRunner:
         """Whether a script may see one hash slot only."""
         return isinstance(self._client, ClusterRouter)
 
+    def place_of(self, key: bytes) -> object:
+        """Name the server that serves a key, as far as is known."""
+        return self._client.node_of(key) if isinstance(self._client, ClusterRouter) else None
+
     async def run(self, call: Call) -> Any:
         """Run one script.
 

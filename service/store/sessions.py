@@ -105,6 +105,10 @@ class RedisSessionStore:
             return layouts.absence_from_marker(told)
         return EpochOutcome(outcome.decode()), int(told)
 
+    def place_of(self, tenant: str, session_id: str) -> object:
+        """Name the server that decides about a session, as far as is known; of one server, always the same."""
+        return self._runner.place_of(keys.session_tag(tenant, session_id))
+
     async def commit_chunks(self, commits: Sequence[ChunkCommit]) -> list[ChunkOutcome | Exception]:
         """Apply chunks of different sessions, each by itself, in one round trip."""
         return await self._commit_groups(self._grouped(commits))

@@ -110,3 +110,35 @@ async def test_a_training_chunk_is_refused_whole_by_half_a_slot(
     for chunk_seq in (1, 2):
         await client.backward(draw(rng, size=4), chunk_seq)
     await replica.close()
+
+
+async def test_a_frozen_master_holds_up_none_of_the_others(
+    cluster: Cluster, rng: np.random.Generator
+) -> None:
+    """Chunks of sessions elsewhere are answered while one of a frozen master still waits for it."""
+    replica = await start_replica(cluster.url, Limits(), head_max_age_ms=600_000)
+    tenant = uuid.uuid4().hex
+    await replica.models.create(
+        tenant, ModelSpec("m", INPUTS, 4, "float32", SGD()), InitialWeights(), ""
+    )
+    clients: dict[str, list[Client]] = {}
+    for k in range(24):
+        opened = await open_on(replica, tenant, f"s{k}")
+        client = Client([replica], tenant, f"s{k}", opened.session.epoch)
+        await client.forward(draw(rng))
+        owner = cluster.owner(cluster.slot(keys.session_tag(tenant, f"s{k}")))
+        clients.setdefault(owner.address, []).append(client)
+    victim = cluster.masters[0]
+    frozen = clients.pop(victim.address)
+    healthy = [client for some in clients.values() for client in some]
+    victim.pause()
+    try:
+        stuck = [asyncio.create_task(client.forward(draw(rng))) for client in frozen]
+        for _ in range(3):
+            await asyncio.gather(*(client.forward(draw(rng)) for client in healthy))
+        assert not any(task.done() for task in stuck)
+    finally:
+        victim.resume()
+    for done in await asyncio.gather(*stuck):
+        assert done.chunk_seq == 2
+    await replica.close()
