@@ -66,10 +66,11 @@ class Absence(Enum):
 
 @dataclass(frozen=True, slots=True)
 class AbsentSession:
-    """A session that is not there, and its last epoch (0: unknown)."""
+    """A session that is not there, its last epoch, and when it had expired at the latest (0: unknown)."""
 
     why: Absence
     epoch: int = 0
+    expired_at_ms: int = 0
 
 
 class EpochOutcome(Enum):

@@ -329,7 +329,7 @@ class Recurrence:
         """Answer again: h as committed, hs computed again from the state before."""
         op, at, before = call.op, snapshot.at, snapshot.before
         if at is None:
-            raise replay_window_passed(op.chunk_seq)
+            raise replay_window_passed(op.chunk_seq, snapshot.last.chunk_seq)
         if at.digest != call.digest:
             raise seq_reused(op.chunk_seq)
         if op.previous_token and next_token(op.previous_token, at.digest, at.version) != at.token:
@@ -340,13 +340,16 @@ class Recurrence:
         hs: Array | None = None
         if op.return_hs is ReturnHs.ALL:
             if before is None:
-                raise replay_window_passed(op.chunk_seq)
+                raise replay_window_passed(op.chunk_seq, snapshot.last.chunk_seq)
             h0 = state_from_bytes(before.h, snapshot.head.dtype, snapshot.head.batch_size)
-            hs = await self._recompute(op, model, at.version, h0)
+            try:
+                hs = await self._recompute(op, model, at.version, h0)
+            except (NotFound, FailedPrecondition) as error:
+                raise replay_window_passed(op.chunk_seq, snapshot.last.chunk_seq) from error
             if not is_finite(
                 hs[:, -1]
             ):  # sums of another batch's shape may overflow where its did not
-                raise replay_window_passed(op.chunk_seq)
+                raise replay_window_passed(op.chunk_seq, snapshot.last.chunk_seq)
             hs[:, -1] = h
         await self._extend(call.key, live)
         shown = h[:, None] if hs is None else hs
@@ -355,10 +358,7 @@ class Recurrence:
     async def _recompute(
         self, op: Forward, model: KnownModel, version: Version, h0: Array
     ) -> Array:
-        try:
-            _, params = await self._catalog.params(model, version)
-        except (NotFound, FailedPrecondition) as error:
-            raise replay_window_passed(op.chunk_seq) from error
+        _, params = await self._catalog.params(model, version)
         return np.array((await self._run_alone(params, op.xs, h0)).hs)
 
     async def _run_alone(self, params: Params, xs: Array, h0: Array) -> Tape:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -52,7 +53,8 @@ def check_epoch(named: int, present: int, chunk_seq: int) -> None:
     """
     if named < present:
         text = (
-            f"epoch {named} was ended by a reset, set_state or new open; the present is {present}"
+            f"another writer uses this session: epoch {named} was ended by a reset, set_state or "
+            f"new open; the present is {present}"
         )
         raise Aborted("EPOCH_FENCED", text, epoch=present, chunk_seq=chunk_seq)
     if named > present:
@@ -67,11 +69,12 @@ def session_absent(session_id: str, absent: AbsentSession) -> NotFound:
         Absence.EXPIRED: "the session has expired",
         Absence.CLOSED: "the session was closed",
     }
-    return NotFound(
-        absent.why.value,
-        f"session {quoted(session_id)}: {texts[absent.why]}",
-        session_id=session_id,
-    )
+    text = f"session {quoted(session_id)}: {texts[absent.why]}"
+    if not absent.expired_at_ms:
+        return NotFound(absent.why.value, text, session_id=session_id)
+    at = datetime.fromtimestamp(absent.expired_at_ms / 1000, UTC).isoformat(timespec="milliseconds")
+    text = f"{text}, at the latest at {at}"
+    return NotFound(absent.why.value, text, session_id=session_id, expired_at=at)
 
 
 def seq_gap(last: int, epoch: int) -> Aborted:
@@ -88,7 +91,8 @@ def seq_reused(chunk_seq: int) -> AlreadyExists:
     """Make the refusal of other content under a number that was used."""
     return AlreadyExists(
         "SEQ_REUSED",
-        f"chunk {chunk_seq} was already applied with different content",
+        f"chunk {chunk_seq} was already applied with different content: "
+        "another writer uses this session",
         chunk_seq=chunk_seq,
     )
 
@@ -97,15 +101,22 @@ def history_forked(chunk_seq: int) -> Aborted:
     """Make the refusal of a request that follows another history."""
     text = (
         f"the state after chunk {chunk_seq} is not the one that the token names: "
-        "another writer used this number, or writes were lost"
+        "another writer uses this session, or writes were lost"
     )
     return Aborted("HISTORY_FORKED", text, chunk_seq=chunk_seq)
 
 
-def replay_window_passed(chunk_seq: int) -> FailedPrecondition:
+def replay_window_passed(chunk_seq: int, last_seq: int) -> FailedPrecondition:
     """Make the refusal to answer again a chunk that was applied long ago."""
-    text = f"chunk {chunk_seq} was applied, but what its answer needs is not kept any more"
-    return FailedPrecondition("REPLAY_WINDOW_PASSED", text, applied=True, chunk_seq=chunk_seq)
+    text = (
+        f"chunk {chunk_seq} was applied, but what its answer needs is not kept any more; "
+        f"the last chunk is {last_seq}"
+    )
+    if last_seq > chunk_seq:
+        text += ": unless this one was sent before, another writer uses this session"
+    return FailedPrecondition(
+        "REPLAY_WINDOW_PASSED", text, applied=True, chunk_seq=chunk_seq, last_seq=last_seq
+    )
 
 
 def tape_quota(limit: int) -> ResourceExhausted:

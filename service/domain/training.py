@@ -372,7 +372,10 @@ class Training:
 
     def _refuse_contribution(self, op: Backward, model: KnownModel, outcome: CountOutcome) -> None:
         if outcome is CountOutcome.REUSED:
-            text = f"a gradient of chunk {op.chunk_seq} was counted with different content"
+            text = (
+                f"a gradient of chunk {op.chunk_seq} was counted with different content: "
+                "another writer uses this session"
+            )
             raise AlreadyExists("SEQ_REUSED", text, chunk_seq=op.chunk_seq)
         if outcome is CountOutcome.GONE:
             raise model_not_found(model.spec.model_id)

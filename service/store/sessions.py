@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from service.domain.ports import (
+    Absence,
     ChunkOutcome,
     EpochOutcome,
     SessionSnapshot,
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from service.domain.ports import (
-        Absence,
         AbsentSession,
         ChunkCommit,
         EpochStart,
@@ -34,6 +35,7 @@ ORPHAN_MS = 60_000  # a tape whose commit never came lives so long
 MARKER_MS = DAY_MS  # how much longer than its session a marker lives
 
 _READ = load_script("read_session")
+_READ_EXPIRY = load_script("read_expiry")
 _BEGIN = load_script("begin_epoch")
 _COMMIT = load_script("commit_chunks")
 _EXTEND = load_script("extend_session")
@@ -69,7 +71,7 @@ class RedisSessionStore:
         call = Call(_READ, (keys.record_key(tag), keys.marker_key(tag)), (chunk_seq,))
         answer = await self._runner.run(call)
         if len(answer) == 1:
-            return layouts.absence_from_marker(answer[0])
+            return await self._absent(tag, answer[0])
         head, expires, last, before, at = answer
         stored = layouts.state_from_bytes(last)
         if stored is None:
@@ -102,7 +104,7 @@ class RedisSessionStore:
         slot = (keys.record_key(tag), keys.marker_key(tag), keys.tape_index_key(tag))
         outcome, told = await self._runner.run(Call(_BEGIN, slot, arguments))
         if outcome == b"ABSENT":
-            return layouts.absence_from_marker(told)
+            return await self._absent(tag, told)
         return EpochOutcome(outcome.decode()), int(told)
 
     def place_of(self, tenant: str, session_id: str) -> object:
@@ -163,7 +165,7 @@ class RedisSessionStore:
             Call(_READ_TAPE, slot, (name, int(with_data)))
         )
         return TapeLook(
-            session=layouts.head_from_bytes(head) if head else layouts.absence_from_marker(marker),
+            session=layouts.head_from_bytes(head) if head else await self._absent(tag, marker),
             token=entry[17:33],
             data=tape or None,
         )
@@ -194,7 +196,7 @@ class RedisSessionStore:
         slot = (keys.record_key(tag), keys.marker_key(tag), keys.tape_index_key(tag))
         head, marker, *tapes = await self._runner.run(Call(_LIST_TAPES, slot, ()))
         if not head:
-            return layouts.absence_from_marker(marker), []
+            return await self._absent(tag, marker), []
         return layouts.head_from_bytes(head), [
             layouts.waiting_tape_from_bytes(tape) for tape in sorted(tapes)
         ]
@@ -232,6 +234,14 @@ class RedisSessionStore:
         call = Call(_LIST, (keys.tenant_sessions_key(tenant),), (position, name, page_size))
         flat = [part.decode() for part in await self._runner.run(call)]
         return list(zip(flat[::2], flat[1::2], strict=True))
+
+    async def _absent(self, tag: bytes, marker: bytes) -> AbsentSession:
+        """Tell from its marker why a session is not there, and since when if it has expired."""
+        absent = layouts.absence_from_marker(marker)
+        if absent.why is not Absence.EXPIRED:
+            return absent
+        expired = await self._runner.run(Call(_READ_EXPIRY, (keys.marker_key(tag),), (MARKER_MS,)))
+        return replace(absent, expired_at_ms=int(expired))
 
     def _grouped(self, commits: Sequence[ChunkCommit]) -> list[Sequence[ChunkCommit]]:
         """Tell which commits go in one call: all, unless one script may see one slot only."""

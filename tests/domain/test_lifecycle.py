@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -689,3 +690,37 @@ async def test_a_reset_that_another_one_overtakes_was_made_all_the_same(
     assert (view.chunk_seq, replayed) == (0, False)
     late = await refusal(client.forward(np.zeros((ROWS, 1, INPUTS), np.float32), epoch=view.epoch))
     assert late.reason == "EPOCH_FENCED"
+
+
+async def test_an_expired_session_says_since_when(
+    replicas: Pair, tenant: str, make_model: ModelMaker, open_session: ClientMaker, raw: Redis
+) -> None:
+    """At the latest at the time that its marker tells, by the store's clock."""
+    await make_model()
+    await open_session()
+    seconds, _ = await raw.time()
+    await raw.pexpire(keys.session_tag(tenant, "s"), 0)
+    told = await refusal(replicas[0].sessions.get(tenant, "s"))
+    assert told.reason == "SESSION_EXPIRED"
+    at = datetime.fromisoformat(told.metadata["expired_at"]).timestamp()
+    assert seconds <= at <= seconds + 10
+
+
+async def test_two_writers_of_a_session_are_told_so(
+    tenant: str, make_model: ModelMaker, open_session: ClientMaker, rng: np.random.Generator
+) -> None:
+    """Whatever the slower one is refused with, its message names the reason."""
+    await make_model()
+    client = await open_session()
+    for _ in range(8):
+        await client.forward(draw(rng))
+    reused = await refusal(client.forward(draw(rng), chunk_seq=8, previous_token=b""))
+    passed = await refusal(client.forward(draw(rng), chunk_seq=1, previous_token=b""))
+    forked = await refusal(client.forward(draw(rng), previous_token=b"x" * 16))
+    client.epoch -= 1
+    fenced = await refusal(client.forward(draw(rng), chunk_seq=9))
+    reasons = [told.reason for told in (reused, passed, forked, fenced)]
+    assert reasons == ["SEQ_REUSED", "REPLAY_WINDOW_PASSED", "HISTORY_FORKED", "EPOCH_FENCED"]
+    assert passed.metadata["last_seq"] == "8"
+    for told in (reused, passed, forked, fenced):
+        assert "another writer uses this session" in told.message

@@ -469,4 +469,6 @@ class SessionCore(SessionPlace):
                 metadata={"epoch": str(stored[0]), "expected_seq": str(stored[1] + 1)},
             )
         if stored == mine and session.state_token != self.state_token:
-            raise errors.HistoryForked("another writer has applied other chunks to this session")
+            raise errors.HistoryForked(
+                "another writer uses this session: it has applied other chunks"
+            )
