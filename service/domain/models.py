@@ -37,6 +37,7 @@ from service.domain.refusals import (
 )
 from service.domain.types import (
     DIGEST_BYTES,
+    InitialWeights,
     ModelView,
     Version,
 )
@@ -51,7 +52,6 @@ if TYPE_CHECKING:
     from service.domain.ports import ModelStore, UpdateLook
     from service.domain.types import (
         Checkpoint,
-        InitialWeights,
         ModelSpec,
     )
     from service.settings import Limits
@@ -84,11 +84,24 @@ class Models:
         self, tenant: str, spec: ModelSpec, first: InitialWeights, request_id: str
     ) -> tuple[ModelView, bool]:
         """Create a model; tell whether an earlier try of this request had created it."""
+        self.check_size(spec)
+        return await self._carrier.carry(self._create_in_turn(tenant, spec, first, request_id))
+
+    async def import_model(
+        self, tenant: str, spec: ModelSpec, data: bytes, request_id: str
+    ) -> tuple[ModelView, bool]:
+        """Create a model from a safetensors file, as `create` does."""
+        params, moments = await self._scheduler.run(len(data), weights.from_safetensors, spec, data)
+        first = InitialWeights(given=params, moments=moments)
+        return await self.create(tenant, spec, first, request_id)
+
+    def check_size(self, spec: ModelSpec) -> int:
+        """Refuse a model whose own step could not fit; return the most bytes that its file can need."""
         for name, least, limit in self._least_sizes(spec):
             if least > limit:
                 text = f"{name} would need {least} bytes, over the limit of {limit}"
                 raise bad_field("spec.hidden_size", text)
-        return await self._carrier.carry(self._create_in_turn(tenant, spec, first, request_id))
+        return weights.file_bytes_limit(spec)
 
     async def _create_in_turn(
         self, tenant: str, spec: ModelSpec, first: InitialWeights, request_id: str
@@ -104,7 +117,7 @@ class Models:
         work = weights.spec_bytes(spec)  # bytes drawn or checked stand for the work
         params = await self._scheduler.run(work, _first_params, spec, first)
         data = weights.params_to_blob(params)
-        moments = weights.moments_to_blob(init_moments(spec.optimizer, params))
+        moments = weights.moments_to_blob(first.moments or init_moments(spec.optimizer, params))
         version = Version(1, weights.version_digest(data, moments))
         incarnation = secrets.token_bytes(DIGEST_BYTES)
         stored_spec = weights.spec_to_bytes(spec)

@@ -11,7 +11,7 @@ from enum import Enum, IntEnum
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from rnn_engine import Array, Grads, Params
+    from rnn_engine import Array, Grads, Moments, Params
     from rnn_engine.optimizers import Optimizer
 
 DIGEST_BYTES = 16
@@ -285,3 +285,6 @@ class InitialWeights:
 
     seed: int = 0
     given: Params | None = field(default=None)
+    moments: Moments | None = field(
+        default=None
+    )  # of the given ones; None: the optimizer starts anew

@@ -25,6 +25,7 @@ from timernn.v1 import model_service_pb2 as pb
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from service.domain.errors import InvalidArgument
     from service.domain.models import Models
     from service.rpc.gate import Call
     from service.rpc.server_info import ServerInfo
@@ -51,6 +52,24 @@ class ModelService:
         request_id = check_request_id("request_id", request.request_id)
         view, replayed = await self.models.create(call.tenant, spec, weights, request_id)
         return pb.CreateModelResponse(model=model_to_proto(view), replayed=replayed)
+
+    async def import_model(
+        self, call: Call, requests: AsyncIterator[pb.ImportModelRequest]
+    ) -> pb.ImportModelResponse:
+        """Create a model from a file."""
+        first = await anext(requests, None)
+        if first is None or not first.HasField("header"):
+            raise _header_required()
+        spec = spec_from_proto(first.header.spec, self.info.limits)
+        request_id = check_request_id("request_id", first.header.request_id, required=True)
+        total_bytes = check_size("total_bytes", first.header.total_bytes, 1 << 62)
+        limit = self.models.check_size(spec)
+        if total_bytes > limit:
+            raise message_too_large("weights file", total_bytes, limit)
+        call.ticket.reserve(total_bytes)
+        data = await _collect(requests, total_bytes)
+        view, replayed = await self.models.import_model(call.tenant, spec, data, request_id)
+        return pb.ImportModelResponse(model=model_to_proto(view), replayed=replayed)
 
     async def get_model(self, call: Call, request: pb.GetModelRequest) -> pb.GetModelResponse:
         """Return one model."""
@@ -188,11 +207,18 @@ class ModelService:
 async def _header(requests: AsyncIterator[pb.PutWeightsRequest]) -> pb.PutWeightsHeader:
     first = await anext(requests, None)
     if first is None or not first.HasField("header"):
-        raise bad_field("header", "required in the first message")
+        raise _header_required()
     return first.header
 
 
-async def _collect(requests: AsyncIterator[pb.PutWeightsRequest], total_bytes: int) -> bytes:
+def _header_required() -> InvalidArgument:
+    return bad_field("header", "required in the first message")
+
+
+async def _collect(
+    requests: AsyncIterator[pb.PutWeightsRequest] | AsyncIterator[pb.ImportModelRequest],
+    total_bytes: int,
+) -> bytes:
     """Return the file from the parts that follow the header."""
     parts: list[bytes] = []
     size = 0

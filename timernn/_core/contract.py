@@ -48,6 +48,8 @@ _MODEL, _SESSION, _RNN = "ModelService", "SessionService", "TimeRnnService"
 
 CREATE_MODEL: Rpc[model_pb.CreateModelRequest, model_pb.CreateModelResponse]
 CREATE_MODEL = _rpc(_MODEL, "CreateModel", model_pb)
+IMPORT_MODEL: Rpc[model_pb.ImportModelRequest, model_pb.ImportModelResponse]
+IMPORT_MODEL = _rpc(_MODEL, "ImportModel", model_pb)
 GET_MODEL: Rpc[model_pb.GetModelRequest, model_pb.GetModelResponse]
 GET_MODEL = _rpc(_MODEL, "GetModel", model_pb)
 LIST_MODELS: Rpc[model_pb.ListModelsRequest, model_pb.ListModelsResponse]

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
         Weights,
     )
 
+_UNARY_BYTES = 15 << 20  # of weights fit a message of 16 MiB; more go in parts
 _DTYPES = {"float32": tensor_pb.D_TYPE_FLOAT32, "float64": tensor_pb.D_TYPE_FLOAT64}
 
 
@@ -125,17 +126,26 @@ class ModelsCore:
             optimizer=None if optimizer is None else optimizer_to_proto(optimizer),
         )
         request = model_pb.CreateModelRequest(spec=spec, request_id=new_request_id())
+        creating: Op[Any] = self.caller.call(contract.CREATE_MODEL, request)
         if Wx is None and Wh is None and b is None:
             request.seed = 0 if seed is None else seed
         elif Wx is None or Wh is None or b is None or seed is not None:
             raise errors.BadField("weights: expected a seed alone, or all of Wx, Wh and b")
         else:
             D, H = input_size, hidden_size
-            request.given.wx.CopyFrom(given(Wx, "Wx", dtype, (D, H)))
-            request.given.wh.CopyFrom(given(Wh, "Wh", dtype, (H, H)))
-            request.given.b.CopyFrom(given(b, "b", dtype, (H,)))
+            arrays = (
+                array_from_caller(Wx, "Wx", dtype, (D, H)),
+                array_from_caller(Wh, "Wh", dtype, (H, H)),
+                array_from_caller(b, "b", dtype, (H,)),
+            )
+            if sum(array.nbytes for array in arrays) > _UNARY_BYTES:
+                creating = self._import(spec, weights_to_file(*arrays), request.request_id)
+            else:
+                named = (request.given.wx, request.given.wh, request.given.b)
+                for message, array in zip(named, arrays, strict=True):
+                    message.CopyFrom(tensor_to_proto(array))
         try:
-            answer = yield from self.caller.call(contract.CREATE_MODEL, request)
+            answer = yield from creating
         except errors.ModelExists as error:
             # A server that does not compare says nothing of a difference: then the error stands.
             if not exist_ok or error.metadata.get("difference") != "":
@@ -350,6 +360,18 @@ class ModelsCore:
         if version is None:
             self.note_version(model_id, found)
         return data, found
+
+    def _import(self, spec: model_pb.ModelSpec, data: bytes, request_id: str) -> Op[Any]:
+        """Create a model from a file that goes in parts."""
+        # What answers it is there: the time that the file takes is not the time to connect.
+        yield from self.caller.call(contract.GET_SERVER_INFO, model_pb.GetServerInfoRequest())
+        header = model_pb.ImportModelHeader(spec=spec, request_id=request_id, total_bytes=len(data))
+        requests = [model_pb.ImportModelRequest(header=header)]
+        requests += [model_pb.ImportModelRequest(data=part) for part in parts(data)]
+        answer = yield from self.caller.attempts(
+            lambda address, timeout: Upload(contract.IMPORT_MODEL, requests, address, timeout)
+        )
+        return answer
 
     def _upload(self, model_id: str, data: bytes, expected: Version | None) -> Op[Version]:
         header = model_pb.PutWeightsHeader(

@@ -758,6 +758,98 @@ class GetWeightsResponse(_message.Message):
 Global___GetWeightsResponse: _TypeAlias = GetWeightsResponse  # noqa: Y015
 
 @_typing.final
+class ImportModelHeader(_message.Message):
+    """The model that ImportModel makes of the file that follows."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SPEC_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """Required. Makes a retry safe: the same id and content returns the first answer. At most 128 bytes."""
+    total_bytes: _builtins.int
+    """Required. Size of the whole file in bytes."""
+    @_builtins.property
+    def spec(self) -> Global___ModelSpec:
+        """Required. What the model is."""
+
+    def __init__(
+        self,
+        *,
+        spec: Global___ModelSpec | None = ...,
+        request_id: _builtins.str = ...,
+        total_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "spec", b"spec", "total_bytes", b"total_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImportModelHeader: _TypeAlias = ImportModelHeader  # noqa: Y015
+
+@_typing.final
+class ImportModelRequest(_message.Message):
+    """One part of an upload: first the header, then the bytes of the file."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HEADER_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    data: _builtins.bytes
+    """The next bytes of a safetensors file with the tensors Wx, Wh and b and, if they are to be
+    kept, the moments; without moments the optimizer starts anew.
+    """
+    @_builtins.property
+    def header(self) -> Global___ImportModelHeader:
+        """The first message."""
+
+    def __init__(
+        self,
+        *,
+        header: Global___ImportModelHeader | None = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "header", b"header", "part", b"part"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "header", b"header", "part", b"part"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["header", "data"]  # noqa: Y015
+    _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
+
+Global___ImportModelRequest: _TypeAlias = ImportModelRequest  # noqa: Y015
+
+@_typing.final
+class ImportModelResponse(_message.Message):
+    """The model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    REPLAYED_FIELD_NUMBER: _builtins.int
+    replayed: _builtins.bool
+    """Output only. Whether an earlier try of this request had created it."""
+    @_builtins.property
+    def model(self) -> Global___Model:
+        """Output only. The model."""
+
+    def __init__(
+        self,
+        *,
+        model: Global___Model | None = ...,
+        replayed: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "replayed", b"replayed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImportModelResponse: _TypeAlias = ImportModelResponse  # noqa: Y015
+
+@_typing.final
 class PutWeightsHeader(_message.Message):
     """What PutWeights does with the file that follows."""
 

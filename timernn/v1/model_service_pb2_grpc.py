@@ -40,6 +40,11 @@ class ModelServiceStub(object):
                 request_serializer=timernn_dot_v1_dot_model__service__pb2.CreateModelRequest.SerializeToString,
                 response_deserializer=timernn_dot_v1_dot_model__service__pb2.CreateModelResponse.FromString,
                 _registered_method=True)
+        self.ImportModel = channel.stream_unary(
+                '/timernn.v1.ModelService/ImportModel',
+                request_serializer=timernn_dot_v1_dot_model__service__pb2.ImportModelRequest.SerializeToString,
+                response_deserializer=timernn_dot_v1_dot_model__service__pb2.ImportModelResponse.FromString,
+                _registered_method=True)
         self.GetModel = channel.unary_unary(
                 '/timernn.v1.ModelService/GetModel',
                 request_serializer=timernn_dot_v1_dot_model__service__pb2.GetModelRequest.SerializeToString,
@@ -105,6 +110,14 @@ class ModelServiceServicer(object):
         """Creates a model with weights drawn from a seed or given. A retry with the same request_id
         returns the first answer. A name that is taken is MODEL_EXISTS, whose metadata says in "difference" what
         of input_size, hidden_size, dtype and optimizer is otherwise there, separated by commas; empty: nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ImportModel(self, request_iterator, context):
+        """Creates a model with weights of any size that the limits allow: a safetensors file in parts. The model is
+        there once all of it has come, with its weights as version 1; until then MODEL_NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -196,6 +209,11 @@ def add_ModelServiceServicer_to_server(servicer, server):
                     request_deserializer=timernn_dot_v1_dot_model__service__pb2.CreateModelRequest.FromString,
                     response_serializer=timernn_dot_v1_dot_model__service__pb2.CreateModelResponse.SerializeToString,
             ),
+            'ImportModel': grpc.stream_unary_rpc_method_handler(
+                    servicer.ImportModel,
+                    request_deserializer=timernn_dot_v1_dot_model__service__pb2.ImportModelRequest.FromString,
+                    response_serializer=timernn_dot_v1_dot_model__service__pb2.ImportModelResponse.SerializeToString,
+            ),
             'GetModel': grpc.unary_unary_rpc_method_handler(
                     servicer.GetModel,
                     request_deserializer=timernn_dot_v1_dot_model__service__pb2.GetModelRequest.FromString,
@@ -280,6 +298,33 @@ class ModelService(object):
             '/timernn.v1.ModelService/CreateModel',
             timernn_dot_v1_dot_model__service__pb2.CreateModelRequest.SerializeToString,
             timernn_dot_v1_dot_model__service__pb2.CreateModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ImportModel(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/timernn.v1.ModelService/ImportModel',
+            timernn_dot_v1_dot_model__service__pb2.ImportModelRequest.SerializeToString,
+            timernn_dot_v1_dot_model__service__pb2.ImportModelResponse.FromString,
             options,
             channel_credentials,
             insecure,

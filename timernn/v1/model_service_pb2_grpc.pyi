@@ -38,6 +38,10 @@ class ModelServiceStub:
     returns the first answer. A name that is taken is MODEL_EXISTS, whose metadata says in "difference" what
     of input_size, hidden_size, dtype and optimizer is otherwise there, separated by commas; empty: nothing.
     """
+    ImportModel: _grpc.StreamUnaryMultiCallable[_model_service_pb2.ImportModelRequest, _model_service_pb2.ImportModelResponse]
+    """Creates a model with weights of any size that the limits allow: a safetensors file in parts. The model is
+    there once all of it has come, with its weights as version 1; until then MODEL_NOT_FOUND.
+    """
     GetModel: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.GetModelRequest, _model_service_pb2.GetModelResponse]
     """Returns one model."""
     ListModels: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.ListModelsRequest, _model_service_pb2.ListModelsResponse]
@@ -72,6 +76,10 @@ class ModelServiceAsyncStub(ModelServiceStub):
     """Creates a model with weights drawn from a seed or given. A retry with the same request_id
     returns the first answer. A name that is taken is MODEL_EXISTS, whose metadata says in "difference" what
     of input_size, hidden_size, dtype and optimizer is otherwise there, separated by commas; empty: nothing.
+    """
+    ImportModel: _aio.StreamUnaryMultiCallable[_model_service_pb2.ImportModelRequest, _model_service_pb2.ImportModelResponse]  # type: ignore[assignment]
+    """Creates a model with weights of any size that the limits allow: a safetensors file in parts. The model is
+    there once all of it has come, with its weights as version 1; until then MODEL_NOT_FOUND.
     """
     GetModel: _aio.UnaryUnaryMultiCallable[_model_service_pb2.GetModelRequest, _model_service_pb2.GetModelResponse]  # type: ignore[assignment]
     """Returns one model."""
@@ -110,6 +118,16 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         """Creates a model with weights drawn from a seed or given. A retry with the same request_id
         returns the first answer. A name that is taken is MODEL_EXISTS, whose metadata says in "difference" what
         of input_size, hidden_size, dtype and optimizer is otherwise there, separated by commas; empty: nothing.
+        """
+
+    @_abc_1.abstractmethod
+    def ImportModel(
+        self,
+        request_iterator: _MaybeAsyncIterator[_model_service_pb2.ImportModelRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_service_pb2.ImportModelResponse, _abc.Awaitable[_model_service_pb2.ImportModelResponse]]:
+        """Creates a model with weights of any size that the limits allow: a safetensors file in parts. The model is
+        there once all of it has come, with its weights as version 1; until then MODEL_NOT_FOUND.
         """
 
     @_abc_1.abstractmethod
