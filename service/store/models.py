@@ -105,8 +105,10 @@ class RedisModelStore:
             except ResourceExhausted:
                 await self._give_back_name(tenant, model_id)
                 raise
-            # Another creation of this name, refused, may have given the place back meanwhile.
-            await self._runner.run_commands([("ZADD", names, 0, model_id)])
+            # Another creation of this name, refused, may have given the place back meanwhile. The model is
+            # there whatever becomes of this.
+            with suppress(*STORE_FAILURES):
+                await self._runner.run_commands([("ZADD", names, 0, model_id)])
         return CreateOutcome(answer.decode())
 
     async def read_model(self, tenant: str, model_id: str) -> ModelRecord | None:

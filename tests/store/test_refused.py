@@ -13,9 +13,11 @@ from redis.asyncio import Redis
 
 from instruments.replicas import Client, draw, open_on, refusal, start_replica
 from rnn_engine import Adam
-from service.domain.types import InitialWeights, ModelSpec, NewEpoch
+from service.domain.types import InitialWeights, ModelSpec, NewEpoch, OnExists
 from service.settings import MIB, Limits
+from service.store import keys
 from service.store.embedded import EmbeddedStore
+from service.store.scripts import load_script
 from tests.store.test_runner import started
 
 if TYPE_CHECKING:
@@ -236,3 +238,78 @@ async def test_what_was_lost_once_is_not_made_known_by_a_refusal(
     assert (await refusal(client.update("m", "u"))).reason == "UNKNOWN_OUTCOME"
     assert (await client.update("m", "u")).replayed
     await replica.close()
+
+
+def refuse_the_list(replica: Replica, raw: Redis) -> None:
+    """Let the store be full whenever a replica tells it of a tenant's sessions."""
+    link: Any = replica.store._client
+    round_trip, sha = link.round_trip, load_script("reserve_session").sha
+
+    async def refuse(commands: Any) -> Any:
+        is_list = any(sha in command for command in commands)
+        await raw.config_set("maxmemory", int(is_list))
+        try:
+            return await round_trip(commands)
+        finally:
+            await raw.config_set("maxmemory", 0)
+
+    link.round_trip = refuse
+
+
+async def listed(replica: Replica) -> list[str]:
+    """Name the sessions on the tenant's list."""
+    await replica.recurrence.drain()
+    views, _ = await replica.sessions.list_page("t", "", 10, "")
+    return sorted(view.session_id for view in views)
+
+
+async def test_an_epoch_that_began_is_reported_though_the_list_could_not_be_told(
+    own: EmbeddedStore, raw: Redis, rng: np.random.Generator
+) -> None:
+    """set_state is answered; the next chunk brings the list up to date, above the quota too."""
+    replica = await start_replica(own.url, Limits(sessions_per_tenant=1))
+    await replica.models.create("t", ModelSpec("m", 3, 4, "float32", Adam()), InitialWeights(), "")
+    await open_on(replica, "t")
+    await raw.delete(keys.tenant_sessions_key("t"))
+    refuse_the_list(replica, raw)
+    view, _ = await replica.sessions.begin_epoch("t", RESET)
+    assert await listed(replica) == []
+    link: Any = replica.store._client
+    del link.round_trip
+    await open_on(replica, "t", "other")
+    client = Client([replica], "t", "s", view.epoch)
+    assert (await client.forward(draw(rng))).chunk_seq == 1
+    assert await listed(replica) == ["other", "s"]
+    await replica.close()
+
+
+async def test_a_longer_life_is_told_to_the_list_by_any_replicas_next_chunk(
+    pair: tuple[Replica, Replica, Client], raw: Redis, rng: np.random.Generator
+) -> None:
+    """Opened with RESET and another ttl where the list takes nothing; another replica's chunk tells it."""
+    one, two, _ = pair
+    refuse_the_list(one, raw)
+    opened = await open_on(one, "t", on_exists=OnExists.RESET, ttl_ms=7_200_000)
+    before = await raw.zscore(keys.tenant_sessions_key("t"), "s")
+    await Client([two], "t", "s", opened.session.epoch).forward(draw(rng))
+    await two.recurrence.drain()
+    after = await raw.zscore(keys.tenant_sessions_key("t"), "s")
+    assert before is not None
+    assert after is not None
+    assert after - before > 3_600_000
+
+
+async def test_a_live_session_is_resumed_and_a_lost_answer_asked_for_on_a_full_store(
+    pair: tuple[Replica, Replica, Client], raw: Redis
+) -> None:
+    """Open with RESUME, and one that is sent again, need no room; a new session has none."""
+    one, two, _ = pair
+    again = {"session_id": "again", "request_id": "r"}
+    first = await open_on(one, "t", **again)
+    await raw.config_set("maxmemory", 1)
+    resumed = await open_on(two, "t", on_exists=OnExists.RESUME)
+    assert resumed.resumed
+    replayed = await open_on(two, "t", **again)
+    assert (replayed.replayed, replayed.session.epoch) == (True, first.session.epoch)
+    assert (await refusal(open_on(two, "t", "fresh"))).reason == "STORE_FULL"
+    assert (await refusal(open_on(two, "t"))).reason == "SESSION_EXISTS"
