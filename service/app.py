@@ -14,7 +14,6 @@ import logging
 import os
 import secrets
 import signal
-import socket
 import sys
 import time
 from dataclasses import replace
@@ -35,6 +34,7 @@ from service.domain.sessions import Sessions
 from service.domain.tapes import RecentTapes
 from service.domain.training import Training
 from service.failpoints import FailpointError, Failpoints
+from service.ports import try_to_bind
 from service.rpc.server import Domain, RpcServer
 from service.rpc.server_info import ServerInfo
 from service.rpc.stream import StreamRules
@@ -235,28 +235,11 @@ async def _listen(server: RpcServer, settings: Settings) -> str:
     """Open the port; say in one line why it cannot be opened."""
     listen = settings.listen
     try:
-        _try_to_bind(listen, is_shared=settings.supervised)
+        try_to_bind(listen, is_shared=settings.supervised)
         return await server.start(listen)
     except OSError as error:
         reason = error.strerror or "the address cannot be bound"
         raise StartError(f"cannot listen on {listen}: {reason}") from error
-
-
-def _try_to_bind(listen: str, *, is_shared: bool) -> None:
-    """Bind and let go again: gRPC itself tells no reason, and fills the log with where it failed."""
-    if listen.startswith("unix:"):
-        return
-    host, _, port = listen.rpartition(":")
-    host = host.strip("[]")
-    if not host or not port.isdecimal() or int(port) > 65535:
-        raise StartError(f"--listen: expected HOST:PORT, got {listen!r}")
-    for family, kind, number, _, address in socket.getaddrinfo(
-        host, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    ):
-        with socket.socket(family, kind, number) as probe:
-            option = socket.SO_REUSEPORT if is_shared else socket.SO_REUSEADDR
-            probe.setsockopt(socket.SOL_SOCKET, option, 1)
-            probe.bind(address)
 
 
 async def _watch_store(server: RpcServer, store: Store, embedded: EmbeddedStore | None) -> None:

@@ -14,11 +14,11 @@ import contextlib
 import logging
 import os
 import signal
-import socket
 import sys
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Final
 
+from service.ports import shared_port
 from service.settings import Limits, Settings
 from service.store.embedded import EmbeddedStore, EmbeddedStoreError
 
@@ -154,18 +154,12 @@ async def _all_ready(workers: list[_Worker]) -> None:
 
 @contextlib.contextmanager
 def _port(listen: str) -> Iterator[str]:
-    """Hold a port for the workers without listening on it; yield the address with its number."""
+    """Hold a port for the workers; yield the address with its number."""
     if listen.startswith("unix:"):
         raise WorkerError("--workers: processes share a TCP port, not a unix socket")
-    host, _, port = listen.rpartition(":")
     try:
-        family, kind, number, _, address = socket.getaddrinfo(
-            host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        with socket.socket(family, kind, number) as held:
-            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            held.bind(address)
-            yield f"{host}:{held.getsockname()[1]}"
+        with shared_port(listen) as address:
+            yield address
     except OSError as error:
         raise WorkerError(f"cannot listen on {listen}: {error.strerror}") from error
 

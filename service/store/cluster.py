@@ -9,6 +9,7 @@ send to one node, and ASKING goes right before its command.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import time
 from typing import TYPE_CHECKING, Any
@@ -105,10 +106,22 @@ class ClusterRouter:
             self._renewing = asyncio.create_task(self.refresh())
             self._renewing.add_done_callback(lambda done: done.cancelled() or done.exception())
 
-    async def primaries(self) -> list[StoreClient]:
-        """Return a client of each node that serves slots, after a fresh look."""
+    async def primaries(self, key: Callable[[int], bytes]) -> list[tuple[StoreClient, bytes]]:
+        """Return a client of each node that serves slots, after a fresh look, and a key that is there.
+
+        Args:
+            key: Makes a key of a number; numbers are tried until each node has one.
+        """
         await self.refresh(is_forced=True)
-        return [self._client(node) for node in sorted(set(self._slots.values()))]
+        wanted = set(self._slots.values())
+        found: dict[Node, bytes] = {}
+        for name in map(key, itertools.count()):
+            node = self._slots.get(key_slot(name))
+            if node:
+                found.setdefault(node, name)
+            if len(found) == len(wanted):
+                return [(self._client(node), found[node]) for node in sorted(found)]
+        raise AssertionError("numbers do not end")
 
     async def aclose(self) -> None:
         """Close all connections."""

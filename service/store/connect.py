@@ -7,16 +7,24 @@ from typing import TYPE_CHECKING, Any
 
 from redis import exceptions as redis_errors
 
+from service.store import keys
+from service.store.addresses import parse_store_url
 from service.store.cluster import ClusterRouter
 from service.store.failures import as_domain_error
-from service.store.links import StoreClient
 from service.store.models import RedisModelStore
-from service.store.scripts import ScriptRunner
+from service.store.permissions import commands_for, keys_for
+from service.store.scripts import ScriptRunner, load_script
 from service.store.sessions import RedisSessionStore
 from service.store.urls import OneMasterPool, connect
 
 if TYPE_CHECKING:
     from service.settings import Settings
+    from service.store.addresses import StoreAddress
+    from service.store.links import StoreClient
+
+
+CHECK_KEY_MS = 10_000
+_MISSING_RIGHTS = load_script("missing_rights")
 
 
 class UnfitStoreError(Exception):
@@ -29,37 +37,55 @@ class Store:
 
     sessions: RedisSessionStore
     models: RedisModelStore
+    address: StoreAddress
     _client: StoreClient | ClusterRouter
     _needs_replica: bool = False
 
     async def check(self) -> None:
-        """Make sure that every primary takes writes and evicts nothing.
+        """Make sure that every primary takes writes and evicts nothing; a full one is not unfit.
+
+        Each is written to: no list of what a server may hold against writes is complete.
 
         Raises:
             UnfitStoreError: If it may drop sessions by itself, or refuses to write.
             Unavailable: If it cannot be reached.
         """
         try:
-            infos = await self._primaries()
+            client = self._client
+            if isinstance(client, ClusterRouter):
+                nodes = await client.primaries(keys.check_key)
+            else:
+                nodes = [(client, keys.check_key(0))]
+                if isinstance(client.connection_pool, OneMasterPool):
+                    await client.connection_pool.follow()
+            for node, key in nodes:
+                await self._check_primary(node, key)
         except (redis_errors.RedisError, OSError) as error:
             raise as_domain_error(error) from error
-        for info in infos:
-            _check_primary(info)
-            if self._needs_replica and not info.get("connected_slaves"):
-                raise UnfitStoreError("durability is 'replica' and no replica is connected")
 
     async def close(self) -> None:
         """Close all connections."""
         await self._client.aclose()
 
-    async def _primaries(self) -> list[dict[str, Any]]:
-        """Read what each primary tells of its memory, its role and its file."""
-        client = self._client
-        sections = ("memory", "replication", "persistence")
-        if isinstance(client, StoreClient) and isinstance(client.connection_pool, OneMasterPool):
-            await client.connection_pool.follow()
-        nodes = await client.primaries() if isinstance(client, ClusterRouter) else [client]
-        return [await node.info(*sections) for node in nodes]
+    async def _check_primary(self, node: StoreClient, key: bytes) -> None:
+        """Ask one primary what it tells of itself, what its user may do, and for a small write."""
+        patterns = [
+            pattern.replace("*", "check}") for pattern in keys_for(waits=self._needs_replica)
+        ]
+        commands = commands_for(self.address, waits=self._needs_replica)
+        trip: Any = node.pipeline(transaction=False)
+        trip.eval(_MISSING_RIGHTS.text, 0, len(patterns), *patterns, *commands)
+        trip.info("memory", "replication", "persistence")
+        trip.set(key, b"", px=CHECK_KEY_MS)
+        trip.pexpire(key, CHECK_KEY_MS)  # needs no memory, so it is asked of a full store as well
+        missing, info, *written = await trip.execute(raise_on_error=False)
+        _check_rights(missing)
+        if isinstance(info, Exception):
+            raise info
+        _check_facts(info)
+        _check_written(written)
+        if self._needs_replica and not info.get("connected_slaves"):
+            raise UnfitStoreError("durability is 'replica' and no replica is connected")
 
 
 async def open_store(url: str, settings: Settings) -> Store:
@@ -81,12 +107,38 @@ async def open_store(url: str, settings: Settings) -> Store:
     return Store(
         RedisSessionStore(runner, settings.limits),
         RedisModelStore(runner, settings.limits),
+        parse_store_url(url),
         client,
         settings.durability == "replica",
     )
 
 
-def _check_primary(info: dict[str, Any]) -> None:
+def _check_rights(missing: list[bytes] | Exception) -> None:
+    """Name what the store's user may not do."""
+    if isinstance(missing, redis_errors.NoPermissionError):
+        names = "eval"
+    elif isinstance(missing, Exception):
+        raise missing
+    else:
+        names = ", ".join(name.decode() for name in missing)
+    if names:
+        text = f"its user may not use {names}: see what a user needs in docs/operations.md"
+        raise UnfitStoreError(text)
+
+
+def _check_written(answers: list[object]) -> None:
+    """Take a write that was refused for want of memory for none: a full store still reads and closes."""
+    for answer in answers:
+        is_full = isinstance(answer, redis_errors.OutOfMemoryError)
+        # The slot is on its way to another node, which is asked as well.
+        is_moving = isinstance(answer, (redis_errors.AskError, redis_errors.TryAgainError))
+        if isinstance(answer, redis_errors.ResponseError) and not (is_full or is_moving):
+            raise UnfitStoreError(f"it refuses writes: {answer}")
+        if isinstance(answer, Exception) and not (is_full or is_moving):
+            raise answer
+
+
+def _check_facts(info: dict[str, Any]) -> None:
     policy = info.get("maxmemory_policy", "noeviction")
     if policy != "noeviction":
         text = f"maxmemory-policy is {policy}: sessions would be lost silently; set noeviction"

@@ -132,6 +132,11 @@ def tenant_models_key(tenant: str) -> bytes:
     return tenant_tag(tenant) + b"m"
 
 
+def check_key(number: int) -> bytes:
+    """Return a key that looks whether a store takes writes; numbers spread over the slots."""
+    return b"t{check%d}" % number
+
+
 def _digest(*parts: str) -> bytes:
     joined = b"".join(len(part.encode()).to_bytes(4, "big") + part.encode() for part in parts)
     return hashlib.sha256(joined).digest()[:TAG_BYTES]

@@ -1,0 +1,88 @@
+"""Addresses to listen on: found out to be free before gRPC takes them, and one server's alone.
+
+gRPC tells no reason when it cannot bind. It takes a unix socket over from a server that still listens on it.
+Workers share their port with SO_REUSEPORT, which lets any process of the same user join in: a second
+supervisor would get half of the first one's connections.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+UNIX = "unix:"
+
+
+def try_to_bind(listen: str, *, is_shared: bool = False) -> None:
+    """Find out whether an address can be listened on, and let go of it again.
+
+    Args:
+        listen: HOST:PORT or unix:PATH.
+        is_shared: Whether with others that share it: workers of one supervisor.
+
+    Raises:
+        OSError: If it cannot; EADDRINUSE where somebody else does.
+    """
+    if listen.startswith(UNIX):
+        _try_path(listen.removeprefix(UNIX))
+        return
+    for family, kind, number, _, address in _addresses(listen):
+        with socket.socket(family, kind, number) as probe:
+            # With SO_REUSEADDR, a port whose last server has just ended is free.
+            option = socket.SO_REUSEPORT if is_shared else socket.SO_REUSEADDR
+            probe.setsockopt(socket.SOL_SOCKET, option, 1)
+            probe.bind(address)
+
+
+@contextlib.contextmanager
+def shared_port(listen: str) -> Iterator[str]:
+    """Hold a TCP port for workers without listening on it; yield the address with its number.
+
+    Raises:
+        OSError: If anybody else listens there, be it the workers of another supervisor.
+    """
+    host = listen.rpartition(":")[0]
+    family, kind, number, _, address = _addresses(listen)[0]
+    with _claimed(listen), socket.socket(family, kind, number) as held:
+        try_to_bind(listen)
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        held.bind(address)
+        yield f"{host}:{held.getsockname()[1]}"
+
+
+@contextlib.contextmanager
+def _claimed(listen: str) -> Iterator[None]:
+    """Keep other supervisors away from before the first look at the port.
+
+    A name of Linux's abstract sockets goes with its process, however that ends, and holds where the
+    port does: in one network namespace. Elsewhere two that start in the same moment are not told apart.
+    """
+    with contextlib.ExitStack() as stack:
+        if sys.platform == "linux" and not listen.endswith(":0"):
+            name = stack.enter_context(socket.socket(socket.AF_UNIX))
+            name.bind(f"\0timernn workers on {listen}")
+        yield
+
+
+def _addresses(listen: str) -> list[tuple[int, int, int, str, tuple[object, ...]]]:
+    host, _, port = listen.rpartition(":")
+    found = socket.getaddrinfo(
+        host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )
+    return [*found]
+
+
+def _try_path(path: str) -> None:
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(path)
+        except (FileNotFoundError, ConnectionRefusedError):
+            return  # nobody listens; what an ended server left there is gRPC's to remove
+    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))

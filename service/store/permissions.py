@@ -1,0 +1,51 @@
+"""What the store's user has to be allowed; docs/operations.md has the same, and a test holds both to a run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from service.store.addresses import StoreAddress
+
+COMMANDS: Final = (
+    *("eval", "evalsha", "info"),
+    *(
+        "exists",
+        "get",
+        "getrange",
+        "persist",
+        "pexpire",
+        "pexpiretime",
+        "rename",
+        "set",
+        "setrange",
+    ),
+    *("strlen", "time", "unlink"),
+    *("hdel", "hexists", "hget", "hgetall", "hincrby", "hkeys", "hlen", "hmget", "hset"),
+    *("zadd", "zcard", "zcount", "zrange", "zrangebylex", "zrangebyscore", "zrem", "zscore"),
+)
+"""On every store."""
+DATABASE_COMMANDS: Final = ("select",)
+"""Besides, where the URL names a database other than 0."""
+CLUSTER_COMMANDS: Final = ("asking", "cluster|slots")
+"""Besides, on the nodes of a Cluster."""
+WAIT_COMMANDS: Final = ("wait",)
+"""Besides, with `--durability replica`."""
+KEY_PATTERNS: Final = ("s{*", "m{*", "t{*")
+WAIT_KEY_PATTERNS: Final = ("timernn-wait",)
+"""Besides, with `--durability replica`."""
+
+
+def commands_for(address: StoreAddress, *, waits: bool) -> tuple[str, ...]:
+    """Return the commands that are needed on the store of a URL."""
+    return (
+        *COMMANDS,
+        *(DATABASE_COMMANDS if address.database else ()),
+        *(CLUSTER_COMMANDS if address.form.endswith("cluster") else ()),
+        *(WAIT_COMMANDS if waits else ()),
+    )
+
+
+def keys_for(*, waits: bool) -> tuple[str, ...]:
+    """Return the patterns of keys that are needed."""
+    return (*KEY_PATTERNS, *(WAIT_KEY_PATTERNS if waits else ()))
