@@ -57,11 +57,16 @@ class Streamer:
     """
 
     def __init__(
-        self, addresses: Sequence[str], model_id: str, session_id: str, **options: Any
+        self,
+        addresses: Sequence[str],
+        model_id: str,
+        session_id: str,
+        ttl_s: float | None = None,
+        **options: Any,
     ) -> None:
         """Connect and open the session."""
         self.client = connect(addresses, **options)
-        self.session = self.client.session(model_id, session_id, batch_size=N)
+        self.session = self.client.session(model_id, session_id, batch_size=N, ttl=ttl_s)
         weights = self.client.get_weights(model_id)
         self.local = TimeRNN(weights.Wx, weights.Wh, weights.b, stateful=True)
         self.done = 0
