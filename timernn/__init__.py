@@ -45,6 +45,7 @@ from timernn.types import (
     Step,
     UpdateResult,
     Version,
+    Waiting,
     Weights,
 )
 
@@ -71,6 +72,7 @@ __all__ = [  # noqa: PLE0604  # the names are strings: the tree's own list
     "Step",
     "UpdateResult",
     "Version",
+    "Waiting",
     "Weights",
     "__version__",
     "aio",

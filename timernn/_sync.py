@@ -63,6 +63,7 @@ if TYPE_CHECKING:
         SessionInfo,
         UpdateResult,
         Version,
+        Waiting,
     )
 
 P = ParamSpec("P")
@@ -334,6 +335,7 @@ class Client:
         clip_norm: float = 0.0,
         reduction: Reduction = "sum",
         expected_version: Version | None = None,
+        take_waiting: bool = False,
     ) -> UpdateResult:
         op = self._core.update(
             model_id,
@@ -343,6 +345,7 @@ class Client:
             clip_norm=clip_norm,
             reduction=reduction,
             expected_version=expected_version,
+            take_waiting=take_waiting,
         )
         return _holding(_locks(sessions or ()), lambda: self._transport.run(op))
 
@@ -425,6 +428,7 @@ class Session(SessionView):
     update = _of_session(SessionCore.update)
     discard_gradients = _of_session(SessionCore.discard_gradients)
     get_state = _of_session(SessionCore.get_state)
+    get_waiting = _of_session(SessionCore.get_waiting)
     set_state = _of_session(SessionCore.set_state)
     reset_state = _of_session(SessionCore.reset_state)
     get_info = _of_session(SessionCore.get_info)
@@ -435,6 +439,11 @@ class Session(SessionView):
     def state(self) -> Array:
         """The hidden state, read from the server, shape (N, H)."""
         return self.get_state()
+
+    @property
+    def waiting(self) -> list[Waiting]:
+        """What waits of it on the server, read from there: see `get_waiting`."""
+        return self.get_waiting()
 
     @documented_by(SessionCore.fork)
     def fork(self, new_id: str | None = None, *, ttl: float | timedelta | None = None) -> Session:

@@ -71,6 +71,7 @@ if TYPE_CHECKING:
         SessionInfo,
         UpdateResult,
         Version,
+        Waiting,
     )
 
 __all__ = ["Client", "Session", "connect"]
@@ -328,6 +329,7 @@ class Client:
         clip_norm: float = 0.0,
         reduction: Reduction = "sum",
         expected_version: Version | None = None,
+        take_waiting: bool = False,
     ) -> UpdateResult:
         op = self._core.update(
             model_id,
@@ -337,6 +339,7 @@ class Client:
             clip_norm=clip_norm,
             reduction=reduction,
             expected_version=expected_version,
+            take_waiting=take_waiting,
         )
         async with AsyncExitStack() as stack:
             await _take_locks(stack, sessions or ())
@@ -426,6 +429,7 @@ class Session(SessionView):
     update = _of_session(SessionCore.update)
     discard_gradients = _of_session(SessionCore.discard_gradients)
     get_state = _of_session(SessionCore.get_state)
+    get_waiting = _of_session(SessionCore.get_waiting)
     set_state = _of_session(SessionCore.set_state)
     reset_state = _of_session(SessionCore.reset_state)
     get_info = _of_session(SessionCore.get_info)
@@ -436,6 +440,11 @@ class Session(SessionView):
     def state(self) -> Coroutine[Any, Any, Array]:
         """The hidden state, read from the server when awaited, shape (N, H)."""
         return self.get_state()
+
+    @property
+    def waiting(self) -> Coroutine[Any, Any, list[Waiting]]:
+        """What waits of it on the server, read from there when awaited: see `get_waiting`."""
+        return self.get_waiting()
 
     @documented_by(SessionCore.fork)
     async def fork(  # noqa: D102  # the core's

@@ -117,6 +117,24 @@ class Contributions:
 
 
 @dataclass(frozen=True, slots=True)
+class Waiting:
+    """What waits of one chunk of a session on the server.
+
+    Attributes:
+        epoch: The chunk's epoch.
+        chunk_seq: The chunk's number.
+        kind: "tape": its forward was applied, and its backward is to come; "contribution": its
+            backward was counted, and its update is to come.
+        token: Of a tape, 16 bytes that stand for the session's history up to this chunk.
+    """
+
+    epoch: int
+    chunk_seq: int
+    kind: Literal["tape", "contribution"]
+    token: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
 class UpdateResult:
     """What an optimizer step did.
 

@@ -246,3 +246,24 @@ async def test_a_stream_that_begins_as_its_client_is_closed_ends(stand_in: Any, 
             await asyncio.sleep(0)
     done, _ = await asyncio.wait([streaming], timeout=5)
     assert done
+
+
+async def test_a_program_started_again_takes_what_waits(
+    replicas: list[str], model_id: str, rng: np.random.Generator
+) -> None:
+    """The asyncio face lists what an earlier client left, finishes its tape and takes all in one step."""
+    chunks = [rng.normal(size=(1, 3, 3)) for _ in range(2)]
+    async with timernn.aio.connect(replicas) as killed:
+        await killed.create_model(model_id, input_size=3, hidden_size=2)
+        session = await killed.session(model_id, model_id, train=True)
+        await session.backward(await session.forward(chunks[0]))
+        hs = await session.forward(chunks[1])
+    async with timernn.aio.connect(replicas) as client:
+        await client.create_model(model_id, input_size=3, hidden_size=2, exist_ok=True)
+        again = await client.session(model_id, model_id, train=True, must_exist=True)
+        assert again.resumed
+        assert [one.kind for one in await again.waiting] == ["contribution", "tape"]
+        np.testing.assert_array_equal(await again.forward(chunks[1], chunk_seq=2), hs)
+        await again.backward(hs)
+        assert (await again.update(take_waiting=True)).number == 2
+        assert await again.waiting == []

@@ -320,6 +320,124 @@ def test_gradients_can_be_discarded(
         session.backward(hs)
 
 
+def test_a_program_started_again_takes_what_waits(
+    live: timernn.Client,
+    replicas: list[str],
+    model_id: str,
+    local: TimeRNN,
+    rng: np.random.Generator,
+) -> None:
+    """Another client of the session lists its tapes and contributions, and its update takes them."""
+    first = live.session(model_id, f"{model_id}-7", train=True)
+    first.backward(first.forward(rng.normal(size=(1, 3, D))))
+    xs = rng.normal(size=(1, 3, D))
+    hs = first.forward(xs)
+    with timernn.connect(replicas) as restarted:
+        again = restarted.session(model_id, f"{model_id}-7", train=True, must_exist=True)
+        kinds = [(one.epoch, one.chunk_seq, one.kind) for one in again.waiting]
+        assert kinds == [(first.epoch, 1, "contribution"), (first.epoch, 2, "tape")]
+        assert again.waiting[1].token == restarted.get_session(first.session_id).state_token
+        with pytest.raises(timernn.NoGradients, match="take_waiting"):
+            again.update()
+        np.testing.assert_array_equal(again.forward(xs, chunk_seq=2), hs)
+        again.backward(hs)
+        again.update(take_waiting=True)
+        assert again.last_update is not None
+        assert again.last_update.contribution_count == 2
+        assert again.waiting == []
+        with pytest.raises(timernn.NoGradients):
+            again.update(take_waiting=True)
+
+
+def test_several_sessions_take_what_waits(
+    live: timernn.Client,
+    replicas: list[str],
+    model_id: str,
+    local: TimeRNN,
+    rng: np.random.Generator,
+) -> None:
+    """One step over the sessions of a program that ended; nobody else's contribution is in it."""
+    names = [f"{model_id}-{i}" for i in range(3)]
+    for name in names:
+        session = live.session(model_id, name, train=True)
+        session.backward(session.forward(rng.normal(size=(1, 3, D))))
+    with timernn.connect(replicas) as restarted:
+        sessions = [restarted.session(model_id, name, train=True) for name in names[:2]]
+        taken = restarted.update(model_id, sessions=sessions, take_waiting=True)
+        assert taken.contribution_count == 2
+        assert restarted.get_model(model_id).waiting_contribution_count == 1
+
+
+def test_a_step_sent_again_by_a_program_started_again_is_made_once(
+    live: timernn.Client,
+    replicas: list[str],
+    model_id: str,
+    local: TimeRNN,
+    rng: np.random.Generator,
+) -> None:
+    """All of it again, with the same data and numbers: the same answers, and no second step."""
+    steps = [rng.normal(size=(1, 3, D)) for _ in range(3)]
+    first = live.session(model_id, f"{model_id}-7", train=True)
+    for xs in steps[:2]:
+        hs = first.forward(xs)
+        dxs = first.backward(hs)
+        before, made = live.get_model(model_id).head, first.update()
+    with timernn.connect(replicas) as restarted:
+        again = restarted.session(model_id, f"{model_id}-7", train=True)
+        # The program had read the head before the step of the killed one came through.
+        restarted._core.set_known(model_id, before)
+        np.testing.assert_array_equal(again.forward(steps[1], chunk_seq=2), hs)
+        np.testing.assert_array_equal(again.backward(hs), dxs)
+        assert again.update() == made
+        assert restarted.get_model(model_id).head == made
+        again.forward(steps[2])
+        assert again.chunk_seq == 3
+
+
+def test_a_chunk_is_gone_back_to_only_where_it_can_be(
+    live: timernn.Client, model_id: str, local: TimeRNN, rng: np.random.Generator
+) -> None:
+    """Beyond the next, other data, or too long ago: refused, and the session stands where it stood."""
+    session = live.session(model_id, train=True)
+    chunk = [rng.normal(size=(1, 3, D)) for _ in range(5)]
+    for xs in chunk[:4]:
+        session.backward(session.forward(xs))
+    with pytest.raises(timernn.SeqGap, match="the next is 5, got 7"):
+        session.forward(chunk[4], chunk_seq=7)
+    with pytest.raises(timernn.SeqReused):
+        session.forward(chunk[4], chunk_seq=4)
+    with pytest.raises(timernn.ReplayWindowPassed):
+        session.forward(chunk[0], chunk_seq=1)
+    assert session.chunk_seq == 4
+    session.forward(chunk[4], chunk_seq=5)
+    assert session.chunk_seq == 5
+
+
+def test_the_chunks_of_a_step_can_all_be_sent_again(
+    live: timernn.Client,
+    replicas: list[str],
+    model_id: str,
+    local: TimeRNN,
+    rng: np.random.Generator,
+) -> None:
+    """While backwards are to come the states are kept that the outputs are computed from."""
+    chunk = [rng.normal(size=(1, 3, D)) for _ in range(6)]
+    first = live.session(model_id, f"{model_id}-7", train=True)
+    for xs in chunk[:2]:
+        first.backward(first.forward(xs))
+    outputs = [first.forward(xs) for xs in chunk[2:]]
+    with timernn.connect(replicas) as restarted:
+        again = restarted.session(model_id, f"{model_id}-7", train=True)
+        np.testing.assert_array_equal(again.forward(chunk[2], chunk_seq=3), outputs[0])
+        for xs, hs in zip(chunk[3:], outputs[1:], strict=True):
+            np.testing.assert_array_equal(again.forward(xs), hs)
+        for hs in reversed(outputs):
+            again.backward(hs, dh_next=again.dh)
+        again.update(take_waiting=True)
+        assert again.last_update is not None
+        assert again.last_update.contribution_count == 6
+
+
 def test_an_update_may_take_all_that_waits(
     live: timernn.Client, model_id: str, local: TimeRNN, rng: np.random.Generator
 ) -> None:

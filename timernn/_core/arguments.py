@@ -275,6 +275,8 @@ CHECKS: dict[str, Check] = {
     "sessions": sessions,
     "train": flag,
     "exclusive": flag,
+    "take_waiting": flag,
+    "chunk_seq": integer(1),
     "exist_ok": flag,
     "must_exist": flag,
     "extend_ttl": flag,

@@ -221,6 +221,7 @@ class ClientCore(ModelsCore):
         clip_norm: float = 0.0,
         reduction: Reduction = "sum",
         expected_version: Version | None = None,
+        take_waiting: bool = False,
     ) -> Op[UpdateResult]:
         """Make one optimizer step over the contributions of many sessions.
 
@@ -236,6 +237,8 @@ class ClientCore(ModelsCore):
             clip_norm: Scale the joined gradient down to this global norm; 0: off.
             reduction: "sum" or "mean" over the contributions.
             expected_version: Refuse with VersionConflict unless the head is this one.
+            take_waiting: With `sessions`, take what waits of these on the server too, whichever
+                program contributed it.
 
         Raises:
             NoGradients: If nothing waits.
@@ -252,7 +255,10 @@ class ClientCore(ModelsCore):
                 raise errors.BadField(f"sessions: {core.session_id!r} runs another model")
         if expected_version is not None:
             self.set_known(model_id, expected_version)
-        return (yield from self.training(model_id).update(cores, step, expect_known=True))
+        training = self.training(model_id)
+        return (
+            yield from training.update(cores, step, expect_known=True, take_waiting=take_waiting)
+        )
 
     def _update_waiting(
         self,

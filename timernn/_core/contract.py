@@ -98,6 +98,8 @@ UPDATE: Rpc[rnn_pb.UpdateRequest, rnn_pb.UpdateResponse]
 UPDATE = _rpc(_RNN, "Update", rnn_pb)
 DISCARD_GRADIENTS: Rpc[rnn_pb.DiscardGradientsRequest, rnn_pb.DiscardGradientsResponse]
 DISCARD_GRADIENTS = _rpc(_RNN, "DiscardGradients", rnn_pb)
+LIST_WAITING: Rpc[rnn_pb.ListWaitingRequest, rnn_pb.ListWaitingResponse]
+LIST_WAITING = _rpc(_RNN, "ListWaiting", rnn_pb)
 STREAM: Rpc[rnn_pb.StreamRequest, rnn_pb.StreamResponse]
 STREAM = _rpc(_RNN, "Stream", rnn_pb)
 

@@ -19,6 +19,7 @@ from timernn.types import (
     SessionInfo,
     UpdateResult,
     Version,
+    Waiting,
 )
 from timernn.v1 import tensor_pb2 as tensor_pb
 from timernn.v1 import time_rnn_service_pb2 as rnn_pb
@@ -206,6 +207,19 @@ def session_from_proto(message: session_pb.Session) -> SessionInfo:
         expire_time=message.expire_time.ToDatetime(UTC),
         version=version_from_proto(message.weights_version) if used else None,
     )
+
+
+def waiting_from_proto(message: rnn_pb.ListWaitingResponse) -> list[Waiting]:
+    """Read what waits of a session, in order of the chunks."""
+    found = [
+        Waiting(tape.epoch, tape.chunk_seq, "tape", tape.state_token) for tape in message.tapes
+    ]
+    found += [
+        Waiting(named.epoch, chunk_seq, "contribution")
+        for named in message.contributions
+        for chunk_seq in named.chunk_seqs
+    ]
+    return sorted(found, key=lambda one: (one.epoch, one.chunk_seq))
 
 
 def checkpoint_from_proto(message: model_pb.Checkpoint) -> CheckpointInfo:

@@ -389,7 +389,8 @@ class UpdateIntent(Intent[rnn_pb.UpdateRequest, "Updated"]):
     Args:
         training: The model's.
         request: Complete from the beginning.
-        asked: What the caller asked for: the sessions, the step, whether a head is expected.
+        asked: What the caller asked for: the sessions, the step, whether a head is expected, whether
+            what the server lists is taken too.
     """
 
     rpc = UPDATE
@@ -398,7 +399,7 @@ class UpdateIntent(Intent[rnn_pb.UpdateRequest, "Updated"]):
         self,
         training: Training,
         request: rnn_pb.UpdateRequest,
-        asked: tuple[tuple[SessionCore, ...], Step, bool],
+        asked: tuple[tuple[SessionCore, ...], Step, bool, bool],
     ) -> None:
         super().__init__([request])
         self._training, self.asked = training, asked

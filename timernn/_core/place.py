@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from timernn import errors
 from timernn._core.ages import Lifetime
 from timernn._core.convert import (
     duration_to_proto,
@@ -27,7 +28,6 @@ from timernn.v1 import session_service_pb2 as session_pb
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from timernn import errors
     from timernn._core.client import ClientCore
     from timernn._core.intents import (
         Forwarded,
@@ -180,10 +180,29 @@ class SessionPlace:
         request.session_id, request.epoch = self.session_id, self.epoch
         request.chunk_seq = self.chunk_seq + 1 + ahead
         request.previous_token = b"" if ahead else self.state_token
-        request.acknowledged_seq = self.chunk_seq
+        # A program that goes on where this one was killed sends the chunks of its last step again: the
+        # states that their outputs are computed from are kept while a backward is to come.
+        firsts = [taped.chunks[0].chunk_seq - 1 for taped in self.tapes]
+        request.acknowledged_seq = min([self.chunk_seq, *firsts])
         known = self.client.known(self.model.model_id)
         if known is not None:
             request.minimum_version.CopyFrom(version_to_proto(known))
+
+    def go_back(self, chunk_seq: int) -> None:
+        """Stand before a chunk, which is sent next: where it was applied, it is answered again.
+
+        Raises:
+            SeqGap: If the chunks before it have not been applied.
+        """
+        if chunk_seq > self.chunk_seq + 1:
+            raise errors.SeqGap(
+                f"chunk_seq: session {self.session_id!r} is at chunk {self.chunk_seq}, so the next is "
+                f"{self.chunk_seq + 1}, got {chunk_seq}",
+                metadata={"expected_seq": str(self.chunk_seq + 1)},
+            )
+        if chunk_seq <= self.chunk_seq:
+            tapes = [taped for taped in self.tapes if taped.chunks[-1].chunk_seq < chunk_seq]
+            self.move(Move(chunk_seq=chunk_seq - 1, state_token=b"", tapes=tapes))
 
     def advance(self, answer: Forwarded) -> None:
         """Move on to an answered chunk."""
@@ -217,10 +236,10 @@ class SessionPlace:
         """
         by_epoch: dict[int, list[int]] = {}
         about = ((chunk.epoch, chunk.chunk_seq) for chunk in more)
-        for epoch, chunk_seq in dict.fromkeys((*self._waiting, *about)):
+        for epoch, chunk_seq in sorted({*self._waiting, *about}):
             by_epoch.setdefault(epoch, []).append(chunk_seq)
         return [
-            Contributions(self.session_id, epoch, tuple(sorted(chunks)))
+            Contributions(self.session_id, epoch, tuple(chunks))
             for epoch, chunks in by_epoch.items()
         ]
 

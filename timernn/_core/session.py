@@ -14,6 +14,7 @@ from timernn._core.contract import (
     FORK_SESSION,
     GET_SESSION,
     GET_STATE,
+    LIST_WAITING,
 )
 from timernn._core.convert import (
     array_from_caller,
@@ -21,6 +22,7 @@ from timernn._core.convert import (
     session_from_proto,
     tensor_from_proto,
     tensor_to_proto,
+    waiting_from_proto,
 )
 from timernn._core.healing import Healing, Scope
 from timernn._core.ids import new_request_id, new_session_id
@@ -54,6 +56,7 @@ if TYPE_CHECKING:
         ReturnHs,
         SessionInfo,
         Version,
+        Waiting,
     )
 
 _I = TypeVar("_I", bound="Intent[Any, Any]")
@@ -70,7 +73,12 @@ class SessionCore(SessionPlace):
 
     @checked
     def forward(
-        self, xs: npt.ArrayLike, *, return_hs: ReturnHs = "all", train: bool = True
+        self,
+        xs: npt.ArrayLike,
+        *,
+        return_hs: ReturnHs = "all",
+        train: bool = True,
+        chunk_seq: int | None = None,
     ) -> Op[Array]:
         """Apply the next time steps to the session's state.
 
@@ -82,14 +90,37 @@ class SessionCore(SessionPlace):
             xs: Inputs, shape (N, T, D), of any real type; cast to the model's dtype.
             return_hs: "all" hidden states, the "last" alone, or "none".
             train: False: leave no tape for `backward`, on a session that was opened to train.
+            chunk_seq: Its number; None: the next one. For a program that was killed: a chunk that has
+                been applied under this number is answered again, and the session goes on from it.
 
         Returns:
             The hidden states, shape (N, T, H), (N, 1, H) or (N, 0, H), the caller's own memory.
+
+        Raises:
+            SeqGap: If chunk_seq is beyond the next.
+            SeqReused: If other data was applied under chunk_seq.
+            ReplayWindowPassed: If it was applied too long ago to be answered again.
         """
+        if chunk_seq is not None:
+            return (yield from self._forward_as(chunk_seq, xs, return_hs, train=train))
         intent = yield from self._carry_out(
             lambda: self.forward_intent(xs, return_hs, train=self.train and train)
         )
         return intent.hs()
+
+    def _forward_as(
+        self, chunk_seq: int, xs: npt.ArrayLike, return_hs: ReturnHs, *, train: bool
+    ) -> Op[Array]:
+        """Apply a chunk under a number, or have it answered again; when refused, nothing has changed."""
+        yield from self.settle()
+        before = Move(chunk_seq=self.chunk_seq, state_token=self.state_token, tapes=self.tapes)
+        self.go_back(chunk_seq)
+        try:
+            return (yield from self.forward(xs, return_hs=return_hs, train=train))
+        except BaseException:
+            if not self.in_doubt and self.chunk_seq < before["chunk_seq"]:
+                self.move(before)
+            raise
 
     @checked
     def backward(
@@ -136,6 +167,7 @@ class SessionCore(SessionPlace):
         clip_norm: float = 0.0,
         reduction: str = "sum",
         exclusive: bool = True,
+        take_waiting: bool = False,
     ) -> Op[Version]:
         """Make an optimizer step of what this session contributed since the last one.
 
@@ -144,6 +176,8 @@ class SessionCore(SessionPlace):
             clip_norm: Scale the joined gradient down to this global norm; 0: off.
             reduction: "sum" or "mean" over the contributions.
             exclusive: Refuse with VersionConflict if anybody else has made a step meanwhile.
+            take_waiting: Take what waits of this session on the server too, whichever program
+                contributed it: what `waiting` lists.
 
         Returns:
             The new version; `last_update` tells the rest.
@@ -153,7 +187,9 @@ class SessionCore(SessionPlace):
         """
         step = Step(lr, clip_norm, reduction)  # type: ignore[arg-type]  # checked where it is used
         self.require_idle()
-        result = yield from self.training.update([self], step, expect_known=exclusive)
+        result = yield from self.training.update(
+            [self], step, expect_known=exclusive, take_waiting=take_waiting
+        )
         return result.version
 
     def discard_gradients(self) -> Op[Discarded]:
@@ -169,6 +205,33 @@ class SessionCore(SessionPlace):
         self._waiting.clear()
         self.move(Move(tapes=[]))
         return Discarded(answer.contribution_count, answer.tape_count)
+
+    def get_waiting(self) -> Op[list[Waiting]]:
+        """List what waits of this session on the server, in order of its chunks.
+
+        Tapes wait for `backward`, contributions for `update`, also those that a program before this
+        one left. A tape is finished by sending its chunk's data again, `forward(xs, chunk_seq=...)`,
+        and then `backward`; contributions by `update(take_waiting=True)`; `discard_gradients` drops
+        both.
+        """
+        deadline = self.client.caller.deadline()
+        if self.stream is None:
+            yield from self.settle(deadline)
+        # What a lost write has set back would be missing: look, and heal, first.
+        look = session_pb.GetSessionRequest(session_id=self.session_id)
+        yield from self._read(GET_SESSION, look, deadline)
+        return (yield from self._list_waiting(deadline))
+
+    def adopt_waiting(self, deadline: float) -> Op[None]:
+        """Note the contributions that the server lists, as if this client had made them."""
+        for one in (yield from self._list_waiting(deadline)):
+            if one.kind == "contribution":
+                self._waiting[one.epoch, one.chunk_seq] = None
+
+    def _list_waiting(self, deadline: float) -> Op[list[Waiting]]:
+        request = rnn_pb.ListWaitingRequest(session_id=self.session_id)
+        answer = yield from self.client.caller.call(LIST_WAITING, request, deadline)
+        return waiting_from_proto(answer)
 
     @checked
     def get_state(self, *, extend_ttl: bool = False) -> Op[Array]:

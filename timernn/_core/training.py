@@ -13,7 +13,7 @@ from timernn._core.convert import (
     version_to_proto,
 )
 from timernn._core.healing import Scope
-from timernn._core.ids import new_request_id
+from timernn._core.ids import update_request_id
 from timernn._core.intents import UpdateIntent
 from timernn._core.journal import update_entry
 from timernn._core.refusals import leaves_in_doubt
@@ -68,30 +68,42 @@ class Training:
         """
         if not named:
             raise errors.NoGradients(
-                f"model {self._model_id!r}: no backward() since the last update()"
+                f"model {self._model_id!r}: no backward() since the last update(); what an earlier "
+                "program left stands in session.waiting, and update(take_waiting=True) takes it"
             )
         known = self._client.known(self._model_id) if expect_known else None
-        return rnn_pb.UpdateRequest(
+        request = rnn_pb.UpdateRequest(
             model_id=self._model_id,
             contributions=selectors_to_proto(named),
             reduction=reduction_to_proto(step.reduction),
             learning_rate=step.lr,
             clip_norm=step.clip_norm,
             expected_version=None if known is None else version_to_proto(known),
-            request_id=new_request_id(),
         )
+        request.request_id = update_request_id(request)
+        return request
 
     def update(
-        self, sessions: Sequence[SessionCore], step: Step, *, expect_known: bool
+        self,
+        sessions: Sequence[SessionCore],
+        step: Step,
+        *,
+        expect_known: bool,
+        take_waiting: bool,
     ) -> Op[UpdateResult]:
-        """Take what these sessions contributed since their last update into one step."""
+        """Take what these sessions contributed since their last update into one step.
+
+        With `take_waiting` also what the server lists of them: then both are named.
+        """
         deadline = self._client.caller.deadline()
         for session in sessions:
             yield from session.settle_own(deadline)
-        asked = (tuple(sessions), step, expect_known)
+        asked = (tuple(sessions), step, expect_known, take_waiting)
         intent = self.doubt
         if intent is None or intent.asked != asked:
             yield from self.settle(deadline)
+            for session in sessions if take_waiting else ():
+                yield from session.adopt_waiting(deadline)
             named = [names for session in sessions for names in session.waiting()]
             request = self.request(named, step, expect_known=expect_known)
             intent = UpdateIntent(self, request, asked)
