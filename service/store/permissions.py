@@ -16,6 +16,7 @@ COMMANDS: Final = (
         "persist",
         "pexpire",
         "pexpiretime",
+        "pttl",
         "rename",
         "set",
         "setrange",
