@@ -127,6 +127,7 @@ class TapeLook:
     session: SessionHead | AbsentSession
     token: bytes
     data: bytes | None
+    expires_ms: int  # by the store's clock; 0 without a tape
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,12 +192,17 @@ class FlipOutcome(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Contribution:
-    """A gradient to count: the name of what it is of, the digest of what it was made from."""
+    """A gradient to count: the name of what it is of, the digest of what it was made from.
+
+    It is counted only before its tape expires: a name is remembered for as long again, so that one which
+    was counted before is always known.
+    """
 
     incarnation: bytes
     name: bytes
     digest: bytes
     gradient: Blob
+    tape_expires_ms: int
 
     @property
     def entry(self) -> bytes:
@@ -212,8 +218,16 @@ class CountOutcome(Enum):
     CONSUMED = "CONSUMED"  # counted before, and it waits no more
     REUSED = "REUSED"
     GONE = "GONE"
+    EXPIRED = "EXPIRED"  # its tape, meanwhile
     QUOTA = "QUOTA"
     FULL = "FULL"
+
+
+class ContributionState(Enum):
+    """What has become of a contribution that was counted."""
+
+    WAITING = b"W"
+    CONSUMED = b"C"
 
 
 class CreateOutcome(Enum):
@@ -365,8 +379,10 @@ class ModelStore(Protocol):
         A failure to read takes the place of what was to be read.
         """
 
-    async def is_counted(self, tenant: str, model_id: str, name: bytes) -> bool:
-        """Tell whether a contribution of this name was counted."""
+    async def find_contribution(
+        self, tenant: str, model_id: str, name: bytes
+    ) -> ContributionState | None:
+        """Return what has become of the contribution of this name; None: it was not counted."""
 
     async def look_update(
         self, tenant: str, model_id: str, request: bytes, selectors: Sequence[bytes]

@@ -11,7 +11,7 @@ import asyncio
 import math
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rnn_engine import (
     apply_update,
@@ -33,7 +33,13 @@ from service.domain.errors import (
 )
 from service.domain.finite import is_finite
 from service.domain.heads import HeadRequest, NextHead
-from service.domain.ports import AbsentSession, Contribution, CountOutcome, UpdateLook
+from service.domain.ports import (
+    AbsentSession,
+    Contribution,
+    ContributionState,
+    CountOutcome,
+    UpdateLook,
+)
 from service.domain.recent import Recent
 from service.domain.refusals import (
     STORE_FAILURES,
@@ -121,7 +127,7 @@ class Training:
     async def backward(self, tenant: str, op: Backward) -> BackwardResult:
         """Compute a chunk's gradients and count them once; make a step right after if asked."""
         recent = self._tapes.get(op.token)
-        (head, stored), early = await asyncio.gather(
+        (head, stored, expires_ms), early = await asyncio.gather(
             self._find_tape(tenant, op, recent), self._differentiate_early(op, recent)
         )
         model = await self._catalog.get_life(tenant, head.model_id, head.incarnation)
@@ -131,7 +137,11 @@ class Training:
             early = await self._differentiate(op, stored, params)
         made, digest = early
         norm = _finite_norm(made)
-        counting = _Counting(self._contribution(tenant, op, model, digest, made.grads), made.grads)
+        name = self._models.contribution_name(tenant, op.session_id, op.epoch, op.chunk_seq)
+        contribution = Contribution(
+            model.incarnation, name, digest, grads_to_blob(made.grads), expires_ms
+        )
+        counting = _Counting(contribution, made.grads)
         update = None
         if op.update is None:
             await self._count(tenant, op, model, counting)
@@ -193,7 +203,7 @@ class Training:
         # A server that died after it had counted a gradient left the tape as one that waits.
         counted = await asyncio.gather(
             *(
-                self._models.is_counted(
+                self._models.find_contribution(
                     tenant,
                     head.model_id,
                     self._models.contribution_name(tenant, session_id, tape.epoch, tape.chunk_seq),
@@ -206,7 +216,7 @@ class Training:
             epoch, chunk_seq = self._models.contribution_place(entry[:_NAME_BYTES])
             by_epoch.setdefault(epoch, []).append(chunk_seq)
         return Waiting(
-            tuple(tape for tape, is_counted in zip(tapes, counted, strict=True) if not is_counted),
+            tuple(tape for tape, state in zip(tapes, counted, strict=True) if state is None),
             tuple(Selector(session_id, epoch, tuple(seqs)) for epoch, seqs in by_epoch.items()),
         )
 
@@ -214,7 +224,8 @@ class Training:
 
     async def _find_tape(
         self, tenant: str, op: Backward, recent: StoredTape | None
-    ) -> tuple[SessionHead, StoredTape]:
+    ) -> tuple[SessionHead, StoredTape, int]:
+        """Return where the session stands, its tape, and when that expires (ms, the store's clock)."""
         look = await self._sessions.read_tape(
             tenant, op.session_id, op.epoch, op.chunk_seq, with_data=recent is None
         )
@@ -227,18 +238,18 @@ class Training:
             await self._refuse_tape(tenant, op, head, look)
         if look.token != op.token:
             raise history_forked(op.chunk_seq)
-        return head, recent or tape_from_bytes(look.data or b"", head.dtype)
+        return head, recent or tape_from_bytes(look.data or b"", head.dtype), look.expires_ms
 
     async def _refuse_tape(
         self, tenant: str, op: Backward, head: SessionHead, look: TapeLook
     ) -> None:
         """Tell why there is no tape, unless the chunk is an old one that was counted already."""
         name = self._models.contribution_name(tenant, op.session_id, op.epoch, op.chunk_seq)
-        counted = await self._models.is_counted(tenant, head.model_id, name)
-        if not counted and not op.resent:
+        counted = await self._models.find_contribution(tenant, head.model_id, name)
+        if counted is None and not op.resent:
             check_epoch(op.epoch, head.epoch, head.chunk_seq)
         if not look.token:
-            raise _tape_missing(op, counted=counted)
+            raise _tape_missing(op, counted)
 
     async def _differentiate_early(
         self, op: Backward, recent: StoredTape | None
@@ -266,10 +277,10 @@ class Training:
         except NotFound as error:
             number = stored.version.number
             name = self._models.contribution_name(tenant, op.session_id, op.epoch, op.chunk_seq)
-            counted = await self._models.is_counted(tenant, model.spec.model_id, name)
+            counted = await self._models.find_contribution(tenant, model.spec.model_id, name)
             text = f"{error.message}: the tape's version is not kept any more"
             raise FailedPrecondition(
-                error.reason, text, version=number, chunk_seq=op.chunk_seq, counted=counted
+                error.reason, text, version=number, **_counted_metadata(op, counted)
             ) from error
         return params
 
@@ -285,12 +296,6 @@ class Training:
             raise answer_too_large(size, self._limits.message_bytes)
 
     # --- contributions ------------------------------------------------------------------------------
-
-    def _contribution(
-        self, tenant: str, op: Backward, model: KnownModel, digest: bytes, grads: Grads
-    ) -> Contribution:
-        name = self._models.contribution_name(tenant, op.session_id, op.epoch, op.chunk_seq)
-        return Contribution(model.incarnation, name, digest, grads_to_blob(grads))
 
     async def _count(
         self, tenant: str, op: Backward, model: KnownModel, counting: _Counting
@@ -379,6 +384,8 @@ class Training:
             raise AlreadyExists("SEQ_REUSED", text, chunk_seq=op.chunk_seq)
         if outcome is CountOutcome.GONE:
             raise model_not_found(model.spec.model_id)
+        if outcome is CountOutcome.EXPIRED:
+            raise _tape_missing(op, None)
         if outcome is CountOutcome.QUOTA:
             limits = self._limits
             text = (
@@ -537,7 +544,7 @@ def _chunk_not_applied(op: Backward, head: SessionHead) -> Aborted:
     return Aborted("SEQ_GAP", text, expected_seq=head.chunk_seq + 1, epoch=head.epoch)
 
 
-def _tape_missing(op: Backward, *, counted: bool) -> FailedPrecondition:
+def _tape_missing(op: Backward, counted: ContributionState | None) -> FailedPrecondition:
     if counted:
         text = f"the gradient of chunk {op.chunk_seq} was counted; its tape is not kept any more"
     else:
@@ -545,7 +552,15 @@ def _tape_missing(op: Backward, *, counted: bool) -> FailedPrecondition:
             f"chunk {op.chunk_seq} has no tape: it ran in INFER mode, or its tape has expired, "
             "was discarded or pushed out"
         )
-    return FailedPrecondition("TAPE_MISSING", text, counted=counted, chunk_seq=op.chunk_seq)
+    return FailedPrecondition("TAPE_MISSING", text, **_counted_metadata(op, counted))
+
+
+def _counted_metadata(op: Backward, counted: ContributionState | None) -> dict[str, Any]:
+    """Say whether the gradient was counted, and whether it still waits: then an Update may take it."""
+    found: dict[str, Any] = {"counted": counted is not None, "chunk_seq": op.chunk_seq}
+    if counted is ContributionState.WAITING:
+        found["recorded"] = True
+    return found
 
 
 def _finite_norm(made: Gradients) -> float:

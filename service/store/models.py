@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from service.domain.errors import ResourceExhausted, Unavailable
 from service.domain.ports import (
     CheckpointOutcome,
+    ContributionState,
     CountOutcome,
     CreateOutcome,
     FlipOutcome,
@@ -259,14 +260,17 @@ class RedisModelStore:
             limits.remembered_contributions_per_model,
             keys.gradient_prefix(tag),
             gradient.nbytes,
+            contribution.tape_expires_ms,
         )
         return Call(_COUNT, slot, arguments)
 
-    async def is_counted(self, tenant: str, model_id: str, name: bytes) -> bool:
-        """Tell whether a contribution of this name was counted."""
+    async def find_contribution(
+        self, tenant: str, model_id: str, name: bytes
+    ) -> ContributionState | None:
+        """Return what has become of the contribution of this name; None: it was not counted."""
         tag = keys.model_tag(tenant, model_id)
-        (found,) = await self._runner.run_commands([("HEXISTS", keys.contributions_key(tag), name)])
-        return bool(found)
+        (entry,) = await self._runner.run_commands([("HGET", keys.contributions_key(tag), name)])
+        return ContributionState(entry[:1]) if entry else None
 
     async def look_update(
         self, tenant: str, model_id: str, request: bytes, selectors: Sequence[bytes]

@@ -168,6 +168,7 @@ class RedisSessionStore:
             session=layouts.head_from_bytes(head) if head else await self._absent(tag, marker),
             token=entry[17:33],
             data=tape or None,
+            expires_ms=int.from_bytes(entry[:8], "big"),
         )
 
     async def settle_tape(

@@ -320,3 +320,19 @@ def test_a_new_state_makes_a_new_epoch(session: timernn.Session) -> None:
     session.set_state(np.ones((1, 2)))
     assert (session.epoch, session.chunk_seq) == (101, 0)
     assert session.h.tolist() == [[1, 1]]
+
+
+def test_a_gradient_that_was_counted_before_its_tape_went_is_taken_by_the_next_update(
+    trainer: timernn.Session, stand_in: Any, refusal: Any
+) -> None:
+    """The answer was lost, and the retry found the tape pushed out: the contribution waits all the same."""
+    hs = trainer.forward(XS)
+    gone = refusal(
+        grpc.StatusCode.FAILED_PRECONDITION, "TAPE_MISSING", counted="true", recorded="true"
+    )
+    stand_in.fail_next("Backward", refusal(grpc.StatusCode.UNAVAILABLE), gone)
+    with pytest.raises(timernn.TapeMissing):
+        trainer.backward(hs)
+    trainer.update()
+    (sent,) = stand_in.requests["Update"]
+    assert [list(named.chunk_seqs) for named in sent.contributions] == [[1]]

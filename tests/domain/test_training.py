@@ -236,7 +236,11 @@ async def test_a_tape_pushed_out_after_it_was_counted_says_counted(
         await client.backward(dhs)
     refused = await refusal(client.backward(dhs, 1))
     assert (refused.reason, refused.metadata["counted"]) == ("TAPE_MISSING", "true")
+    assert refused.metadata["recorded"] == "true"  # it waits: an Update may take it
     assert (await client.backward(dhs, 3)).replayed
+    await client.update("m", "step", 1, 2, 3, 4)
+    refused = await refusal(client.backward(dhs, 1))
+    assert (refused.metadata["counted"], "recorded" in refused.metadata) == ("true", False)
 
 
 async def test_a_backward_beyond_the_session_is_a_gap(

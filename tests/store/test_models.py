@@ -12,6 +12,7 @@ from service.domain.blob import Blob
 from service.domain.ports import (
     CheckpointOutcome,
     Contribution,
+    ContributionState,
     CountOutcome,
     CreateOutcome,
     FlipOutcome,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from service.store.connect import Store
     from service.store.models import RedisModelStore
 
+NEVER_MS = 2**53  # when a tape expires that does not
 INCARNATION, NO_REQUEST = b"i" * 16, b"n" * 16
 
 
@@ -66,7 +68,9 @@ class Model:
         self, number: int, gradient: bytes = b"gradient", digest: bytes = b"g" * 16
     ) -> CountOutcome:
         """Count a contribution."""
-        contribution = Contribution(INCARNATION, self.name(number), digest, Blob((gradient,)))
+        contribution = Contribution(
+            INCARNATION, self.name(number), digest, Blob((gradient,)), NEVER_MS
+        )
         return await self.store.count_contribution(self.tenant, "m", contribution)
 
     def flip(self, number: int, *names: bytes, request: bytes = b"") -> HeadFlip:
@@ -178,7 +182,33 @@ async def test_a_contribution_nobody_takes_goes_with_its_bytes(model: Model, raw
     await model.count(2)
     assert await model.waiting() == (1, 8)
     assert await raw.exists(keys.gradient_prefix(tag) + model.name(1)) == 0
-    assert not await model.store.is_counted(model.tenant, "m", model.name(1))
+    assert await model.store.find_contribution(model.tenant, "m", model.name(1)) is None
+
+
+async def test_a_contribution_whose_tape_has_expired_is_not_counted(model: Model) -> None:
+    """A writer that stood still so long may come after its name was forgotten: it would count twice."""
+    await model.create()
+    late = Contribution(INCARNATION, model.name(1), b"g" * 16, Blob((b"gradient",)), 1)
+    assert await model.store.count_contribution(model.tenant, "m", late) is CountOutcome.EXPIRED
+    assert await model.waiting() == (0, 0)
+
+
+async def test_a_contribution_that_was_counted_answers_also_after_its_tape(model: Model) -> None:
+    """A retry learns that it was counted, whatever has expired since."""
+    await model.create()
+    await model.count(1)
+    late = Contribution(INCARNATION, model.name(1), b"g" * 16, Blob((b"gradient",)), 1)
+    assert await model.store.count_contribution(model.tenant, "m", late) is CountOutcome.REPLAYED
+
+
+async def test_a_contribution_is_found_as_it_stands(model: Model) -> None:
+    """It waits, until a step has taken it."""
+    await model.create()
+    await model.count(1)
+    find = model.store.find_contribution
+    assert await find(model.tenant, "m", model.name(1)) is ContributionState.WAITING
+    await model.flipped(2, model.name(1))
+    assert await find(model.tenant, "m", model.name(1)) is ContributionState.CONSUMED
 
 
 async def test_a_look_finds_what_selectors_name(model: Model) -> None:
@@ -187,7 +217,7 @@ async def test_a_look_finds_what_selectors_name(model: Model) -> None:
     for number in (3, 1, 2):
         await model.count(number)
     other = model.store.contribution_name(model.tenant, "t", 8, 1)
-    contribution = Contribution(INCARNATION, other, b"g" * 16, Blob((b"gradient",)))
+    contribution = Contribution(INCARNATION, other, b"g" * 16, Blob((b"gradient",)), NEVER_MS)
     await model.store.count_contribution(model.tenant, "m", contribution)
     mine = [model.name(number) for number in (1, 2, 3)]
     prefix = model.store.contribution_prefix

@@ -322,9 +322,10 @@ class BackwardIntent(Intent[rnn_pb.BackwardRequest, Backwarded]):
         return piece
 
     def refused(self, error: errors.Error) -> None:
-        """Note the contribution where the step alone was refused: the next update takes it.
+        """Note the contribution that is recorded all the same: the next update takes it.
 
-        The tape stays until then, so that the same backward may be asked for once more.
+        The step alone was refused, or an earlier attempt had counted it and its tape is gone since. A
+        tape stays until the update, so that the same backward may be asked for once more.
         """
         if error.metadata.get("recorded") == "true":
             request = rnn_pb.BackwardRequest()

@@ -4,9 +4,9 @@
 -- ARGV[1] incarnation  ARGV[2] name: session (16) epoch (8) seq (8)  ARGV[3] digest (16)  ARGV[4] gradient; '' when its parts
 -- have been written under their names
 -- ARGV[5] time to wait (ms)  ARGV[6] most waiting  ARGV[7] most bytes waiting  ARGV[8] most remembered
--- ARGV[9] prefix of gradients  ARGV[10] bytes of the gradient
+-- ARGV[9] prefix of gradients  ARGV[10] bytes of the gradient  ARGV[11] when its tape expires (ms)
 -- Returns COUNTED | REPLAYED: and it waits | CONSUMED: counted before, and it waits no more | REUSED | GONE |
--- QUOTA | FULL | MISSING: a part is not there, or not any more
+-- EXPIRED: the tape, before it was counted, so that its name may be forgotten | QUOTA | FULL | MISSING: a part is not there, or not any more
 if redis.call('HGET', KEYS[1], 'incarnation') ~= ARGV[1] then return 'GONE' end
 local time = redis.call('TIME')
 local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
@@ -33,6 +33,7 @@ if entry then
   if string.sub(entry, 2, 17) ~= ARGV[3] then return 'REUSED' end
   return string.sub(entry, 1, 1) == 'W' and 'REPLAYED' or 'CONSUMED'
 end
+if tonumber(ARGV[11]) <= now then return 'EXPIRED' end
 for _, name in ipairs(redis.call('ZRANGEBYSCORE', KEYS[4], '-inf', now, 'LIMIT', 0, 16)) do forget(name) end
 if redis.call('ZCARD', KEYS[3]) >= tonumber(ARGV[6]) then return 'QUOTA' end
 local bytes = tonumber(ARGV[10])
