@@ -250,6 +250,28 @@ def test_one_update_joins_several_sessions(client: timernn.Client, stand_in: Any
         sessions[0].update()
 
 
+@pytest.mark.parametrize("is_repeated", [True, False])
+def test_a_backward_whose_step_alone_was_refused_goes_on(
+    trainer: timernn.Session, stand_in: Any, refusal: Any, *, is_repeated: bool
+) -> None:
+    """The same call may be made again; an update takes what was recorded, and the tape with it."""
+    hs = trainer.forward(XS)
+    full = refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, "STORE_FULL", recorded="true")
+    stand_in.fail_next("Backward", full)
+    with pytest.raises(timernn.StoreFull):
+        trainer.backward(hs, update=timernn.Step())
+    assert not trainer.in_doubt
+    if is_repeated:
+        trainer.backward(hs, update=timernn.Step())
+        taken = stand_in.requests["Backward"][-1].update.contributions
+    else:
+        trainer.update()
+        taken = stand_in.requests["Update"][-1].contributions
+    assert [list(one.chunk_seqs) for one in taken] == [[1]]
+    with pytest.raises(timernn.TapeMissing):
+        trainer.backward(hs)
+
+
 def test_a_step_can_ride_on_a_backward(trainer: timernn.Session, stand_in: Any) -> None:
     """It takes what waits and the contribution of this backward."""
     trainer.backward(trainer.forward(XS))

@@ -352,6 +352,15 @@ async def history_forked(lab: Lab) -> None:
     await lab.forward(2, previous_token=OTHER)
 
 
+@row("ABORTED", "VERSION_CONFLICT", "the contribution of chunk 1 is recorded")
+async def step_refused_after_its_contribution(lab: Lab) -> None:
+    """The Update in a Backward expects another head; what the Backward left is told."""
+    await lab.opened()
+    expected = WeightsVersion(number=7)
+    update = pb.UpdateRequest(request_id="r", expected_version=expected)
+    await lab.backward(await lab.train(1), update=update)
+
+
 @row("ABORTED", "VERSION_CONFLICT")
 async def version_conflict(lab: Lab) -> None:
     """A step from another head than the present one."""
