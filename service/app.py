@@ -14,7 +14,6 @@ import logging
 import os
 import secrets
 import signal
-import sys
 import time
 from dataclasses import replace
 from importlib.metadata import version
@@ -34,6 +33,7 @@ from service.domain.sessions import Sessions
 from service.domain.tapes import RecentTapes
 from service.domain.training import Training
 from service.failpoints import FailpointError, Failpoints
+from service.logs import log_to_stderr
 from service.ports import try_to_bind
 from service.rpc.server import Domain, RpcServer
 from service.rpc.server_info import ServerInfo
@@ -73,7 +73,7 @@ async def serve(settings: Settings, on_ready: Callable[[str], None]) -> int:
     Raises:
         StartError: If a port, the data directory or the store cannot be used.
     """
-    _log_to_stderr(settings.log_level)
+    log_to_stderr(settings.log_level, settings.worker)
     signals = _Signals()
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(signals)
@@ -92,6 +92,8 @@ async def serve(settings: Settings, on_ready: Callable[[str], None]) -> int:
         gc.freeze()  # what was built lives as long as the process: never look through it again
         server.health.set_serving(True)
         watching = asyncio.create_task(_watch_store(server, store, embedded))
+        text = "timernn %s serves on %s; store %s, durability %s"
+        _LOGGER.info(text, version("timernn"), address, store.address, settings.durability)
         on_ready(address)
         await signals.stop.wait()
         watching.cancel()
@@ -253,11 +255,12 @@ async def _watch_store(server: RpcServer, store: Store, embedded: EmbeddedStore 
             await store.check()
         except Exception as error:  # noqa: BLE001 - whatever it is, the store cannot be used now
             if server.health.is_serving:
-                _LOGGER.error("not serving: %s", error)  # noqa: TRY400 - a line a change, no traceback
+                reason = error.__cause__ or error
+                _LOGGER.error("not serving: the store cannot be used: %s", reason)  # noqa: TRY400 - a line a change, no traceback
             server.health.set_serving(False)
         else:
             if not server.health.is_serving:
-                _LOGGER.warning("serving again")
+                _LOGGER.warning("serving again: the store can be used")
             server.health.set_serving(True)
 
 
@@ -310,11 +313,3 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logging.disable(logging.NOTSET)
-
-
-def _log_to_stderr(level: str) -> None:
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )

@@ -73,6 +73,7 @@ class Settings:
     testing: bool = False
     workers: int = 1  # server processes on the one port
     supervised: bool = False  # one of several workers: shares the port, ends when stdin closes
+    worker: int = 0  # which one, from 1
     limits: Limits = field(default_factory=Limits)
 
     @property

@@ -18,6 +18,7 @@ import sys
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Final
 
+from service.logs import log_to_stderr
 from service.ports import shared_port
 from service.settings import Limits, Settings
 from service.store.embedded import EmbeddedStore, EmbeddedStoreError
@@ -47,13 +48,14 @@ async def supervise(settings: Settings, on_ready: Callable[[str], None]) -> int:
     Raises:
         WorkerError: If the port or the store cannot be used, or a worker does not start.
     """
+    log_to_stderr(settings.log_level)
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     with _port(settings.listen) as address, _store(settings) as url:
         own = replace(settings, listen=address, redis_url=url, workers=1, supervised=True)
         environment = environment_of(replace(own, compute_threads=settings.threads))
-        workers = [_Worker(i, environment, settings.drain_s) for i in range(settings.workers)]
+        workers = [_Worker(i + 1, environment, settings.drain_s) for i in range(settings.workers)]
         running = [asyncio.create_task(worker.run()) for worker in workers]
         stopping = asyncio.create_task(stop.wait())
         try:
@@ -89,7 +91,7 @@ class _Worker:
 
     def __init__(self, number: int, environment: Mapping[str, str], drain_s: float) -> None:
         self._number = number
-        self._environment = {**os.environ, **environment}
+        self._environment = {**os.environ, **environment, "TIMERNN_WORKER": str(number)}
         self._drain_s = drain_s
         self._process: asyncio.subprocess.Process | None = None
         self._is_stopping = False

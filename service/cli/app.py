@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import traceback
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from service.cli import models, sessions
 from service.cli.extras import explain_missing
@@ -18,6 +20,19 @@ from service.cli.serve import serve
 # Click's UsageError, which Typer keeps in another module from release to release.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
+
+class PlainCommand(TyperCommand):
+    """A command whose help is plain text: in tables, long names of options are cut at 80 columns."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        """Take what Typer gives a command."""
+        super().__init__(*args, **{**options, "rich_markup_mode": None})
+
+    def format_help_text(self, ctx: typer.Context, formatter: Any) -> None:  # type: ignore[override]  # noqa: ARG002
+        """Write the docstring as it stands."""
+        formatter.write("\n" + inspect.cleandoc(self.help or "") + "\n")
+
+
 app = typer.Typer(
     name="timernn",
     help="A stateful recurrent-network service: stream and train a TimeRNN over gRPC.",
@@ -25,7 +40,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-app.command()(serve)
+app.command(cls=PlainCommand)(serve)
 app.command()(ping)
 app.add_typer(models.app, name="models")
 app.add_typer(sessions.app, name="sessions")

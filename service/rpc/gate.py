@@ -9,7 +9,9 @@ parsed is then refused here and not by gRPC with UNKNOWN.
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
 M = TypeVar("M", bound=Message)
 T = TypeVar("T")
 
+_LOGGER = logging.getLogger(__name__)
 _WORD_START: Final = re.compile(r"(?<!^)(?=[A-Z])")
 
 
@@ -157,6 +160,9 @@ class Gate:
         """Turn everything that a handler raises into a status."""
 
         async def guarded(request: Any, context: Context) -> Any:
+            if _LOGGER.isEnabledFor(logging.DEBUG):
+                watched: Any = context  # its stubs tell another kind of callback
+                watched.add_done_callback(_log_end_of(method.path))
             try:
                 return await handler(request, context)
             except grpc.aio.BaseError:
@@ -237,3 +243,15 @@ class Gate:
     async def _read_all(self, method: Method, context: Context) -> AsyncIterator[Message]:
         while (raw := await context.read()) is not grpc.aio.EOF:
             yield self.parse(method.request_class, raw)
+
+
+def _log_end_of(path: str) -> Callable[[Any], None]:
+    """Return what writes the line of a call when it has ended; ids and contents stay out of it."""
+    began = time.perf_counter()
+
+    def log(ended: Any) -> None:
+        code = ended.code() or grpc.StatusCode.OK
+        name = getattr(code, "name", code)
+        _LOGGER.debug("%s %s in %.1f ms", path, name, 1000 * (time.perf_counter() - began))
+
+    return log

@@ -10,7 +10,9 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from service.cli import main
 from service.cli.options import (
+    HIDDEN,
     LIMIT_PREFIX,
     LIMITS_HELP,
     SETTINGS_HELP,
@@ -18,6 +20,7 @@ from service.cli.options import (
     parse_address,
     parse_bytes,
     takes_settings,
+    unknown_variables,
 )
 from service.cli.serve import is_loopback
 from service.settings import Limits, Settings
@@ -40,6 +43,24 @@ def test_every_setting_is_explained() -> None:
     """A setting without a help text, and a help text without a setting, are told here."""
     assert set(SETTINGS_HELP) == {f.name for f in fields(Settings)} - {"limits"}
     assert set(LIMITS_HELP) == {f.name for f in fields(Limits)}
+
+
+def test_no_option_s_name_is_cut_at_80_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name that ends in dots cannot be typed."""
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["serve", "--help"]) == 0
+    told = capsys.readouterr().out.split()
+    names = {f.name for f in fields(Settings)} - {"limits", *HIDDEN}
+    names |= {LIMIT_PREFIX + f.name for f in fields(Limits)}
+    assert {"--" + name.replace("_", "-") for name in names} <= set(told)
+
+
+def test_a_variable_that_nobody_reads_is_found() -> None:
+    """Settings, limits and what the client commands read are known; a misspelt name is not."""
+    names = ["TIMERNN_LISTEN", "TIMERNN_LIMIT_REPLAY_WINDOW", "TIMERNN_SERVER", "PATH"]
+    assert unknown_variables([*names, "TIMERNN_LISTENN"]) == ["TIMERNN_LISTENN"]
 
 
 def test_without_options_the_defaults_hold() -> None:

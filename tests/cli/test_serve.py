@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from typing import TYPE_CHECKING, Any
 
@@ -114,3 +115,19 @@ def test_failpoints_are_refused_in_production(bare: Callable[..., Any], text: st
         failed = bare("serve", "--listen", "127.0.0.1:0", *options, **env)
         assert (failed.code, failed.out) == (1, "")
         assert "--failpoints" in one_line(failed.err)
+
+
+def test_the_log_tells_the_start_and_at_debug_each_call(
+    serving: Serving, bare: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Version, store and durability once; then a line a call, with its status; each with the process."""
+    env = {"TIMERNN_LOG_LEVEL": "debug", "TIMERNN_LOG_LEVLE": "info"}
+    with serving(tmp_path, **env) as server:
+        bare("sessions", "show", "nobody", "--server", server.address)
+        log = server.log.read_text()
+        who = f"pid {server.process.pid}"
+    assert re.search(
+        rf"INFO {who} .*timernn \S+ serves on {server.address}; store unix:.*primary", log
+    )
+    assert re.search(rf"DEBUG {who} .*/GetSession NOT_FOUND in [0-9.]+ ms", log)
+    assert "variable TIMERNN_LOG_LEVLE is set, and no option of this version reads it" in log
