@@ -89,6 +89,7 @@ class StandIn:
         self._failures: dict[str, list[tuple[status_pb2.Status | None, bool]]] = defaultdict(list)
         self._chunks: dict[tuple[str, int], list[rnn_pb.ForwardResponse]] = defaultdict(list)
         self._counted: set[tuple[str, int, int]] = set()
+        self._updates: dict[str, rnn_pb.UpdateResponse] = {}
         self.version = 1
         self.results_per_message = 1
         self.kept: set[int] | None = set()
@@ -101,6 +102,14 @@ class StandIn:
     def stop(self) -> None:
         """Stop serving at once."""
         self._server.stop(None).wait()
+
+    def forget(self) -> None:
+        """Begin anew, as if nothing had been sent."""
+        self.requests.clear()
+        self._chunks.clear()
+        self._updates.clear()
+        self._counted.clear()
+        self.version = 1
 
     def fail_next(
         self, method: str, *statuses: status_pb2.Status, after_applying: bool = False
@@ -225,9 +234,12 @@ class StandIn:
         return response
 
     def _Update(self, request: Any) -> Any:  # noqa: N802
-        self.version += 1
-        count = sum(len(named.chunk_seqs) for named in request.contributions)
-        return rnn_pb.UpdateResponse(version=self._head(), contribution_count=count)
+        if request.request_id not in self._updates:
+            self.version += 1
+            count = sum(len(named.chunk_seqs) for named in request.contributions)
+            answer = rnn_pb.UpdateResponse(version=self._head(), contribution_count=count)
+            self._updates[request.request_id] = answer
+        return _copy(self._updates[request.request_id])
 
     def _head(self) -> tensor_pb.WeightsVersion:
         return _version(self.version)

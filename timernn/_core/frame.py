@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from timernn import errors
 from timernn._core.contract import STREAM
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from timernn._core.client import ClientCore
     from timernn._core.effects import Op, StreamHandle
-    from timernn._core.intents import ForwardIntent
+    from timernn._core.intents import ForwardIntent, Intent
     from timernn._core.session import SessionCore
     from timernn.types import Array, ReturnHs
 
@@ -61,12 +61,6 @@ class _Item:
         if self.error is not None or self.intent is None:
             return self.error or errors.Internal("a frame's item ended without an answer")
         return self.intent.hs()
-
-    def take_leave(self) -> None:
-        """Let the session forget what its caller gets."""
-        doubts = self.session.doubts
-        if self.error is None and self.intent is not None and self.intent in doubts:
-            doubts.remove(self.intent)
 
 
 class Frames:
@@ -108,8 +102,8 @@ class Frames:
                 item.fail(error)
             _next_of_each_session(items)  # what stands behind a failed one fails too
         outcomes = [item.outcome() for item in items]
-        for item in items:
-            item.take_leave()
+        for session, intents in _answered(items):
+            session.delivered(intents)
         return outcomes
 
     def _item(
@@ -221,6 +215,15 @@ def _next_of_each_session(items: list[_Item]) -> list[_Item]:
         elif not item.is_over:
             first.setdefault(key, item)
     return list(first.values())
+
+
+def _answered(items: list[_Item]) -> list[tuple[SessionCore, list[Intent[Any, Any]]]]:
+    """Return each session with what was answered of it."""
+    by_session: dict[int, tuple[SessionCore, list[Intent[Any, Any]]]] = {}
+    for item in items:
+        if item.error is None and item.intent is not None:
+            by_session.setdefault(id(item.session), (item.session, []))[1].append(item.intent)
+    return list(by_session.values())
 
 
 def _take(item: _Item, result: rnn_pb.OperationResult) -> list[tuple[_Item, errors.Error]]:

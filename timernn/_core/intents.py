@@ -276,7 +276,7 @@ class BackwardIntent(Intent[rnn_pb.BackwardRequest, Backwarded]):
         step: Step | None,
     ) -> None:
         super().__init__(requests)
-        self._session, self._taped = session, taped
+        self._session, self.taped = session, taped
         first = requests[0]
         self._asked = (step, first.return_dxs, first.return_gradients, first.dh_next)
 
@@ -288,7 +288,7 @@ class BackwardIntent(Intent[rnn_pb.BackwardRequest, Backwarded]):
                 a gradient be counted twice, and the server may have forgotten that it was counted.
         """
         request = self.requests[self.done]
-        tape = self._taped.chunks[-1 - self.done].tape
+        tape = self.taped.chunks[-1 - self.done].tape
         if tape.is_over:
             raise errors.TapeMissing(
                 f"the forward of chunk {request.chunk_seq} was {tape.age_s:.0f} s ago; its tape can be "
@@ -342,7 +342,7 @@ class BackwardIntent(Intent[rnn_pb.BackwardRequest, Backwarded]):
 
     def is_same(self, other: Intent[Any, Any]) -> bool:
         """Compare the tape, every gradient bit and the options."""
-        if not isinstance(other, BackwardIntent) or self._taped is not other._taped:  # noqa: SLF001
+        if not isinstance(other, BackwardIntent) or self.taped is not other.taped:
             return False
         return self._asked == other._asked and all(  # noqa: SLF001
             mine.dhs == theirs.dhs
@@ -363,7 +363,7 @@ class BackwardIntent(Intent[rnn_pb.BackwardRequest, Backwarded]):
         if len(pieces) == 1:
             norm = pieces[0].norm
         move = Move(
-            tapes=[taped for taped in self._session.tapes if taped is not self._taped],
+            tapes=[taped for taped in self._session.tapes if taped is not self.taped],
             dh=tensor_from_proto(pieces[-1].dh0),
             gradients=gradients,
             gradient_norm=norm,

@@ -6,6 +6,7 @@ import threading
 import weakref
 from collections import deque
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from timernn import errors
@@ -154,15 +155,24 @@ class Journal:
 
     def __init__(self, shelf: Shelf, max_entries: int, max_bytes: int) -> None:
         self._shelf, self._max_entries, self._max_bytes = shelf, max_entries, max_bytes
-        self._entries: deque[Entry] = deque()
-        self.bytes = 0
+        # Each with the bytes of all up to it since the log began: whenever an interrupt comes, the
+        # entries and their size agree.
+        self._entries: deque[tuple[Entry, int]] = deque()
         self.writer_count = 1
+
+    @property
+    def bytes(self) -> int:
+        """Bytes held, about."""
+        if not self._entries:
+            return 0
+        first, end = self._entries[0]
+        return self._entries[-1][1] - end + first.size
 
     def append(self, entry: Entry) -> None:
         """Add an entry and let the oldest go where the bounds ask for it."""
         with self._shelf.lock:
-            self._entries.append(entry)
-            self.bytes += entry.size
+            end = self._entries[-1][1] if self._entries else 0
+            self._entries.append((entry, end + entry.size))
             most = self._max_entries * max(1, self.writer_count)
             while self._entries and (len(self._entries) > most or self.bytes > self._max_bytes):
                 self.drop_oldest()
@@ -170,25 +180,25 @@ class Journal:
 
     def drop_oldest(self) -> None:
         """Let the oldest entry go."""
-        self.bytes -= self._entries.popleft().size
+        self._entries.popleft()
 
     def drop_contributions(self, session_id: str, named: Container[tuple[int, int]]) -> None:
         """Take out the Backwards of these (epoch, chunk_seq): they were discarded."""
         with self._shelf.lock:
             kept = [
                 entry
-                for entry in self._entries
+                for entry in self.entries()
                 if entry.rpc is not BACKWARD
                 or entry.session_id != session_id
                 or (entry.request.epoch, entry.request.chunk_seq) not in named
             ]
-            self._entries = deque(kept)
-            self.bytes = sum(entry.size for entry in kept)
+            ends = accumulate(entry.size for entry in kept)
+            self._entries = deque(zip(kept, ends, strict=True))
             self._shelf.note(self)
 
     def entries(self) -> list[Entry]:
         """Return the entries as they are now."""
-        return list(self._entries)
+        return [entry for entry, _ in self._entries]
 
 
 class Shelf:
@@ -207,6 +217,7 @@ class Shelf:
         # By the time of their last entry; weak, so that a session that is let go takes its log along.
         self._journals: dict[int, weakref.ref[Journal]] = {}
         self._sizes: dict[int, int] = {}
+        self._is_counting = False  # still, when an interrupt has left the sum wrong
 
     def new_journal(self, max_entries: int, max_bytes: int) -> Journal:
         """Make a journal of this client."""
@@ -216,6 +227,9 @@ class Shelf:
 
     def note(self, journal: Journal) -> None:
         """Take over a journal's size; let old entries go where all together are too large."""
+        if self._is_counting:
+            self._count_anew()
+        self._is_counting = True
         self._forget(id(journal))
         self._journals[id(journal)] = weakref.ref(journal)
         self._count(journal)
@@ -226,6 +240,12 @@ class Shelf:
                 continue
             oldest.drop_oldest()
             self._count(oldest)
+        self._is_counting = False
+
+    def _count_anew(self) -> None:
+        journals = ((key, kept()) for key, kept in list(self._journals.items()))
+        self._sizes = {key: journal.bytes for key, journal in journals if journal is not None}
+        self._bytes = sum(self._sizes.values())
 
     def _count(self, journal: Journal) -> None:
         key = id(journal)

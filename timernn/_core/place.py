@@ -26,7 +26,7 @@ from timernn.types import Contributions
 from timernn.v1 import session_service_pb2 as session_pb
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from timernn._core.client import ClientCore
     from timernn._core.intents import (
@@ -50,6 +50,10 @@ if TYPE_CHECKING:
 _I = TypeVar("_I", bound="Intent[Any, Any]")
 
 
+def no_stream() -> None:
+    """Stand for no stream."""
+
+
 class SessionPlace:
     """A session's place as of the last answer.
 
@@ -71,7 +75,8 @@ class SessionPlace:
             of an unknown outcome, or answered while the call that asked was interrupted. Each
             stands here from before it is first sent, so that no interrupt can lose it.
         lifetime: How long the session lives on without another answer.
-        stream: The `stream()` that uses the numbers now.
+        stream: Returns the `stream()` that uses the numbers now, or None; refers to it weakly, so that
+            one which an interrupt kept from closing ends with its last reference.
         resumed: Whether opening it went on with a live session.
     """
 
@@ -101,8 +106,13 @@ class SessionPlace:
         self.gradient_norm: float | None = None
         self.version: Version | None = None
         self.last_update: UpdateResult | None = None
-        self.stream: object | None = None
+        self.stream: Callable[[], object | None] = no_stream
         self.resumed = False
+
+    @property
+    def is_streaming(self) -> bool:
+        """Whether a `stream()` uses the numbers now."""
+        return self.stream() is not None
 
     @property
     def h(self) -> Array:
@@ -119,16 +129,26 @@ class SessionPlace:
         vars(self).update(to)  # one step of the interpreter
 
     def again(self, intent: _I, position: int = 0) -> _I | None:
-        """Return what is in doubt at a position if the caller, asking anew, asks for that."""
-        if position >= len(self.doubts):
-            return None
-        doubt = self.doubts[position]
-        if not (doubt.is_wanted and doubt.is_same(intent)):
-            return None
-        doubt.may_be_applied |= not doubt.is_refused
-        doubt.is_refused = False
-        doubt.apply()
-        return doubt  # type: ignore[return-value]  # is_same() compares the class
+        """Return what is in doubt at a position if the caller, asking anew, asks for that.
+
+        What is answered there and is not asked for stays applied, and leaves the doubts.
+        """
+        while position < len(self.doubts):
+            doubt = self.doubts[position]
+            if doubt.is_wanted and doubt.is_same(intent):
+                doubt.may_be_applied |= not doubt.is_refused
+                doubt.is_refused = False
+                doubt.apply()
+                return doubt  # type: ignore[return-value]  # is_same() compares the class
+            if not doubt.is_done:
+                break
+            doubt.apply()
+            self.doubts.remove(doubt)
+        return None
+
+    def delivered(self, intents: list[Intent[Any, Any]]) -> None:
+        """Forget intents whose caller gets their outputs; all of them in one step."""
+        self.doubts = deque(doubt for doubt in self.doubts if doubt not in intents)
 
     def doubted(self, intent: Intent[Any, Any]) -> None:
         """Keep an intent that is about to be sent until its caller has got its output."""

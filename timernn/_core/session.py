@@ -215,7 +215,7 @@ class SessionCore(SessionPlace):
         both.
         """
         deadline = self.client.caller.deadline()
-        if self.stream is None:
+        if not self.is_streaming:
             yield from self.settle(deadline)
         # What a lost write has set back would be missing: look, and heal, first.
         look = session_pb.GetSessionRequest(session_id=self.session_id)
@@ -241,7 +241,7 @@ class SessionCore(SessionPlace):
             extend_ttl: Let the time to live start again.
         """
         deadline = self.client.caller.deadline()
-        if self.stream is None:
+        if not self.is_streaming:
             yield from self.settle(deadline)
         request = session_pb.GetStateRequest(session_id=self.session_id, extend_ttl=extend_ttl)
         answer = yield from self._read(GET_STATE, request, deadline)
@@ -408,12 +408,7 @@ class SessionCore(SessionPlace):
         return_dxs: bool,
         return_gradients: bool,
     ) -> BackwardIntent:
-        if not self.tapes:
-            raise errors.TapeMissing(
-                f"session {self.session_id!r}: no forward in training mode waits for its backward"
-                + ("" if self.train else "; open the session with train=True")
-            )
-        taped = self.tapes[-1]
+        taped = self._next_tape()
         array = self._whole_dhs(dhs, taped)
         if len(taped.chunks) > 1:
             require_finite(array, "dhs")
@@ -438,6 +433,18 @@ class SessionCore(SessionPlace):
             requests[-1].update.CopyFrom(self._inline_update(taped, step))
         return BackwardIntent(self, taped, requests, step)
 
+    def _next_tape(self) -> Taped:
+        """Return the newest tape, or the one of the backward that is in doubt."""
+        doubt = self.doubts[0] if self.doubts else None
+        if isinstance(doubt, BackwardIntent):
+            return doubt.taped
+        if not self.tapes:
+            raise errors.TapeMissing(
+                f"session {self.session_id!r}: no forward in training mode waits for its backward"
+                + ("" if self.train else "; open the session with train=True")
+            )
+        return self.tapes[-1]
+
     def _whole_dhs(self, dhs: npt.ArrayLike, taped: Taped) -> Array:
         model, steps = self.model, taped.steps
         array = array_from_caller(
@@ -461,7 +468,7 @@ class SessionCore(SessionPlace):
         Raises:
             SessionBusy: If one does.
         """
-        if self.stream is not None:
+        if self.is_streaming:
             raise errors.SessionBusy(
                 f"session {self.session_id!r} is in use by a stream(); finish or close it first"
             )
@@ -498,7 +505,7 @@ class SessionCore(SessionPlace):
     def _unless_impossible(self, make: Callable[[], _I]) -> _I | None:
         try:
             return make()
-        except errors.TapeMissing:  # its forward may be what is in doubt
+        except (errors.TapeMissing, errors.BadTensor):  # its forward may be what is in doubt
             return None
 
     def _finish(self, intent: Intent[Any, Any], deadline: float) -> Op[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -17,6 +18,7 @@ from timernn._core.effects import (
 )
 from timernn._core.healing import Healing
 from timernn._core.intents import ForwardIntent
+from timernn._core.place import no_stream
 from timernn._core.refusals import Proof, proof_of
 from timernn._core.retry import Patience, is_worth_retrying
 from timernn._core.status import error_from_status
@@ -67,7 +69,7 @@ class StreamCore:
         self._client, self._session, self._source = client, session, source
         self._in_flight = max(1, min(in_flight, session.bounds.replay_window))
         self._return_hs, self._train = return_hs, train
-        self._earlier: deque[ForwardIntent] = deque()  # in doubt since before, not asked for yet
+        self._may_go_on = True  # with what is in doubt since before
         self._intents: deque[ForwardIntent] = deque()
         self._given: ForwardIntent | None = None  # whose output was returned by the last step
         self._sent: deque[Chunk] = deque()
@@ -89,12 +91,10 @@ class StreamCore:
         session = self._session
         session.require_idle()
         deadline = self._client.caller.deadline()
-        earlier = [doubt for doubt in session.doubts if isinstance(doubt, ForwardIntent)]
-        if len(earlier) < len(session.doubts):
+        if any(not isinstance(doubt, ForwardIntent) for doubt in session.doubts):
             yield from session.settle_own(deadline)
         yield from session.training.settle(deadline)
-        self._earlier.extend(earlier)
-        session.stream = self
+        session.stream = weakref.ref(self)
 
     def step(self) -> Op[Array | Mark[Any]]:
         """Return the hidden states of the next chunk, or END."""
@@ -124,14 +124,15 @@ class StreamCore:
             is_left: By a caller who wants no further output: asked for later, the same data are
                 new chunks.
         """
-        self._leave()
-        session = self._session
-        if session.stream is self:
+        if self._session.stream() is self:
             if is_left:
                 self._take_leave_of_given()
                 for intent in self._intents:
                     intent.is_wanted = False
-            session.stream = None
+                while self._session.doubts and self._session.doubts[0].is_done:
+                    self._session.doubts.popleft()
+            self._session.stream = no_stream
+        self._leave()
 
     def _take_leave_of_given(self) -> None:
         """Forget a chunk whose output has been taken."""
@@ -174,20 +175,19 @@ class StreamCore:
 
     def _add(self, intent: ForwardIntent) -> None:
         """Queue a chunk, or what is in doubt since before if it is the same."""
-        position = len(self._intents)
-        if self._earlier:
-            again = self._session.again(intent, position)
+        session, position = self._session, len(self._intents)
+        if self._may_go_on:
+            again = session.again(intent, position)
             if again is not None:
-                self._earlier.popleft()
                 self._queue(again)
                 return
-            while self._earlier:  # other chunks follow: these count, and nobody asks for them
-                earlier = self._earlier.popleft()
+            self._may_go_on = False
+            for earlier in list(session.doubts)[position:]:
                 if earlier.is_refused:
-                    self._session.doubts.remove(earlier)
-                    continue
-                earlier.is_wanted = False
-                self._queue(earlier)
+                    session.doubts.remove(earlier)
+                elif isinstance(earlier, ForwardIntent):
+                    earlier.is_wanted = False  # other chunks follow: it counts, unasked
+                    self._queue(earlier)
         self._queue(intent)
 
     def _queue(self, intent: ForwardIntent) -> None:
