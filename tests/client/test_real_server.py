@@ -496,3 +496,11 @@ def test_a_killed_replica_is_not_noticed_by_training(
                 session.update(lr=0.01)
             made.append(session.version)
     assert made[0] == made[1]
+
+
+def test_sessions_are_listed_of_one_model_or_of_all(live: timernn.Client, model_id: str) -> None:
+    """Without a model's name those of every model come."""
+    live.create_model(model_id, input_size=D, hidden_size=H)
+    session = live.session(model_id)
+    assert [info.session_id for info in live.list_sessions(model_id)] == [session.session_id]
+    assert session.session_id in {info.session_id for info in live.list_sessions()}

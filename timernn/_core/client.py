@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from timernn import errors
-from timernn._core import contract
-from timernn._core.arguments import checked
+from timernn._core import arguments, contract
+from timernn._core.arguments import checked, checked_with
 from timernn._core.convert import (
     array_from_caller,
     duration_to_proto,
@@ -190,7 +190,7 @@ class ClientCore(ModelsCore):
         answer = yield from self.caller.call(contract.GET_SESSION, request)
         return session_from_proto(answer.session)
 
-    @checked
+    @checked_with(model_id=arguments.optional(arguments.CHECKS["model_id"]))
     def sessions_page(
         self, model_id: str | None, page_size: int, page_token: str
     ) -> Op[tuple[list[SessionInfo], str]]:
