@@ -144,6 +144,9 @@ class ModelsCore:
                 named = (request.given.wx, request.given.wh, request.given.b)
                 for message, array in zip(named, arrays, strict=True):
                     message.CopyFrom(tensor_to_proto(array))
+        if hidden_size * (input_size + hidden_size) * 4 > _UNARY_BYTES:
+            # What answers this is there: the time to make a large model is not the time to connect.
+            yield from self.caller.call(contract.GET_SERVER_INFO, model_pb.GetServerInfoRequest())
         try:
             answer = yield from creating
         except errors.ModelExists as error:
@@ -363,8 +366,6 @@ class ModelsCore:
 
     def _import(self, spec: model_pb.ModelSpec, data: bytes, request_id: str) -> Op[Any]:
         """Create a model from a file that goes in parts."""
-        # What answers it is there: the time that the file takes is not the time to connect.
-        yield from self.caller.call(contract.GET_SERVER_INFO, model_pb.GetServerInfoRequest())
         header = model_pb.ImportModelHeader(spec=spec, request_id=request_id, total_bytes=len(data))
         requests = [model_pb.ImportModelRequest(header=header)]
         requests += [model_pb.ImportModelRequest(data=part) for part in parts(data)]
