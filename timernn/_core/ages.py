@@ -47,11 +47,15 @@ class Lifetime:
     Args:
         ages: Tells the time that has passed.
         ttl_s: Its time to live in seconds; 0: not known, never over.
+
+    Attributes:
+        was_healed: Whether something of it was lost and made again.
     """
 
     def __init__(self, ages: Ages, ttl_s: float = 0.0) -> None:
         self._ages, self.ttl_s = ages, ttl_s
         self._renewed = ages.read()
+        self.was_healed = False
 
     @property
     def age_s(self) -> float:

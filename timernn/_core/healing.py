@@ -170,6 +170,7 @@ class Healing:
             entry.confirm(answer)
             if entry.lifetime is not None and entry.rpc is not BACKWARD:
                 entry.lifetime.renew()
+                entry.lifetime.was_healed |= not answer.replayed
             applied += not answer.replayed
         return applied
 

@@ -284,12 +284,12 @@ class BackwardIntent(Intent[rnn_pb.BackwardRequest, Backwarded]):
         """Give the next piece the gradient that arrives at its last state.
 
         Raises:
-            TapeMissing: If the tape's time is over. A tape that healing has made again must not let
-                a gradient be counted twice, and the server may have forgotten that it was counted.
+            TapeMissing: If the tape's time is over and healing has made tapes of the session again:
+                the server may have forgotten that the gradient was counted, and would take it twice.
         """
         request = self.requests[self.done]
         tape = self.taped.chunks[-1 - self.done].tape
-        if tape.is_over:
+        if tape.is_over and self._session.lifetime.was_healed:
             raise errors.TapeMissing(
                 f"the forward of chunk {request.chunk_seq} was {tape.age_s:.0f} s ago; its tape can be "
                 f"used for {tape.ttl_s:.0f} s",
