@@ -490,6 +490,7 @@ class Session(SessionView):
             try:
                 core.close()
             finally:
+                core.close()  # again, if an interrupt ended the first
                 source.close()
 
     def __enter__(self) -> Self:

@@ -168,7 +168,7 @@ def _options(message_bytes: int, rules: StreamRules, *, reuse_port: bool) -> lis
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
         # Well below the 12 s of the client library, so that a late ping is not taken for two.
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+        ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
         ("grpc.server_handshake_timeout_ms", 20_000),
         ("grpc.max_connection_age_ms", int(rules.age_s * 1000)),
         ("grpc.max_connection_age_grace_ms", int(grace_s * 1000)),

@@ -62,6 +62,9 @@ class Link:
     limit_bytes: int | None = None
 
 
+_VANISHED = Link(blackhole=True)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Faults:
     """All that is wrong at a time, for present and new connections.
@@ -222,6 +225,17 @@ class FaultProxy:
         """Close (FIN) the connections of the moment; return how many."""
         return self._cut_all("close")
 
+    def vanish_all(self) -> int:
+        """Swallow all that comes on the connections of the moment, for good; return how many."""
+
+        async def vanish() -> int:
+            for connection in self._connections:
+                connection.is_vanished = True
+            self.counted["vanish"] += len(self._connections)
+            return len(self._connections)
+
+        return self._call(vanish)
+
     def _cut_all(self, how: How) -> int:
         async def cut() -> int:
             for connection in self._connections:
@@ -344,6 +358,7 @@ class _Connection:
         self._rng = random.Random(f"{proxy.seed}:{number}")
         self._dialect = proxy.dialect()
         self._decisions: dict[Hashable, Decision] = {}
+        self.is_vanished = False
         self._up = _Way("up", client[0], server[1])
         self._down = _Way("down", server[0], client[1])
 
@@ -372,6 +387,8 @@ class _Connection:
         _cut(self._up.writer, how)
 
     def _link(self, way: _Way) -> Link:
+        if self.is_vanished:
+            return _VANISHED
         return self._proxy.faults.up if way.name == "up" else self._proxy.faults.down
 
     def _hit(self, fault: str, n: int = 1) -> None:

@@ -178,6 +178,22 @@ def test_blackhole_swallows_and_resets_once_lifted(echo: str) -> None:
         assert proxy.counts["blackhole_bytes"] == 4
 
 
+def test_vanished_connections_are_silent_and_new_ones_work(echo: str) -> None:
+    """No bytes, no end and no reset, as after a router that forgot them."""
+    with FaultProxy(echo) as proxy, connect(proxy) as old:
+        old.sendall(b"a")
+        assert read(old, 1) == b"a"
+        assert proxy.vanish_all() == 1
+        old.sendall(b"lost")
+        old.settimeout(0.1)
+        with pytest.raises(TimeoutError):
+            old.recv(1)
+        with connect(proxy) as new:
+            new.sendall(b"b")
+            assert read(new, 1) == b"b"
+        assert proxy.counts["vanish"] == 1
+
+
 def test_stall_keeps_and_delivers_once_lifted(echo: str) -> None:
     """A partition that heals loses nothing."""
     with FaultProxy(echo, faults=Faults(up=Link(stall=True))) as proxy, connect(proxy) as client:

@@ -280,10 +280,13 @@ class Program:
     def _step(self, session: timernn.Session, *, is_inline: bool) -> None:
         dhs, dh, made = np.ones((1, 20, HIDDEN)), session.dh, session.last_update
         step = timernn.Step() if is_inline else None
-        self.until_done(
-            lambda: session.backward(dhs, update=step),
-            lambda: not session.in_doubt and session.dh is not dh,
-        )
+        try:
+            self.until_done(
+                lambda: session.backward(dhs, update=step),
+                lambda: not session.in_doubt and session.dh is not dh,
+            )
+        except timernn.TapeMissing:  # it had been answered
+            self.counts[RETURN_INTERRUPTED] += 1
         if not is_inline:
             self.until_done(session.update, lambda: session.last_update is not made)
 
@@ -296,8 +299,9 @@ class Program:
                 want, before = self.reference(xs, h), session.chunk_seq
                 while session.in_doubt or session.chunk_seq == before:
                     task = asyncio.ensure_future(session.forward(xs))
-                    await asyncio.wait([task], timeout=self.chance.uniform(0, 0.01))
-                    self.counts["cancels"] += task.cancel()
+                    if self.chance.random() < SHARE:
+                        await asyncio.wait([task], timeout=self.chance.uniform(0, LONGEST_S))
+                        self.counts["cancels"] += task.cancel()
                     (hs,) = await asyncio.gather(task, return_exceptions=True)
                 if not isinstance(hs, BaseException):
                     right = hs.shape == want.shape and np.abs(hs - want).max() < TOLERANCE
