@@ -22,7 +22,7 @@ COMMANDS: Final = (
         "setrange",
     ),
     *("strlen", "time", "unlink"),
-    *("hdel", "hexists", "hget", "hgetall", "hincrby", "hkeys", "hlen", "hmget", "hset"),
+    *("hdel", "hget", "hgetall", "hincrby", "hkeys", "hlen", "hmget", "hset"),
     *("zadd", "zcard", "zcount", "zrange", "zrangebylex", "zrangebyscore", "zrem", "zscore"),
 )
 """On every store."""

@@ -129,7 +129,7 @@ def do_everything(client: timernn.Client) -> None:
     client.delete_checkpoint("m", "k")
     client.get_weights("m", include_moments=True)
     list(client.list_models())
-    list(client.list_sessions("m"))
+    list(client.list_sessions())
     client.get_session("c")
 
 
