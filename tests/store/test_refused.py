@@ -227,8 +227,8 @@ async def test_what_was_lost_once_is_not_made_known_by_a_refusal(
     link: Any = replica.store._client
     round_trip = link.round_trip
 
-    async def lose_a_flip(commands: Any) -> Any:
-        answers = await round_trip(commands)
+    async def lose_a_flip(commands: Any, *options: Any) -> Any:
+        answers = await round_trip(commands, *options)
         if any(answer == [b"FLIPPED"] for answer in answers):
             await raw.config_set("maxmemory", 1)
             raise redis.ConnectionError("the reply was lost")
@@ -245,11 +245,11 @@ def refuse_the_list(replica: Replica, raw: Redis) -> None:
     link: Any = replica.store._client
     round_trip, sha = link.round_trip, load_script("reserve_session").sha
 
-    async def refuse(commands: Any) -> Any:
+    async def refuse(commands: Any, *options: Any) -> Any:
         is_list = any(sha in command for command in commands)
         await raw.config_set("maxmemory", int(is_list))
         try:
-            return await round_trip(commands)
+            return await round_trip(commands, *options)
         finally:
             await raw.config_set("maxmemory", 0)
 

@@ -63,7 +63,7 @@ class RefusingLink:
         """Whether the command that was to be refused was sent."""
         return self._seen >= self._at
 
-    async def __call__(self, commands: Sequence[Command]) -> list[Any]:
+    async def __call__(self, commands: Sequence[Command], *options: Any) -> list[Any]:
         """Make a round trip; the answers to what was put in are left out."""
         wire: list[Command] = []
         places = []
@@ -75,7 +75,7 @@ class RefusingLink:
             wire.append(command)
             if self._seen == self._at and not self._is_lasting:
                 wire.append(self._refusal.end)
-        answers = await self._round_trip(wire)
+        answers = await self._round_trip(wire, *options)
         return [answers[place] for place in places]
 
     async def remove(self) -> None:
