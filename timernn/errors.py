@@ -147,6 +147,9 @@ class Error(Exception):
         self.retry_after_s = retry_after_s
         self.attempts = 1
         self.is_outcome_unknown = False
+        # Whether an attempt had an unknown outcome, also where this error settles it: the store may lose
+        # what the error was read from, and not what the attempt had written elsewhere.
+        self._had_unknown_attempt = False
         self.cause: BaseException | None = None
 
     def at_chunk(self, chunk_seq: int) -> Self:

@@ -358,3 +358,19 @@ def test_a_gradient_that_was_counted_before_its_tape_went_is_taken_by_the_next_u
     trainer.update()
     (sent,) = stand_in.requests["Update"]
     assert [list(named.chunk_seqs) for named in sent.contributions] == [[1]]
+
+
+def test_a_refusal_after_healing_settles_nothing_of_the_attempts_before(
+    trainer: timernn.Session, stand_in: Any, refusal: Any
+) -> None:
+    """The first attempt may have counted its gradient in the model's slot, which lost nothing."""
+    hs = trainer.forward(XS)
+    stand_in.fail_next(
+        "Backward",
+        refusal(grpc.StatusCode.UNAVAILABLE),
+        refusal(grpc.StatusCode.ABORTED, "SEQ_GAP", expected_seq="1"),
+        refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, "STORE_FULL"),
+    )
+    with pytest.raises(timernn.StoreFull):
+        trainer.backward(hs)
+    assert trainer.in_doubt

@@ -104,6 +104,8 @@ class ClientCore(ModelsCore):
             try:
                 answer = yield from self.caller.call(intent.rpc, request, deadline)
             except errors.Error as error:
+                # An attempt before the loss may have written to the other slot, and still count there.
+                intent.may_be_applied |= error._had_unknown_attempt  # noqa: SLF001  # one package
                 yield from self.heal(healing, error, scope, deadline, request)
             else:
                 intent.accept(answer)

@@ -212,6 +212,7 @@ class Patience:
         proof = proof_of(error)
         self.may_be_carried_out |= error.is_outcome_unknown or proof is Proof.NOTHING
         error.attempts = self._failures
+        error._had_unknown_attempt = self.may_be_carried_out  # noqa: SLF001  # one package
         error.is_outcome_unknown = self.may_be_carried_out and proof is not Proof.REQUEST
         if not is_worth_retrying(error):
             raise error
