@@ -13,7 +13,7 @@ from typer.core import TyperCommand
 
 from service.cli import models, sessions
 from service.cli.extras import explain_missing
-from service.cli.output import fail
+from service.cli.output import fail, warn
 from service.cli.ping import ping
 from service.cli.serve import serve
 
@@ -65,8 +65,26 @@ def _root(
     pass
 
 
+def known_variables() -> set[str]:
+    """Return the environment variables that some command reads, by the options of all of them."""
+    known, commands = {"TIMERNN_TRACEBACK"}, [typer.main.get_command(app)]
+    for command in commands:
+        known |= {str(option.envvar) for option in command.params if option.envvar}
+        commands += getattr(command, "commands", {}).values()
+    return known
+
+
+def _warn_of_unknown_variables() -> None:
+    """Warn of a name that nobody reads: a misspelt setting would be ignored in silence."""
+    given = {name for name in os.environ if name.startswith("TIMERNN_")}
+    for name in sorted(given - known_variables()) if given else ():
+        warn(f"the environment variable {name} is set, and no option of this version reads it")
+
+
 def run(arguments: list[str]) -> int:
     """Run one command and return its exit code; print an error as one line on stderr."""
+    if "--supervised" not in arguments:  # once, not once a worker
+        _warn_of_unknown_variables()
     try:
         code = app(arguments, prog_name="timernn", standalone_mode=False)
     except UsageError as error:

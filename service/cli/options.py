@@ -18,7 +18,7 @@ import typer
 from service.settings import Limits, Settings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
 UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 CHOICES = {
@@ -27,13 +27,6 @@ CHOICES = {
 }
 LIMIT_PREFIX = "limit_"
 MAY_BE_0 = ("drain_s", "drain_notice_s", "compute_threads", "limit_head_max_age_ms")
-CLIENT_VARIABLES = {
-    "TIMERNN_JSON",
-    "TIMERNN_MODEL",
-    "TIMERNN_SERVER",
-    "TIMERNN_TIMEOUT",
-    "TIMERNN_TRACEBACK",
-}  # of the other commands, which may share an environment with a server
 HIDDEN = (
     "failpoints",
     "testing",
@@ -168,17 +161,6 @@ def takes_settings(command: Callable[[Settings], None]) -> Callable[..., None]:
     with_options.__annotations__ = {p.name: p.annotation for p in parameters}
     del with_options.__wrapped__
     return with_options
-
-
-def unknown_variables(environment: Iterable[str]) -> list[str]:
-    """Return the variables that begin as those of this command line do and that none of it reads.
-
-    Args:
-        environment: Names of variables.
-    """
-    names = [f.name for f in fields(Settings)] + [LIMIT_PREFIX + f.name for f in fields(Limits)]
-    known = {f"TIMERNN_{name.upper()}" for name in names} | CLIENT_VARIABLES
-    return sorted(name for name in environment if name.startswith("TIMERNN_") and name not in known)
 
 
 def settings_from(values: dict[str, Any]) -> Settings:

@@ -55,6 +55,9 @@ SessionId = Annotated[
     str, typer.Argument(metavar="SESSION", show_default=False, help="The session's name.")
 ]
 
+# What the library's arguments are called here.
+_OPTIONS = {"target": "--server", "proxy": "--proxy"}
+
 
 @contextmanager
 def connected(server: str, timeout_s: float, proxy: str | None = None) -> Iterator[timernn.Client]:
@@ -70,7 +73,13 @@ def connected(server: str, timeout_s: float, proxy: str | None = None) -> Iterat
     addresses = [address.strip() for address in server.split(",") if address.strip()]
     if not addresses:
         raise typer.BadParameter("expected HOST:PORT, got nothing", param_hint="'--server'")
-    with timernn.connect(
-        addresses, timeout=timeout_s, connect_timeout=timeout_s, proxy=proxy
-    ) as client:
+    try:
+        connecting = timernn.connect(
+            addresses, timeout=timeout_s, connect_timeout=timeout_s, proxy=proxy
+        )
+    except timernn.BadField as error:
+        option = _OPTIONS.get(error.metadata.get("field", ""), "--timeout")
+        _, _, why = error.message.partition(": ")
+        raise typer.BadParameter(why, param_hint=f"'{option}'") from error
+    with connecting as client:
         yield client

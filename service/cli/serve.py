@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from service.cli.options import takes_settings, unknown_variables
+from service.cli.options import takes_settings
 from service.cli.output import warn
 
 if TYPE_CHECKING:
@@ -40,9 +40,6 @@ def serve(settings: Settings) -> None:
     """
     if not (settings.supervised or is_loopback(settings.listen)):  # once, not once a worker
         warn(f"{settings.listen} may be reached from other machines, without encryption or login")
-    if not settings.supervised:
-        for name in unknown_variables(os.environ):
-            warn(f"the environment variable {name} is set, and no option of this version reads it")
     code = _run(settings)
     if code:
         raise typer.Exit(code)

@@ -20,7 +20,6 @@ from service.cli.options import (
     parse_address,
     parse_bytes,
     takes_settings,
-    unknown_variables,
 )
 from service.cli.serve import is_loopback
 from service.settings import Limits, Settings
@@ -55,12 +54,6 @@ def test_no_option_s_name_is_cut_at_80_columns(
     names = {f.name for f in fields(Settings)} - {"limits", *HIDDEN}
     names |= {LIMIT_PREFIX + f.name for f in fields(Limits)}
     assert {"--" + name.replace("_", "-") for name in names} <= set(told)
-
-
-def test_a_variable_that_nobody_reads_is_found() -> None:
-    """Settings, limits and what the client commands read are known; a misspelt name is not."""
-    names = ["TIMERNN_LISTEN", "TIMERNN_LIMIT_REPLAY_WINDOW", "TIMERNN_SERVER", "PATH"]
-    assert unknown_variables([*names, "TIMERNN_LISTENN"]) == ["TIMERNN_LISTENN"]
 
 
 def test_without_options_the_defaults_hold() -> None:
