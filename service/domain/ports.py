@@ -303,16 +303,16 @@ class SessionStore(Protocol):
     async def reserve_session(self, tenant: str, session_id: str, ttl_ms: int) -> int:
         """Note a session in the tenant's list; return the end noted, 0 if the list is full."""
 
+    async def find_place(self, tenant: str, session_id: str) -> int:
+        """Return the end that the tenant's list gives a session; 0 if it is not listed."""
+
     async def give_back_place(
-        self, tenant: str, session_id: str, reserved: int, live: SessionSnapshot | None
+        self, tenant: str, session_id: str, place: int, live: SessionSnapshot | None
     ) -> None:
-        """Undo a reservation that nobody has changed since: a live session keeps its own place."""
+        """Clear a place that nobody has changed since it was seen: a live session keeps its own."""
 
     async def touch_session(self, tenant: str, session_id: str, ttl_ms: int) -> None:
         """Tell the tenant's list that a session lives on."""
-
-    async def release_session(self, tenant: str, session_id: str) -> None:
-        """Take a session off the tenant's list."""
 
     async def list_sessions(
         self, tenant: str, after: tuple[str, str] | None, page_size: int

@@ -190,7 +190,9 @@ class Sessions:
         if outcome == "ABSENT" and why is Absence.NEVER:
             raise session_absent(session_id, AbsentSession(why))
         with suppress(*STORE_FAILURES):  # its place on the list else lapses in time
-            await self._store.release_session(tenant, session_id)
+            await self._give_back(
+                tenant, session_id, await self._store.find_place(tenant, session_id)
+            )
         return outcome == "CLOSED"
 
     async def _create(self, tenant: str, session_id: str, start: EpochStart) -> OpenedSession:
@@ -210,11 +212,18 @@ class Sessions:
         except Unavailable:  # it may have begun; else the place lapses in time
             raise
         except DomainError:
-            with suppress(Unavailable, ResourceExhausted):
-                found = await self._store.read_session(tenant, session_id)
-                live = found if isinstance(found, SessionSnapshot) else None
-                await self._store.give_back_place(tenant, session_id, reserved, live)
+            with suppress(*STORE_FAILURES):
+                await self._give_back(tenant, session_id, reserved)
             raise
+
+    async def _give_back(self, tenant: str, session_id: str, place: int) -> None:
+        """Give a place back that was seen before this began; a session that lives now keeps its own.
+
+        One that begins meanwhile changes its place, or takes it again once it has begun.
+        """
+        found = await self._store.read_session(tenant, session_id)
+        live = found if isinstance(found, SessionSnapshot) else None
+        await self._store.give_back_place(tenant, session_id, place, live)
 
     async def _begin(self, tenant: str, session_id: str, start: EpochStart) -> OpenedSession:
         outcome, number = await self._begin_epoch(tenant, session_id, start)

@@ -209,12 +209,18 @@ class RedisSessionStore:
         answer = await self._runner.run(call)
         return 0 if answer == b"FULL" else int(answer)
 
+    async def find_place(self, tenant: str, session_id: str) -> int:
+        """Return the end that the tenant's list gives a session; 0 if it is not listed."""
+        look = ("ZSCORE", keys.tenant_sessions_key(tenant), session_id)
+        (end,) = await self._runner.run_commands([look])
+        return int(float(end or 0))
+
     async def give_back_place(
-        self, tenant: str, session_id: str, reserved: int, live: SessionSnapshot | None
+        self, tenant: str, session_id: str, place: int, live: SessionSnapshot | None
     ) -> None:
-        """Undo a reservation that nobody has changed since: a live session keeps its own place."""
+        """Clear a place that nobody has changed since it was seen: a live session keeps its own."""
         end = live.expire_time_ms + live.head.ttl_ms // 4 if live else 0
-        arguments = (session_id, reserved, end)
+        arguments = (session_id, place, end)
         await self._runner.run(Call(_GIVE_BACK, (keys.tenant_sessions_key(tenant),), arguments))
 
     async def touch_session(self, tenant: str, session_id: str, ttl_ms: int) -> None:
@@ -222,10 +228,6 @@ class RedisSessionStore:
         most = 1 << 53  # a session that lives already is never refused
         arguments = (session_id, ttl_ms + ttl_ms // 4, most, "CH")
         await self._runner.run(Call(_RESERVE, (keys.tenant_sessions_key(tenant),), arguments))
-
-    async def release_session(self, tenant: str, session_id: str) -> None:
-        """Take a session off the tenant's list."""
-        await self._runner.run_commands([("ZREM", keys.tenant_sessions_key(tenant), session_id)])
 
     async def list_sessions(
         self, tenant: str, after: tuple[str, str] | None, page_size: int

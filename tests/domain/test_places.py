@@ -130,6 +130,44 @@ async def test_a_refused_open_does_not_take_the_place_of_one_that_came_meanwhile
     assert end < (seconds + 2 * 3600) * 1000
 
 
+@pytest.mark.parametrize("moment", ["find_place", "read_session", "give_back_place"])
+@pytest.mark.parametrize("ttl_ms", [HOUR_MS // 2, HOUR_MS, WEEK_MS])
+async def test_a_close_does_not_take_the_place_of_one_opened_meanwhile(
+    replicas: Pair,
+    tenant: str,
+    raw: Redis,
+    make_model: ModelMaker,
+    monkeypatch: pytest.MonkeyPatch,
+    moment: str,
+    ttl_ms: int,
+) -> None:
+    """Another replica opens the name once it is closed, before the close has ended: it stays listed."""
+    await make_model()
+    await open_on(replicas[0], tenant, "s", ttl_ms=HOUR_MS)
+    store: Any = replicas[0].store.sessions
+    original = getattr(type(store), moment)
+
+    async def overtaken(self: Any, *arguments: Any) -> Any:
+        monkeypatch.undo()
+        await open_on(replicas[1], tenant, "s", ttl_ms=ttl_ms)
+        return await original(self, *arguments)
+
+    monkeypatch.setattr(type(store), moment, overtaken)
+    assert await replicas[0].sessions.close(tenant, "s", 0)
+    assert await place_of(raw, tenant, "s") is not None
+
+
+async def test_a_close_takes_its_session_off_the_list(
+    replicas: Pair, tenant: str, raw: Redis, make_model: ModelMaker
+) -> None:
+    """Also on a replica that did not open it, and once more is no error."""
+    await make_model()
+    await open_on(replicas[0], tenant, "s", ttl_ms=HOUR_MS)
+    assert await replicas[1].sessions.close(tenant, "s", 0)
+    assert await place_of(raw, tenant, "s") is None
+    assert not await replicas[1].sessions.close(tenant, "s", 0)
+
+
 async def test_a_place_that_was_given_back_too_early_is_taken_again(
     replicas: Pair,
     tenant: str,

@@ -1,8 +1,8 @@
 #!lua flags=allow-oom
--- Give back a place in a tenant's list that an Open had reserved and was refused, unless somebody else has
--- reserved it or used it since.
+-- Give back a place in a tenant's list, of an Open that was refused or a session that was closed, unless
+-- somebody else has reserved it or used it since.
 -- KEYS[1] tenant's sessions by the time at which they expire
--- ARGV[1] session_id  ARGV[2] end that the reservation gave  ARGV[3] end of the session that lives, or 0: none
+-- ARGV[1] session_id  ARGV[2] end that it had  ARGV[3] end of the session that lives, or 0: none
 -- Returns OK or CHANGED
 if redis.call('ZSCORE', KEYS[1], ARGV[1]) ~= ARGV[2] then return 'CHANGED' end
 if tonumber(ARGV[3]) == 0 then
