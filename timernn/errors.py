@@ -334,7 +334,7 @@ class NoGradients(FailedPrecondition):
 
 
 class ReplayWindowPassed(FailedPrecondition):
-    """The chunk was applied too long ago to be answered again."""
+    """The chunk was applied, but what its outputs are computed from is not kept any more."""
 
     REASON = "REPLAY_WINDOW_PASSED"
 

@@ -78,6 +78,7 @@ class StandIn:
         limits: What GetServerInfo tells.
         kept: The numbers of the versions that FindVersions tells of; None: as an older replica, which
             does not have the method.
+        gone: Chunks whose outputs cannot be computed a second time.
         replica: What answers it is named by.
         results_per_message: Answers of a stream that leave together.
     """
@@ -93,6 +94,7 @@ class StandIn:
         self.version = 1
         self.results_per_message = 1
         self.kept: set[int] | None = set()
+        self.gone: set[int] = set()
         self._arrived = threading.Condition()
         self._server = grpc.server(ThreadPoolExecutor(8))
         self._server.add_generic_rpc_handlers((_Handlers(self),))
@@ -196,6 +198,13 @@ class StandIn:
         if request.session_id and request.chunk_seq <= len(chunks):
             again = _copy(chunks[request.chunk_seq - 1])
             again.replayed = True
+            if request.chunk_seq in self.gone and request.return_hs != rnn_pb.RETURN_HS_NONE:
+                code, seq = grpc.StatusCode.FAILED_PRECONDITION, str(request.chunk_seq)
+                raise Failure(
+                    make_refusal(code, "REPLAY_WINDOW_PASSED", applied="true", chunk_seq=seq)
+                )
+            if request.return_hs == rnn_pb.RETURN_HS_NONE:
+                again.ClearField("hs")
             return again
         rows, steps = request.xs.shape[0], request.xs.shape[1]
         before = values(chunks[-1].h)[0, 0] if chunks else 0.0

@@ -24,6 +24,7 @@ from timernn._core.effects import Call
 from timernn._core.frame import Frames
 from timernn._core.healing import Healing, Scope
 from timernn._core.ids import new_request_id, new_session_id
+from timernn._core.intents import wants_less
 from timernn._core.journal import Shelf
 from timernn._core.models import ModelsCore, given, optional
 from timernn._core.session import RETURN_HS, SessionCore
@@ -118,7 +119,13 @@ class ClientCore(ModelsCore):
         deadline: float,
         request: Any = None,
     ) -> Op[None]:
-        """Heal what an error is a sign of, or raise it."""
+        """Make a request ready to be sent again: heal what an error is a sign of, or ask for less.
+
+        Raises:
+            Error: The given one, or what healing ended with, if nothing helps.
+        """
+        if wants_less(request, error):
+            return
         try:
             yield from healing.after(error, deadline, request)
         except (errors.VersionGone, errors.WeightsForked):

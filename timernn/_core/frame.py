@@ -45,6 +45,11 @@ class _Item:
         """Whether nothing more is to be sent of it."""
         return self.error is not None or self.intent is None or self.intent.is_done
 
+    @property
+    def request(self) -> rnn_pb.ForwardRequest | None:
+        """The present chunk's."""
+        return None if self.intent is None else self.intent.requests[self.intent.done]
+
     def note(self, error: errors.Error) -> None:
         """Note how an attempt of the present chunk failed."""
         if self.intent is not None and proof_of(error) is Proof.NOTHING:
@@ -60,7 +65,10 @@ class _Item:
         """Return the hidden states, or the error in their place."""
         if self.error is not None or self.intent is None:
             return self.error or errors.Internal("a frame's item ended without an answer")
-        return self.intent.hs()
+        try:
+            return self.intent.hs()
+        except errors.Error as error:
+            return error
 
 
 class Frames:
@@ -139,7 +147,9 @@ class Frames:
                 retry = failure
                 continue
             try:
-                yield from self._client.heal(item.healing, failure, item.session.scope(), deadline)
+                yield from self._client.heal(
+                    item.healing, failure, item.session.scope(), deadline, item.request
+                )
             except errors.Error as final:
                 item.fail(final)
         if retry is not None:

@@ -205,12 +205,16 @@ class ForwardIntent(Intent[rnn_pb.ForwardRequest, Forwarded]):
             steps = request.xs.shape[1]
             tape = session.new_tape()
             taped = TapedChunk(answer.epoch, answer.chunk_seq, answer.state_token, steps, tape)
-            if self.done == len(self.requests) - 1:
-                chunks = (*(a.taped for a in self.answers if a.taped), taped)
-                has_last_only = self._returns[-1] == rnn_pb.RETURN_HS_LAST
-                move["tapes"] = [*session.tapes, Taped(chunks, has_last_only)]
         hs = tensor_from_proto(answer.hs) if answer.HasField("hs") else None
-        return Forwarded(request, answer, version, hs, taped, move)
+        piece = Forwarded(request, answer, version, hs, taped, move)
+        pieces = (*self.answers, piece)
+        # Where outputs are missing, no gradient of them can come.
+        if len(pieces) == len(self.requests) and not self._without_output(pieces):
+            chunks = tuple(each.taped for each in pieces if each.taped)
+            has_last_only = self._returns[-1] == rnn_pb.RETURN_HS_LAST
+            if chunks:
+                move["tapes"] = [*session.tapes, Taped(chunks, has_last_only)]
+        return piece
 
     def carry_over(self, answer: Forwarded) -> None:
         """Advance the session."""
@@ -226,11 +230,49 @@ class ForwardIntent(Intent[rnn_pb.ForwardRequest, Forwarded]):
         )
 
     def hs(self) -> Array:
-        """Return the hidden states asked for, shape (N, T, H), (N, 1, H) or (N, 0, H)."""
+        """Return the hidden states asked for, shape (N, T, H), (N, 1, H) or (N, 0, H).
+
+        Raises:
+            ReplayWindowPassed: If they cannot be had any more, though all is applied.
+        """
         session = self._session
+        if missing := self._without_output(self.answers):
+            raise errors.ReplayWindowPassed(
+                f"chunk {missing[0]} was applied, but what its outputs are computed from is not kept any "
+                f"more: session {session.session_id!r} goes on after chunk "
+                f"{self.answers[-1].request.chunk_seq}",
+                metadata={"applied": "true", "chunk_seq": str(missing[0])},
+            )
         none = (session.batch_size, 0, session.model.hidden_size)
         pieces = [answer.hs for answer in self.answers if answer.hs is not None]
         return join_steps(pieces, none, session.model.dtype)
+
+    def _without_output(self, answers: Sequence[Forwarded]) -> list[int]:
+        """Number the chunks that were answered without the outputs which were asked for."""
+        return [
+            answer.request.chunk_seq
+            for answer, wanted in zip(answers, self._returns, strict=False)
+            if answer.hs is None and wanted != rnn_pb.RETURN_HS_NONE
+        ]
+
+
+def wants_less(request: object, error: errors.Error) -> bool:
+    """Let a chunk that was applied too long ago to be computed again be answered without outputs.
+
+    Its state and token are still on record, and bring the session to where it stands on the server.
+
+    Returns:
+        Whether the request, changed by this, is to be sent again.
+    """
+    is_applied = error.metadata.get("applied") == "true"
+    if not (isinstance(error, errors.ReplayWindowPassed) and is_applied):
+        return False
+    if not isinstance(request, rnn_pb.ForwardRequest) or not request.session_id:
+        return False
+    if request.return_hs == rnn_pb.RETURN_HS_NONE:
+        return False
+    request.return_hs = rnn_pb.RETURN_HS_NONE
+    return True
 
 
 @dataclass(frozen=True, slots=True, eq=False)

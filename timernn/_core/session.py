@@ -99,7 +99,8 @@ class SessionCore(SessionPlace):
         Raises:
             SeqGap: If chunk_seq is beyond the next.
             SeqReused: If other data was applied under chunk_seq.
-            ReplayWindowPassed: If it was applied too long ago to be answered again.
+            ReplayWindowPassed: If all of it is applied, but too long ago for its outputs to be had
+                again, as after an answer that was lost; the next call goes on behind it.
         """
         if chunk_seq is not None:
             return (yield from self._forward_as(chunk_seq, xs, return_hs, train=train))
@@ -113,12 +114,18 @@ class SessionCore(SessionPlace):
     ) -> Op[Array]:
         """Apply a chunk under a number, or have it answered again; when refused, nothing has changed."""
         yield from self.settle()
-        before = Move(chunk_seq=self.chunk_seq, state_token=self.state_token, tapes=self.tapes)
+        before = Move(
+            chunk_seq=self.chunk_seq,
+            state_token=self.state_token,
+            _h=self._h,
+            version=self.version,
+            tapes=self.tapes,
+        )
         self.go_back(chunk_seq)
         try:
             return (yield from self.forward(xs, return_hs=return_hs, train=train))
         except BaseException:
-            if not self.in_doubt and self.chunk_seq < before["chunk_seq"]:
+            if not self.in_doubt and self.chunk_seq <= before["chunk_seq"]:
                 self.move(before)
             raise
 

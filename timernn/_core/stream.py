@@ -104,7 +104,7 @@ class StreamCore:
             if self._intents and self._intents[0].is_done:
                 self._given = self._intents[0]
                 if self._given.is_wanted:
-                    return self._given.hs()
+                    return self._output_of(self._given)
                 self._take_leave_of_given()
             elif self._failure is not None:
                 failure, self._failure = self._failure, None
@@ -133,6 +133,14 @@ class StreamCore:
                     self._session.doubts.popleft()
             self._session.stream = no_stream
         self._leave()
+
+    def _output_of(self, intent: ForwardIntent) -> Array:
+        """Return an answered chunk's output; without one its error is all there is to give out."""
+        try:
+            return intent.hs()
+        except errors.Error:
+            self._take_leave_of_given()
+            raise
 
     def _take_leave_of_given(self) -> None:
         """Forget a chunk whose output has been taken."""
@@ -263,7 +271,10 @@ class StreamCore:
             if is_worth_retrying(error):
                 yield from self._patience.after(error, self._address)
             else:
-                yield from self._client.heal(self._healing, error, session.scope(), deadline)
+                request = self._to_send[0][1] if self._to_send else None
+                yield from self._client.heal(
+                    self._healing, error, session.scope(), deadline, request
+                )
         except errors.Error as final:
             if self._intents:
                 # Refused, those behind it are refused with it: the server tries none of them.
