@@ -20,7 +20,8 @@ _HAS_FAILED = pytest.StashKey[bool]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Open the report of the session."""
+    """Open the report of the session; take the short tests where no mark is asked for, also of one file."""
+    config.option.markexpr = config.option.markexpr or SHORT
     config.stash[_REPORT] = Report()
     config.stash[_STARTED] = time.monotonic()
     config.addinivalue_line(
