@@ -14,6 +14,7 @@ from scenes.figures import figure
 from scenes.store_clients import Streamer, connect, create_model, draw, measure_steady
 from scenes.store_pair import StorePair, addresses_of, replicas_on
 from scenes.store_probe import Probe
+from service.store import keys, layouts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,8 +37,13 @@ def pair() -> Iterator[StorePair]:
 
 @pytest.fixture(scope="module")
 def replicas(pair: StorePair) -> Iterator[list[ServiceProcess]]:
-    """Two replicas whose answers wait for the standby."""
-    with replicas_on(pair.url, 2, "--durability", "replica") as running:
+    """Two replicas whose answers wait for the standby.
+
+    They read no head in a test: that would wait for the standby as well, and a chunk whose head cannot be
+    read is refused before anything is written.
+    """
+    options = ("--durability", "replica", "--limit-head-max-age-ms", "600000")
+    with replicas_on(pair.url, 2, *options) as running:
         yield running
 
 
@@ -118,6 +124,13 @@ def _check_kept(
     assert answer is not None
 
 
+def _is_written(pair: StorePair, request: rnn_pb.ForwardRequest) -> bool:
+    """Tell whether the primary has a chunk, answered or not."""
+    record = keys.record_key(keys.session_tag("default", request.session_id))
+    head = pair.primary.ask("GETRANGE", record, 0, -1)
+    return layouts.head_from_bytes(head).chunk_seq == request.chunk_seq
+
+
 @pytest.mark.timeout(300)
 @pytest.mark.promise("R9", "with --durability replica no acknowledged chunk is lost at a failover")
 @figure("rounds", 5, 30)
@@ -140,6 +153,7 @@ def test_a_silent_standby_holds_answers_back_until_it_hears_again(
             pending = place.chunk(draw(rng, 1)[0])
             for _ in range(2):
                 _require_unknown(probe.ask(probe.rnn.Forward, pending), proof)
+            proof.require(_is_written(pair, pending), "the store has not got the chunk")
             pair.reconnect()
             for xs in draw(rng, 3):
                 streamer.forward(xs, proof)
