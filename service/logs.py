@@ -13,9 +13,11 @@ def log_to_stderr(level: str, worker: int = 0) -> None:
         level: The least level that is written, in any case.
         worker: The number of this worker; 0 for none.
     """
+    least = logging.getLevelNamesMapping()[level.upper()]
     who = f"worker {worker} pid %(process)d" if worker else "pid %(process)d"
     logging.basicConfig(
         stream=sys.stderr,
-        level=level.upper(),
+        level=max(least, logging.INFO),  # gRPC has a debug line of its own for each call
         format=f"%(asctime)s %(levelname)s {who} %(name)s: %(message)s",
     )
+    logging.getLogger("service").setLevel(least)
