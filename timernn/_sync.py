@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import wraps
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeAlias, TypeVar
 
 import grpc
 import numpy as np
@@ -111,44 +111,124 @@ def connect(
     return Client(addresses_of(target), options)
 
 
-_MAIN_THREAD = threading.main_thread().ident
-_CLOSING_S = 5.0
-
-
 class _Stream:
-    """A bidirectional call whose requests come from a queue."""
+    """A bidirectional call: requests come from a queue and answers go to one.
 
-    def __init__(self, link: Link, rpc: Rpc[Any, Any], timeout_s: float) -> None:
+    So its user touches no lock of gRPC's, and may be interrupted. It ends when nobody uses it any more.
+    """
+
+    def __init__(self, link: Link, rpc: Rpc[Any, Any], call: Any, requests: _Requests) -> None:
         self.link, self.rpc = link, rpc
-        self._requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        start = link.method("stream_stream", rpc)
-        self._call = start(iter(self._requests.get, None), timeout=timeout_s)
+        self._call, self._requests = call, requests
+        self._answers: _Answers = queue.SimpleQueue()
+        receiving = (call, self._answers)
+        threading.Thread(
+            target=_receive, args=receiving, name="timernn-stream", daemon=True
+        ).start()
+
+    @classmethod
+    def open(cls, link: Link, rpc: Rpc[Any, Any], timeout_s: float) -> Self:
+        """Begin the call."""
+        requests: _Requests = queue.SimpleQueue()
+        call = link.method("stream_stream", rpc)(_sent(requests), timeout=timeout_s)
+        return cls(link, rpc, call, requests)
 
     def write(self, message: Any) -> None:
         self._requests.put(self.rpc.serialize(message))
 
-    def read(self) -> bytes | None:
-        return next(self._call, None)
+    def read(self) -> Any:
+        """Return the next message; None, or gRPC's error, again and again at the end."""
+        answer = self._answers.get()
+        if isinstance(answer, bytes):
+            return self.rpc.read(answer)
+        self._answers.put(answer)
+        if answer is not None:
+            raise answer
+        return None
 
     def close(self) -> None:
-        self._requests.put(None)
-        if self.link.is_broken:
-            _in_background(self._call.cancel)
-        else:
-            self._call.cancel()
+        self._requests.put(self._call.cancel)
+
+    __del__ = close
+
+
+_Requests: TypeAlias = "queue.SimpleQueue[bytes | Callable[[], Any]]"
+_Answers: TypeAlias = "queue.SimpleQueue[bytes | BaseException | None]"
+
+
+def _sent(requests: _Requests) -> Iterator[bytes]:
+    """Give gRPC the messages, in a thread of its own, until there is something to call instead."""
+    while isinstance(request := requests.get(), bytes):
+        yield request
+    request()
+
+
+def _receive(call: Any, answers: _Answers) -> None:
+    """Take a call's messages as they come: they are no more than were asked for."""
+    try:
+        for answer in call:
+            answers.put(answer)
+    except BaseException as failure:  # noqa: BLE001  # raised where the message was asked for
+        answers.put(failure)
+    else:
+        answers.put(None)
+
+
+class _Worker:
+    """A thread that makes one call at a time for another; it ends with this object."""
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.is_free = True
+        threading.Thread(
+            target=_work, args=(self._jobs,), name="timernn-calls", daemon=True
+        ).start()
+
+    def call(self, function: Callable[..., R], *args: Any) -> R:
+        """Call a function there and wait; interrupted, it is free no more."""
+        outcomes: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.is_free = False
+        self._jobs.put((outcomes, function, args))
+        outcome, error = outcomes.get()
+        self.is_free = True
+        try:
+            if error is not None:
+                raise error
+            return outcome  # type: ignore[no-any-return]
+        finally:
+            del outcome, error  # the error's traceback holds this frame
+
+    def __del__(self) -> None:
+        self._jobs.put(None)
+
+
+def _work(jobs: queue.SimpleQueue[Any]) -> None:
+    while (job := jobs.get()) is not None:
+        _carry_out(*job)
+        del job  # with what came of it, which nobody may want
+
+
+def _carry_out(
+    outcomes: queue.SimpleQueue[Any], function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    try:
+        outcomes.put((function(*args), None))
+    except BaseException as error:  # noqa: BLE001  # raised where it was called from
+        outcomes.put((None, error))
 
 
 class _Transport:
     """Carries out effects; calls of several threads may overlap.
 
-    An exception that is raised inside gRPC and is not gRPC's, as Ctrl-C or a signal's handler does,
-    may leave gRPC's own locks held: whoever takes them next would wait for ever. The channel is left
-    then, and nothing waits for it. Signals are raised in the main thread alone, so this has channels
-    of its own, and the other threads' calls never wait for what it left.
+    Signals are raised in the main thread alone, as Ctrl-C is, at any moment. Raised inside gRPC they
+    would leave its locks held, and whoever takes these next waits for ever. So gRPC never runs there:
+    the main thread hands its calls to another and waits. A call whose caller was interrupted runs on
+    to its end or its deadline, unheard.
     """
 
     def __init__(self, addresses: Sequence[str], options: Options) -> None:
         self._links = Links(addresses, options, grpc.insecure_channel)
+        self._worker: _Worker | None = None
 
     def run(self, op: Op[R]) -> R:
         """Drive a generator of the core to its end."""
@@ -172,9 +252,8 @@ class _Transport:
         if self._links.is_inherited:
             return  # they are the parent's, and gRPC's threads are not here
         frames.close()
-        closing = [_in_background(link.channel.close) for link in self._links.close()]
-        for thread in closing:
-            thread.join(_CLOSING_S)
+        self._aside(_close, self._links.close())
+        self._worker = None
 
     def _perform(self, effect: Effect) -> Any:
         match effect:
@@ -185,39 +264,52 @@ class _Transport:
             case Write(stream, message):
                 return stream.write(message)  # type: ignore[attr-defined]
             case Read(stream):
-                link = stream.link  # type: ignore[attr-defined]
+                return self._over(stream.link, _read, effect)  # type: ignore[attr-defined]
             case _:
-                link = self._links.get(effect.address, threading.get_ident() == _MAIN_THREAD)
+                return self._aside(self._called, effect)
+
+    def _called(self, effect: Any) -> Any:
+        return self._over(self._links.get(effect.address), _call, effect)
+
+    def _over(self, link: Link, do: Callable[[Link, Any], Any], effect: Effect) -> Any:
+        """Carry out an effect over a channel, and learn from the outcome."""
         started = time.monotonic()
         try:
-            return _over(link, effect)
+            return do(link, effect)
         except grpc.RpcError as failure:
             error = error_from_rpc(failure)
             self._links.leave_if_silent(link, error, started)
             raise error from failure
-        except errors.Error:
+        except ValueError:  # gRPC's, when another thread has closed the client
+            self._links.check()
             raise
-        except BaseException as error:  # noqa: BLE001  # whatever a signal's handler raises
-            self._abandon(link)
-            if isinstance(error, ValueError):  # gRPC's, when another thread has closed the client
-                self._links.check()
-            raise _interrupt_behind(error) from None
 
-    def _abandon(self, link: Link) -> None:
-        self._links.leave(link)
-        link.is_broken = True
-        _in_background(link.channel.close)
+    def _aside(self, function: Callable[..., R], *args: Any) -> R:
+        """Call a function where no signal is raised."""
+        if threading.current_thread() is not threading.main_thread():
+            return function(*args)
+        worker = self._worker
+        if worker is None or not worker.is_free:
+            worker = self._worker = _Worker()
+        return worker.call(function, *args)
 
 
-def _over(link: Link, effect: Effect) -> Any:
-    """Carry out an effect over a channel."""
+def _close(links: Iterable[Link]) -> None:
+    for link in links:
+        link.channel.close()
+
+
+def _read(link: Link, effect: Read) -> Any:
+    answer = effect.stream.read()  # type: ignore[attr-defined]
+    link.answered = time.monotonic()
+    return answer
+
+
+def _call(link: Link, effect: Effect) -> Any:
     match effect:
         case Call(rpc, request, _, timeout_s):
             answer = link.method("unary_unary", rpc)(rpc.serialize(request), timeout=timeout_s)
             answered: Any = rpc.read(answer)
-        case Read(stream):
-            message = stream.read()  # type: ignore[attr-defined]
-            answered = None if message is None else stream.rpc.read(message)  # type: ignore[attr-defined]
         case Download(rpc, request, _, timeout_s):
             call = link.method("unary_stream", rpc)(rpc.serialize(request), timeout=timeout_s)
             answered = [rpc.read(message) for message in call]
@@ -225,25 +317,11 @@ def _over(link: Link, effect: Effect) -> Any:
             start = link.method("stream_unary", rpc)
             answered = rpc.read(start(map(rpc.serialize, requests), timeout=timeout_s))
         case OpenStream(rpc, _, timeout_s):
-            return _Stream(link, rpc, timeout_s)
+            return _Stream.open(link, rpc, timeout_s)
         case _:
             raise TypeError(f"{type(effect).__name__} needs no channel")
     link.answered = time.monotonic()
     return answered
-
-
-def _in_background(close: Callable[[], Any]) -> threading.Thread:
-    """Call what may wait for a lock that nobody will release."""
-    thread = threading.Thread(target=close, name="timernn-close", daemon=True)
-    thread.start()
-    return thread
-
-
-def _interrupt_behind(error: BaseException) -> BaseException:
-    """Return what struck a lock's own code, which then fails with a RuntimeError of its own."""
-    while isinstance(error, RuntimeError) and error.__context__ is not None:
-        error = error.__context__
-    return error
 
 
 def _of_client(

@@ -10,7 +10,7 @@ from timernn import errors
 from timernn._core.targets import FROM_ENVIRONMENT, Target
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Sequence
+    from collections.abc import Callable, Sequence
 
     from timernn._core.contract import Rpc
     from timernn._core.options import Options
@@ -98,24 +98,22 @@ class Link:
 
     Attributes:
         address: The number of its target.
-        lane: Callers of different lanes never share a channel.
         channel: Of either kind.
         answered: When a call over it was last answered, on the monotonic clock, in seconds.
-        is_broken: Whether an interrupt may have left gRPC's own locks held.
     """
 
-    __slots__ = ("_methods", "address", "answered", "channel", "is_broken", "lane")
+    __slots__ = ("_methods", "address", "answered", "channel")
 
-    def __init__(self, address: int, lane: Hashable, channel: Any) -> None:
-        self.address, self.lane, self.channel = address, lane, channel
-        self.answered, self.is_broken = 0.0, False
+    def __init__(self, address: int, channel: Any) -> None:
+        self.address, self.channel = address, channel
+        self.answered = 0.0
         self._methods: dict[str, Any] = {}
 
     def method(self, kind: str, rpc: Rpc[Any, Any]) -> Any:
         """Return a method of the channel that takes and gives bytes.
 
-        Messages are written and read outside gRPC: what is raised inside a reader of its own, an
-        interrupt too, it would log and drop.
+        Messages are written and read outside gRPC: what is raised inside a reader of its own it would
+        log and drop.
         """
         method = self._methods.get(rpc.path)
         if method is None:
@@ -140,7 +138,7 @@ class Links:
     ) -> None:
         self._targets = [Target.parse(address) for address in addresses]
         self._options, self._make = options, make
-        self._links: dict[tuple[int, Hashable], Link] = {}
+        self._links: dict[int, Link] = {}
         self._left: set[int] = set()
         self._forks, self._is_closed = _forks, False
 
@@ -168,9 +166,9 @@ class Links:
         if self._is_closed:
             raise errors.ClientClosed("the client is closed; connect again")
 
-    def get(self, address: int, lane: Hashable = None) -> Link:
+    def get(self, address: int) -> Link:
         """Return the channel to an address by its number."""
-        link = self._links.get((address, lane))
+        link = self._links.get(address)
         if link is None:
             self.check()
             target = self._targets[address]
@@ -180,16 +178,15 @@ class Links:
                 self._options.proxy,
                 is_renewed=address in self._left,
             )
-            made = Link(address, lane, self._make(target.text, arguments))
-            link = self._links.setdefault((address, lane), made)
+            made = Link(address, self._make(target.text, arguments))
+            link = self._links.setdefault(address, made)
         return link
 
     def leave(self, link: Link) -> None:
         """Let the next call take a new channel; those under way keep this one."""
-        key = (link.address, link.lane)
-        if self._links.get(key) is link:
+        if self._links.get(link.address) is link:
             self._left.add(link.address)
-            self._links.pop(key, None)
+            self._links.pop(link.address, None)
 
     def leave_if_silent(self, link: Link, error: errors.Error, started: float) -> None:
         """Leave a channel where a call ran out of time and no other was answered meanwhile.
