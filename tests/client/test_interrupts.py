@@ -314,6 +314,38 @@ def check_frame(case: Case, steps: Steps) -> None:
     case.ends_right(3)
 
 
+def check_frame_after_doubt(case: Case, steps: Steps) -> None:
+    """A chunk that is in doubt since before stays so until the frame's caller has its output."""
+    session, wanted = case.session, CHUNKS[1:3]
+
+    def frame(chunks: list[Any]) -> Op[list[Any]]:
+        return case.client.frames.forward(((session, xs) for xs in chunks), "all", train=False)
+
+    case.interrupted(Steps("effect ended", 2), lambda: frame(wanted[:1]))  # it has been sent
+    assert session.in_doubt
+    outputs = case.interrupted(steps, lambda: frame(wanted))
+    if steps.has_hit and (session.in_doubt or session.chunk_seq == 1):
+        outputs = case.run(frame(wanted))
+    assert outputs is None or [hs[0, -1, 0] for hs in outputs] == ENDS[1:3]
+    case.ends_right(3)
+
+
+def check_frame_before_others(case: Case, steps: Steps) -> None:
+    """The same where something else, which is not asked for again, is in doubt behind it."""
+    session, wanted = case.session, [CHUNKS[1], CHUNKS[3]]
+
+    def frame(chunks: list[Any]) -> Op[list[Any]]:
+        return case.client.frames.forward(((session, xs) for xs in chunks), "all", train=False)
+
+    case.interrupted(Steps("effect ended", 4), lambda: frame(CHUNKS[1:3]))  # both have been sent
+    assert (session.chunk_seq, len(session.doubts)) == (2, 2)
+    outputs = case.interrupted(steps, lambda: frame(wanted))
+    if steps.has_hit and (session.in_doubt or session.chunk_seq <= 3):
+        outputs = case.run(frame(wanted))
+    assert outputs is None or [hs[0, -1, 0] for hs in outputs] == [3, 10]
+    assert case.stand_in.steps_of(session.session_id) == [1, 2, 3, 4]
+
+
 def check_stream(case: Case, steps: Steps) -> None:
     """No output is lost and no chunk applied twice when the same data go on."""
     got: list[float] = []
@@ -345,6 +377,8 @@ CHECKS = {
         check_update,
         check_set_state,
         check_frame,
+        check_frame_after_doubt,
+        check_frame_before_others,
         check_stream,
     )
 }

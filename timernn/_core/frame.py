@@ -124,7 +124,8 @@ class Frames:
             intent = make()
             again = session.again(intent, before)
             if again is None:
-                yield from session.settle(deadline)
+                yield from session.settle_own(deadline, kept=before)
+                yield from session.training.settle(deadline)
         except errors.Error as error:
             refused = error.at_chunk(session.chunk_seq + before + 1)
             return _Item(session, None, refused, healing)

@@ -354,15 +354,27 @@ class SessionCore(SessionPlace):
         yield from self.settle_own(until)
         yield from self.training.settle(until)
 
-    def settle_own(self, deadline: float) -> Op[None]:
-        """Send again what of this session alone is in doubt; an update may join several."""
+    def settle_own(self, deadline: float, *, kept: int = 0) -> Op[None]:
+        """Send again what of this session alone is in doubt; an update may join several.
+
+        Args:
+            deadline: When to give up, on the client's clock.
+            kept: The first ones are asked for by the call under way. They stay in doubt until its
+                caller has their outputs, and are sent here only if others stand behind them.
+        """
         self.require_idle()
-        while self.doubts:
-            if self.doubts[0].is_refused:
-                self.doubts.popleft()
+        position = 0
+        while max(kept, position) < len(self.doubts):
+            doubt = self.doubts[position]
+            if doubt.is_refused:
+                del self.doubts[position]
+                continue
+            doubt.may_be_applied = True
+            yield from self._send(doubt, deadline)
+            if position < kept:
+                position += 1
             else:
-                self.doubts[0].may_be_applied = True
-                yield from self._finish(self.doubts[0], deadline)
+                del self.doubts[position]
 
     # -- the making of requests --------------------------------------------------------------------
 
@@ -518,12 +530,16 @@ class SessionCore(SessionPlace):
     def _finish(self, intent: Intent[Any, Any], deadline: float) -> Op[None]:
         """Carry out the first of what is in doubt, or what is to be the first."""
         self.doubted(intent)
+        yield from self._send(intent, deadline)
+        self.doubts.popleft()
+
+    def _send(self, intent: Intent[Any, Any], deadline: float) -> Op[None]:
+        """Carry out what is in doubt; it stays there unless it is refused."""
         try:
             yield from self.client.carry_out(intent, self._scope_of(intent), deadline)
         except errors.Error as error:
             self.failed(intent, error)
             raise
-        self.doubts.popleft()
 
     def _read(self, rpc: Any, request: Any, deadline: float) -> Op[Any]:
         """Make a call that tells where the session stands, and heal it if it has gone back."""
