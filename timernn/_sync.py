@@ -18,6 +18,7 @@ from timernn._core import arguments
 from timernn._core.arguments import checked, checked_with
 from timernn._core.channels import Links
 from timernn._core.client import ClientCore
+from timernn._core.convert import copy_of_caller
 from timernn._core.effects import (
     END,
     NOT_YET,
@@ -657,7 +658,7 @@ class _ThreadSource:
         try:
             for chunk in chunks:
                 # Its own copy: the caller may fill one buffer again and again.
-                self._items.put(np.array(chunk))
+                self._items.put(copy_of_caller(chunk))
                 self._room.acquire()
                 if self._is_closed:
                     return

@@ -343,6 +343,25 @@ def test_a_cut_chunk_refused_half_way_goes_on_when_it_is_asked_for_again(
     assert stand_in.steps_of(session.session_id) == [4, 4, 4]
 
 
+@pytest.mark.parametrize("make", [list, iter])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        np.ma.masked_less(np.arange(12.0).reshape(1, 4, 3), 1.0),
+        [np.ma.masked_less(np.arange(12.0).reshape(4, 3), 1.0)],
+        [[[1.0, 2.0, 3.0], [1.0]]],
+    ],
+    ids=["masked", "a list of masked", "ragged"],
+)
+def test_what_is_no_array_is_refused_in_its_turn_from_any_source(
+    session: timernn.Session, stand_in: Any, make: Any, bad: Any
+) -> None:
+    """A source that is read ahead in a thread drops no mask, and raises no error of NumPy's."""
+    with pytest.raises(timernn.BadTensor, match="chunk 2: xs"):
+        list(session.stream(make([XS, bad, XS])))
+    assert stand_in.steps_of(session.session_id) == [4]
+
+
 # --- whose session it is --------------------------------------------------------------------------
 
 OTHERS: dict[str, Any] = {

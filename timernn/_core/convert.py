@@ -87,6 +87,19 @@ def array_from_caller(
     return array
 
 
+def copy_of_caller(value: npt.ArrayLike) -> npt.ArrayLike:
+    """Copy an array that the caller may fill anew before it is sent.
+
+    What `array_from_caller` refuses is returned as it is, so that it is refused in its turn.
+    """
+    if _masks_anything(value):
+        return value
+    try:
+        return np.array(value)
+    except (TypeError, ValueError):
+        return value
+
+
 def _masks_anything(value: object) -> bool:
     """Return whether a masked array, or a list that holds one, masks an element.
 
