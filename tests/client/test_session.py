@@ -307,6 +307,25 @@ def test_asking_again_finishes_what_is_in_doubt(doubtful: timernn.Session, stand
     assert not doubtful.in_doubt
 
 
+def test_a_chunk_gone_back_to_in_doubt_and_then_refused_leaves_the_place(
+    client: timernn.Client, stand_in: Any, refusal: Any
+) -> None:
+    """The session stands where it stood, and the next chunk has the next number."""
+    session = client.session("m")
+    for _ in range(3):
+        session.forward(XS)
+    lost = refusal(grpc.StatusCode.UNAVAILABLE, "UNKNOWN_OUTCOME", 60.0)  # beyond the timeout
+    stand_in.fail_next("Forward", lost, refusal(grpc.StatusCode.ALREADY_EXISTS, "SEQ_REUSED"))
+    with pytest.raises(timernn.UnknownOutcome):
+        session.forward(2 * XS, chunk_seq=2)
+    with pytest.raises(timernn.SeqReused):
+        session.settle()
+    assert (session.chunk_seq, session.in_doubt) == (3, False)
+    session.forward(XS)
+    last = stand_in.requests["Forward"][-1]
+    assert (last.chunk_seq, last.previous_token) == (4, b"3")
+
+
 def test_other_data_comes_after_what_is_in_doubt(doubtful: timernn.Session, stand_in: Any) -> None:
     """The chunk in doubt is sent first, unchanged; then the new one with the next number."""
     hs = doubtful.forward(XS[:, :2] * 5)

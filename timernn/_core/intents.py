@@ -59,6 +59,7 @@ class Intent(ABC, Generic[Q, A]):
         is_wanted: Whether its caller may still ask for the same again and mean this.
         is_refused: Whether the rest of it was refused after a part had been applied.
         may_be_applied: Whether an attempt had an unknown outcome.
+        came_from: Where the session stood before it went back for this; None if it did not.
         needs_history: Whether they continue what was applied before them, which is then healed.
     """
 
@@ -69,6 +70,7 @@ class Intent(ABC, Generic[Q, A]):
         self.requests = requests
         self.answers: tuple[A, ...] = ()
         self.is_wanted, self.is_refused, self.may_be_applied = True, False, False
+        self.came_from: Move | None = None
         self._applied = 0
 
     @property

@@ -164,6 +164,8 @@ class SessionPlace:
             intent.may_be_applied = True
             return
         intent.refused(error)
+        if intent.came_from is not None:
+            self.come_back(intent.came_from)
         intent.is_refused = True
         while intent in self.doubts and (self.doubts[-1] is not intent or not intent.done):
             self.doubts.pop()
@@ -223,6 +225,11 @@ class SessionPlace:
         if chunk_seq <= self.chunk_seq:
             tapes = [taped for taped in self.tapes if taped.chunks[-1].chunk_seq < chunk_seq]
             self.move(Move(chunk_seq=chunk_seq - 1, state_token=b"", tapes=tapes))
+
+    def come_back(self, to: Move) -> None:
+        """Stand again where the session stood before it went back, unless it is beyond that."""
+        if self.chunk_seq <= to["chunk_seq"]:
+            self.move(to)
 
     def advance(self, answer: Forwarded) -> None:
         """Move on to an answered chunk."""

@@ -125,8 +125,10 @@ class SessionCore(SessionPlace):
         try:
             return (yield from self.forward(xs, return_hs=return_hs, train=train))
         except BaseException:
-            if not self.in_doubt and self.chunk_seq <= before["chunk_seq"]:
-                self.move(before)
+            if self.in_doubt:
+                self.doubts[0].came_from = before  # should it turn out to be refused
+            else:
+                self.come_back(before)
             raise
 
     @checked
