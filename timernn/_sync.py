@@ -416,17 +416,18 @@ class Client:
         expected_version: Version | None = None,
         take_waiting: bool = False,
     ) -> UpdateResult:
+        own = None if sessions is None else self._core.own("sessions", sessions)
         op = self._core.update(
             model_id,
             contributions,
-            sessions=sessions,
+            sessions=own,
             lr=lr,
             clip_norm=clip_norm,
             reduction=reduction,
             expected_version=expected_version,
             take_waiting=take_waiting,
         )
-        return _holding(_locks(sessions or ()), lambda: self._transport.run(op))
+        return _holding(_locks(own or ()), lambda: self._transport.run(op))
 
     @checked_with(chunks=arguments.chunks_of_sessions)
     @documented_by(ClientCore.frame)
@@ -438,7 +439,8 @@ class Client:
         train: bool = False,
     ) -> list[Array | errors.Error]:
         items = list(chunks)
-        locks = [*_locks([session for session, _ in items]), self._frame_lock]
+        sessions = self._core.own("chunks", (session for session, _ in items))
+        locks = [*_locks(sessions), self._frame_lock]
         op = self._core.frame(items, return_hs=return_hs, train=train)
         outcomes = _holding(locks, lambda: self._transport.run(op))
         return [shortened(each) if isinstance(each, errors.Error) else each for each in outcomes]

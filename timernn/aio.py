@@ -331,10 +331,11 @@ class Client:
         expected_version: Version | None = None,
         take_waiting: bool = False,
     ) -> UpdateResult:
+        own = None if sessions is None else self._core.own("sessions", sessions)
         op = self._core.update(
             model_id,
             contributions,
-            sessions=sessions,
+            sessions=own,
             lr=lr,
             clip_norm=clip_norm,
             reduction=reduction,
@@ -342,7 +343,7 @@ class Client:
             take_waiting=take_waiting,
         )
         async with AsyncExitStack() as stack:
-            await _take_locks(stack, sessions or ())
+            await _take_locks(stack, own or ())
             return await self._transport.run(op)
 
     @checked_with(chunks=arguments.chunks_of_sessions)
@@ -355,8 +356,9 @@ class Client:
         train: bool = False,
     ) -> list[Array | errors.Error]:
         items = list(chunks)
+        sessions = self._core.own("chunks", (session for session, _ in items))
         async with AsyncExitStack() as stack:
-            await _take_locks(stack, [session for session, _ in items])
+            await _take_locks(stack, sessions)
             await stack.enter_async_context(self._frame_lock)
             op = self._core.frame(items, return_hs=return_hs, train=train)
             outcomes = await self._transport.run(op)
@@ -484,10 +486,23 @@ class Session(SessionView):
         core = StreamCore(client, self._core, source, in_flight, return_hs, train=train)
         return _Answers(self._transport, self._lock, core, source)
 
+    def __getattr__(self, name: str) -> Any:
+        """Tell what was forgotten, where `_core` is not there yet."""
+        if name != "_core":
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        raise errors.SessionNotOpen(
+            "the session is not open: use `async with client.session(...)`, or "
+            "`session = await client.session(...)`; after a failed opening, ask for a new one"
+        )
+
+    def __repr__(self) -> str:
+        return super().__repr__() if "_core" in vars(self) else "<Session that is not open>"
+
     async def _open(self) -> Session:
         if self._opening is not None:
             opening, self._opening = self._opening, None
             self._core = await self._transport.run(opening)
+        self._core  # noqa: B018  # tells of an opening that has failed before
         return self
 
     def __await__(self) -> Generator[Any, None, Session]:

@@ -18,6 +18,7 @@ Error:
     │   ├── SessionMismatch
     │   ├── HistoryLost      (the client's own: its log does not reach back to what was lost)
     │   ├── SessionBusy      (the client's own: a stream is using the session)
+    │   ├── SessionNotOpen   (the client's own, with asyncio: nobody has awaited its opening)
     │   └── ClientClosed, WrongProcess, WrongLoop      (the client's own: it cannot be used here)
     ├── ResourceExhausted
     │   ├── MaxSessions, MaxModels, MaxCheckpoints
@@ -96,6 +97,7 @@ __all__ = [
     "SessionExpired",
     "SessionMismatch",
     "SessionNotFound",
+    "SessionNotOpen",
     "StoreDown",
     "StoreFull",
     "TapeMissing",
@@ -157,8 +159,12 @@ class Error(Exception):
         named = copy.copy(self).with_traceback(self.__traceback__)
         named.message = f"chunk {chunk_seq}: {self.message}"
         named.metadata = {**self.metadata, "chunk_seq": str(chunk_seq)}
-        named.__cause__ = self.__cause__
+        named.__cause__, named.cause = self.__cause__, self.cause
         return named
+
+    def __reduce__(self) -> tuple[type[Self], tuple[str], dict[str, object]]:
+        """Copy and pickle without the cause: gRPC's own errors hold locks."""
+        return type(self), (self.message,), {**vars(self), "cause": None}
 
     def __str__(self) -> str:
         name = self.reason or self.code.name
@@ -361,6 +367,12 @@ class SessionBusy(FailedPrecondition):
     """A `stream()` is using the session; finish or close it first."""
 
     REASON = "SESSION_BUSY"
+
+
+class SessionNotOpen(FailedPrecondition):
+    """The session's opening has not been awaited, or has failed. The client's own."""
+
+    REASON = "SESSION_NOT_OPEN"
 
 
 class ClientClosed(FailedPrecondition):

@@ -14,7 +14,7 @@ import pytest
 import timernn
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
 XS = np.ones((1, 4, 3), "f4")
 
@@ -267,3 +267,29 @@ async def test_a_program_started_again_takes_what_waits(
         await again.backward(hs)
         assert (await again.update(take_waiting=True)).number == 2
         assert await again.waiting == []
+
+
+async def test_a_session_whose_opening_nobody_awaited_says_so(
+    client: timernn.aio.Client, stand_in: Any, refusal: Any
+) -> None:
+    """Each use of it does, and so does awaiting an opening again that has failed."""
+    session = client.session("m")
+    assert repr(session) == "<Session that is not open>"
+    uses: list[Callable[[], Any]] = [
+        lambda: session.forward(XS),
+        session.update,
+        session.fork,
+        lambda: client.frame([(session, XS)]),
+        lambda: client.update("m", sessions=[session]),
+    ]
+    for use in uses:
+        with pytest.raises(timernn.SessionNotOpen, match=r"await client\.session"):
+            await use()
+    with pytest.raises(timernn.SessionNotOpen):
+        session.stream([XS])
+    stand_in.fail_next("OpenSession", refusal(grpc.StatusCode.NOT_FOUND, "SESSION_NOT_FOUND"))
+    failing = client.session("m")
+    with pytest.raises(timernn.SessionNotFound):
+        await failing
+    with pytest.raises(timernn.SessionNotOpen):
+        await failing

@@ -15,6 +15,7 @@ import timernn
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+XS = np.ones((1, 4, 3), "f4")
 NOT_ARGUMENTS = {"self", "kind", "error", "traceback"}
 # What is wrong for every parameter: of a type, a size or a content that none of them takes.
 WRONG = (
@@ -221,3 +222,24 @@ def test_a_masked_array_that_masks_nothing_is_data(client: timernn.Client) -> No
     """Such arrays come out of readers that mask only what is missing."""
     hs = client.session("m").forward(np.ma.masked_invalid(np.ones((1, 2, 3))))
     assert hs.shape == (1, 2, 2)
+
+
+async def test_a_session_of_another_client_is_refused(stand_in: Any) -> None:
+    """Two clients would number its chunks; the other face's has another kind of lock, too."""
+    with timernn.connect(stand_in.address) as one, timernn.connect(stand_in.address) as two:
+        async with timernn.aio.connect(stand_in.address) as three, three.session("m") as aio:
+            session = two.session("m")
+            for foreign in (session, aio):
+                with pytest.raises(
+                    timernn.BadField, match=r"chunks\[1\]: expected a session of this"
+                ):
+                    one.frame([(one.session("m"), XS), (foreign, XS)])  # type: ignore[list-item]
+                with pytest.raises(
+                    timernn.BadField, match=r"sessions\[0\]: expected a session of this"
+                ):
+                    one.update("m", sessions=[foreign])  # type: ignore[list-item]
+            with pytest.raises(timernn.BadField, match=r"chunks\[0\]"):
+                await three.frame([(session, XS)])  # type: ignore[list-item]
+            with pytest.raises(timernn.BadField, match=r"sessions\[0\]"):
+                await three.update("m", sessions=[session])  # type: ignore[list-item]
+    assert stand_in.requests["Forward"] == []

@@ -96,6 +96,18 @@ class ClientCore(ModelsCore):
             self._bounds = Bounds.from_limits(answer.limits, self.options.max_message_bytes)
         return self._bounds
 
+    def own(self, name: str, sessions: Iterable[SessionView]) -> list[Any]:
+        """Return sessions as a list; before their locks are taken, which differ from face to face.
+
+        Raises:
+            BadField: If one is no session, or of another client: two would use its numbers.
+        """
+        items = arguments.sessions(name, sessions)
+        for index, session in enumerate(items):
+            if session._core.client is not self:  # noqa: SLF001  # one package
+                raise arguments.refusal(f"{name}[{index}]", "a session of this client", session)
+        return items
+
     def carry_out(self, intent: Intent[Any, Any], scope: Scope, deadline: float) -> Op[None]:
         """Send an intent's requests in order, healing what was lost on the way."""
         healing = Healing(self.caller, scope)
