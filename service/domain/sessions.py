@@ -268,7 +268,7 @@ class Sessions:
     ) -> None:
         """Raise unless an epoch has begun, or goes on."""
         if outcome is EpochOutcome.EXISTS:
-            text = f"session {quoted(session_id)} is live; use RESUME or RESET"
+            text = f"session {quoted(session_id)} is live: use RESUME or RESET, or another name"
             raise AlreadyExists("SESSION_EXISTS", text, session_id=session_id, epoch=number)
         if outcome is EpochOutcome.REUSED:
             raise request_id_reused()
@@ -342,6 +342,8 @@ def _first(state: Array) -> StoredState:
 def _check_resumable(live: SessionHead, asked: SessionHead) -> None:
     if (live.model_id, live.incarnation) != (asked.model_id, asked.incarnation):
         text = f"the live session runs {quoted(live.model_id)}"
+        if live.model_id == asked.model_id:
+            text += " of before it was deleted and created again; use RESET, or another name"
         raise FailedPrecondition("SESSION_MISMATCH", f"model_id: {text}", field="model_id")
     if live.batch_size != asked.batch_size:
         raise bad_field(

@@ -724,3 +724,16 @@ async def test_two_writers_of_a_session_are_told_so(
     assert passed.metadata["last_seq"] == "8"
     for told in (reused, passed, forked, fenced):
         assert "another writer uses this session" in told.message
+
+
+async def test_a_session_of_a_model_that_was_created_again_says_what_it_runs(
+    replicas: Pair, tenant: str, make_model: ModelMaker
+) -> None:
+    """The name of the model alone would explain nothing: it is the one that was asked for."""
+    await make_model()
+    await open_on(replicas[0], tenant)
+    await replicas[0].models.delete(tenant, "m", allow_missing=False)
+    await make_model()
+    told = await refusal(open_on(replicas[0], tenant, on_exists=OnExists.RESUME))
+    assert told.reason == "SESSION_MISMATCH"
+    assert "before it was deleted and created again" in told.message
