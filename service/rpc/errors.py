@@ -95,12 +95,16 @@ def malformed(message_name: str) -> InvalidArgument:
     return InvalidArgument("MALFORMED", f"request is not a valid {message_name}")
 
 
-def message_too_large(what: str, size_bytes: int, limit_bytes: int) -> ResourceExhausted:
+def message_too_large(
+    what: str,
+    size_bytes: int,
+    limit_bytes: int,
+    advice: str = "split the chunk along T, or ask for less in return",
+) -> ResourceExhausted:
     """Make the refusal of a message beyond the limit; `what` is "request" or "answer"."""
     return ResourceExhausted(
         "MESSAGE_TOO_LARGE",
-        f"{what} of {size_bytes} bytes exceeds the limit of {limit_bytes}: "
-        "split the chunk along T, or ask for less in return",
+        f"{what} of {size_bytes} bytes exceeds the limit of {limit_bytes}: {advice}",
         limit_bytes=limit_bytes,
         size_bytes=size_bytes,
     )

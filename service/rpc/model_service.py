@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 PART_BYTES: Final = 1 << 20
 MAX_NUMBERS: Final = 1000  # of versions that one call may ask for
+_OF_OTHER_SIZES: Final = "it is a file of a model of other sizes or dtype"
 _PART_OVERHEAD_BYTES: Final = 64  # version, size and the field's own header
 
 
@@ -65,7 +66,7 @@ class ModelService:
         total_bytes = check_size("total_bytes", first.header.total_bytes, 1 << 62)
         limit = self.models.check_size(spec)
         if total_bytes > limit:
-            raise message_too_large("weights file", total_bytes, limit)
+            raise message_too_large("weights file", total_bytes, limit, _OF_OTHER_SIZES)
         call.ticket.reserve(total_bytes)
         data = await _collect(requests, total_bytes)
         view, replayed = await self.models.import_model(call.tenant, spec, data, request_id)
@@ -121,7 +122,7 @@ class ModelService:
         total_bytes = check_size("total_bytes", header.total_bytes, 1 << 62)
         limit = await self.models.upload_limit(call.tenant, model_id)
         if total_bytes > limit:
-            raise message_too_large("weights file", total_bytes, limit)
+            raise message_too_large("weights file", total_bytes, limit, _OF_OTHER_SIZES)
         call.ticket.reserve(total_bytes)
         data = await _collect(requests, total_bytes)
         version, replayed = await self.models.put_weights(

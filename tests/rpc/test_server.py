@@ -174,3 +174,4 @@ async def test_an_upload_too_large_for_its_model_is_refused_before_it_is_sent(
     served.domain.answers["upload_limit"] = 7
     refusal = await refused(served.models.PutWeights(upload(HEADER)))
     assert (refusal.code, refusal.reason) == ("RESOURCE_EXHAUSTED", "MESSAGE_TOO_LARGE")
+    assert "limit of 7: it is a file of a model of other sizes" in refusal.message
