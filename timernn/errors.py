@@ -17,6 +17,7 @@ Error:
     │   ├── TapeMissing, WeightsForked, NoGradients, ReplayWindowPassed, NonFiniteResult
     │   ├── SessionMismatch
     │   ├── HistoryLost      (the client's own: its log does not reach back to what was lost)
+    │   ├── OutcomeLost      (the client's own: too late to find out whether a step was made)
     │   ├── SessionBusy      (the client's own: a stream is using the session)
     │   ├── SessionNotOpen   (the client's own, with asyncio: nobody has awaited its opening)
     │   └── ClientClosed, WrongProcess, WrongLoop      (the client's own: it cannot be used here)
@@ -83,6 +84,7 @@ __all__ = [
     "NonFinite",
     "NonFiniteResult",
     "NotFound",
+    "OutcomeLost",
     "Overloaded",
     "PermissionDenied",
     "ReplayWindowPassed",
@@ -361,6 +363,12 @@ class HistoryLost(FailedPrecondition):
     """The store lost writes from before this client's log begins; the log cannot heal them."""
 
     REASON = "HISTORY_LOST"
+
+
+class OutcomeLost(FailedPrecondition):
+    """A step in doubt is older than the server's memory of it: it may be made or not, for good."""
+
+    REASON = "OUTCOME_LOST"
 
 
 class SessionBusy(FailedPrecondition):

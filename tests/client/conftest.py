@@ -239,6 +239,8 @@ class StandIn:
             gradient_norm=1.0,
         )
         if request.HasField("update"):
+            if self._failures["inline Update"]:
+                raise Failure(self._failures["inline Update"].pop(0)[0])
             response.update.CopyFrom(self._Update(request.update))
         return response
 

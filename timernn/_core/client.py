@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from timernn import errors
 from timernn._core import arguments, contract
+from timernn._core.ages import Lifetime
 from timernn._core.arguments import checked, checked_with
 from timernn._core.convert import (
     array_from_caller,
@@ -24,9 +25,10 @@ from timernn._core.effects import Call
 from timernn._core.frame import Frames
 from timernn._core.healing import Healing, Scope
 from timernn._core.ids import new_request_id, new_session_id
-from timernn._core.intents import wants_less
+from timernn._core.intents import Memory, wants_less
 from timernn._core.journal import Shelf
 from timernn._core.models import ModelsCore, given, optional
+from timernn._core.refusals import Proof, proof_of
 from timernn._core.session import RETURN_HS, SessionCore
 from timernn._core.splitting import Bounds, split_steps
 from timernn._core.training import Training
@@ -60,6 +62,8 @@ if TYPE_CHECKING:
         UpdateResult,
         Version,
     )
+
+MEMORY_OF_STEPS = 2  # a request id and a counted name are remembered for so many times tape_ttl
 
 _ON_EXISTS = {
     "resume": session_pb.ON_EXISTS_RESUME,
@@ -113,15 +117,45 @@ class ClientCore(ModelsCore):
         healing = Healing(self.caller, scope)
         intent.apply()  # of an answer that was noted when an interrupt came
         while not intent.is_done:
+            yield from self._require_remembered(intent)
             request = intent.prepare()
             try:
                 answer = yield from self.caller.call(intent.rpc, request, deadline)
             except errors.Error as error:
                 # An attempt before the loss may have written to the other slot, and still count there.
                 intent.may_be_applied |= error._had_unknown_attempt  # noqa: SLF001  # one package
+                if proof_of(error) is Proof.REQUEST:
+                    yield from self._require_remembered(intent)
                 yield from self.heal(healing, error, scope, deadline, request)
             else:
                 intent.accept(answer)
+
+    def _require_remembered(self, intent: Intent[Any, Any]) -> Op[None]:
+        """Refuse to ask for a step again of which the server may have forgotten that it was made.
+
+        It would be refused, and taken for not made. While the head is the one from before it was first
+        sent, it was not made, and asking is safe.
+
+        Raises:
+            OutcomeLost: If it is too late to find out.
+        """
+        step = intent.step()
+        if step is None:
+            return
+        if intent.memory is None:
+            bounds = yield from self.bounds()
+            lifetime = Lifetime(self.ages, MEMORY_OF_STEPS * bounds.tape_ttl_s)
+            intent.memory = Memory(lifetime, self.known(step.model_id))
+        elif intent.may_be_applied and intent.memory.lifetime.is_over:
+            head = (yield from self.get_model(step.model_id)).head
+            if intent.memory.may_have_missed(head):
+                raise errors.OutcomeLost(
+                    f"model {step.model_id!r}: a step was sent {intent.memory.lifetime.age_s:.0f} s ago, its "
+                    f"answer was lost, and the head is version {head.number} by now; whether this step is "
+                    "one of those that led to it is not remembered any more. What still waits stands in "
+                    "session.waiting",
+                    metadata={"head": str(head.number)},
+                )
 
     def heal(
         self,

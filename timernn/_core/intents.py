@@ -60,6 +60,7 @@ class Intent(ABC, Generic[Q, A]):
         is_refused: Whether the rest of it was refused after a part had been applied.
         may_be_applied: Whether an attempt had an unknown outcome.
         came_from: Where the session stood before it went back for this; None if it did not.
+        memory: How long the server surely remembers the step that it makes, since it was first sent.
         needs_history: Whether they continue what was applied before them, which is then healed.
     """
 
@@ -71,6 +72,7 @@ class Intent(ABC, Generic[Q, A]):
         self.answers: tuple[A, ...] = ()
         self.is_wanted, self.is_refused, self.may_be_applied = True, False, False
         self.came_from: Move | None = None
+        self.memory: Memory | None = None
         self._applied = 0
 
     @property
@@ -112,6 +114,32 @@ class Intent(ABC, Generic[Q, A]):
 
     def refused(self, error: errors.Error) -> None:
         """Take over what was done of the request that was refused; mostly nothing."""
+
+    def step(self) -> rnn_pb.UpdateRequest | None:
+        """Return the step that the next request makes, if it makes one."""
+        return None
+
+    def stepped(self) -> tuple[Step, UpdateResult] | None:
+        """Return the step that it has made: what was asked for, and what came of it."""
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """The server's memory of a step: it ends some time after the step.
+
+    Attributes:
+        lifetime: From when it was first sent.
+        head: The version that was known then.
+    """
+
+    lifetime: Lifetime
+    head: Version | None
+
+    def may_have_missed(self, head: Version) -> bool:
+        """Tell whether the step may be one of those that have led to this head."""
+        known = self.head
+        return known is None or (head != known and head.number >= known.number)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -371,10 +399,31 @@ class BackwardIntent(Intent[rnn_pb.BackwardRequest, Backwarded]):
         The step alone was refused, or an earlier attempt had counted it and its tape is gone since. A
         tape stays until the update, so that the same backward may be asked for once more.
         """
+        step, training = self.step(), self._session.training
         if error.metadata.get("recorded") == "true":
             request = rnn_pb.BackwardRequest()
             request.CopyFrom(self.requests[self.done])
             self._session.contributed(request)
+        elif error.metadata.get("counted") == "true" and step and self._asked[0]:
+            # Counted, and taken by a step since: by its own, it may be, which the server remembers.
+            training.doubted(step, self._session, self._asked[0], self.memory)
+        if isinstance(error, errors.OutcomeLost):
+            training.given_up(self.requests[-1].update)
+            self._session.move(Move(tapes=self._tapes_left()))
+
+    def step(self) -> rnn_pb.UpdateRequest | None:
+        """Return the step that stands in the last piece."""
+        request = self.requests[self.done]
+        return request.update if request.HasField("update") else None
+
+    def stepped(self) -> tuple[Step, UpdateResult] | None:
+        """Return the step made in the same call."""
+        made = self.answers[-1].stepped if self.is_done else None
+        step = self._asked[0]
+        return None if made is None or step is None else (step, update_from_proto(made[1]))
+
+    def _tapes_left(self) -> list[Taped]:
+        return [taped for taped in self._session.tapes if taped is not self.taped]
 
     def carry_over(self, answer: Backwarded) -> None:
         """Note the contribution, and the step where one was made."""
@@ -407,7 +456,7 @@ class BackwardIntent(Intent[rnn_pb.BackwardRequest, Backwarded]):
         if len(pieces) == 1:
             norm = pieces[0].norm
         move = Move(
-            tapes=[taped for taped in self._session.tapes if taped is not self.taped],
+            tapes=self._tapes_left(),
             dh=tensor_from_proto(pieces[-1].dh0),
             gradients=gradients,
             gradient_norm=norm,
@@ -463,6 +512,19 @@ class UpdateIntent(Intent[rnn_pb.UpdateRequest, "Updated"]):
         self._training.stepped(self.requests[0], answer.message)
         for session in self.asked[0]:
             session.move(Move(last_update=result, version=result.version))
+
+    def refused(self, error: errors.Error) -> None:
+        """Forget contributions of which nobody knows whether they wait."""
+        if isinstance(error, errors.OutcomeLost):
+            self._training.given_up(self.requests[0])
+
+    def step(self) -> rnn_pb.UpdateRequest | None:
+        """Return the request: it is the step."""
+        return self.requests[0]
+
+    def stepped(self) -> tuple[Step, UpdateResult] | None:
+        """Return the step."""
+        return (self.asked[1], self.answers[0].result) if self.is_done else None
 
     def is_same(self, other: Intent[Any, Any]) -> bool:
         """Compare what was asked for: what waited then may be consumed by now."""

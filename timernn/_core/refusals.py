@@ -49,6 +49,7 @@ _PROOFS: dict[type[errors.Error], Proof] = {
     errors.NonFiniteResult: Proof.REQUEST,
     errors.SessionMismatch: Proof.REQUEST,
     errors.HistoryLost: Proof.REQUEST,
+    errors.OutcomeLost: Proof.REQUEST,
     errors.ResourceExhausted: Proof.ATTEMPT,
     errors.TapeQuota: Proof.REQUEST,  # found by the script that had compared the place
     errors.Unauthenticated: Proof.ATTEMPT,

@@ -356,16 +356,20 @@ class SessionCore(SessionPlace):
         yield from self.settle_own(until)
         yield from self.training.settle(until)
 
-    def settle_own(self, deadline: float, *, kept: int = 0) -> Op[None]:
+    def settle_own(self, deadline: float, *, kept: int = 0) -> Op[list[Intent[Any, Any]]]:
         """Send again what of this session alone is in doubt; an update may join several.
 
         Args:
             deadline: When to give up, on the client's clock.
             kept: The first ones are asked for by the call under way. They stay in doubt until its
                 caller has their outputs, and are sent here only if others stand behind them.
+
+        Returns:
+            What is carried out now.
         """
         self.require_idle()
         position = 0
+        settled: list[Intent[Any, Any]] = []
         while max(kept, position) < len(self.doubts):
             doubt = self.doubts[position]
             if doubt.is_refused:
@@ -373,10 +377,12 @@ class SessionCore(SessionPlace):
                 continue
             doubt.may_be_applied = True
             yield from self._send(doubt, deadline)
+            settled.append(doubt)
             if position < kept:
                 position += 1
             else:
                 del self.doubts[position]
+        return settled
 
     # -- the making of requests --------------------------------------------------------------------
 

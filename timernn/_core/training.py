@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from timernn import errors
 from timernn._core.convert import (
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from timernn._core.client import ClientCore
     from timernn._core.effects import Op
+    from timernn._core.intents import Intent, Memory
     from timernn._core.place import SessionPlace
     from timernn._core.session import SessionCore
     from timernn.types import Step, UpdateResult
@@ -93,22 +94,55 @@ class Training:
     ) -> Op[UpdateResult]:
         """Take what these sessions contributed since their last update into one step.
 
-        With `take_waiting` also what the server lists of them: then both are named.
+        With `take_waiting` also what the server lists of them: then both are named. Where the step was
+        in doubt and settling it has made it, this is its answer.
+
+        Raises:
+            NoGradients: If there are none; says which other step settling has made.
         """
         deadline = self._client.caller.deadline()
+        settled: list[Intent[Any, Any]] = []
         for session in sessions:
-            yield from session.settle_own(deadline)
+            settled += yield from session.settle_own(deadline)
         asked = (tuple(sessions), step, expect_known, take_waiting)
         intent = self.doubt
         if intent is None or intent.asked != asked:
+            if self.doubt is not None and any(one in sessions for one in self.doubt.asked[0]):
+                settled.append(self.doubt)
             yield from self.settle(deadline)
             for session in sessions if take_waiting else ():
                 yield from session.adopt_waiting(deadline)
             named = [names for session in sessions for names in session.waiting()]
+            made = next(filter(None, (one.stepped() for one in reversed(settled))), None)
+            if made is not None and not named:
+                return self._made_already(made, step)
             request = self.request(named, step, expect_known=expect_known)
             intent = UpdateIntent(self, request, asked)
         yield from self._finish(intent, deadline)
         return intent.answers[0].result
+
+    def _made_already(self, made: tuple[Step, UpdateResult], step: Step) -> UpdateResult:
+        """Return what the step in doubt did, if it is the one that is asked for."""
+        asked, result = made
+        if asked == step:
+            return result
+        raise errors.NoGradients(
+            f"model {self._model_id!r}: the step that was in doubt, {asked}, is made and took all that "
+            f"waited: version {result.version.number}",
+            metadata={"version": str(result.version.number)},
+        )
+
+    def doubted(
+        self, request: rnn_pb.UpdateRequest, session: SessionCore, step: Step, memory: Memory | None
+    ) -> None:
+        """Ask for a step by itself that may have been made with a backward, before anything else."""
+        if self.doubt is None:
+            self.doubt = UpdateIntent(self, request, ((session,), step, True, False))
+            self.doubt.may_be_applied, self.doubt.memory = True, memory
+
+    def given_up(self, request: rnn_pb.UpdateRequest) -> None:
+        """Forget the contributions of a step of which nobody knows whether it was made."""
+        self.consumed(_named_in(request))
 
     def settle(self, deadline: float) -> Op[None]:
         """Send an update again whose outcome is not known."""
@@ -118,9 +152,7 @@ class Training:
     def stepped(self, request: rnn_pb.UpdateRequest, answer: rnn_pb.UpdateResponse) -> None:
         """Note a step that was made: the new head, and that its contributions are consumed."""
         self._client.set_known(self._model_id, version_from_proto(answer.version))
-        self.consumed(
-            Contributions(c.session_id, c.epoch, tuple(c.chunk_seqs)) for c in request.contributions
-        )
+        self.consumed(_named_in(request))
         self.journal.append(update_entry(request, answer))
 
     def consumed(self, named: Iterable[Contributions] | None) -> None:
@@ -135,7 +167,14 @@ class Training:
             yield from self._client.carry_out(intent, self.scope(), deadline)
         except errors.Error as error:
             if not leaves_in_doubt(error, before=intent.may_be_applied):
+                intent.refused(error)
                 self.doubt = None
             intent.may_be_applied = True
             raise
         self.doubt = None
+
+
+def _named_in(request: rnn_pb.UpdateRequest) -> list[Contributions]:
+    return [
+        Contributions(c.session_id, c.epoch, tuple(c.chunk_seqs)) for c in request.contributions
+    ]
