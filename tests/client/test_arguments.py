@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 import uuid
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -243,3 +244,17 @@ async def test_a_session_of_another_client_is_refused(stand_in: Any) -> None:
             with pytest.raises(timernn.BadField, match=r"sessions\[0\]"):
                 await three.update("m", sessions=[session])  # type: ignore[list-item]
     assert stand_in.requests["Forward"] == []
+
+
+def test_a_value_too_large_for_the_models_dtype_is_refused(client: timernn.Client) -> None:
+    """A cast would make it infinite, with no more than a warning of NumPy's."""
+    session = client.session("m")
+    with pytest.raises(timernn.NonFinite, match="xs: holds a value that is too large for float32"):
+        session.forward(np.full((1, 2, 3), 1e300))
+
+
+def test_a_weights_file_is_open_for_bytes(client: timernn.Client) -> None:
+    """One that is open for text would fail half way."""
+    for method in (client.import_weights, client.export_weights):
+        with pytest.raises(timernn.BadField, match="expected a file that is open for bytes"):
+            method("m", io.StringIO())  # type: ignore[arg-type]

@@ -14,6 +14,7 @@ import numbers
 import operator
 from datetime import timedelta
 from functools import wraps
+from io import TextIOBase
 from os import PathLike
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar
 
@@ -229,6 +230,8 @@ def chunks_of_sessions(name: str, value: Any) -> list[tuple[Any, Any]]:
 
 def file(name: str, value: Any) -> Any:
     """Accept a path, or an open binary file."""
+    if isinstance(value, TextIOBase):
+        raise refusal(name, "a file that is open for bytes", value)
     if isinstance(value, str | PathLike) or hasattr(value, "read") or hasattr(value, "write"):
         return value
     raise refusal(name, "a path or an open binary file", value)

@@ -60,6 +60,7 @@ def array_from_caller(
         shape: The sizes demanded; None where any size of at least 1 will do.
 
     Raises:
+        NonFinite: If a finite value is too large for that dtype.
         BadTensor: If it is not numeric, masks an element, or has another number of dimensions or
             another size.
     """
@@ -71,7 +72,10 @@ def array_from_caller(
         array = np.asarray(value)
         if array.dtype.kind not in "fiub":
             raise errors.BadTensor(f"{name}: expected real numbers, got dtype {array.dtype}")
-        array = array.astype(dtype, copy=False)
+        with np.errstate(over="raise"):
+            array = array.astype(dtype, copy=False)
+    except FloatingPointError:
+        raise errors.NonFinite(f"{name}: holds a value that is too large for {dtype}") from None
     except (TypeError, ValueError) as error:
         if isinstance(error, errors.BadTensor):
             raise
