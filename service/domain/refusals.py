@@ -92,7 +92,7 @@ def seq_reused(chunk_seq: int) -> AlreadyExists:
     return AlreadyExists(
         "SEQ_REUSED",
         f"chunk {chunk_seq} was already applied with different content: "
-        "another writer uses this session",
+        "another writer uses this session, or other data was sent under the same number",
         chunk_seq=chunk_seq,
     )
 

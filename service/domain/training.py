@@ -379,7 +379,7 @@ class Training:
         if outcome is CountOutcome.REUSED:
             text = (
                 f"a gradient of chunk {op.chunk_seq} was counted with different content: "
-                "another writer uses this session"
+                "another writer uses this session, or other data was sent for the same chunk"
             )
             raise AlreadyExists("SEQ_REUSED", text, chunk_seq=op.chunk_seq)
         if outcome is CountOutcome.GONE:
