@@ -27,7 +27,8 @@ XS = np.ones((1, 2, INPUTS), np.float32)
 LIMIT_S = 20.0
 NOTICED_S = 40.0  # the server's pings are 20 s apart and wait for 10 s
 IDLE_S = 125.0
-ESTABLISHED = "01"  # in /proc/net/tcp
+TABLES = ("/proc/net/tcp", "/proc/net/tcp6")  # an IPv6 socket takes IPv4 connections too
+ESTABLISHED = "01"
 
 
 class Line:
@@ -169,7 +170,8 @@ def test_the_server_notices_clients_that_vanished(proof: Proof) -> None:
 
 def connections_of(port: int) -> int:
     """Count the connections that a server on this machine holds open."""
-    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    tables = [Path(table) for table in TABLES if Path(table).exists()]
+    rows = [line.split() for table in tables for line in table.read_text().splitlines()[1:]]
     return sum(row[1].endswith(f":{port:04X}") and row[3] == ESTABLISHED for row in rows)
 
 
