@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from redis.asyncio import Redis
 
-from instruments.redis_servers import RedisServer
+from instruments.redis_servers import RedisServer, snapshot_failing
 from instruments.refusing_store import REFUSALS, RefusingLink
 from instruments.replicas import HIDDEN, Client, draw, open_on, start_replica, step
 from rnn_engine import Adam
@@ -43,8 +43,9 @@ NOTHING_DONE = ("STORE_FULL", "STORE_DOWN")
 
 @pytest.fixture(scope="module")
 def store() -> Iterator[RedisServer]:
-    """A store that can be made to refuse."""
-    with RedisServer(append_only=False) as running:
+    """A store that can be made to refuse; its snapshots fail, which it minds only when it is set to."""
+    with RedisServer(append_only=False) as running, snapshot_failing(running):
+        running.ask("CONFIG", "SET", "stop-writes-on-bgsave-error", "no")
         yield running
 
 
@@ -196,6 +197,20 @@ async def _close(scene: Scene) -> Act:
     return lambda: scene.replica.sessions.close(scene.tenant, "s", 0)
 
 
+async def _list_waiting(scene: Scene) -> Act:
+    return lambda: scene.replica.training.list_waiting(scene.tenant, "s")
+
+
+async def _import_model(scene: Scene) -> Act:
+    spec = ModelSpec("n", 3, HIDDEN, "float32", Adam())
+    _, data = await scene.other.models.read_weights(scene.tenant, "m", None, include_moments=False)
+    return lambda: scene.replica.models.import_model(scene.tenant, spec, data, "import")
+
+
+async def _find_versions(scene: Scene) -> Act:
+    return lambda: scene.replica.models.find_versions(scene.tenant, "m", (1,))
+
+
 async def _create_model(scene: Scene) -> Act:
     spec = ModelSpec("n", 3, HIDDEN, "float32", Adam())
     return lambda: scene.replica.models.create(scene.tenant, spec, InitialWeights(seed=2), "create")
@@ -233,14 +248,18 @@ OPERATIONS: dict[str, Callable[[Scene], Awaitable[Act]]] = {
     "Backward with an Update over all": _backward_and_step_over_all,
     "Update": _update,
     "DiscardGradients": _discard,
+    "ListWaiting": _list_waiting,
     "OpenSession": _open("new", OnExists.FAIL),
     "OpenSession with RESUME": _open("s", OnExists.RESUME),
     "OpenSession with RESET": _open("s", OnExists.RESET),
+    "OpenSession with MUST_EXIST": _open("s", OnExists.MUST_EXIST),
     "SetState": _set_state,
     "GetState that extends": _get_state,
     "ForkSession": _fork,
     "CloseSession": _close,
     "CreateModel": _create_model,
+    "ImportModel": _import_model,
+    "FindVersions": _find_versions,
     "DeleteModel": _delete_model,
     "PutWeights": _put_weights,
     "RestoreCheckpoint": _restore_checkpoint,

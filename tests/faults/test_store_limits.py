@@ -14,7 +14,7 @@ import pytest
 
 import timernn
 from instruments.processes import free_port
-from instruments.redis_servers import RedisServer, wait_until
+from instruments.redis_servers import RedisServer, snapshot_failing
 from scenes.figures import figure
 from scenes.store_clients import Streamer, connect, create_model, draw, measure_steady
 from scenes.store_pair import addresses_of, replicas_on
@@ -180,35 +180,9 @@ def alone(store: RedisServer) -> Iterator[None]:
         store.ask("CONFIG", "SET", "min-replicas-to-write", 0)
 
 
-@contextlib.contextmanager
-def unsaved(store: RedisServer) -> Iterator[None]:
-    """Let the store refuse writes because no snapshot can be written, for the block (MISCONF)."""
-    taken = store.dir / "dump.rdb"
-    taken.unlink(missing_ok=True)
-    taken.mkdir()
-    store.ask("CONFIG", "SET", "save", "3600 1")
-    _save(store, "err")
-    try:
-        yield
-    finally:
-        taken.rmdir()
-        _save(store, "ok")
-        store.ask("CONFIG", "SET", "save", "")
-
-
-def _save(store: RedisServer, status: str) -> None:
-    def has_ended() -> bool:
-        told = store.info("persistence")
-        if told["rdb_bgsave_in_progress"] == "0" and told["rdb_last_bgsave_status"] != status:
-            store.ask("BGSAVE")
-        return told["rdb_last_bgsave_status"] == status
-
-    wait_until(f"a snapshot that is {status}", has_ended)
-
-
 @pytest.mark.timeout(240)
 @pytest.mark.promise("R25", "a store unfit for writes: NOT_SERVING in 2 s, UNAVAILABLE, over alone")
-@pytest.mark.parametrize("unfit", [evicting, demoted, alone, unsaved])
+@pytest.mark.parametrize("unfit", [evicting, demoted, alone, snapshot_failing])
 @figure("rounds", 3, 30)
 def test_an_unfit_store_is_told_by_health_and_by_every_write(
     store: RedisServer,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from instruments.redis_servers import Cluster, RedisServer, SentinelGroup, wait_until
+from instruments.redis_servers import Cluster, RedisServer, SentinelGroup, snapshot_failing
 from service.settings import Settings
 from service.store.connect import UnfitStoreError, open_store
 from service.store.permissions import COMMANDS
@@ -35,22 +35,6 @@ def primary(group: Group) -> RedisServer:
     if isinstance(group, RedisServer):
         return group
     return group.master() if isinstance(group, SentinelGroup) else group.masters[-1]
-
-
-@contextlib.contextmanager
-def snapshot_failing(server: RedisServer) -> Iterator[None]:
-    """Let no snapshot be written for the block, as on a full disk: then the server refuses writes."""
-    taken = server.dir / "dump.rdb"
-    taken.unlink(missing_ok=True)
-    taken.mkdir()  # where the file has to go
-    server.ask("CONFIG", "SET", "save", "3600 1")
-    _save(server, "err")
-    try:
-        yield
-    finally:
-        taken.rmdir()
-        _save(server, "ok")
-        server.ask("CONFIG", "SET", "save", "")
 
 
 @contextlib.contextmanager
@@ -112,13 +96,3 @@ async def test_rights_that_are_missing_are_named(group: Group, primary: RedisSer
             server.ask("ACL", "SETUSER", "app", *rules)
     with pytest.raises(UnfitStoreError, match=r"may not use m\{check\}, rename, strlen"):
         await check(url)
-
-
-def _save(server: RedisServer, status: str) -> None:
-    def has_ended() -> bool:
-        told = server.info("persistence")
-        if told["rdb_bgsave_in_progress"] == "0" and told["rdb_last_bgsave_status"] != status:
-            server.ask("BGSAVE")
-        return told["rdb_last_bgsave_status"] == status
-
-    wait_until(f"a snapshot that is {status}", has_ended)

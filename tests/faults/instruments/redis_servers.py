@@ -1,5 +1,6 @@
 """Real Redis or Valkey servers: alone, with replicas, under sentinels, as a cluster."""
 
+import contextlib
 import functools
 import importlib.util
 import shutil
@@ -359,3 +360,29 @@ class Cluster(Group):
 
 def _text(answer: object) -> str:
     return answer.decode() if isinstance(answer, bytes) else str(answer)
+
+
+@contextlib.contextmanager
+def snapshot_failing(server: RedisServer) -> Iterator[None]:
+    """Let no snapshot be written for the block, as on a full disk: then the server refuses writes (MISCONF)."""
+    taken = server.dir / "dump.rdb"
+    taken.unlink(missing_ok=True)
+    taken.mkdir()  # where the file has to go
+    server.ask("CONFIG", "SET", "save", "3600 1")
+    _save(server, "err")
+    try:
+        yield
+    finally:
+        taken.rmdir()
+        _save(server, "ok")
+        server.ask("CONFIG", "SET", "save", "")
+
+
+def _save(server: RedisServer, status: str) -> None:
+    def has_ended() -> bool:
+        told = server.info("persistence")
+        if told["rdb_bgsave_in_progress"] == "0" and told["rdb_last_bgsave_status"] != status:
+            server.ask("BGSAVE")
+        return told["rdb_last_bgsave_status"] == status
+
+    wait_until(f"a snapshot that is {status}", has_ended)

@@ -32,6 +32,11 @@ REFUSALS = (
         ("CONFIG", "SET", "min-replicas-to-write", 1),
         ("CONFIG", "SET", "min-replicas-to-write", 0),
     ),
+    Refusal(
+        "MISCONF",  # of a store whose last snapshot failed
+        ("CONFIG", "SET", "stop-writes-on-bgsave-error", "yes"),
+        ("CONFIG", "SET", "stop-writes-on-bgsave-error", "no"),
+    ),
     Refusal("READONLY", ("REPLICAOF", "127.0.0.1", 1), ("REPLICAOF", "NO", "ONE")),
     Refusal(
         "NOPERM",
