@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import _thread
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import wraps
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
 
 import grpc
 import numpy as np
@@ -118,21 +120,17 @@ class _Stream:
     So its user touches no lock of gRPC's, and may be interrupted. It ends when nobody uses it any more.
     """
 
-    def __init__(self, link: Link, rpc: Rpc[Any, Any], call: Any, requests: _Requests) -> None:
+    def __init__(self, link: Link, rpc: Rpc[Any, Any], timeout_s: float) -> None:
         self.link, self.rpc = link, rpc
-        self._call, self._requests = call, requests
-        self._answers: _Answers = queue.SimpleQueue()
-        receiving = (call, self._answers)
+        self._requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        calls: list[Any] = []
+        requests = _sent(self._requests, calls, _at_end_of(self, self._requests))
+        calls.append(link.method("stream_stream", rpc)(requests, timeout=timeout_s))
+        receiving = (calls[0], self._answers)
         threading.Thread(
             target=_receive, args=receiving, name="timernn-stream", daemon=True
         ).start()
-
-    @classmethod
-    def open(cls, link: Link, rpc: Rpc[Any, Any], timeout_s: float) -> Self:
-        """Begin the call."""
-        requests: _Requests = queue.SimpleQueue()
-        call = link.method("stream_stream", rpc)(_sent(requests), timeout=timeout_s)
-        return cls(link, rpc, call, requests)
 
     def write(self, message: Any) -> None:
         self._requests.put(self.rpc.serialize(message))
@@ -148,23 +146,19 @@ class _Stream:
         return None
 
     def close(self) -> None:
-        self._requests.put(self._call.cancel)
-
-    __del__ = close
+        self._requests.put(None)
 
 
-_Requests: TypeAlias = "queue.SimpleQueue[bytes | Callable[[], Any]]"
-_Answers: TypeAlias = "queue.SimpleQueue[bytes | BaseException | None]"
-
-
-def _sent(requests: _Requests) -> Iterator[bytes]:
-    """Give gRPC the messages, in a thread of its own, until there is something to call instead."""
+def _sent(
+    requests: queue.SimpleQueue[Any], calls: list[Any], _end: weakref.ref[Any]
+) -> Iterator[bytes]:
+    """Give gRPC the messages, in a thread of its own, and end the call when something else comes."""
     while isinstance(request := requests.get(), bytes):
         yield request
-    request()
+    calls[0].cancel()
 
 
-def _receive(call: Any, answers: _Answers) -> None:
+def _receive(call: Any, answers: queue.SimpleQueue[Any]) -> None:
     """Take a call's messages as they come: they are no more than were asked for."""
     try:
         for answer in call:
@@ -175,15 +169,24 @@ def _receive(call: Any, answers: _Answers) -> None:
         answers.put(None)
 
 
+def _at_end_of(owner: object, items: queue.SimpleQueue[Any]) -> weakref.ref[Any]:
+    """Have something put into a queue when its owner is gone; whoever reads the queue keeps this.
+
+    No Python code runs then, as in `__del__`, where an interrupt would be lost.
+    """
+    return weakref.ref(owner, items.put)
+
+
 class _Worker:
     """A thread that makes one call at a time for another; it ends with this object."""
 
     def __init__(self) -> None:
         self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.is_free = True
-        threading.Thread(
-            target=_work, args=(self._jobs,), name="timernn-calls", daemon=True
-        ).start()
+        given = (self._jobs, _at_end_of(self, self._jobs))
+        thread = threading.Thread(target=_work, args=given, name="timernn-calls", daemon=True)
+        # Not here: an interrupt inside start() would come out as an error of that one's locks.
+        _thread.start_new_thread(thread.start, ())
 
     def call(self, function: Callable[..., R], *args: Any) -> R:
         """Call a function there and wait; interrupted, it is free no more."""
@@ -199,12 +202,9 @@ class _Worker:
         finally:
             del outcome, error  # the error's traceback holds this frame
 
-    def __del__(self) -> None:
-        self._jobs.put(None)
 
-
-def _work(jobs: queue.SimpleQueue[Any]) -> None:
-    while (job := jobs.get()) is not None:
+def _work(jobs: queue.SimpleQueue[Any], _end: weakref.ref[Any]) -> None:
+    while isinstance(job := jobs.get(), tuple):
         _carry_out(*job)
         del job  # with what came of it, which nobody may want
 
@@ -318,7 +318,7 @@ def _call(link: Link, effect: Effect) -> Any:
             start = link.method("stream_unary", rpc)
             answered = rpc.read(start(map(rpc.serialize, requests), timeout=timeout_s))
         case OpenStream(rpc, _, timeout_s):
-            return _Stream.open(link, rpc, timeout_s)
+            return _Stream(link, rpc, timeout_s)
         case _:
             raise TypeError(f"{type(effect).__name__} needs no channel")
     link.answered = time.monotonic()

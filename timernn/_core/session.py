@@ -524,7 +524,8 @@ class SessionCore(SessionPlace):
         if intent is not None:
             intent = self.again(intent)
         if intent is None:
-            yield from self.settle(deadline)
+            if self.doubts or self.training.doubt is not None:
+                yield from self.settle(deadline)
             intent = make()
         yield from self._finish(intent, deadline)
         return intent
