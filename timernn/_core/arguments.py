@@ -165,11 +165,11 @@ def step(name: str, value: Any) -> Step:
 
 
 def optimizer(name: str, value: Any) -> Any:
-    """Accept an optimizer of the library with numbers as its hyperparameters."""
+    """Accept an optimizer of the library; no hyperparameter of any of them is below 0."""
     if type(value) not in KINDS.values():
         raise refusal(name, "an optimizer such as timernn.Adam(lr=1e-3)", value)
     for part, number in value.given().items():
-        real(f"{name}.{value.KIND}.{part}", number, "a number")
+        rate(f"{name}.{value.KIND}.{part}", number)
     return value
 
 
@@ -307,18 +307,23 @@ def checked_with(**own: Check) -> Callable[[Callable[P, R]], Callable[P, R]]:
             for name, parameter in parameters.items()
             if (check := own.get(name) or CHECKS.get(name)) is not None
         }
-        by_position = [(name, checks.get(name)) for name in parameters]
+        by_position = [
+            (index, parameter.name, checks[parameter.name])
+            for index, parameter in enumerate(parameters.values())
+            if parameter.name in checks and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        ]
 
         @wraps(method)
         def checking(*args: P.args, **kwargs: P.kwargs) -> R:
-            values = [
-                value if check is None else check(name, value)
-                for (name, check), value in zip(by_position, args, strict=False)
-            ]
-            values += args[len(values) :]  # one too many: the call below says so
             for name, value in kwargs.items():
                 if name in checks:
                     kwargs[name] = checks[name](name, value)
+            if not by_position:
+                return method(*args, **kwargs)
+            values = list(args)
+            for index, name, check in by_position:
+                if index < len(values):
+                    values[index] = check(name, values[index])
             return method(*values, **kwargs)  # type: ignore[arg-type]
 
         return checking

@@ -43,7 +43,7 @@ from timernn.v1 import session_service_pb2 as session_pb
 from timernn.v1 import time_rnn_service_pb2 as rnn_pb
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from datetime import timedelta
 
     import numpy.typing as npt
@@ -112,12 +112,21 @@ class ClientCore(ModelsCore):
                 raise arguments.refusal(f"{name}[{index}]", "a session of this client", session)
         return items
 
-    def carry_out(self, intent: Intent[Any, Any], scope: Scope, deadline: float) -> Op[None]:
-        """Send an intent's requests in order, healing what was lost on the way."""
-        healing = Healing(self.caller, scope)
+    def carry_out(
+        self, intent: Intent[Any, Any], scope_of: Callable[[], Scope], deadline: float
+    ) -> Op[None]:
+        """Send an intent's requests in order, healing what was lost on the way.
+
+        Args:
+            intent: What to send.
+            scope_of: Returns what it depends on; asked only where something went wrong.
+            deadline: When all has to be over, on the caller's clock.
+        """
+        healing: Healing | None = None
         intent.apply()  # of an answer that was noted when an interrupt came
         while not intent.is_done:
-            yield from self._require_remembered(intent)
+            if intent.step() is not None:
+                yield from self._require_remembered(intent)
             request = intent.prepare()
             try:
                 answer = yield from self.caller.call(intent.rpc, request, deadline)
@@ -126,6 +135,8 @@ class ClientCore(ModelsCore):
                 intent.may_be_applied |= error._had_unknown_attempt  # noqa: SLF001  # one package
                 if proof_of(error) is Proof.REQUEST:
                     yield from self._require_remembered(intent)
+                scope = scope_of()
+                healing = healing or Healing(self.caller, scope)
                 yield from self.heal(healing, error, scope, deadline, request)
             else:
                 intent.accept(answer)

@@ -72,23 +72,23 @@ def array_from_caller(
         array = np.asarray(value)
         if array.dtype.kind not in "fiub":
             raise errors.BadTensor(f"{name}: expected real numbers, got dtype {array.dtype}")
-        with np.errstate(over="raise"):
-            array = array.astype(dtype, copy=False)
+        if array.dtype != dtype:
+            with np.errstate(over="raise"):
+                array = array.astype(dtype)
     except FloatingPointError:
         raise errors.NonFinite(f"{name}: holds a value that is too large for {dtype}") from None
     except (TypeError, ValueError) as error:
         if isinstance(error, errors.BadTensor):
             raise
         raise errors.BadTensor(f"{name}: expected an array, got {type(value).__name__}") from error
-    wanted = tuple("?" if size is None else size for size in shape)
-    fits = array.ndim == len(shape) and all(
-        have >= 1 if size is None else have == size
-        for have, size in zip(array.shape, shape, strict=True)
-    )
-    if not fits:
-        text = f"({', '.join(map(str, wanted))})"
-        raise errors.BadTensor(f"{name}.shape: expected {text}, got {array.shape}")
-    return array
+    if len(array.shape) == len(shape):
+        for have, size in zip(array.shape, shape, strict=True):
+            if have != size if size is not None else not have:
+                break
+        else:
+            return array
+    text = ", ".join("?" if size is None else str(size) for size in shape)
+    raise errors.BadTensor(f"{name}.shape: expected ({text}), got {array.shape}")
 
 
 def copy_of_caller(value: npt.ArrayLike) -> npt.ArrayLike:

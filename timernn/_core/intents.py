@@ -171,7 +171,7 @@ class Taped:
         return sum(chunk.steps for chunk in self.chunks)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)  # not frozen: that costs a call a field, for every chunk
 class Forwarded:
     """A Forward's answer.
 
@@ -206,6 +206,7 @@ class ForwardIntent(Intent[rnn_pb.ForwardRequest, Forwarded]):
         super().__init__(requests)
         self._session = session
         self._returns = [request.return_hs for request in requests]
+        self._outputs = len(requests) - self._returns.count(rnn_pb.RETURN_HS_NONE)
 
     @property
     def is_training(self) -> bool:
@@ -237,12 +238,12 @@ class ForwardIntent(Intent[rnn_pb.ForwardRequest, Forwarded]):
             taped = TapedChunk(answer.epoch, answer.chunk_seq, answer.state_token, steps, tape)
         hs = tensor_from_proto(answer.hs) if answer.HasField("hs") else None
         piece = Forwarded(request, answer, version, hs, taped, move)
-        pieces = (*self.answers, piece)
-        # Where outputs are missing, no gradient of them can come.
-        if len(pieces) == len(self.requests) and not self._without_output(pieces):
-            chunks = tuple(each.taped for each in pieces if each.taped)
-            has_last_only = self._returns[-1] == rnn_pb.RETURN_HS_LAST
-            if chunks:
+        if taped is not None and self.done == len(self.requests) - 1:
+            pieces = (*self.answers, piece)
+            # Where outputs are missing, no gradient of them can come.
+            if not self._without_output(pieces):
+                chunks = tuple(each.taped for each in pieces if each.taped)
+                has_last_only = self._returns[-1] == rnn_pb.RETURN_HS_LAST
                 move["tapes"] = [*session.tapes, Taped(chunks, has_last_only)]
         return piece
 
@@ -266,7 +267,9 @@ class ForwardIntent(Intent[rnn_pb.ForwardRequest, Forwarded]):
             ReplayWindowPassed: If they cannot be had any more, though all is applied.
         """
         session = self._session
-        if missing := self._without_output(self.answers):
+        pieces = [answer.hs for answer in self.answers if answer.hs is not None]
+        if len(pieces) < self._outputs:
+            missing = self._without_output(self.answers)
             raise errors.ReplayWindowPassed(
                 f"chunk {missing[0]} was applied, but what its outputs are computed from is not kept any "
                 f"more: session {session.session_id!r} goes on after chunk "
@@ -274,7 +277,6 @@ class ForwardIntent(Intent[rnn_pb.ForwardRequest, Forwarded]):
                 metadata={"applied": "true", "chunk_seq": str(missing[0])},
             )
         none = (session.batch_size, 0, session.model.hidden_size)
-        pieces = [answer.hs for answer in self.answers if answer.hs is not None]
         return join_steps(pieces, none, session.model.dtype)
 
     def _without_output(self, answers: Sequence[Forwarded]) -> list[int]:

@@ -27,7 +27,7 @@ Name: TypeAlias = tuple[str, int, int]
 _ENTRY_OVERHEAD_BYTES = 1024  # of the objects around the tensors
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)  # not frozen: that costs a call a field, for every answer
 class Entry:
     """One answered operation, ready to be sent again.
 
@@ -230,8 +230,10 @@ class Shelf:
         if self._is_counting:
             self._count_anew()
         self._is_counting = True
-        self._forget(id(journal))
-        self._journals[id(journal)] = weakref.ref(journal)
+        key = id(journal)
+        if key != next(reversed(self._journals), None):  # else it is the newest already
+            self._forget(key)
+            self._journals[key] = weakref.ref(journal)
         self._count(journal)
         while self._bytes > self._max_bytes and self._journals:
             oldest = next(iter(self._journals.values()))()
@@ -248,9 +250,9 @@ class Shelf:
         self._bytes = sum(self._sizes.values())
 
     def _count(self, journal: Journal) -> None:
-        key = id(journal)
-        self._bytes += journal.bytes - self._sizes.get(key, 0)
-        self._sizes[key] = journal.bytes
+        key, size = id(journal), journal.bytes
+        self._bytes += size - self._sizes.get(key, 0)
+        self._sizes[key] = size
 
     def _forget(self, key: int) -> None:
         with self.lock:

@@ -545,7 +545,7 @@ class SessionCore(SessionPlace):
     def _send(self, intent: Intent[Any, Any], deadline: float) -> Op[None]:
         """Carry out what is in doubt; it stays there unless it is refused."""
         try:
-            yield from self.client.carry_out(intent, self._scope_of(intent), deadline)
+            yield from self.client.carry_out(intent, lambda: self._scope_of(intent), deadline)
         except errors.Error as error:
             self.failed(intent, error)
             raise

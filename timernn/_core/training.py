@@ -164,7 +164,7 @@ class Training:
     def _finish(self, intent: UpdateIntent, deadline: float) -> Op[None]:
         self.doubt = intent
         try:
-            yield from self._client.carry_out(intent, self.scope(), deadline)
+            yield from self._client.carry_out(intent, self.scope, deadline)
         except errors.Error as error:
             if not leaves_in_doubt(error, before=intent.may_be_applied):
                 intent.refused(error)
