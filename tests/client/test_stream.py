@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import timernn
+from timernn._core.stream import StreamCore
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -589,3 +590,22 @@ def test_a_frame_in_doubt_goes_on_when_it_is_sent_again(
     assert ends(client.frame(frame)) == ENDS[:2]
     assert stand_in.steps_of(one.session_id) == [1, 2]
     assert not one.in_doubt
+
+
+def test_a_chunk_answered_when_an_interrupt_came_is_given_out_without_another_message(
+    client: timernn.Client, stand_in: Any
+) -> None:
+    """Asked for again, its output is there: a stream that waits for an answer would wait for ever."""
+    session = client.session("m")
+    interrupt = pytest.MonkeyPatch()
+
+    def strike(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    interrupt.setattr(StreamCore, "_output_of", strike)
+    with pytest.raises(KeyboardInterrupt):
+        next(session.stream([XS]))
+    interrupt.undo()
+    assert (session.in_doubt, session.chunk_seq) == (True, 1)
+    assert [hs.shape for hs in session.stream([XS])] == [(1, 4, 2)]
+    assert len(stand_in.requests["Forward"]) == 1

@@ -115,7 +115,8 @@ class StreamCore:
                     if self._refused is not None:
                         raise self._refused
                     return END
-                yield from self._exchange()
+                if not self._intents[0].is_done:  # else it was answered when an interrupt came
+                    yield from self._exchange()
 
     def close(self, *, is_left: bool = False) -> None:
         """Leave the stream; what was sent and is not answered is in doubt from now on.
