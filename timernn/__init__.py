@@ -16,69 +16,32 @@
 `timernn.aio` has the same names for asyncio. Errors are in `timernn.errors` and here by name.
 """
 
-from importlib.metadata import version as _version_of
+from typing import TYPE_CHECKING
 
-from timernn import aio, errors
-from timernn._core.retry import RetryPolicy
-from timernn._sync import Client, Session, connect
-from timernn.errors import *  # noqa: F403  # the tree's names, listed in errors.__all__
-from timernn.errors import __all__ as _error_names
-from timernn.optimizers import (
-    SGD,
-    AdaGrad,
-    Adam,
-    AdamW,
-    Momentum,
-    Nesterov,
-    Optimizer,
-    RMSprop,
-)
-from timernn.types import (
-    CheckpointInfo,
-    Contributions,
-    Discarded,
-    Gradients,
-    ModelInfo,
-    Ping,
-    ServerInfo,
-    SessionInfo,
-    Step,
-    UpdateResult,
-    Version,
-    Waiting,
-    Weights,
-)
+if TYPE_CHECKING:
+    from timernn import optimizers as optimizers
+    from timernn import types as types
+    from timernn import v1 as v1
+    from timernn._public import *  # noqa: F403
+    from timernn._public import __all__ as __all__
+    from timernn.errors import *  # noqa: F403  # here too: mypy does not follow one star to another
+else:
+    # The server imports the stubs in `timernn.v1`, and with them this module: that must not import the
+    # client. So the first use of a name brings them all, as plain attributes from then on.
+    from importlib import import_module as _import
 
-__all__ = [  # noqa: PLE0604  # the names are strings: the tree's own list
-    "SGD",
-    "AdaGrad",
-    "Adam",
-    "AdamW",
-    "CheckpointInfo",
-    "Client",
-    "Contributions",
-    "Discarded",
-    "Gradients",
-    "ModelInfo",
-    "Momentum",
-    "Nesterov",
-    "Optimizer",
-    "Ping",
-    "RMSprop",
-    "RetryPolicy",
-    "ServerInfo",
-    "Session",
-    "SessionInfo",
-    "Step",
-    "UpdateResult",
-    "Version",
-    "Waiting",
-    "Weights",
-    "__version__",
-    "aio",
-    "connect",
-    "errors",
-    *_error_names,
-]
+    _SUBMODULES = ("aio", "errors", "optimizers", "types", "v1")
 
-__version__ = _version_of("timernn")
+    def __getattr__(name: str) -> object:
+        if name in _SUBMODULES:
+            return _import(f"timernn.{name}")
+        if not name.startswith("_") or name in ("__all__", "__version__"):
+            public = _import("timernn._public")
+            names = {each: getattr(public, each) for each in public.__all__}
+            globals().update(names, __all__=public.__all__)
+            if name in globals():
+                return globals()[name]
+        raise AttributeError(f"module 'timernn' has no attribute {name!r}", name=name)
+
+    def __dir__() -> set[str]:
+        return {*_import("timernn._public").__all__, *_SUBMODULES, *globals()}

@@ -9,7 +9,6 @@ import time
 import weakref
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import wraps
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
 
 import grpc
@@ -33,7 +32,7 @@ from timernn._core.effects import (
     Upload,
     Write,
 )
-from timernn._core.faces import documented_by, shortened
+from timernn._core.faces import drives, shortened
 from timernn._core.options import Options
 from timernn._core.retry import RetryPolicy
 from timernn._core.session import SessionCore
@@ -330,7 +329,7 @@ def _of_client(
 ) -> Callable[Concatenate[Client, P], R]:
     """Make a blocking method of a generator of the client's core."""
 
-    @wraps(op)
+    @drives(op, "Client")
     def method(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> R:
         return self._transport.run(op(self._core, *args, **kwargs))
 
@@ -342,7 +341,7 @@ def _of_session(
 ) -> Callable[Concatenate[Session, P], R]:
     """Make a blocking method of a generator of the session's core: one at a time."""
 
-    @wraps(op)
+    @drives(op, "Session")
     def method(self: Session, /, *args: P.args, **kwargs: P.kwargs) -> R:
         with self._lock:
             return self._transport.run(op(self._core, *args, **kwargs))
@@ -376,7 +375,6 @@ class Client:
     server_info = _of_client(ClientCore.server_info)
     ping = _of_client(ClientCore.ping)
 
-    @documented_by(ClientCore.open_session)
     def session(
         self,
         model_id: str,
@@ -389,6 +387,24 @@ class Client:
         on_exists: OnExists = "resume",
         must_exist: bool = False,
     ) -> Session:
+        """Open a session, or go on with a live one; `resumed` tells which it was.
+
+        Args:
+            model_id: The model to run.
+            session_id: Its name; None: one of 128 random bits.
+            batch_size: N.
+            train: Let `forward` leave tapes for `backward`.
+            initial_state: The first hidden state, shape (N, H); None: zero. Not used on resuming.
+            ttl: Time to live after each operation, in seconds; None: the server's default.
+            on_exists: "resume" goes on with a live one or begins it, "fail" refuses a live one,
+                "reset" begins it anew, "must_exist" goes on with a live one and begins none.
+            must_exist: Short for on_exists="must_exist".
+
+        Raises:
+            SessionNotFound: With "must_exist", if there never was one; SessionExpired or
+                SessionClosed if there was.
+            SessionExists: With "fail", if it is live.
+        """
         core = self._transport.run(
             self._core.open_session(
                 model_id,
@@ -403,7 +419,6 @@ class Client:
         )
         return Session(self, core)
 
-    @documented_by(ClientCore.update)
     def update(
         self,
         model_id: str,
@@ -416,6 +431,26 @@ class Client:
         expected_version: Version | None = None,
         take_waiting: bool = False,
     ) -> UpdateResult:
+        """Make one optimizer step over the contributions of many sessions.
+
+        With `sessions` it takes exactly what these contributed since their last update, expects
+        the head that this client has seen last, and can be healed after lost writes. Without, it
+        takes what waits on the server, whoever contributed it.
+
+        Args:
+            model_id: The model.
+            contributions: Which, or session names; None: all that wait.
+            sessions: Open training sessions of this client; then `contributions` is not used.
+            lr: Learning rate of this step only; None: the optimizer's.
+            clip_norm: Scale the joined gradient down to this global norm; 0: off.
+            reduction: "sum" or "mean" over the contributions.
+            expected_version: Refuse with VersionConflict unless the head is this one.
+            take_waiting: With `sessions`, take what waits of these on the server too, whichever
+                program contributed it.
+
+        Raises:
+            NoGradients: If nothing waits.
+        """
         own = None if sessions is None else self._core.own("sessions", sessions)
         op = self._core.update(
             model_id,
@@ -430,7 +465,6 @@ class Client:
         return _holding(_locks(own or ()), lambda: self._transport.run(op))
 
     @checked_with(chunks=arguments.chunks_of_sessions)
-    @documented_by(ClientCore.frame)
     def frame(
         self,
         chunks: Iterable[tuple[Session, npt.ArrayLike]],
@@ -438,6 +472,19 @@ class Client:
         return_hs: ReturnHs = "all",
         train: bool = False,
     ) -> list[Array | errors.Error]:
+        """Apply chunks of many sessions in one message of one stream.
+
+        Args:
+            chunks: Open sessions of this client, each with its inputs (N, T, D). The same session
+                may come several times; its chunks are applied in this order.
+            return_hs: "all" hidden states, the "last" alone, or "none".
+            train: Leave tapes for `backward`; each session has to be open to train.
+
+        Returns:
+            In the order given, the hidden states, or the error of a session that failed: it
+            disturbs no other. It stands in the place of that session's later chunks as well,
+            which are not applied, and names the chunk that failed.
+        """
         items = list(chunks)
         sessions = self._core.own("chunks", (session for session, _ in items))
         locks = [*_locks(sessions), self._frame_lock]
@@ -526,8 +573,13 @@ class Session(SessionView):
         """What waits of it on the server, read from there: see `get_waiting`."""
         return self.get_waiting()
 
-    @documented_by(SessionCore.fork)
     def fork(self, new_id: str | None = None, *, ttl: float | timedelta | None = None) -> Session:
+        """Open another session from this one's present state.
+
+        Args:
+            new_id: The new session's name; None: one of 128 random bits.
+            ttl: Its time to live in seconds; None: this one's.
+        """
         with self._lock:
             core = self._transport.run(self._core.fork(new_id, ttl=ttl))
         return Session(self._client, core)

@@ -15,7 +15,6 @@ import contextlib
 import time
 from collections.abc import AsyncIterable, AsyncIterator
 from contextlib import AsyncExitStack
-from functools import wraps
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
 
 import grpc
@@ -38,7 +37,7 @@ from timernn._core.effects import (
     Upload,
     Write,
 )
-from timernn._core.faces import documented_by, shortened
+from timernn._core.faces import drives, shortened
 from timernn._core.options import Options
 from timernn._core.retry import RetryPolicy
 from timernn._core.session import SessionCore
@@ -245,7 +244,7 @@ def _of_client(
 ) -> Callable[Concatenate[Client, P], Coroutine[Any, Any, R]]:
     """Make a coroutine method of a generator of the client's core."""
 
-    @wraps(op)
+    @drives(op, "Client")
     async def method(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> R:
         return await self._transport.run(op(self._core, *args, **kwargs))
 
@@ -257,7 +256,7 @@ def _of_session(
 ) -> Callable[Concatenate[Session, P], Coroutine[Any, Any, R]]:
     """Make a coroutine method of a generator of the session's core: one at a time."""
 
-    @wraps(op)
+    @drives(op, "Session")
     async def method(self: Session, /, *args: P.args, **kwargs: P.kwargs) -> R:
         async with self._lock:
             return await self._transport.run(op(self._core, *args, **kwargs))
@@ -291,8 +290,7 @@ class Client:
     server_info = _of_client(ClientCore.server_info)
     ping = _of_client(ClientCore.ping)
 
-    @documented_by(ClientCore.open_session)
-    def session(  # noqa: D102  # the core's
+    def session(
         self,
         model_id: str,
         session_id: str | None = None,
@@ -304,6 +302,24 @@ class Client:
         on_exists: OnExists = "resume",
         must_exist: bool = False,
     ) -> Session:
+        """Open a session, or go on with a live one; `resumed` tells which it was.
+
+        Args:
+            model_id: The model to run.
+            session_id: Its name; None: one of 128 random bits.
+            batch_size: N.
+            train: Let `forward` leave tapes for `backward`.
+            initial_state: The first hidden state, shape (N, H); None: zero. Not used on resuming.
+            ttl: Time to live after each operation, in seconds; None: the server's default.
+            on_exists: "resume" goes on with a live one or begins it, "fail" refuses a live one,
+                "reset" begins it anew, "must_exist" goes on with a live one and begins none.
+            must_exist: Short for on_exists="must_exist".
+
+        Raises:
+            SessionNotFound: With "must_exist", if there never was one; SessionExpired or
+                SessionClosed if there was.
+            SessionExists: With "fail", if it is live.
+        """
         return Session(
             self,
             self._core.open_session(
@@ -318,8 +334,7 @@ class Client:
             ),
         )
 
-    @documented_by(ClientCore.update)
-    async def update(  # noqa: D102  # the core's
+    async def update(
         self,
         model_id: str,
         contributions: Iterable[Contributions | str] | None = None,
@@ -331,6 +346,26 @@ class Client:
         expected_version: Version | None = None,
         take_waiting: bool = False,
     ) -> UpdateResult:
+        """Make one optimizer step over the contributions of many sessions.
+
+        With `sessions` it takes exactly what these contributed since their last update, expects
+        the head that this client has seen last, and can be healed after lost writes. Without, it
+        takes what waits on the server, whoever contributed it.
+
+        Args:
+            model_id: The model.
+            contributions: Which, or session names; None: all that wait.
+            sessions: Open training sessions of this client; then `contributions` is not used.
+            lr: Learning rate of this step only; None: the optimizer's.
+            clip_norm: Scale the joined gradient down to this global norm; 0: off.
+            reduction: "sum" or "mean" over the contributions.
+            expected_version: Refuse with VersionConflict unless the head is this one.
+            take_waiting: With `sessions`, take what waits of these on the server too, whichever
+                program contributed it.
+
+        Raises:
+            NoGradients: If nothing waits.
+        """
         own = None if sessions is None else self._core.own("sessions", sessions)
         op = self._core.update(
             model_id,
@@ -347,14 +382,26 @@ class Client:
             return await self._transport.run(op)
 
     @checked_with(chunks=arguments.chunks_of_sessions)
-    @documented_by(ClientCore.frame)
-    async def frame(  # noqa: D102  # the core's
+    async def frame(
         self,
         chunks: Iterable[tuple[Session, npt.ArrayLike]],
         *,
         return_hs: ReturnHs = "all",
         train: bool = False,
     ) -> list[Array | errors.Error]:
+        """Apply chunks of many sessions in one message of one stream.
+
+        Args:
+            chunks: Open sessions of this client, each with its inputs (N, T, D). The same session
+                may come several times; its chunks are applied in this order.
+            return_hs: "all" hidden states, the "last" alone, or "none".
+            train: Leave tapes for `backward`; each session has to be open to train.
+
+        Returns:
+            In the order given, the hidden states, or the error of a session that failed: it
+            disturbs no other. It stands in the place of that session's later chunks as well,
+            which are not applied, and names the chunk that failed.
+        """
         items = list(chunks)
         sessions = self._core.own("chunks", (session for session, _ in items))
         async with AsyncExitStack() as stack:
@@ -448,10 +495,15 @@ class Session(SessionView):
         """What waits of it on the server, read from there when awaited: see `get_waiting`."""
         return self.get_waiting()
 
-    @documented_by(SessionCore.fork)
-    async def fork(  # noqa: D102  # the core's
+    async def fork(
         self, new_id: str | None = None, *, ttl: float | timedelta | None = None
     ) -> Session:
+        """Open another session from this one's present state.
+
+        Args:
+            new_id: The new session's name; None: one of 128 random bits.
+            ttl: Its time to live in seconds; None: this one's.
+        """
         async with self._lock:
             core = await self._transport.run(self._core.fork(new_id, ttl=ttl))
         fork = Session(self._client, None)

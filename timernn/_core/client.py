@@ -205,24 +205,7 @@ class ClientCore(ModelsCore):
         on_exists: OnExists = "resume",
         must_exist: bool = False,
     ) -> Op[SessionCore]:
-        """Open a session, or go on with a live one; `resumed` tells which it was.
-
-        Args:
-            model_id: The model to run.
-            session_id: Its name; None: one of 128 random bits.
-            batch_size: N.
-            train: Let `forward` leave tapes for `backward`.
-            initial_state: The first hidden state, shape (N, H); None: zero. Not used on resuming.
-            ttl: Time to live after each operation, in seconds; None: the server's default.
-            on_exists: "resume" goes on with a live one or begins it, "fail" refuses a live one,
-                "reset" begins it anew, "must_exist" goes on with a live one and begins none.
-            must_exist: Short for on_exists="must_exist".
-
-        Raises:
-            SessionNotFound: With "must_exist", if there never was one; SessionExpired or
-                SessionClosed if there was.
-            SessionExists: With "fail", if it is live.
-        """
+        """Open a session, or go on with a live one; `resumed` tells which it was. See `timernn.Client.session`."""
         wanted = _wanted(on_exists, session_id, must_exist=must_exist)
         bounds = yield from self.bounds()
         model = yield from self.model(model_id)
@@ -289,26 +272,7 @@ class ClientCore(ModelsCore):
         expected_version: Version | None = None,
         take_waiting: bool = False,
     ) -> Op[UpdateResult]:
-        """Make one optimizer step over the contributions of many sessions.
-
-        With `sessions` it takes exactly what these contributed since their last update, expects
-        the head that this client has seen last, and can be healed after lost writes. Without, it
-        takes what waits on the server, whoever contributed it.
-
-        Args:
-            model_id: The model.
-            contributions: Which, or session names; None: all that wait.
-            sessions: Open training sessions of this client; then `contributions` is not used.
-            lr: Learning rate of this step only; None: the optimizer's.
-            clip_norm: Scale the joined gradient down to this global norm; 0: off.
-            reduction: "sum" or "mean" over the contributions.
-            expected_version: Refuse with VersionConflict unless the head is this one.
-            take_waiting: With `sessions`, take what waits of these on the server too, whichever
-                program contributed it.
-
-        Raises:
-            NoGradients: If nothing waits.
-        """
+        """Make one optimizer step over the contributions of many sessions. See `timernn.Client.update`."""
         step = Step(lr, clip_norm, reduction)
         if sessions is None:
             return (
@@ -377,19 +341,7 @@ class ClientCore(ModelsCore):
         return_hs: ReturnHs = "all",
         train: bool = False,
     ) -> Op[list[Array | errors.Error]]:
-        """Apply chunks of many sessions in one message of one stream.
-
-        Args:
-            chunks: Open sessions of this client, each with its inputs (N, T, D). The same session
-                may come several times; its chunks are applied in this order.
-            return_hs: "all" hidden states, the "last" alone, or "none".
-            train: Leave tapes for `backward`; each session has to be open to train.
-
-        Returns:
-            In the order given, the hidden states, or the error of a session that failed: it
-            disturbs no other. It stands in the place of that session's later chunks as well,
-            which are not applied, and names the chunk that failed.
-        """
+        """Apply chunks of many sessions in one message of one stream. See `timernn.Client.frame`."""
         cores = ((view._core, xs) for view, xs in chunks)  # noqa: SLF001  # one package
         return (yield from self.frames.forward(cores, return_hs, train=train))
 

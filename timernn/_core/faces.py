@@ -1,7 +1,9 @@
-"""What both faces do alike: the core's documentation as their own, and errors without its insides."""
+"""What both faces do alike: the core's generators shown as methods, and errors without its insides."""
 
 from __future__ import annotations
 
+import inspect
+from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -12,14 +14,24 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound="Callable[..., Any]")
 
 
-def documented_by(op: Callable[..., Any]) -> Callable[[F], F]:
-    """Give a method the docstring of the generator that it drives."""
+def drives(op: Callable[..., Any], owner: str) -> Callable[[F], F]:
+    """Show a method of a face as what it does: a generator of the core, driven to its end.
 
-    def document(method: F) -> F:
-        method.__doc__ = op.__doc__
+    Args:
+        op: The generator function, whose name, documentation and parameters are the method's.
+        owner: The class of the face.
+    """
+    signature = inspect.signature(op)
+    result = str(signature.return_annotation).removeprefix("Op[").removesuffix("]")
+
+    def show(method: F) -> F:
+        wraps(op)(method)
+        method.__qualname__ = f"{owner}.{op.__name__}"
+        method.__annotations__ = {**op.__annotations__, "return": result}
+        method.__signature__ = signature.replace(return_annotation=result)  # type: ignore[attr-defined]  # read by inspect
         return method
 
-    return document
+    return show
 
 
 def shortened(error: errors.Error) -> errors.Error:

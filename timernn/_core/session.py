@@ -302,12 +302,7 @@ class SessionCore(SessionPlace):
     def fork(
         self, new_id: str | None = None, *, ttl: float | timedelta | None = None
     ) -> Op[SessionCore]:
-        """Open another session from this one's present state.
-
-        Args:
-            new_id: The new session's name; None: one of 128 random bits.
-            ttl: Its time to live in seconds; None: this one's.
-        """
+        """Open another session from this one's present state. See `timernn.Session.fork`."""
         deadline = self.client.caller.deadline()
         yield from self.settle(deadline)
         # A state that a lost write has set back must not be copied: look, and heal, first.
