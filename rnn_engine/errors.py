@@ -1,9 +1,8 @@
 """What the engine raises when arrays do not fit together.
 
-ValueError
-└── EngineError
-├── ShapeError   a dimension is not the one that the other arrays imply
-└── DTypeError   not float32 or float64, or two of them mixed
+EngineError (also a ValueError):
+    ├── ShapeError      (a dimension is not the one that the other arrays imply)
+    └── DTypeError      (not float32 or float64, or two of them mixed)
 """
 
 from __future__ import annotations
