@@ -13,14 +13,15 @@ if TYPE_CHECKING:
 
 # Room for a message's other fields: ids, tokens, names.
 _OVERHEAD_BYTES = 8192
-# What a server of defaults allows; used where it tells 0, which means that it does not say.
+# What a server of defaults allows (its `Limits`; a test compares them): for what it gives as 0, which
+# means that it does not say.
 _DEFAULTS = {
     "message_bytes": 16 << 20,
     "chunk_steps": 4096,
     "replay_window": 4,
     "tapes_per_session": 8,
     "contributions_per_model": 10_000,
-    "operations_per_message": 64,
+    "operations_per_message": 256,
 }
 _DEFAULT_TAPE_TTL_S = 900.0
 
