@@ -74,6 +74,7 @@ async def serve(settings: Settings, on_ready: Callable[[str], None]) -> int:
         StartError: If a port, the data directory or the store cannot be used.
     """
     log_to_stderr(settings.log_level, settings.worker)
+    points = _failpoints(settings)
     signals = _Signals()
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(signals)
@@ -83,7 +84,7 @@ async def serve(settings: Settings, on_ready: Callable[[str], None]) -> int:
         stack.enter_context(threadpool_limits(1, "blas"))
         embedded = await _start_embedded(settings, stack)
         store = await _open_store(settings, embedded, stack)
-        server = build_server(settings, store, stack)
+        server = build_server(settings, store, stack, points=points)
         if signals.is_stopping:
             return 0
         address = await _listen(server, settings)
@@ -97,6 +98,8 @@ async def serve(settings: Settings, on_ready: Callable[[str], None]) -> int:
         on_ready(address)
         await signals.stop.wait()
         watching.cancel()
+        signals.is_draining = True
+        await points.hit("before_drain")
         await _drain(server, settings, signals)
     return int(signals.hasten.is_set())
 
@@ -184,11 +187,12 @@ def build_server(
     store: Store,
     stack: contextlib.AsyncExitStack,
     authenticator: Authenticator | None = None,
+    points: Failpoints | None = None,
 ) -> RpcServer:
     """Wire every layer over an open store; what holds work is closed by the stack."""
     limits = settings.limits
     scheduler = Scheduler(settings.max_batch_rows, settings.threads)
-    if points := _failpoints(settings):
+    if points:
         scheduler = points.wrap_scheduler(scheduler)
         store = replace(
             store,
@@ -265,8 +269,6 @@ async def _watch_store(server: RpcServer, store: Store, embedded: EmbeddedStore 
 
 
 async def _drain(server: RpcServer, settings: Settings, signals: _Signals) -> None:
-    signals.is_draining = True
-    await _failpoints(settings).hit("before_drain")
     _LOGGER.info("draining")
     server.health.set_serving(False)
     with contextlib.suppress(TimeoutError):
