@@ -55,7 +55,7 @@ async def supervise(settings: Settings, on_ready: Callable[[str], None]) -> int:
     with _port(settings.listen) as address, _store(settings) as url:
         own = replace(settings, listen=address, redis_url=url, workers=1, supervised=True)
         environment = environment_of(replace(own, compute_threads=settings.threads))
-        workers = [_Worker(i + 1, environment, settings.drain_s) for i in range(settings.workers)]
+        workers = [_Worker(i + 1, environment) for i in range(settings.workers)]
         running = [asyncio.create_task(worker.run()) for worker in workers]
         stopping = asyncio.create_task(stop.wait())
         try:
@@ -89,10 +89,9 @@ def environment_of(settings: Settings) -> dict[str, str]:
 class _Worker:
     """One server process, started again until it is told to stop."""
 
-    def __init__(self, number: int, environment: Mapping[str, str], drain_s: float) -> None:
+    def __init__(self, number: int, environment: Mapping[str, str]) -> None:
         self._number = number
         self._environment = {**os.environ, **environment, "TIMERNN_WORKER": str(number)}
-        self._drain_s = drain_s
         self._process: asyncio.subprocess.Process | None = None
         self._is_stopping = False
         self.is_ready = asyncio.Event()

@@ -124,13 +124,9 @@ class Recurrence:
         Raises:
             DomainError: As the table of errors says.
         """
-        return await self.submit_forward(tenant, op)
-
-    def submit_forward(self, tenant: str, op: Forward) -> asyncio.Future[ForwardResult]:
-        """Begin to apply a chunk; chunks of a session are applied in the order of submission."""
         answer: asyncio.Future[ForwardResult] = asyncio.get_running_loop().create_future()
         self.begin_forward(tenant, op, teller_of(answer))
-        return answer
+        return await answer
 
     def begin_forward(self, tenant: str, op: Forward, told: Told) -> None:
         """Begin to apply a chunk, in the order of its session; `told` is called with what came of it."""

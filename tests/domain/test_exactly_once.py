@@ -435,7 +435,7 @@ async def test_chunks_of_a_session_are_applied_in_the_order_they_came(
     clients = [await open_session(f"s{i}") for i in range(10)]
     chunks = [[draw(rng) for _ in range(3)] for _ in clients]
     futures = [
-        replicas[0].recurrence.submit_forward(
+        replicas[0].recurrence.forward(
             tenant, client.chunk(chunks[i][k], k + 1, previous_token=b"")
         )
         for k in range(3)
@@ -472,7 +472,7 @@ async def test_who_fails_at_its_answer_stops_nobody(
     recurrence.begin_forward(tenant, clients[0].chunk(draw(rng), 1, previous_token=b""), broken)
     answers = await asyncio.gather(
         *(
-            recurrence.submit_forward(tenant, client.chunk(draw(rng), seq, previous_token=b""))
+            recurrence.forward(tenant, client.chunk(draw(rng), seq, previous_token=b""))
             for client, seq in zip(clients, (2, 1), strict=True)
         )
     )
@@ -498,7 +498,7 @@ async def test_chunks_of_one_session_never_share_a_batch(
             xs = draw(rng)
             owners[id(xs)] = client.session_id
             op = client.chunk(xs, k, previous_token=b"")
-            futures.append(replicas[0].recurrence.submit_forward(tenant, op))
+            futures.append(replicas[0].recurrence.forward(tenant, op))
     batches = []
     compute = scheduler_module._compute
 
@@ -525,9 +525,9 @@ async def test_a_refused_chunk_in_flight_does_not_stop_those_behind_it(
     client = await open_session()
     await client.forward(draw(rng))
     wrong, right = client.chunk(draw(rng, rows=1)), client.chunk(draw(rng))
-    futures = [replicas[1].recurrence.submit_forward(tenant, right)]
-    futures += [replicas[0].recurrence.submit_forward(tenant, wrong) for _ in range(200)]
-    futures.append(replicas[0].recurrence.submit_forward(tenant, right))
+    futures = [replicas[1].recurrence.forward(tenant, right)]
+    futures += [replicas[0].recurrence.forward(tenant, wrong) for _ in range(200)]
+    futures.append(replicas[0].recurrence.forward(tenant, right))
     first, *refused, last = await asyncio.gather(*futures, return_exceptions=True)
     assert all(isinstance(end, DomainError) and end.reason == "BAD_TENSOR" for end in refused)
     assert not isinstance(first, BaseException)
@@ -548,7 +548,7 @@ async def test_a_waiting_lane_of_refused_chunks_does_not_recurse(
     client.replicas = replicas[:1]
     await client.forward(draw(rng))
     wrong = client.chunk(draw(rng, rows=1))
-    futures = [replicas[0].recurrence.submit_forward(tenant, wrong) for _ in range(3000)]
+    futures = [replicas[0].recurrence.forward(tenant, wrong) for _ in range(3000)]
     ends = await asyncio.gather(*futures, return_exceptions=True)
     assert all(isinstance(end, DomainError) and end.reason == "BAD_TENSOR" for end in ends)
     await replicas[0].recurrence.drain()

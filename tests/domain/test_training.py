@@ -699,7 +699,7 @@ async def test_a_tape_quota_holds_under_a_race(
     await make_model()
     client = await open_session()
     futures = [
-        replicas[0].recurrence.submit_forward(
+        replicas[0].recurrence.forward(
             tenant, client.chunk(draw(rng), k, previous_token=b"", train=True)
         )
         for k in range(1, 12)

@@ -198,12 +198,6 @@ class Patience:
         left = self._caller.latest(self._deadline, self._started) - self._caller.clock()
         return max(0.001, min(left, self._attempt_s))
 
-    def succeeded(self) -> None:
-        """Start again from full patience: something has answered."""
-        self._started, self._deadline = self._caller.clock(), self._caller.deadline()
-        self._retries = 0
-        self.may_be_carried_out = False
-
     def after(self, error: errors.Error, address: int) -> Op[None]:
         """Wait before the next attempt elsewhere, or raise the error when there is to be none."""
         caller = self._caller

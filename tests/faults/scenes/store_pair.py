@@ -25,14 +25,13 @@ class StorePair:
         primary: Takes the writes.
         standby: Follows it.
         front: The proxy before whichever is primary.
-        failovers: How many there were.
         lost_bytes: Of the primary's writes that the standby never got, in all failovers.
     """
 
     def __init__(self) -> None:
         """Prepare; the `with` statement starts both and the proxies."""
         self.primary, self.standby = RedisServer(name="one"), RedisServer(name="two")
-        self.failovers = self.lost_bytes = 0
+        self.lost_bytes = 0
         self._stack = ExitStack()
         self._link = FaultProxy(self.primary.address)
         self.front = FaultProxy(self.primary.address)
@@ -75,7 +74,6 @@ class StorePair:
         self.primary, self.standby = self.standby, self.primary
         self.front.upstream = self.primary.address
         self.front.reset_all()
-        self.failovers += 1
 
     def restore(self) -> None:
         """Start the killed store again as the standby, with the link whole."""
