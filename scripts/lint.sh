@@ -23,7 +23,7 @@ check() {
 
 check "ruff check" ruff check --no-fix "${dirs[@]}"
 check "ruff format" ruff format --check --diff "${dirs[@]}"
-check "mypy" mypy rnn_engine service timernn tests
+check "mypy" mypy "${dirs[@]}"
 check "import-linter" lint-imports --no-cache
 check "buf lint" buf lint
 # What the last release promised to its clients; `make release-proto` renews it.

@@ -1,5 +1,7 @@
 """The stages of a chunk inside the server, each called as the server calls it, with no network around it."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -50,25 +52,24 @@ class Stages:
 
     def contestants(self) -> Contestants:
         """Return what to time, by stage and batch: each call does COPIES chunks, in batches."""
-        in_turn = {
+        in_turn: dict[str, tuple[Callable[[Any], Any], list[Any]]] = {
             "decode, check": (self._decode, self._operations),
             "digest, token": (_digest, self._xs),
             "commit: made": (self._commit, self._hs),
             "commit: laid out": (_lay_out, self._commits),
             "encode": (_encode, self._results),
         }
-        calls = {
-            f"parse/{count}": lambda count=count: [
-                self._parse(count) for _ in range(COPIES // count)
-            ]
-            for count in BATCHES
+        calls: dict[str, Callable[[], Any]] = {
+            f"parse/{count}": partial(self._parse_all, count) for count in BATCHES
         }
         calls |= {
-            f"{name}/1": lambda step=step, inputs=inputs: [step(one) for one in inputs]
-            for name, (step, inputs) in in_turn.items()
+            f"{name}/1": partial(_each, step, inputs) for name, (step, inputs) in in_turn.items()
         }
-        calls |= {f"engine/{count}": lambda count=count: self._compute(count) for count in BATCHES}
+        calls |= {f"engine/{count}": partial(self._compute, count) for count in BATCHES}
         return calls
+
+    def _parse_all(self, count: int) -> list[pb.StreamRequest]:
+        return [self._parse(count) for _ in range(COPIES // count)]
 
     def _parse(self, count: int) -> pb.StreamRequest:
         return self._gate.parse(pb.StreamRequest, self._requests[count])
@@ -91,6 +92,10 @@ class Stages:
 
     def _result(self, hs: Array) -> ForwardResult:
         return ForwardResult(SESSION, 1, 1, hs, hs[:, -1].copy(), VERSION, TOKEN, False)
+
+
+def _each(step: Callable[[Any], Any], inputs: list[Any]) -> list[Any]:
+    return [step(one) for one in inputs]
 
 
 def _request(count: int) -> pb.StreamRequest:

@@ -17,7 +17,14 @@ from benchmarks.load.processes import processor_s
 from benchmarks.load.stages import TENANT, VERSION
 from benchmarks.load.store import Store
 from benchmarks.load.workload import SMALL
-from service.domain.ports import ChunkCommit, ChunkOutcome, EpochStart, SessionHead, StoredState
+from service.domain.ports import (
+    AbsentSession,
+    ChunkCommit,
+    ChunkOutcome,
+    EpochStart,
+    SessionHead,
+    StoredState,
+)
 from service.settings import HOUR_MS, Limits, Settings
 from service.store.scripts import ScriptRunner
 from service.store.sessions import RedisSessionStore
@@ -87,8 +94,10 @@ class Trips:
         first = StoredState(0, bytes(16), _token(0), VERSION, STATE)
         start = EpochStart("fail", HEAD, first, b"")
         for name in self._names:
-            _, epoch = await self._stores[0].begin_epoch(TENANT, name, start)
-            self._epochs.append(epoch)
+            begun = await self._stores[0].begin_epoch(TENANT, name, start)
+            if isinstance(begun, AbsentSession):
+                raise TypeError(f"session {name} could not be begun: {begun}")
+            self._epochs.append(begun[1])
 
     async def close(self) -> None:
         """Give the connections back."""
