@@ -121,9 +121,11 @@ def test_bad_input_is_also_a_value_error() -> None:
 
 def test_every_class_is_exported() -> None:
     """The tree's names are the package's names."""
-    for name in errors.__all__:
-        assert getattr(timernn, name) is getattr(errors, name)
-        assert name in timernn.__all__
+    classes = [*errors.BY_CODE.values(), *errors.BY_REASON.values()]
+    assert {kind.__name__ for kind in classes} == set(errors.__all__)
+    for kind in classes:
+        assert getattr(timernn, kind.__name__) is kind
+        assert kind.__name__ in timernn.__all__
 
 
 def test_every_class_is_drawn() -> None:

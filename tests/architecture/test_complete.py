@@ -1,0 +1,76 @@
+"""What has to be written at several places is at each of them; CONTRIBUTING.md lists the places."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from service.domain import errors as domain_errors
+from service.rpc.errors import _CODES
+from timernn import errors
+from timernn._core import contract
+from timernn._core.contract import Rpc
+from timernn.v1 import model_service_pb2, session_service_pb2, time_rnn_service_pb2
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS, SERVICE = ROOT / "docs", ROOT / "service"
+STUBS = (model_service_pb2, session_service_pb2, time_rnn_service_pb2)
+METHODS = [
+    f"/{service.full_name}/{method.name}"
+    for stub in STUBS
+    for service in stub.DESCRIPTOR.services_by_name.values()
+    for method in service.methods
+]
+
+
+def reasons_in_the_service() -> set[tuple[str, str]]:
+    """Return the domain's class and the reason of each refusal that is written out in the service."""
+    found = set()
+    for path in SERVICE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            match node:
+                case ast.Call(func=ast.Name(id=kind), args=[ast.Constant(value=str(reason)), *_]):
+                    is_refusal = isinstance(getattr(domain_errors, kind, None), type)
+                    if is_refusal and re.fullmatch("[A-Z_]+", reason):
+                        found.add((kind, reason))
+    return found
+
+
+@pytest.mark.parametrize("path", METHODS)
+def test_the_client_knows_each_method_of_the_contract(path: str) -> None:
+    """Each RPC stands in the client's table."""
+    assert path in {rpc.path for rpc in vars(contract).values() if isinstance(rpc, Rpc)}
+
+
+@pytest.mark.parametrize(("kind", "reason"), sorted(reasons_in_the_service()))
+def test_the_client_has_a_class_for_each_reason_of_the_service(kind: str, reason: str) -> None:
+    """A reason that the service writes is a class of the client's, with the same status code."""
+    assert errors.BY_REASON[reason].CODE is _CODES[getattr(domain_errors, kind)]
+
+
+def test_each_lua_script_is_loaded() -> None:
+    """A file in `lua/` that no module loads is a leftover."""
+    texts = [path.read_text() for path in (SERVICE / "store").glob("*.py")]
+    loaded = {name for text in texts for name in re.findall(r'load_script\("(\w+)"\)', text)}
+    assert {path.stem for path in (SERVICE / "store" / "lua").glob("*.lua")} == loaded
+
+
+@pytest.mark.parametrize("layer", ["domain", "store"])
+def test_each_module_of_a_layer_is_in_the_table(layer: str) -> None:
+    """docs/architecture.md has a row for each module, and none for one that has gone."""
+    page = (DOCS / "architecture.md").read_text()
+    _, _, rest = page.partition(f"## The modules of the {layer}\n")
+    rows = re.findall(r"^\| `(\w+)` \|", rest.partition("\n## ")[0], re.MULTILINE)
+    modules = [path.stem for path in (SERVICE / layer).glob("*.py")]
+    assert sorted([*rows, "__init__"]) == sorted(modules)
+
+
+def test_each_decision_is_in_the_index() -> None:
+    """docs/adr/README.md links each page, by its number and title."""
+    index = (DOCS / "adr" / "README.md").read_text()
+    for page in (DOCS / "adr").glob("0*.md"):
+        number, _, title = page.read_text().splitlines()[0].removeprefix("# ").partition(". ")
+        assert f"| [{number}]({page.name}) | {title} |" in index
