@@ -15,7 +15,7 @@ Error:
     │   ├── SeqGap, EpochFenced, HistoryForked, VersionConflict
     ├── FailedPrecondition
     │   ├── TapeMissing, WeightsForked, NoGradients, ReplayWindowPassed, NonFiniteResult
-    │   ├── SessionMismatch
+    │   ├── SessionMismatch, UnsupportedLayout
     │   ├── HistoryLost      (the client's own: its log does not reach back to what was lost)
     │   ├── OutcomeLost      (the client's own: too late to find out whether a step was made)
     │   ├── SessionBusy      (the client's own: a stream is using the session)
@@ -108,6 +108,7 @@ __all__ = [
     "Unavailable",
     "Unimplemented",
     "UnknownOutcome",
+    "UnsupportedLayout",
     "VersionConflict",
     "VersionGone",
     "WeightsForked",
@@ -357,6 +358,16 @@ class SessionMismatch(FailedPrecondition):
     """The live session of this name runs another model."""
 
     REASON = "SESSION_MISMATCH"
+
+
+class UnsupportedLayout(FailedPrecondition):
+    """A server of another release wrote what the request needs, and this one does not know its layout.
+
+    Nothing was changed. `metadata` says what was found and what the server knows; a server of a release that
+    knows the layout can answer.
+    """
+
+    REASON = "UNSUPPORTED_LAYOUT"
 
 
 class HistoryLost(FailedPrecondition):

@@ -90,6 +90,7 @@ class Catalog:
 
         Raises:
             NotFound: MODEL_NOT_FOUND.
+            UnsupportedLayout: If another release laid out its specification.
         """
         if not fresh:
             model = self.peek(tenant, model_id)
@@ -221,11 +222,7 @@ class Catalog:
         if record is None:
             self.forget(tenant, model_id)
             raise model_not_found(model_id)
-        known = self._models.get((tenant, model_id))
-        if known is not None and known.incarnation == record.incarnation:
-            spec = known.spec
-        else:
-            spec = spec_from_bytes(record.spec)
+        spec = spec_from_bytes(record.spec)
         model = KnownModel(tenant, spec, record.incarnation, record.head, record, read_at)
         self._learn(model)
         return model

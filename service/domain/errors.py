@@ -6,6 +6,7 @@
     ├── AlreadyExists        SESSION_EXISTS, MODEL_EXISTS, SEQ_REUSED, REQUEST_ID_REUSED, …
     ├── Aborted              SEQ_GAP, EPOCH_FENCED, HISTORY_FORKED, VERSION_CONFLICT
     ├── FailedPrecondition   TAPE_MISSING, WEIGHTS_FORKED, NO_GRADIENTS, …
+    │   └── UnsupportedLayout    UNSUPPORTED_LAYOUT
     ├── ResourceExhausted    MAX_SESSIONS, TAPE_QUOTA, STORE_FULL, OVERLOADED, …
     └── Unavailable          STORE_DOWN, DRAINING, UNKNOWN_OUTCOME
 
@@ -63,6 +64,10 @@ class Aborted(DomainError):
 
 class FailedPrecondition(DomainError):
     """The state does not allow it until something else is done."""
+
+
+class UnsupportedLayout(FailedPrecondition):
+    """Another release laid out what was met in the store: nothing may be concluded from it."""
 
 
 class ResourceExhausted(DomainError):

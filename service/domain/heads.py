@@ -26,9 +26,11 @@ from service.domain.refusals import (
     UNCHANGED,
     model_not_found,
     request_id_reused,
+    unsupported_layout,
     version_conflict,
 )
 from service.domain.types import Version
+from service.domain.weights import spec_from_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -160,7 +162,8 @@ class HeadMaker:
             first_look: Looks in place of the store the first time.
 
         Raises:
-            DomainError: MODEL_NOT_FOUND, REQUEST_ID_REUSED, VERSION_CONFLICT, NON_FINITE_RESULT.
+            DomainError: MODEL_NOT_FOUND, REQUEST_ID_REUSED, VERSION_CONFLICT, NON_FINITE_RESULT,
+                UNSUPPORTED_LAYOUT.
         """
         # Carried on: a large step may take longer than a caller waits for one answer, and its retry,
         # whose turn comes after, is to find it made.
@@ -188,6 +191,7 @@ class HeadMaker:
             if look is None:
                 self._catalog.forget(request.tenant, request.model_id)
                 raise model_not_found(request.model_id)
+            spec_from_bytes(look.spec)  # one that is not known governs what is remembered too
             if look.remembered:
                 return _remembered(look.remembered, request.content_digest)
             if request.expected is not None and not request.expected.names(look.head):
@@ -250,5 +254,8 @@ def _remembered(known: bytes, content_digest: bytes) -> StepAnswer:
     answer = known[len(content_digest) :]
     if not answer:  # the id was used to create the model
         raise request_id_reused()
+    if len(answer) != _ANSWER.size:
+        found, expected = f"{len(answer)} bytes", f"{_ANSWER.size} bytes"
+        raise unsupported_layout("the remembered answer of a step", found, expected)
     number, digest, norm, clipped, count = _ANSWER.unpack(answer)
     return replace(StepAnswer(Version(number, digest), norm, clipped, count), replayed=True)

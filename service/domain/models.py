@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from contextlib import suppress
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
@@ -132,6 +133,9 @@ class Models:
         )
         if outcome is CreateOutcome.EXISTS:
             raise await self._exists(tenant, spec)
+        if outcome is CreateOutcome.REUSED:  # unless the model there is not supported
+            with suppress(NotFound):
+                await self._catalog.get(tenant, spec.model_id, fresh=True)
         self._refuse_creation(outcome)
         with after_decision():
             model = await self._catalog.get(tenant, spec.model_id, fresh=True)

@@ -1,8 +1,8 @@
 """What the domain asks of a store, in the domain's words.
 
 Each method is one atomic look or one atomic decision in one hash slot. Methods raise ResourceExhausted
-(STORE_FULL) or Unavailable (STORE_DOWN) where nothing was decided, Unavailable (UNKNOWN_OUTCOME) where
-that is not known, and nothing else of a store's own. A store that takes no writes still decides what
+(STORE_FULL), Unavailable (STORE_DOWN) or UnsupportedLayout where nothing was decided, Unavailable
+(UNKNOWN_OUTCOME) where that is not known, and nothing else of a store's own. A store that takes no writes still decides what
 needs none: it answers replays, and refuses what is late, fenced or a rival's, as ever.
 """
 
@@ -122,7 +122,7 @@ class ChunkCommit:
 
 @dataclass(frozen=True, slots=True)
 class TapeLook:
-    """A tape with where its session stands; without a tape the token is empty."""
+    """A tape, or only its first byte, with where its session stands; without a tape the token is empty."""
 
     session: SessionHead | AbsentSession
     token: bytes
@@ -132,7 +132,7 @@ class TapeLook:
 
 @dataclass(frozen=True, slots=True)
 class ModelRecord:
-    """A model's record; `spec` is the stored form of its specification."""
+    """A model's record; `spec` is the stored form of its specification, whose layout governs the rest."""
 
     incarnation: bytes
     spec: bytes
@@ -283,7 +283,7 @@ class SessionStore(Protocol):
     async def read_tape(
         self, tenant: str, session_id: str, epoch: int, chunk_seq: int, *, with_data: bool = True
     ) -> TapeLook:
-        """Read one tape, or only whether it is there, with where its session stands."""
+        """Read one tape, or only its first byte, with where its session stands."""
 
     async def settle_tape(
         self, tenant: str, session_id: str, epoch: int, chunk_seq: int, token: bytes

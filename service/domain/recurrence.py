@@ -26,6 +26,7 @@ from service.domain.digests import chunk_digest, next_token
 from service.domain.errors import (
     FailedPrecondition,
     NotFound,
+    UnsupportedLayout,
     bad_field,
     bad_tensor,
     quoted,
@@ -340,6 +341,8 @@ class Recurrence:
             h0 = state_from_bytes(before.h, snapshot.head.dtype, snapshot.head.batch_size)
             try:
                 hs = await self._recompute(op, model, at.version, h0)
+            except UnsupportedLayout:
+                raise
             except (NotFound, FailedPrecondition) as error:
                 raise replay_window_passed(op.chunk_seq, snapshot.last.chunk_seq) from error
             if not is_finite(

@@ -15,6 +15,7 @@ from service.domain.errors import (
     NotFound,
     ResourceExhausted,
     Unavailable,
+    UnsupportedLayout,
     bad_tensor,
     quoted,
 )
@@ -178,6 +179,21 @@ def version_conflict(expected: Version, head: Version) -> Aborted:
     if expected.number == head.number:
         text = f"version {head.number} is the head, but with other content than expected"
     return Aborted("VERSION_CONFLICT", text, head=head.number, head_digest=head.digest)
+
+
+def unsupported_layout(what: str, found: str, known: str) -> UnsupportedLayout:
+    """Make the refusal of something in the store that another release laid out.
+
+    Args:
+        what: What it is, such as "the session's record".
+        found: What it holds, such as "layout 77".
+        known: What this release knows in its place, such as "layout 1".
+    """
+    text = (
+        f"{what}: found {found}, this server knows {known}: another release wrote it; "
+        f"{UNCHANGED}; ask a server of a release that knows it"
+    )
+    return UnsupportedLayout("UNSUPPORTED_LAYOUT", text, found=found, known=known)
 
 
 def request_id_reused() -> AlreadyExists:

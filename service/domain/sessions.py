@@ -19,6 +19,7 @@ from service.domain.errors import (
     FailedPrecondition,
     ResourceExhausted,
     Unavailable,
+    UnsupportedLayout,
     bad_field,
     quoted,
 )
@@ -189,7 +190,8 @@ class Sessions:
             raise Aborted("EPOCH_FENCED", text, epoch=epoch)
         if outcome == "ABSENT" and why is Absence.NEVER:
             raise session_absent(session_id, AbsentSession(why))
-        with suppress(*STORE_FAILURES):  # its place on the list else lapses in time
+        # Its place on the list else lapses in time. Another release may have begun a session there meanwhile.
+        with suppress(*STORE_FAILURES, UnsupportedLayout):
             await self._give_back(
                 tenant, session_id, await self._store.find_place(tenant, session_id)
             )
@@ -212,7 +214,7 @@ class Sessions:
         except Unavailable:  # it may have begun; else the place lapses in time
             raise
         except DomainError:
-            with suppress(*STORE_FAILURES):
+            with suppress(*STORE_FAILURES, UnsupportedLayout):
                 await self._give_back(tenant, session_id, reserved)
             raise
 

@@ -1,6 +1,6 @@
 """Tapes as bytes: what a TRAIN Forward leaves for its Backward, on whichever replica.
 
-Layout: layout number, N, T, D, H, weights version; then h0 and xs, one after another, in C order. The
+Layout 1: the number of the layout in the first byte, N, T, D, H, weights version; then h0 and xs, one after another, in C order. The
 hidden states are not stored: the replica that made them has them still, and any other makes the same
 again, bit for bit, for a fraction of what it costs to keep them.
 """
@@ -15,10 +15,12 @@ import numpy as np
 
 from rnn_engine import Tape, rnn_forward
 from service.domain.recent import Recent
+from service.domain.refusals import unsupported_layout
 from service.domain.types import Version
 
 if TYPE_CHECKING:
     from rnn_engine import Array, Params
+    from service.domain.errors import UnsupportedLayout
 
 _LAYOUT = 1
 _HEAD = struct.Struct(">BxxxIIIIQ16s")
@@ -48,9 +50,25 @@ def tape_to_bytes(version: Version, xs: Array, h0: Array) -> bytes:
     return b"".join((head, np.ascontiguousarray(h0).data, np.ascontiguousarray(xs).data))
 
 
+def check_tape(data: bytes) -> None:
+    """Raise UnsupportedLayout if a tape, of which the first byte is enough, is laid out otherwise."""
+    if data[0] != _LAYOUT:
+        raise _unsupported(f"layout {data[0]}", f"layout {_LAYOUT}")
+
+
 def tape_from_bytes(data: bytes, dtype: str) -> StoredTape:
-    """Read a tape from the store; the arrays are read-only views."""
+    """Read a tape from the store; the arrays are read-only views.
+
+    Raises:
+        UnsupportedLayout: If another release laid it out.
+    """
+    check_tape(data)
+    if len(data) < _HEAD.size:
+        raise _unsupported(f"{len(data)} bytes", f"{_HEAD.size} or more")
     _, n, t, d, h, number, digest = _HEAD.unpack_from(data)
+    size = _HEAD.size + n * (h + t * d) * np.dtype(dtype).itemsize
+    if len(data) != size:
+        raise _unsupported(f"{len(data)} bytes", f"{size} bytes")
     flat: Array = np.frombuffer(data, dtype, offset=_HEAD.size)
     h0, xs = flat[: n * h].reshape(n, h), flat[n * h :].reshape(n, t, d)
     return StoredTape(Version(number, digest), xs, h0)
@@ -66,6 +84,10 @@ class RecentTapes(Recent[bytes, StoredTape]):
     def __init__(self, limit_bytes: int) -> None:
         """Start empty."""
         super().__init__(limit_bytes, _size)
+
+
+def _unsupported(found: str, known: str) -> UnsupportedLayout:
+    return unsupported_layout("the tape", found, known)
 
 
 def _size(stored: StoredTape) -> int:

@@ -30,6 +30,7 @@ from service.domain.errors import (
     FailedPrecondition,
     NotFound,
     ResourceExhausted,
+    UnsupportedLayout,
 )
 from service.domain.finite import is_finite
 from service.domain.heads import HeadRequest, NextHead
@@ -53,7 +54,7 @@ from service.domain.refusals import (
     recorded,
     session_absent,
 )
-from service.domain.tapes import tape_from_bytes
+from service.domain.tapes import check_tape, tape_from_bytes
 from service.domain.types import (
     BackwardResult,
     DiscardResult,
@@ -62,7 +63,7 @@ from service.domain.types import (
     UpdateResult,
     Waiting,
 )
-from service.domain.weights import grads_from_bytes, grads_to_blob, spec_bytes
+from service.domain.weights import grads_from_bytes, grads_to_blob, spec_bytes, spec_from_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -174,6 +175,10 @@ class Training:
     async def discard(self, tenant: str, op: DiscardGradients) -> DiscardResult:
         """Drop waiting contributions, and the waiting tapes of the sessions named."""
         model = await self._catalog.get(tenant, op.model_id, fresh=True)
+        # What is not supported is to be met before anything is dropped.
+        await asyncio.gather(
+            *(self._sessions.list_tapes(tenant, one.session_id) for one in op.selectors)
+        )
         dropped = await self._models.discard_contributions(
             tenant, op.model_id, model.incarnation, self._names(tenant, op.selectors)
         )
@@ -198,6 +203,8 @@ class Training:
             raise session_absent(session_id, head)
         prefix = self._models.contribution_prefix(tenant, session_id, 0)
         look = await self._models.look_update(tenant, head.model_id, b"", [prefix])
+        if look is not None:
+            spec_from_bytes(look.spec)  # one that is not known governs its contributions too
         if look is None or look.incarnation != head.incarnation:
             raise model_not_found(head.model_id)
         # A server that died after it had counted a gradient left the tape as one that waits.
@@ -238,12 +245,16 @@ class Training:
             await self._refuse_tape(tenant, op, head, look)
         if look.token != op.token:
             raise history_forked(op.chunk_seq)
-        return head, recent or tape_from_bytes(look.data or b"", head.dtype), look.expires_ms
+        assert look.data is not None  # noqa: S101 - there is one where there is a token
+        check_tape(look.data)
+        return head, recent or tape_from_bytes(look.data, head.dtype), look.expires_ms
 
     async def _refuse_tape(
         self, tenant: str, op: Backward, head: SessionHead, look: TapeLook
     ) -> None:
         """Tell why there is no tape, unless the chunk is an old one that was counted already."""
+        with suppress(NotFound):  # a model that is not supported governs its contributions
+            await self._catalog.get_life(tenant, head.model_id, head.incarnation)
         name = self._models.contribution_name(tenant, op.session_id, op.epoch, op.chunk_seq)
         counted = await self._models.find_contribution(tenant, head.model_id, name)
         if counted is None and not op.resent:
@@ -370,7 +381,7 @@ class Training:
     async def _settle(self, tenant: str, op: Backward) -> None:
         # The contribution is counted whatever becomes of this; the tape then keeps its place for a
         # while, until it expires or the same Backward comes again.
-        with suppress(*STORE_FAILURES):
+        with suppress(*STORE_FAILURES, UnsupportedLayout):
             await self._sessions.settle_tape(
                 tenant, op.session_id, op.epoch, op.chunk_seq, op.token
             )
@@ -461,6 +472,8 @@ class Training:
             return None
         try:
             _, params = await self._catalog.params(model, look.head)
+        except UnsupportedLayout:
+            raise
         except DomainError:  # the head went on meanwhile
             return None
         moments = await self._catalog.kept_moments(model, look.head, params)

@@ -2,13 +2,15 @@
 
 The stored form of weights and gradients is Wx, Wh, b, one after another, little-endian, in C order;
 of moments: the number of steps (8 bytes), then the slots' arrays in the optimizer's order.
+A specification is stored as JSON. Its layout governs everything else that is stored of its model.
 """
 
 from __future__ import annotations
 
 import json
 import struct
-from dataclasses import asdict
+from dataclasses import asdict, fields
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -25,12 +27,13 @@ from rnn_engine import (
 )
 from service.domain.blob import blob_of_arrays
 from service.domain.digests import content_digest
-from service.domain.errors import InvalidArgument
+from service.domain.errors import InvalidArgument, quoted
 from service.domain.finite import check_finite
+from service.domain.refusals import unsupported_layout
 from service.domain.types import ModelSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from rnn_engine import (
         Array,
@@ -40,9 +43,15 @@ if TYPE_CHECKING:
     from service.domain.ports import Bytes
 
 SPEC_LAYOUT = 1
+_CELL = "tanh"
+_DTYPES = ("float32", "float64")
 HEADER_BYTES = 64 * 1024  # of a safetensors file; ours need a few hundred
 _STEP = struct.Struct(">Q")
 _NAMES = ("Wx", "Wh", "b")
+_SPEC = "the model's specification"
+_SPEC_FIELDS = frozenset(
+    ("layout", "cell", "model_id", "input_size", "hidden_size", "dtype", "optimizer")
+)
 _OPTIMIZERS = {kind.__name__: kind for kind in OPTIMIZERS}
 
 
@@ -51,7 +60,7 @@ def spec_to_bytes(spec: ModelSpec) -> bytes:
     optimizer = {"kind": type(spec.optimizer).__name__, **asdict(cast("Any", spec.optimizer))}
     facts = {
         "layout": SPEC_LAYOUT,
-        "cell": "tanh",
+        "cell": _CELL,
         "model_id": spec.model_id,
         "input_size": spec.input_size,
         "hidden_size": spec.hidden_size,
@@ -61,18 +70,54 @@ def spec_to_bytes(spec: ModelSpec) -> bytes:
     return json.dumps(facts, sort_keys=True).encode()
 
 
+@lru_cache(maxsize=4096)
 def spec_from_bytes(data: bytes) -> ModelSpec:
-    """Read a specification from the store."""
-    facts = json.loads(data)
-    hyperparameters = facts["optimizer"]
-    kind = _OPTIMIZERS[hyperparameters.pop("kind")]
+    """Read a specification from the store.
+
+    Raises:
+        UnsupportedLayout: If it has a layout, a cell, a field or a value of one that this release does not
+            know, or lacks a field: its numbers would mean something else here.
+    """
+    facts = _json_object(data)
+    _check_known("layout", facts.get("layout"), (SPEC_LAYOUT,))
+    _check_known("cell", facts.get("cell"), (_CELL,))
+    _check_fields("", facts, _SPEC_FIELDS)
+    _check_known("dtype", facts["dtype"], _DTYPES)
+    optimizer = facts["optimizer"]
+    _check_known("optimizer", optimizer.get("kind"), tuple(_OPTIMIZERS))
+    kind = _OPTIMIZERS[optimizer.pop("kind")]
+    _check_fields("optimizer ", optimizer, {field.name for field in fields(kind)})
     return ModelSpec(
         facts["model_id"],
         facts["input_size"],
         facts["hidden_size"],
         facts["dtype"],
-        kind(**hyperparameters),
+        kind(**optimizer),
     )
+
+
+def _json_object(data: bytes) -> dict[str, Any]:
+    try:
+        facts = json.loads(data)
+    except ValueError:
+        facts = None
+    if not isinstance(facts, dict) or not isinstance(facts.get("optimizer", {}), dict):
+        raise unsupported_layout(_SPEC, f"{len(data)} bytes", "a JSON object")
+    return facts
+
+
+def _check_known(name: str, found: object, known: tuple[object, ...]) -> None:
+    if found not in known or isinstance(found, bool):
+        shown = ", ".join(str(one) for one in known)
+        raise unsupported_layout(_SPEC, f"{name} {quoted(str(found))}", f"{name} {shown}")
+
+
+def _check_fields(of: str, found: Collection[str], known: Collection[str]) -> None:
+    extra, missing = sorted(set(found) - set(known)), sorted(set(known) - set(found))
+    if extra or missing:
+        shown = [quoted(name) for name in extra] + [f"no {name}" for name in missing]
+        named = f"{of}field {', '.join(shown[:4])}"
+        raise unsupported_layout(_SPEC, named, f"{of}fields {', '.join(sorted(known))}")
 
 
 def draw_params(spec: ModelSpec, seed: int) -> Params:
@@ -115,6 +160,7 @@ def moments_from_bytes(spec: ModelSpec, params: Params, data: Bytes | None) -> M
         return init_moments(spec.optimizer, params)
     slots = spec.optimizer.slot_names
     size = spec_bytes(spec)
+    _check_size("moments of the model", data, _STEP.size + len(slots) * size)
     arrays: dict[str, Array] = {}
     for i, slot in enumerate(slots):
         start = _STEP.size + i * size
@@ -217,7 +263,13 @@ def _bad_weights(message: str) -> InvalidArgument:
     return InvalidArgument("BAD_WEIGHTS", f"data: {message}", field="data")
 
 
+def _check_size(what: str, data: Bytes, size: int) -> None:
+    if len(data) != size:
+        raise unsupported_layout(what, f"{len(data)} bytes", f"{size} bytes")
+
+
 def _split(spec: ModelSpec, data: Bytes) -> Sequence[Array]:
+    _check_size("weights or a gradient of the model", data, spec_bytes(spec))
     d, h = spec.input_size, spec.hidden_size
     flat: Array = np.frombuffer(data, spec.dtype)
     return (

@@ -9,6 +9,7 @@ from redis import exceptions as redis_errors
 
 from service.domain.errors import DomainError, ResourceExhausted, Unavailable
 from service.domain.refusals import UNCHANGED
+from service.store import layouts
 
 _log = logging.getLogger(__name__)
 RETRY_AFTER_S = 0.2
@@ -44,6 +45,8 @@ def as_domain_error(error: Exception, *, is_decision: bool = False) -> Exception
     """
     if isinstance(error, DomainError) or not isinstance(error, (redis_errors.RedisError, OSError)):
         return error
+    if is_unsupported(error):
+        return layouts.unsupported_from_reply(str(error))
     if is_decision and not is_refused(error):
         if _IN_SCRIPT in str(error):
             _log.error("a script failed midway: %s", error)
@@ -67,6 +70,11 @@ def unknown_outcome() -> Unavailable:
         "the store did not answer: it may or may not be applied; send the same call again as it is"
     )
     return Unavailable("UNKNOWN_OUTCOME", text, retry_after_s=RETRY_AFTER_S)
+
+
+def is_unsupported(error: object) -> bool:
+    """Tell whether a script met what another release laid out; it says so before it writes."""
+    return isinstance(error, redis_errors.ResponseError) and str(error).startswith(layouts.REFUSED)
 
 
 def is_refusal(error: Exception) -> bool:

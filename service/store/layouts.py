@@ -1,13 +1,25 @@
 """How records are laid out as bytes, for Python and for the Lua scripts alike.
 
-Numbers are big-endian. Each record begins with the number of its layout, so that a later one can be
-told apart.
+Numbers are big-endian. What follows is layout 1, the only one that this release reads and writes. The number of
+its layout stands in three places, and whoever reads one compares it before anything else:
+
+- the first byte of a session's record. It governs all keys of the session's slot but the tapes: the ring, the
+  marker and the entries of the list of tapes, which carry no number of their own;
+- the first byte of a tape (service/domain/tapes.py);
+- the field `layout` of a model's specification (service/domain/weights.py). It governs all keys of the model's
+  slot. Each script that changes a model compares the incarnation first, and who refused a specification
+  never learns that: so the scripts need not read the specification.
+
+The scripts compare the byte of a record wherever they read one. What carries no number has a fixed length, which is
+compared wherever it is taken apart. Anything else than what is known is UNSUPPORTED_LAYOUT: the scripts answer with
+that error before their first write. A later layout has to differ in one of these: a new number, or for a model a
+new field of its specification.
 
 Session record: head (80) | tail: model id | ring of `slots` slots, chunk k at k mod slots.
 
 | at | size | head |
 | --- | --- | --- |
-| 0 | 1 | layout, 1 |
+| 0 | 1 | layout, 1: `RECORD_LAYOUT` |
 | 1 | 1 | slots of the ring |
 | 2 | 2 | length of the tail |
 | 4 | 4 | bytes of a state |
@@ -28,33 +40,51 @@ Session record: head (80) | tail: model id | ring of `slots` slots, chunk k at k
 | 40 | 8 | weights version: number |
 | 48 | 16 | weights version: digest |
 | 64 | … | h |
+
+| entry | holds |
+| --- | --- |
+| marker (9) | epoch, then `L` while the session lives, `C` once it was closed |
+| tape_entry (33) | when the tape expires in ms, its bytes, `W` waiting or `C` consumed, token of its chunk |
+| version_entry (30) | digest, bytes, parts, moments' parts, checkpoints that keep it |
+| checkpoint (32) | number and digest of the version, time of creation in ms |
+| contribution (25, 17) | `W`, digest, bytes of the gradient; or `C`, digest |
 """
 
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final
 
 from service.domain.ports import (
     Absence,
     AbsentSession,
+    ContributionState,
     SessionHead,
     StoredState,
 )
-from service.domain.types import Version, WaitingTape
+from service.domain.refusals import unsupported_layout
+from service.domain.types import Checkpoint, Version, WaitingTape
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from service.domain.errors import UnsupportedLayout
     from service.domain.ports import (
         ChunkCommit,
         EpochStart,
     )
 
+RECORD_LAYOUT: Final = 1
+MODEL_FIELDS: Final = ("incarnation", "spec", "head", "created", "waiting")
 HEAD = struct.Struct(">BBHIQQQQ16sIBxxx16s")
 SLOT = struct.Struct(">Q16s16sQ16s")
 MARKER = struct.Struct(">Qc")
 VERSION = struct.Struct(">Q16s")
 VERSION_ENTRY = struct.Struct(">16sQHHH")
 CHECKPOINT = struct.Struct(">Q16sQ")
+TAPE_ENTRY = struct.Struct(">QQc16s")
+WAITING_CONTRIBUTION = struct.Struct(">c16sQ")
+CONSUMED_CONTRIBUTION = struct.Struct(">c16s")
 TAPE_NAME = struct.Struct(">QQ")
 CONTRIBUTION_NAME = struct.Struct(">16sQQ")
 _COMMIT = struct.Struct(">QQ16sQ16s16sQ16sII")
@@ -64,10 +94,54 @@ DTYPES = {"float32": 1, "float64": 2}
 _DTYPE_NAMES = {code: name for name, code in DTYPES.items()}
 _NO_REQUEST = bytes(16)
 
+REFUSED: Final = (
+    "UNSUPPORTED_LAYOUT "  # how a script's refusal begins; what and what was found follow
+)
+_WHAT_IS_KNOWN: Final = {
+    "session": ("the session's record", f"layout {RECORD_LAYOUT}"),
+    "marker": ("the session's marker", f"{MARKER.size} bytes"),
+    "tape_entry": ("an entry of the session's tapes", f"{TAPE_ENTRY.size} bytes"),
+    "model": ("the model's record", "all of " + ", ".join(MODEL_FIELDS)),
+    "version": ("the name of a version", f"{VERSION.size} bytes"),
+    "version_entry": ("an entry of the model's versions", f"{VERSION_ENTRY.size} bytes"),
+    "checkpoint": ("a checkpoint of the model", f"{CHECKPOINT.size} bytes"),
+    "contribution": (
+        "an entry of the model's contributions",
+        f"{WAITING_CONTRIBUTION.size} bytes waiting, {CONSUMED_CONTRIBUTION.size} consumed",
+    ),
+}
+
+
+def unsupported_from_reply(reply: str) -> UnsupportedLayout:
+    """Turn a script's refusal into the domain's."""
+    what, _, found = reply.removeprefix(REFUSED).partition(" ")
+    return _unsupported(what, found)
+
+
+def fields_missing(missing: Sequence[str]) -> UnsupportedLayout:
+    """Make the refusal of a model's record that lacks some of its fields."""
+    return _unsupported("model", f"no {', '.join(missing)}")
+
+
+def _unsupported(what: str, found: str) -> UnsupportedLayout:
+    name, known = _WHAT_IS_KNOWN[what]
+    return unsupported_layout(name, found, known)
+
+
+def _unpacked(what: str, layout: struct.Struct, data: bytes) -> tuple[Any, ...]:
+    """Take apart what carries no number of a layout; another length is another layout."""
+    if len(data) != layout.size:
+        raise _unsupported(what, f"{len(data)} bytes")
+    return layout.unpack(data)
+
 
 def head_from_bytes(data: bytes) -> SessionHead:
-    """Read the head and tail of a session's record."""
+    """Read the head and tail of a session's record, whose layout the script has compared."""
     _, _, tail, _, epoch, seq, ttl, _, _, batch, dtype, incarnation = HEAD.unpack_from(data)
+    if dtype not in _DTYPE_NAMES:
+        raise unsupported_layout(
+            _WHAT_IS_KNOWN["session"][0], f"dtype {dtype}", f"dtypes {sorted(_DTYPE_NAMES)}"
+        )
     return SessionHead(
         model_id=data[HEAD.size : HEAD.size + tail].decode(),
         incarnation=incarnation,
@@ -133,7 +207,7 @@ def absence_from_marker(marker: bytes) -> AbsentSession:
     """Tell from its marker why a session is not there."""
     if not marker:
         return AbsentSession(Absence.NEVER)
-    epoch, state = MARKER.unpack(marker)
+    epoch, state = _unpacked("marker", MARKER, marker)
     return AbsentSession(Absence.CLOSED if state == b"C" else Absence.EXPIRED, epoch)
 
 
@@ -144,4 +218,30 @@ def version_to_bytes(version: Version) -> bytes:
 
 def version_from_bytes(data: bytes) -> Version:
     """Read the name of a weights version."""
-    return Version(*VERSION.unpack_from(data))
+    return Version(*_unpacked("version", VERSION, data))
+
+
+def tape_entry_from_bytes(entry: bytes) -> tuple[int, bytes]:
+    """Read when a tape expires (ms, by the store's clock) and the token of its chunk, from its entry."""
+    expires_ms, _, _, token = _unpacked("tape_entry", TAPE_ENTRY, entry)
+    return expires_ms, token
+
+
+def version_entry_from_bytes(entry: bytes) -> tuple[bytes, int, int]:
+    """Read a version's digest, its parts and its moments' parts from its entry."""
+    digest, _, parts, moment_parts, _ = _unpacked("version_entry", VERSION_ENTRY, entry)
+    return digest, parts, moment_parts
+
+
+def checkpoint_from_bytes(name: str, data: bytes) -> Checkpoint:
+    """Read a checkpoint."""
+    number, digest, created = _unpacked("checkpoint", CHECKPOINT, data)
+    return Checkpoint(name, Version(number, digest), created)
+
+
+def contribution_state_from_bytes(entry: bytes) -> ContributionState:
+    """Read from its entry what has become of a contribution."""
+    is_waiting = entry[:1] == ContributionState.WAITING.value
+    layout = WAITING_CONTRIBUTION if is_waiting else CONSUMED_CONTRIBUTION
+    _unpacked("contribution", layout, entry)
+    return ContributionState.WAITING if is_waiting else ContributionState.CONSUMED

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from service.domain.errors import ResourceExhausted, Unavailable
 from service.domain.ports import (
     CheckpointOutcome,
-    ContributionState,
     CountOutcome,
     CreateOutcome,
     FlipOutcome,
@@ -20,7 +19,7 @@ from service.domain.ports import (
     UpdateLook,
 )
 from service.domain.refusals import STORE_FAILURES
-from service.domain.types import Checkpoint, Version
+from service.domain.types import Version
 from service.settings import MIB, MINUTE_MS
 from service.store import keys, layouts
 from service.store.failures import RETRY_AFTER_S
@@ -33,9 +32,11 @@ if TYPE_CHECKING:
     from service.domain.ports import (
         Bytes,
         Contribution,
+        ContributionState,
         HeadFlip,
         NewVersion,
     )
+    from service.domain.types import Checkpoint
     from service.settings import Limits
     from service.store.links import Command
     from service.store.scripts import Argument, ScriptRunner
@@ -115,13 +116,18 @@ class RedisModelStore:
     async def read_model(self, tenant: str, model_id: str) -> ModelRecord | None:
         """Read a model's record."""
         tag = keys.model_tag(tenant, model_id)
-        fields = ("incarnation", "spec", "head", "created", "waiting")
         found, count = await self._runner.run_commands(
-            [("HMGET", keys.model_key(tag), *fields), ("ZCARD", keys.waiting_key(tag))]
+            [
+                ("HMGET", keys.model_key(tag), *layouts.MODEL_FIELDS),
+                ("ZCARD", keys.waiting_key(tag)),
+            ]
         )
         incarnation, spec, head, created, waiting = found
         if incarnation is None:
             return None
+        if None in found:
+            named = zip(layouts.MODEL_FIELDS, found, strict=True)
+            raise layouts.fields_missing([name for name, value in named if value is None])
         version = layouts.version_from_bytes(head)
         return ModelRecord(incarnation, spec, version, int(created), int(waiting), int(count))
 
@@ -180,21 +186,25 @@ class RedisModelStore:
         names = [number.to_bytes(8, "big") for number in numbers]
         (entries,) = await self._runner.run_commands([("HMGET", key, *names)])
         found = zip(numbers, entries, strict=True)
-        return [Version(number, entry[:16]) for number, entry in found if entry]
+        return [
+            Version(number, layouts.version_entry_from_bytes(entry)[0])
+            for number, entry in found
+            if entry
+        ]
 
     async def read_weights(
         self, tenant: str, model_id: str, incarnation: bytes, version: Version
     ) -> Bytes | None:
         """Read a version's weights."""
         tag = keys.model_tag(tenant, model_id)
-        return await self._read_parts(tag, keys.weights_prefix(tag, incarnation), version, 2)
+        return await self._read_parts(tag, keys.weights_prefix(tag, incarnation), version, 0)
 
     async def read_moments(
         self, tenant: str, model_id: str, incarnation: bytes, version: Version
     ) -> Bytes | None:
         """Read a version's moments."""
         tag = keys.model_tag(tenant, model_id)
-        return await self._read_parts(tag, keys.moments_prefix(tag, incarnation), version, 3)
+        return await self._read_parts(tag, keys.moments_prefix(tag, incarnation), version, 1)
 
     async def count_contribution(
         self, tenant: str, model_id: str, contribution: Contribution
@@ -270,7 +280,7 @@ class RedisModelStore:
         """Return what has become of the contribution of this name; None: it was not counted."""
         tag = keys.model_tag(tenant, model_id)
         (entry,) = await self._runner.run_commands([("HGET", keys.contributions_key(tag), name)])
-        return ContributionState(entry[:1]) if entry else None
+        return layouts.contribution_state_from_bytes(entry) if entry else None
 
     async def look_update(
         self, tenant: str, model_id: str, request: bytes, selectors: Sequence[bytes]
@@ -377,7 +387,7 @@ class RedisModelStore:
         named = layouts.version_to_bytes(version) if version else b""
         arguments = (incarnation, checkpoint_id, named, self._limits.checkpoints_per_model)
         outcome, *entry = await self._runner.run(Call(_CREATE_CHECKPOINT, slot, arguments))
-        kept = _checkpoint(checkpoint_id, entry[0]) if entry else None
+        kept = layouts.checkpoint_from_bytes(checkpoint_id, entry[0]) if entry else None
         return CheckpointOutcome(outcome.decode()), kept
 
     async def list_checkpoints(self, tenant: str, model_id: str) -> list[Checkpoint]:
@@ -387,7 +397,9 @@ class RedisModelStore:
         entries = (
             flat.items() if isinstance(flat, dict) else zip(flat[::2], flat[1::2], strict=True)
         )
-        return [_checkpoint(name.decode(), entry) for name, entry in sorted(entries)]
+        return [
+            layouts.checkpoint_from_bytes(name.decode(), entry) for name, entry in sorted(entries)
+        ]
 
     async def delete_checkpoint(
         self, tenant: str, model_id: str, incarnation: bytes, checkpoint_id: str
@@ -462,9 +474,12 @@ class RedisModelStore:
     ) -> Bytes | None:
         number = version.number.to_bytes(8, "big")
         (entry,) = await self._runner.run_commands([("HGET", keys.versions_key(tag), number)])
-        if not entry or entry[:16] != version.digest:
+        if not entry:
             return None
-        count = layouts.VERSION_ENTRY.unpack(entry)[which]
+        digest, *counts = layouts.version_entry_from_bytes(entry)
+        if digest != version.digest:
+            return None
+        count = counts[which]
         return await self._read_whole(
             _part_keys(prefix + _name(version), count), count * PART_BYTES
         )
@@ -530,8 +545,3 @@ def _version_entry(new: NewVersion) -> bytes:
     # What a superseded version costs: its moments go when it is superseded.
     size = new.weights.nbytes
     return layouts.VERSION_ENTRY.pack(new.version.digest, size, parts, moment_parts, 0)
-
-
-def _checkpoint(name: str, entry: bytes) -> Checkpoint:
-    number, digest, created = layouts.CHECKPOINT.unpack(entry)
-    return Checkpoint(name, Version(number, digest), created)

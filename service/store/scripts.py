@@ -18,6 +18,7 @@ from service.store.failures import (
     is_missing_script,
     is_refused,
     is_refused_by_primary,
+    is_unsupported,
 )
 
 if TYPE_CHECKING:
@@ -147,6 +148,7 @@ class ScriptRunner:
         Raises:
             Unavailable: If the server cannot be reached.
             ResourceExhausted: If its memory is full.
+            UnsupportedLayout: If it met what another release laid out.
         """
         (ran,) = await self.run_many([call])
         if isinstance(ran.answer, Exception):
@@ -167,7 +169,7 @@ class ScriptRunner:
         if readers:
             read = await self._send_calls(list(readers.values()))
             for i, (answer, _) in zip(readers, read, strict=True):
-                if not isinstance(answer, Exception):
+                if not isinstance(answer, Exception) or is_unsupported(answer):
                     ran[i] = ran[i]._replace(answer=answer)
         return [_in_domain_words(call, one) for call, one in zip(calls, ran, strict=True)]
 

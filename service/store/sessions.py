@@ -14,7 +14,7 @@ from service.domain.ports import (
 )
 from service.settings import DAY_MS
 from service.store import keys, layouts
-from service.store.failures import is_refusal
+from service.store.failures import as_domain_error, is_refusal
 from service.store.scripts import Call, load_script
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ class RedisSessionStore:
     async def read_tape(
         self, tenant: str, session_id: str, epoch: int, chunk_seq: int, *, with_data: bool = True
     ) -> TapeLook:
-        """Read one tape, or only whether it is there, with where its session stands."""
+        """Read one tape, or only its first byte, with where its session stands."""
         tag = keys.session_tag(tenant, session_id)
         name = layouts.TAPE_NAME.pack(epoch, chunk_seq)
         slot = (
@@ -164,11 +164,12 @@ class RedisSessionStore:
         head, marker, entry, tape = await self._runner.run(
             Call(_READ_TAPE, slot, (name, int(with_data)))
         )
+        expires_ms, token = layouts.tape_entry_from_bytes(entry) if entry else (0, b"")
         return TapeLook(
             session=layouts.head_from_bytes(head) if head else await self._absent(tag, marker),
-            token=entry[17:33],
+            token=token,
             data=tape or None,
-            expires_ms=int.from_bytes(entry[:8], "big"),
+            expires_ms=expires_ms,
         )
 
     async def settle_tape(
@@ -177,7 +178,8 @@ class RedisSessionStore:
         """Note that the contribution of a tape was counted."""
         tag = keys.session_tag(tenant, session_id)
         name = layouts.TAPE_NAME.pack(epoch, chunk_seq)
-        await self._runner.run(Call(_SETTLE, (keys.tape_index_key(tag),), (name, token)))
+        slot = (keys.record_key(tag), keys.tape_index_key(tag))
+        await self._runner.run(Call(_SETTLE, slot, (name, token)))
 
     async def discard_tapes(
         self, tenant: str, session_id: str, epoch: int, chunk_seqs: Sequence[int]
@@ -186,8 +188,8 @@ class RedisSessionStore:
         tag = keys.session_tag(tenant, session_id)
         chunks = b"".join(seq.to_bytes(8, "big") for seq in chunk_seqs)
         named = epoch.to_bytes(8, "big") if epoch else b""
-        call = Call(_DISCARD, (keys.tape_index_key(tag),), (named, chunks))
-        return int(await self._runner.run(call))
+        slot = (keys.record_key(tag), keys.tape_index_key(tag))
+        return int(await self._runner.run(Call(_DISCARD, slot, (named, chunks))))
 
     async def list_tapes(
         self, tenant: str, session_id: str
@@ -274,7 +276,9 @@ def _chunk_outcomes(commits: Sequence[ChunkCommit], ran: Ran) -> Iterator[ChunkO
     laid = iter(ran.first)
     for commit, outcome in zip(commits, ran.answer, strict=True):
         lay = next(laid) if commit.tape is not None else None
-        if outcome == b"UNLAID":
+        if isinstance(outcome, Exception):
+            yield as_domain_error(outcome)
+        elif outcome == b"UNLAID":
             yield lay if isinstance(lay, Exception) else ChunkOutcome.STALE
         else:
             yield _CHUNK_OUTCOMES[outcome]

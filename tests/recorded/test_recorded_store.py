@@ -14,9 +14,13 @@ import grpc
 import numpy as np
 import pytest
 import redis
-from recorded_store import Recording, to_bytes
+from recorded_store import Recording, to_bytes, to_text
 
 from instruments.processes import ServiceProcess
+from service.domain.errors import UnsupportedLayout
+from service.domain.tapes import tape_from_bytes, tape_to_bytes
+from service.domain.weights import spec_from_bytes, spec_to_bytes
+from service.store import layouts
 from service.store.embedded import EmbeddedStore
 from timernn.v1 import model_service_pb2 as model_pb
 from timernn.v1 import session_service_pb2 as session_pb
@@ -99,6 +103,47 @@ def test_every_state_goes_on_as_its_own_release_would_have(
     for entry in recording.answers:
         then, now = call_of(entry, stubs)
         check_same(then, now, entry["request"])
+
+
+def test_what_was_recorded_is_what_this_release_writes(recording: Recording) -> None:
+    """Read and laid out again, specifications, states and tapes are the same bytes."""
+    found = dict.fromkeys(("specification", "state", "tape"), 0)
+    for record in recording.records:
+        slot, _, role = to_bytes(record["key"]).partition(b"}")
+        if slot.startswith(b"m{") and not role:
+            spec = to_bytes(record["value"][to_text(b"spec")])
+            assert spec_to_bytes(spec_from_bytes(spec)) == spec
+            found["specification"] += 1
+        elif slot.startswith(b"s{") and not role:
+            for state in states_of(to_bytes(record["value"])):
+                read = layouts.state_from_bytes(state)
+                assert read is not None
+                assert layouts.state_to_bytes(read) == state
+                found["state"] += 1
+        elif slot.startswith(b"s{") and role.startswith(b"t") and record["type"] == "string":
+            check_tape_again(to_bytes(record["value"]))
+            found["tape"] += 1
+    assert all(found.values()), found
+
+
+def states_of(record: bytes) -> Iterator[bytes]:
+    """Return the slots of a session's ring that hold a state."""
+    number, slots, tail, size, *_ = layouts.HEAD.unpack_from(record)
+    assert number == layouts.RECORD_LAYOUT
+    first, each = layouts.HEAD.size + tail, layouts.SLOT.size + size
+    assert len(record) == first + slots * each
+    for at in range(first, len(record), each):
+        if record[at] != 0xFF:
+            yield record[at : at + each]
+
+
+def check_tape_again(tape: bytes) -> None:
+    """Read a tape, of either dtype, and lay it out again."""
+    try:
+        read = tape_from_bytes(tape, "float32")
+    except UnsupportedLayout:  # of another length, if it is not of this dtype
+        read = tape_from_bytes(tape, "float64")
+    assert tape_to_bytes(read.version, read.xs, read.h0) == tape
 
 
 def test_what_is_written_back_is_what_was_recorded(

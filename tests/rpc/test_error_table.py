@@ -14,13 +14,12 @@ import grpc.aio
 import numpy as np
 import pytest
 from google.protobuf.duration_pb2 import Duration
-from google.rpc import status_pb2  # type: ignore[import-untyped]  # has no stubs
-from safetensors.numpy import save
+from redis.asyncio import Redis
 
-from lab import D, H, Lab, RefusedOnStreamError, tensor
+from lab import D, H, Lab, TenantOfTheTest, file_of, refusal_status, tensor
 from service.app import build_server
-from service.rpc.auth import Principal
 from service.settings import Limits, Settings
+from service.store import keys
 from service.store.connect import open_store
 from service.store.embedded import EmbeddedStore
 from timernn.v1 import model_service_pb2 as model_pb
@@ -77,17 +76,6 @@ def row(
     return add
 
 
-class TenantOfTheTest:
-    """Gives every caller the test's own tenant, so that tests share a store."""
-
-    def __init__(self, tenant: str) -> None:
-        self._principal = Principal(tenant)
-
-    def authenticate(self, method: str, context: Any) -> Principal:  # noqa: ARG002
-        """Return the tenant."""
-        return self._principal
-
-
 @pytest.fixture
 async def make_lab(tenant: str, tmp_path: Path, store: EmbeddedStore) -> AsyncIterator[LabMaker]:
     """Start a whole server over a store."""
@@ -104,7 +92,7 @@ async def make_lab(tenant: str, tmp_path: Path, store: EmbeddedStore) -> AsyncIt
             address = await server.start("127.0.0.1:0")
             stack.push_async_callback(server.drain, 0)
             channel = await stack.enter_async_context(grpc.aio.insecure_channel(address))
-            return Lab(channel, over_stream, server, own)
+            return Lab(channel, over_stream, server, own, tenant)
 
         yield make_lab
 
@@ -446,6 +434,15 @@ async def non_finite_step(lab: Lab) -> None:
     await lab.update(learning_rate=1000.0)
 
 
+@row("FAILED_PRECONDITION", "UNSUPPORTED_LAYOUT", "found layout 2, this server knows layout 1")
+async def unsupported_layout(lab: Lab) -> None:
+    """A session whose record a later release has laid out."""
+    await (await lab.opened()).forward(1)
+    async with Redis.from_url(lab.store.url) as client:
+        await client.setrange(keys.session_tag(lab.tenant, "s"), 0, b"\x02")
+    await lab.forward(2)
+
+
 # --- RESOURCE_EXHAUSTED ---------------------------------------------------------------------------
 
 
@@ -574,28 +571,6 @@ async def test_a_refused_chunk_leaves_the_state_as_it_was(make_lab: LabMaker) ->
         with pytest.raises(grpc.aio.AioRpcError):
             await lab.forward(**{"chunk_seq": 2, **fields})
     assert await lab.sessions.GetState(request) == before
-
-
-async def refusal_status(situation: Awaitable[Any]) -> Any:
-    """Return the google.rpc.Status in which a situation ends."""
-    with pytest.raises((RefusedOnStreamError, grpc.aio.AioRpcError)) as caught:
-        await situation
-    error: Any = caught.value
-    if isinstance(error, RefusedOnStreamError):
-        return error.status
-    trailers = dict(error.trailing_metadata())
-    assert "grpc-status-details-bin" in trailers, error
-    return status_pb2.Status.FromString(trailers["grpc-status-details-bin"])
-
-
-def file_of(**tensors: Any) -> bytes:
-    """Make a safetensors file of model m's weights."""
-    weights = {
-        "Wx": np.ones((D, H), np.float32),
-        "Wh": np.ones((H, H), np.float32),
-        "b": np.ones(H, np.float32),
-    }
-    return save({**weights, **tensors})
 
 
 async def set_in_store(lab: Lab, name: str, value: str) -> None:

@@ -17,6 +17,7 @@ from service.domain.errors import (
     NotFound,
     ResourceExhausted,
     Unavailable,
+    UnsupportedLayout,
     bad_field,
 )
 from service.rpc.errors import MAX_DETAILS_BYTES, code_of, status_of
@@ -30,6 +31,7 @@ CODES = [
     (AlreadyExists, grpc.StatusCode.ALREADY_EXISTS),
     (Aborted, grpc.StatusCode.ABORTED),
     (FailedPrecondition, grpc.StatusCode.FAILED_PRECONDITION),
+    (UnsupportedLayout, grpc.StatusCode.FAILED_PRECONDITION),
     (ResourceExhausted, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (Unavailable, grpc.StatusCode.UNAVAILABLE),
 ]

@@ -65,11 +65,15 @@ class Model:
         return self.store.contribution_name(self.tenant, session_id, 7, number)
 
     async def count(
-        self, number: int, gradient: bytes = b"gradient", digest: bytes = b"g" * 16
+        self,
+        number: int,
+        gradient: bytes = b"gradient",
+        digest: bytes = b"g" * 16,
+        incarnation: bytes = INCARNATION,
     ) -> CountOutcome:
         """Count a contribution."""
         contribution = Contribution(
-            INCARNATION, self.name(number), digest, Blob((gradient,)), NEVER_MS
+            incarnation, self.name(number), digest, Blob((gradient,)), NEVER_MS
         )
         return await self.store.count_contribution(self.tenant, "m", contribution)
 
@@ -79,9 +83,12 @@ class Model:
         base, new = version(number - 1), content(number)
         return HeadFlip(INCARNATION, base, new, named, b"c" * 16, b"answer", names)
 
-    async def flipped(self, number: int, *names: bytes) -> FlipOutcome:
+    async def flipped(
+        self, number: int, *names: bytes, incarnation: bytes = INCARNATION
+    ) -> FlipOutcome:
         """Make the next version."""
-        outcome, _ = await self.store.flip_head(self.tenant, "m", self.flip(number, *names))
+        flip = replace(self.flip(number, *names), incarnation=incarnation)
+        outcome, _ = await self.store.flip_head(self.tenant, "m", flip)
         return outcome
 
     async def waiting(self) -> tuple[int, int]:

@@ -5,8 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import grpc.aio
 import numpy as np
+import pytest
+from google.rpc import status_pb2  # type: ignore[import-untyped]  # has no stubs
+from safetensors.numpy import save
 
+from service.rpc.auth import Principal
 from timernn.v1 import model_service_pb2 as model_pb
 from timernn.v1 import session_service_pb2 as session_pb
 from timernn.v1 import tensor_pb2
@@ -16,7 +21,7 @@ from timernn.v1.session_service_pb2_grpc import SessionServiceStub
 from timernn.v1.time_rnn_service_pb2_grpc import TimeRnnServiceStub
 
 if TYPE_CHECKING:
-    import grpc.aio
+    from collections.abc import Awaitable
 
 D, H = 3, 4
 
@@ -29,6 +34,17 @@ class RefusedOnStreamError(Exception):
         self.status = status
 
 
+class TenantOfTheTest:
+    """Gives every caller the test's own tenant, so that tests share a store."""
+
+    def __init__(self, tenant: str) -> None:
+        self._principal = Principal(tenant)
+
+    def authenticate(self, method: str, context: Any) -> Principal:  # noqa: ARG002
+        """Return the tenant."""
+        return self._principal
+
+
 @dataclass
 class Lab:
     """A client that numbers nothing by itself.
@@ -38,6 +54,7 @@ class Lab:
         over_stream: Whether operations go over a stream instead of as unary calls.
         server: What serves, where it is in this process.
         store: What it keeps its state in, where the test started it.
+        tenant: Whose it all is.
         session: The session that `opened` opened.
     """
 
@@ -45,6 +62,7 @@ class Lab:
     over_stream: bool = False
     server: Any = None
     store: Any = None
+    tenant: str = ""
     session: session_pb.Session = field(default_factory=session_pb.Session)
 
     def __post_init__(self) -> None:
@@ -146,3 +164,25 @@ def tensor(*shape: int, value: float = 0.0, dtype: str = "float32") -> tensor_pb
     array = np.full(shape, value, dtype)
     number = tensor_pb2.D_TYPE_FLOAT32 if dtype == "float32" else tensor_pb2.D_TYPE_FLOAT64
     return tensor_pb2.Tensor(dtype=number, shape=shape, data=array.tobytes())
+
+
+async def refusal_status(situation: Awaitable[Any]) -> Any:
+    """Return the google.rpc.Status in which a situation ends."""
+    with pytest.raises((RefusedOnStreamError, grpc.aio.AioRpcError)) as caught:
+        await situation
+    error: Any = caught.value
+    if isinstance(error, RefusedOnStreamError):
+        return error.status
+    trailers = dict(error.trailing_metadata())
+    assert "grpc-status-details-bin" in trailers, error
+    return status_pb2.Status.FromString(trailers["grpc-status-details-bin"])
+
+
+def file_of(**tensors: Any) -> bytes:
+    """Make a safetensors file of model m's weights."""
+    weights = {
+        "Wx": np.ones((D, H), np.float32),
+        "Wh": np.ones((H, H), np.float32),
+        "b": np.ones(H, np.float32),
+    }
+    return save({**weights, **tensors})

@@ -41,13 +41,14 @@ _PROOFS: dict[type[errors.Error], Proof] = {
     errors.EpochFenced: Proof.REQUEST,
     errors.HistoryForked: Proof.REQUEST,
     errors.VersionConflict: Proof.REQUEST,
-    errors.FailedPrecondition: Proof.ATTEMPT,  # such as UNSUPPORTED_LAYOUT
+    errors.FailedPrecondition: Proof.ATTEMPT,
     errors.TapeMissing: Proof.REQUEST,
     errors.WeightsForked: Proof.REQUEST,
     errors.NoGradients: Proof.REQUEST,
     errors.ReplayWindowPassed: Proof.REQUEST,
     errors.NonFiniteResult: Proof.REQUEST,
     errors.SessionMismatch: Proof.REQUEST,
+    errors.UnsupportedLayout: Proof.ATTEMPT,  # an earlier one may have met a server that knows it
     errors.HistoryLost: Proof.REQUEST,
     errors.OutcomeLost: Proof.REQUEST,
     errors.ResourceExhausted: Proof.ATTEMPT,

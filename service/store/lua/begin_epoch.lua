@@ -11,13 +11,30 @@
 -- ARGV[8] head after touched: request, batch size, dtype, incarnation; then the tail
 -- ARGV[9] slot 0: the state  ARGV[10] length of the tail
 -- Returns {BEGUN | REPLAYED | REUSED | RESUMED | EXISTS | FENCED | GAP, epoch} or {ABSENT, marker or ''}; only
--- BEGUN changes anything
+-- BEGUN changes anything. UNSUPPORTED_LAYOUT, an error: another release laid out one of the keys
+
+-- The refusal of a record that another release laid out, as its first byte says; nil for our own.
+local function unknown_record(head)
+  if string.byte(head) ~= 1 then return redis.error_reply('UNSUPPORTED_LAYOUT session layout ' .. string.byte(head)) end
+  if #head < 80 then return redis.error_reply('UNSUPPORTED_LAYOUT session ' .. #head .. ' bytes') end
+end
+
+-- The refusal of a list of tapes with an entry of another length than ours; nil for our own.
+local function unknown_tapes(index)
+  for i = 2, #index, 2 do
+    if #index[i] ~= 33 then return redis.error_reply('UNSUPPORTED_LAYOUT tape_entry ' .. #index[i] .. ' bytes') end
+  end
+end
+
 local function whole(number) return string.format('%.0f', number) end
 local time = redis.call('TIME')
 local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
 local mode, restored = ARGV[1], tonumber(ARGV[4])
 local head = redis.call('GETRANGE', KEYS[1], 0, 79)
 local marker = redis.call('GET', KEYS[2])
+local unknown = head ~= '' and unknown_record(head)
+if unknown then return unknown end
+if marker and #marker ~= 9 then return redis.error_reply('UNSUPPORTED_LAYOUT marker ' .. #marker .. ' bytes') end
 local last = marker and struct.unpack('>I8', marker) or 0
 local ttl, touched = tonumber(ARGV[6]), now
 if head ~= '' then
@@ -47,6 +64,8 @@ if head ~= '' then
   -- No Backward of an older epoch is to come but one that is sent again: its tapes wait no more, so that
   -- they take nobody's place, and none outlives the session.
   local index = redis.call('HGETALL', KEYS[3])
+  unknown = unknown_tapes(index)
+  if unknown then return unknown end
   for i = 1, #index, 2 do
     redis.call('HSET', KEYS[3], index[i], string.sub(index[i + 1], 1, 16) .. 'C' .. string.sub(index[i + 1], 18))
     redis.pcall('PEXPIRE', KEYS[3] .. index[i], ttl, 'LT')

@@ -13,15 +13,31 @@
 --         (4; 0: none), h. The tape was laid down under a name of its own right before: passed through the
 --         script it would be copied several times; so it is only given its right name.
 -- Returns for each chunk OK; TOUCH: OK, and a quarter of the ttl has passed since the tenant's list was told;
--- STALE; QUOTA: too many tapes wait; UNLAID: the tape is not under its first name
+-- STALE; QUOTA: too many tapes wait; UNLAID: the tape is not under its first name; UNSUPPORTED_LAYOUT, an error in
+-- this chunk's place: another release laid out the record or an entry of the tapes
 local window, extra = tonumber(ARGV[1]), tonumber(ARGV[2])
 local time = redis.call('TIME')
 local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
 
--- Make room for a tape and take it over; false when too many wait.
+-- The refusal of a record that another release laid out, as its first byte says; nil for our own.
+local function unknown_record(head)
+  if string.byte(head) ~= 1 then return redis.error_reply('UNSUPPORTED_LAYOUT session layout ' .. string.byte(head)) end
+  if #head < 80 then return redis.error_reply('UNSUPPORTED_LAYOUT session ' .. #head .. ' bytes') end
+end
+
+-- The refusal of a list of tapes with an entry of another length than ours; nil for our own.
+local function unknown_tapes(index)
+  for i = 2, #index, 2 do
+    if #index[i] ~= 33 then return redis.error_reply('UNSUPPORTED_LAYOUT tape_entry ' .. #index[i] .. ' bytes') end
+  end
+end
+
+-- Make room for a tape and take it over; nil, or why not.
 local function keep_tape(index_key, name, token, laid_key, size, ttl)
   local waiting, counted, counted_bytes, oldest = 0, 0, 0, {}
   local index = redis.call('HGETALL', index_key)
+  local unknown = unknown_tapes(index)
+  if unknown then return unknown end
   for i = 1, #index, 2 do
     local expires, bytes, state = struct.unpack('>I8I8c1', index[i + 1])
     if expires <= now then redis.call('HDEL', index_key, index[i])
@@ -31,7 +47,7 @@ local function keep_tape(index_key, name, token, laid_key, size, ttl)
       oldest[counted] = {expires, index[i], bytes}
     end
   end
-  if waiting >= tonumber(ARGV[4]) then return false end
+  if waiting >= tonumber(ARGV[4]) then return 'QUOTA' end
   table.sort(oldest, function(a, b) if a[1] ~= b[1] then return a[1] < b[1] end return a[2] < b[2] end)
   for i = 1, counted do
     if counted - i + 1 <= tonumber(ARGV[5]) and counted_bytes <= tonumber(ARGV[6]) then break end
@@ -44,7 +60,6 @@ local function keep_tape(index_key, name, token, laid_key, size, ttl)
   redis.call('PEXPIRE', index_key .. name, tape_ttl)
   redis.call('HSET', index_key, name, struct.pack('>I8I8c1', now + tape_ttl, size, 'W') .. token)
   redis.call('PEXPIRE', index_key, tape_ttl)
-  return true
 end
 
 -- Lay a record's ring out anew with all its slots.
@@ -62,6 +77,8 @@ end
 local function commit(key, at, h, laid_key, tape_bytes)
   local record = redis.call('GETRANGE', key, 0, 79)
   if record == '' then return 'STALE' end
+  local unknown = unknown_record(record)
+  if unknown then return unknown end
   local layout, slots, tail, size, epoch, seq, ttl, touched = struct.unpack('>I1I1I2I4I8I8I8I8', record)
   local want_epoch, acknowledged = struct.unpack('>I8I8', ARGV[7], at)
   local next_seq = struct.unpack('>I8', ARGV[7], at + 32)
@@ -72,7 +89,8 @@ local function commit(key, at, h, laid_key, tape_bytes)
   if tape_bytes > 0 then
     if redis.call('STRLEN', laid_key) ~= tape_bytes then return 'UNLAID' end
     local name = string.sub(ARGV[7], at, at + 7) .. string.sub(ARGV[7], at + 32, at + 39)
-    if not keep_tape(key .. 't', name, string.sub(ARGV[7], at + 56, at + 71), laid_key, tape_bytes, ttl) then return 'QUOTA' end
+    local refusal = keep_tape(key .. 't', name, string.sub(ARGV[7], at + 56, at + 71), laid_key, tape_bytes, ttl)
+    if refusal then return refusal end
   end
   local lost = next_seq - slots
   if slots <= window and lost >= 0 and lost >= acknowledged then
@@ -94,7 +112,7 @@ while at <= #ARGV[7] do
   local h_bytes, tape_bytes = struct.unpack('>I4I4', ARGV[7], at + 96)
   local laid_key = key .. 'u' .. string.sub(ARGV[7], at + 56, at + 71)
   local answer = commit(key, at, string.sub(ARGV[7], at + 104, at + 103 + h_bytes), laid_key, tape_bytes)
-  if tape_bytes > 0 and (answer == 'STALE' or answer == 'QUOTA') then redis.pcall('UNLINK', laid_key) end
+  if tape_bytes > 0 and answer ~= 'OK' and answer ~= 'TOUCH' then redis.pcall('UNLINK', laid_key) end
   answers[#answers + 1] = answer
   at = at + 104 + h_bytes
 end

@@ -6,7 +6,15 @@
 -- ARGV[5] time to wait (ms)  ARGV[6] most waiting  ARGV[7] most bytes waiting  ARGV[8] most remembered
 -- ARGV[9] prefix of gradients  ARGV[10] bytes of the gradient  ARGV[11] when its tape expires (ms)
 -- Returns COUNTED | REPLAYED: and it waits | CONSUMED: counted before, and it waits no more | REUSED | GONE |
--- EXPIRED: the tape, before it was counted, so that its name may be forgotten | QUOTA | FULL | MISSING: a part is not there, or not any more
+-- EXPIRED: the tape, before it was counted, so that its name may be forgotten | QUOTA | FULL | MISSING: a part is not there, or not any more;
+-- UNSUPPORTED_LAYOUT, an error: another release laid out this contribution's entry, or one that is due to be forgotten
+
+-- The refusal of a contribution's entry of another length than ours; nil for our own, or for none.
+local function unknown_contribution(entry)
+  if not entry or #entry == (string.sub(entry, 1, 1) == 'W' and 25 or 17) then return end
+  return redis.error_reply('UNSUPPORTED_LAYOUT contribution ' .. #entry .. ' bytes')
+end
+
 if redis.call('HGET', KEYS[1], 'incarnation') ~= ARGV[1] then return 'GONE' end
 local time = redis.call('TIME')
 local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
@@ -29,12 +37,19 @@ local function forget(name)
   redis.call('ZREM', KEYS[4], name)
 end
 local entry = redis.call('HGET', KEYS[2], ARGV[2])
+local unknown = unknown_contribution(entry)
+if unknown then return unknown end
 if entry then
   if string.sub(entry, 2, 17) ~= ARGV[3] then return 'REUSED' end
   return string.sub(entry, 1, 1) == 'W' and 'REPLAYED' or 'CONSUMED'
 end
 if tonumber(ARGV[11]) <= now then return 'EXPIRED' end
-for _, name in ipairs(redis.call('ZRANGEBYSCORE', KEYS[4], '-inf', now, 'LIMIT', 0, 16)) do forget(name) end
+local due = redis.call('ZRANGEBYSCORE', KEYS[4], '-inf', now, 'LIMIT', 0, 16)
+for _, name in ipairs(due) do
+  unknown = unknown_contribution(redis.call('HGET', KEYS[2], name))
+  if unknown then return unknown end
+end
+for _, name in ipairs(due) do forget(name) end
 if redis.call('ZCARD', KEYS[3]) >= tonumber(ARGV[6]) then return 'QUOTA' end
 local bytes = tonumber(ARGV[10])
 if tonumber(redis.call('HGET', KEYS[1], 'waiting')) + bytes > tonumber(ARGV[7]) then return 'QUOTA' end

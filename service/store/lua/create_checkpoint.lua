@@ -4,10 +4,19 @@
 -- ARGV[1] incarnation  ARGV[2] name  ARGV[3] version: number (8) and digest (16), or '' for the head
 -- ARGV[4] most checkpoints
 -- Returns {CREATED, checkpoint} | {KNOWN, checkpoint} | {EXISTS} | {VERSION_GONE} | {FORKED} | {QUOTA} | {GONE};
--- a checkpoint is number (8) digest (16) time of creation in ms (8)
+-- a checkpoint is number (8) digest (16) time of creation in ms (8). UNSUPPORTED_LAYOUT, an error: another release laid
+-- out the checkpoint or the version's entry
+
+-- The refusal of an entry of another length than ours; nil for our own, or for none.
+local function unknown_entry(what, entry, size)
+  if entry and #entry ~= size then return redis.error_reply('UNSUPPORTED_LAYOUT ' .. what .. ' ' .. #entry .. ' bytes') end
+end
+
 local model = redis.call('HMGET', KEYS[1], 'incarnation', 'head')
 if model[1] ~= ARGV[1] then return {'GONE'} end
 local known = redis.call('HGET', KEYS[4], ARGV[2])
+local unknown = unknown_entry('checkpoint', known, 32)
+if unknown then return unknown end
 if known then
   if ARGV[3] == '' or string.sub(known, 1, 24) == ARGV[3] then return {'KNOWN', known} end
   return {'EXISTS'}
@@ -16,6 +25,8 @@ local version = ARGV[3] == '' and model[2] or ARGV[3]
 local number = string.sub(version, 1, 8)
 local entry = redis.call('HGET', KEYS[2], number)
 if not entry then return {'VERSION_GONE'} end
+unknown = unknown_entry('version_entry', entry, 30)
+if unknown then return unknown end
 if string.sub(entry, 1, 16) ~= string.sub(version, 9, 24) then return {'FORKED'} end
 if redis.call('HLEN', KEYS[4]) >= tonumber(ARGV[4]) then return {'QUOTA'} end
 local time = redis.call('TIME')

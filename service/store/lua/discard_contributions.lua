@@ -3,7 +3,14 @@
 -- KEYS[1] model  KEYS[2] contributions  KEYS[3] waiting  KEYS[4] expiry
 -- ARGV[1] incarnation  ARGV[2] prefix of gradients  ARGV[3] time for which a name is remembered (ms)
 -- ARGV[4…] each a name (32), what names begin with (16 or 24), or '' for all that wait
--- Returns their number, or -1 without this model
+-- Returns their number, or -1 without this model; UNSUPPORTED_LAYOUT, an error: another release laid out an entry
+
+-- The refusal of a contribution's entry of another length than ours; nil for our own, or for none.
+local function unknown_contribution(entry)
+  if not entry or #entry == (string.sub(entry, 1, 1) == 'W' and 25 or 17) then return end
+  return redis.error_reply('UNSUPPORTED_LAYOUT contribution ' .. #entry .. ' bytes')
+end
+
 if redis.call('HGET', KEYS[1], 'incarnation') ~= ARGV[1] then return -1 end
 local time = redis.call('TIME')
 local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
@@ -26,12 +33,18 @@ local function drop(name)
   redis.call('HINCRBY', KEYS[1], 'waiting', string.format('%.0f', -struct.unpack('>I8', entry, 18)))
   dropped = dropped + 1
 end
+local names = {}
 for i = 4, #ARGV do
-  if #ARGV[i] == 32 then drop(ARGV[i])
+  if #ARGV[i] == 32 then names[#names + 1] = ARGV[i]
   else
     local from = ARGV[i] == '' and '-' or '[' .. ARGV[i]
     local to = ARGV[i] == '' and '+' or '[' .. ARGV[i] .. string.rep('\255', 17)
-    for _, name in ipairs(redis.call('ZRANGEBYLEX', KEYS[3], from, to)) do drop(name) end
+    for _, name in ipairs(redis.call('ZRANGEBYLEX', KEYS[3], from, to)) do names[#names + 1] = name end
   end
 end
+for _, name in ipairs(names) do
+  local unknown = unknown_contribution(redis.call('HGET', KEYS[2], name))
+  if unknown then return unknown end
+end
+for _, name in ipairs(names) do drop(name) end
 return dropped

@@ -2,9 +2,19 @@
 -- Let a session's time to live start again, as a chunk does.
 -- KEYS[1] record  KEYS[2] marker
 -- ARGV[1] epoch  ARGV[2] time for which the marker outlives the session (ms)
--- Returns OK; TOUCH: OK, and a quarter of the ttl has passed since the tenant's list was told; ABSENT
+-- Returns OK; TOUCH: OK, and a quarter of the ttl has passed since the tenant's list was told; ABSENT; UNSUPPORTED_LAYOUT,
+-- an error: another release laid out the record
+
+-- The refusal of a record that another release laid out, as its first byte says; nil for our own.
+local function unknown_record(head)
+  if string.byte(head) ~= 1 then return redis.error_reply('UNSUPPORTED_LAYOUT session layout ' .. string.byte(head)) end
+  if #head < 80 then return redis.error_reply('UNSUPPORTED_LAYOUT session ' .. #head .. ' bytes') end
+end
+
 local head = redis.call('GETRANGE', KEYS[1], 0, 79)
 if head == '' then return 'ABSENT' end
+local unknown = unknown_record(head)
+if unknown then return unknown end
 local _, _, _, _, epoch, _, ttl, touched = struct.unpack('>I1I1I2I4I8I8I8I8', head)
 if epoch ~= tonumber(ARGV[1]) then return 'ABSENT' end
 local time = redis.call('TIME')

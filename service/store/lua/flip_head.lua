@@ -10,7 +10,20 @@
 -- ARGV[8] prefix of weights  ARGV[9] prefix of moments  ARGV[10] prefix of gradients
 -- ARGV[11] time for which a counted name is remembered (ms)  ARGV[12] … a superseded version is kept (ms)
 -- ARGV[13] most bytes of superseded versions  ARGV[14] most requests remembered
--- Returns {FLIPPED} | {REPLAYED, answer} | {REUSED} | {STALE} | {GONE} | {MISSING}: a part is not there, or not any more
+-- Returns {FLIPPED} | {REPLAYED, answer} | {REUSED} | {STALE} | {GONE} | {MISSING}: a part is not there, or not any more;
+-- UNSUPPORTED_LAYOUT, an error: another release laid out an entry that this step would change
+
+-- The refusal of an entry of another length than ours; nil for our own, or for none.
+local function unknown_entry(what, entry, size)
+  if entry and #entry ~= size then return redis.error_reply('UNSUPPORTED_LAYOUT ' .. what .. ' ' .. #entry .. ' bytes') end
+end
+
+-- The refusal of a contribution's entry of another length than ours; nil for our own, or for none.
+local function unknown_contribution(entry)
+  if not entry or #entry == (string.sub(entry, 1, 1) == 'W' and 25 or 17) then return end
+  return redis.error_reply('UNSUPPORTED_LAYOUT contribution ' .. #entry .. ' bytes')
+end
+
 local model = redis.call('HMGET', KEYS[1], 'incarnation', 'head')
 if model[1] ~= ARGV[1] then return {'GONE'} end
 local known = redis.call('HGET', KEYS[7], ARGV[4])
@@ -21,7 +34,15 @@ end
 if model[2] ~= ARGV[2] then return {'STALE'} end
 for at = 1, #ARGV[6], 32 do
   local entry = redis.call('HGET', KEYS[4], string.sub(ARGV[6], at, at + 31))
+  local unknown = unknown_contribution(entry)
+  if unknown then return unknown end
   if not entry or string.sub(entry, 1, 1) ~= 'W' then return {'STALE'} end
+end
+local ageing = redis.call('ZRANGE', KEYS[3], 0, 15)
+ageing[#ageing + 1] = string.sub(ARGV[2], 1, 8)
+for _, entry in ipairs(redis.call('HMGET', KEYS[2], unpack(ageing))) do
+  local unknown = unknown_entry('version_entry', entry, 30)
+  if unknown then return unknown end
 end
 local time = redis.call('TIME')
 local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
