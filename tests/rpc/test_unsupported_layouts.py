@@ -304,7 +304,15 @@ ENTRIES: list[tuple[Change, str, str, list[str]]] = [
         "31 bytes",
         "30 bytes",
         [
-            *("Forward", "Backward", "Update", "GetWeights", "PutWeights", "FindVersions"),
+            *(
+                "Forward",
+                "Forward again",
+                "Backward",
+                "Update",
+                "GetWeights",
+                "PutWeights",
+                "FindVersions",
+            ),
             *("CreateCheckpoint", "DeleteCheckpoint", "DeleteModel"),
         ],
     ),

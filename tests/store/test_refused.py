@@ -88,6 +88,19 @@ async def test_a_replica_with_an_older_state_replays_where_nothing_can_be_writte
     assert refused.reason == {"maxmemory": "STORE_FULL"}.get(setting, "STORE_DOWN")
 
 
+async def test_another_layout_is_told_where_nothing_can_be_written(
+    pair: tuple[Replica, Replica, Client], raw: Redis, rng: np.random.Generator
+) -> None:
+    """That the store is full is not what keeps the chunk from being applied."""
+    _, two, client = pair
+    client.replicas = [two]
+    await client.forward(draw(rng))
+    await raw.setrange(keys.session_tag("t", "s"), 0, b"\x4d")
+    await raw.config_set("maxmemory", 1)
+    assert (await refusal(client.forward(draw(rng)))).reason == "UNSUPPORTED_LAYOUT"
+    assert (await refusal(two.sessions.begin_epoch("t", RESET))).reason == "UNSUPPORTED_LAYOUT"
+
+
 async def test_each_chunk_of_a_refused_call_gets_its_own_answer(
     own: EmbeddedStore, raw: Redis, rng: np.random.Generator
 ) -> None:
