@@ -205,7 +205,7 @@ def build_server(
     tapes = RecentTapes(settings.session_cache_bytes)
     heads = HeadMaker(store.models, catalog, scheduler)
     recurrence = Recurrence(store.sessions, catalog, live, tapes, scheduler, limits)
-    stack.push_async_callback(_finish, recurrence, settings.drain_s)
+    stack.push_async_callback(_finish, recurrence, catalog, settings.drain_s)
     domain = Domain(
         models=Models(store.models, catalog, heads, scheduler, limits),
         sessions=Sessions(store.sessions, catalog, live, limits),
@@ -282,12 +282,14 @@ async def _drain(server: RpcServer, settings: Settings, signals: _Signals) -> No
     await draining
 
 
-async def _finish(recurrence: Recurrence, limit_s: float) -> None:
-    """Let commits that were begun land."""
+async def _finish(recurrence: Recurrence, catalog: Catalog, limit_s: float) -> None:
+    """Let commits that were begun land, and reads end before the store's connections are closed."""
     try:
-        await asyncio.wait_for(recurrence.drain(), limit_s)
+        async with asyncio.timeout(limit_s):
+            await recurrence.drain()
+            await catalog.drain()
     except TimeoutError:
-        _LOGGER.warning("some commits did not end in time")
+        _LOGGER.warning("some commits or reads did not end in time")
 
 
 @contextlib.contextmanager

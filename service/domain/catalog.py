@@ -211,6 +211,11 @@ class Catalog:
             reading.add_done_callback(lambda done: self._stop_reading(key, done))
         return reading
 
+    async def drain(self) -> None:
+        """Wait until no read is under way: one ahead has nobody who waits for it."""
+        while self._reading:
+            await asyncio.wait(self._reading.values())
+
     def _stop_reading(self, key: tuple[str, str], done: asyncio.Task[KnownModel]) -> None:
         del self._reading[key]
         if not done.cancelled():

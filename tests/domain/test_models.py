@@ -219,6 +219,16 @@ async def test_a_file_for_another_specification_is_refused(
     assert await head_of(replicas[1], tenant) == head
 
 
+async def test_a_read_ahead_ends_before_its_replica_does(
+    replicas: Pair, tenant: str, make_model: ModelMaker
+) -> None:
+    """Nobody waits for it, and it would open a connection that nobody closes."""
+    await make_model()
+    reading = replicas[0].catalog.start_reading(tenant, "m")
+    await replicas[0].catalog.drain()
+    assert reading.done()
+
+
 async def test_weights_for_a_model_made_again_meanwhile_are_refused(
     replicas: Pair, tenant: str, make_model: ModelMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
