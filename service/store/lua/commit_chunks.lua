@@ -76,10 +76,9 @@ end
 
 local function commit(key, at, h, laid_key, tape_bytes)
   local record = redis.call('GETRANGE', key, 0, 79)
-  if record == '' then return 'STALE' end
-  local unknown = unknown_record(record)
-  if unknown then return unknown end
+  if #record < 80 then return record == '' and 'STALE' or unknown_record(record) end
   local layout, slots, tail, size, epoch, seq, ttl, touched = struct.unpack('>I1I1I2I4I8I8I8I8', record)
+  if layout ~= 1 then return unknown_record(record) end
   local want_epoch, acknowledged = struct.unpack('>I8I8', ARGV[7], at)
   local next_seq = struct.unpack('>I8', ARGV[7], at + 32)
   if epoch ~= want_epoch or seq + 1 ~= next_seq or #h ~= size then return 'STALE' end
