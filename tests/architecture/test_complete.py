@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from service.domain import errors as domain_errors
-from service.rpc.errors import _CODES
+from service.rpc.errors import _code_for
 from timernn import errors
 from timernn._core import contract
 from timernn._core.contract import Rpc
@@ -48,7 +48,7 @@ def test_the_client_knows_each_method_of_the_contract(path: str) -> None:
 @pytest.mark.parametrize(("kind", "reason"), sorted(reasons_in_the_service()))
 def test_the_client_has_a_class_for_each_reason_of_the_service(kind: str, reason: str) -> None:
     """A reason that the service writes is a class of the client's, with the same status code."""
-    assert errors.BY_REASON[reason].CODE is _CODES[getattr(domain_errors, kind)]
+    assert errors.BY_REASON[reason].CODE is _code_for(getattr(domain_errors, kind))
 
 
 def test_each_lua_script_is_loaded() -> None:
