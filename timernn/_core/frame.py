@@ -38,7 +38,7 @@ class _Item:
     session: SessionCore
     intent: ForwardIntent | None
     error: errors.Error | None
-    healing: Healing
+    healing: Healing | None = None  # made when something went wrong
 
     @property
     def is_over(self) -> bool:
@@ -118,18 +118,17 @@ class Frames:
         self, session: SessionCore, make: Callable[[], ForwardIntent], before: int, deadline: float
     ) -> Op[_Item]:
         """Make an item, or take what is in doubt since before if it is the same again."""
-        healing = Healing(self._client.caller, session.scope())
         try:
             session.require_idle()
             intent = make()
             again = session.again(intent, before)
-            if again is None:
+            if again is None and (session.doubts or session.training.doubt is not None):
                 yield from session.settle_own(deadline, kept=before)
                 yield from session.training.settle(deadline)
         except errors.Error as error:
             refused = error.at_chunk(session.chunk_seq + before + 1)
-            return _Item(session, None, refused, healing)
-        return _Item(session, again or intent, None, healing)
+            return _Item(session, None, refused)
+        return _Item(session, again or intent, None)
 
     def _round(self, items: list[_Item], patience: Patience, deadline: float) -> Op[None]:
         """Send each item's next chunk, take the answers, put right what failed."""
@@ -147,10 +146,10 @@ class Frames:
             if is_worth_retrying(failure):
                 retry = failure
                 continue
+            scope = item.session.scope()
+            item.healing = item.healing or Healing(self._client.caller, scope)
             try:
-                yield from self._client.heal(
-                    item.healing, failure, item.session.scope(), deadline, item.request
-                )
+                yield from self._client.heal(item.healing, failure, scope, deadline, item.request)
             except errors.Error as final:
                 item.fail(final)
         if retry is not None:
