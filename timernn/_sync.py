@@ -114,35 +114,26 @@ def connect(
 
 
 class _Stream:
-    """A bidirectional call: requests come from a queue and answers go to one.
+    """A bidirectional call whose requests come from a queue; it ends when nobody uses it any more.
 
-    So its user touches no lock of gRPC's, and may be interrupted. It ends when nobody uses it any more.
+    To write and to close touch no lock of gRPC's, so that they may be interrupted.
     """
 
     def __init__(self, link: Link, rpc: Rpc[Any, Any], timeout_s: float) -> None:
         self.link, self.rpc = link, rpc
         self._requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
         calls: list[Any] = []
         requests = _sent(self._requests, calls, _at_end_of(self, self._requests))
-        calls.append(link.method("stream_stream", rpc)(requests, timeout=timeout_s))
-        receiving = (calls[0], self._answers)
-        threading.Thread(
-            target=_receive, args=receiving, name="timernn-stream", daemon=True
-        ).start()
+        self._call = link.method("stream_stream", rpc)(requests, timeout=timeout_s)
+        calls.append(self._call)
 
     def write(self, message: Any) -> None:
         self._requests.put(self.rpc.serialize(message))
 
     def read(self) -> Any:
-        """Return the next message; None, or gRPC's error, again and again at the end."""
-        answer = self._answers.get()
-        if isinstance(answer, bytes):
-            return self.rpc.read(answer)
-        self._answers.put(answer)
-        if answer is not None:
-            raise answer
-        return None
+        """Return the next message; None at the end."""
+        answer = next(self._call, None)
+        return None if answer is None else self.rpc.read(answer)
 
     def close(self) -> None:
         self._requests.put(None)
@@ -155,17 +146,6 @@ def _sent(
     while isinstance(request := requests.get(), bytes):
         yield request
     calls[0].cancel()
-
-
-def _receive(call: Any, answers: queue.SimpleQueue[Any]) -> None:
-    """Take a call's messages as they come: they are no more than were asked for."""
-    try:
-        for answer in call:
-            answers.put(answer)
-    except BaseException as failure:  # noqa: BLE001  # raised where the message was asked for
-        answers.put(failure)
-    else:
-        answers.put(None)
 
 
 def _at_end_of(owner: object, items: queue.SimpleQueue[Any]) -> weakref.ref[Any]:
@@ -264,7 +244,8 @@ class _Transport:
             case Write(stream, message):
                 return stream.write(message)  # type: ignore[attr-defined]
             case Read(stream):
-                return self._over(stream.link, _read, effect)  # type: ignore[attr-defined]
+                link = stream.link  # type: ignore[attr-defined]
+                return self._aside(self._over, link, _read, effect)
             case _:
                 return self._aside(self._called, effect)
 
