@@ -23,14 +23,14 @@ import numpy as np
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # has no stubs
 
 from service.compute.scheduler import Scheduler
-from service.domain.catalog import Catalog
 from service.domain.errors import Unavailable
-from service.domain.heads import HeadMaker
-from service.domain.live import LiveSessions
+from service.domain.model_cache import ModelCache
 from service.domain.models import Models
+from service.domain.publisher import VersionPublisher
 from service.domain.recurrence import Recurrence
+from service.domain.session_cache import SessionCache
 from service.domain.sessions import Sessions
-from service.domain.tapes import RecentTapes
+from service.domain.tapes import TapeCache
 from service.domain.training import Training
 from service.failpoints import FailpointError, Failpoints
 from service.logs import log_to_stderr
@@ -200,17 +200,19 @@ def build_server(
             models=points.wrap_store(store.models),
         )
     stack.push_async_callback(asyncio.to_thread, scheduler.close)
-    catalog = Catalog(store.models, limits.head_max_age_ms, settings.weights_cache_bytes)
-    live = LiveSessions(settings.session_cache_bytes)
-    tapes = RecentTapes(settings.session_cache_bytes)
-    heads = HeadMaker(store.models, catalog, scheduler)
-    recurrence = Recurrence(store.sessions, catalog, live, tapes, scheduler, limits)
-    stack.push_async_callback(_finish, recurrence, catalog, settings.drain_s)
+    model_cache = ModelCache(store.models, limits.head_max_age_ms, settings.weights_cache_bytes)
+    session_cache = SessionCache(settings.session_cache_bytes)
+    tapes = TapeCache(settings.session_cache_bytes)
+    publisher = VersionPublisher(store.models, model_cache, scheduler)
+    recurrence = Recurrence(store.sessions, model_cache, session_cache, tapes, scheduler, limits)
+    stack.push_async_callback(_finish, recurrence, model_cache, settings.drain_s)
     domain = Domain(
-        models=Models(store.models, catalog, heads, scheduler, limits),
-        sessions=Sessions(store.sessions, catalog, live, limits),
+        models=Models(store.models, model_cache, publisher, scheduler, limits),
+        sessions=Sessions(store.sessions, model_cache, session_cache, limits),
         recurrence=recurrence,
-        training=Training(store.sessions, store.models, catalog, tapes, heads, scheduler, limits),
+        training=Training(
+            store.sessions, store.models, model_cache, tapes, publisher, scheduler, limits
+        ),
     )
     info = ServerInfo(
         server_version=version("timernn"),
@@ -282,12 +284,12 @@ async def _drain(server: RpcServer, settings: Settings, signals: _Signals) -> No
     await draining
 
 
-async def _finish(recurrence: Recurrence, catalog: Catalog, limit_s: float) -> None:
+async def _finish(recurrence: Recurrence, model_cache: ModelCache, limit_s: float) -> None:
     """Let commits that were begun land, and reads end before the store's connections are closed."""
     try:
         async with asyncio.timeout(limit_s):
             await recurrence.drain()
-            await catalog.drain()
+            await model_cache.drain()
     except TimeoutError:
         _LOGGER.warning("some commits or reads did not end in time")
 

@@ -36,11 +36,11 @@ _AROUND = {
     "read_session": ("", "after_read"),
     "commit_chunks": ("before_commit", "after_commit"),
     "read_tape": ("", "after_tape_read"),
-    "count_contribution": ("before_count", "after_count"),
-    "count_and_look": ("before_count", "after_count", "after_look"),
-    "settle_tape": ("before_settle", ""),
-    "look_update": ("", "after_look"),
-    "flip_head": ("before_update", "after_update"),
+    "record_contribution": ("before_count", "after_count"),
+    "record_and_read": ("before_count", "after_count", "after_look"),
+    "mark_tape_consumed": ("before_settle", ""),
+    "read_update_inputs": ("", "after_look"),
+    "publish_version": ("before_update", "after_update"),
 }
 NAMES = {name for around in _AROUND.values() for name in around if name} | {
     "after_compute",

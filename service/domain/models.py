@@ -23,13 +23,13 @@ from service.domain.errors import (
     bad_tensor,
     quoted,
 )
-from service.domain.heads import HeadRequest, NextHead
 from service.domain.ports import (
     CheckpointOutcome,
     CreateOutcome,
     ModelRecord,
     NewVersion,
 )
+from service.domain.publisher import CandidateVersion, StepRequest
 from service.domain.refusals import (
     after_decision,
     model_not_found,
@@ -48,9 +48,9 @@ if TYPE_CHECKING:
 
     from rnn_engine import Params
     from service.compute.scheduler import Scheduler
-    from service.domain.catalog import Catalog, KnownModel
-    from service.domain.heads import HeadMaker
-    from service.domain.ports import ModelStore, UpdateLook
+    from service.domain.model_cache import KnownModel, ModelCache
+    from service.domain.ports import ModelStore, UpdateInputs
+    from service.domain.publisher import VersionPublisher
     from service.domain.types import (
         Checkpoint,
         ModelSpec,
@@ -67,15 +67,15 @@ class Models:
     def __init__(
         self,
         store: ModelStore,
-        catalog: Catalog,
-        heads: HeadMaker,
+        model_cache: ModelCache,
+        publisher: VersionPublisher,
         scheduler: Scheduler,
         limits: Limits,
     ) -> None:
         """Keep the parts that the operations use."""
         self._store = store
-        self._catalog = catalog
-        self._heads = heads
+        self._model_cache = model_cache
+        self._publisher = publisher
         self._scheduler = scheduler
         self._limits = limits
         self._carrier = Carrier()
@@ -135,15 +135,15 @@ class Models:
             raise await self._exists(tenant, spec)
         if outcome is CreateOutcome.REUSED:  # unless the model there is not supported
             with suppress(NotFound):
-                await self._catalog.get(tenant, spec.model_id, fresh=True)
+                await self._model_cache.get(tenant, spec.model_id, fresh=True)
         self._refuse_creation(outcome)
         with after_decision():
-            model = await self._catalog.get(tenant, spec.model_id, fresh=True)
+            model = await self._model_cache.get(tenant, spec.model_id, fresh=True)
         return _view(model), outcome is CreateOutcome.REPLAYED
 
     async def get(self, tenant: str, model_id: str) -> ModelView:
         """Return one model."""
-        return _view(await self._catalog.get(tenant, model_id, fresh=True))
+        return _view(await self._model_cache.get(tenant, model_id, fresh=True))
 
     async def list_page(
         self, tenant: str, page_size: int, page_token: str
@@ -162,14 +162,14 @@ class Models:
     async def delete(self, tenant: str, model_id: str, *, allow_missing: bool) -> bool:
         """Delete a model; tell whether this call did."""
         try:
-            model = await self._catalog.get(tenant, model_id, fresh=True)
+            model = await self._model_cache.get(tenant, model_id, fresh=True)
         except NotFound:
             # What is left of a model whose creation or deletion was broken off.
             await self._store.delete_model(tenant, model_id, b"")
             if allow_missing:
                 return False
             raise
-        self._catalog.forget(tenant, model_id)
+        self._model_cache.forget(tenant, model_id)
         return await self._store.delete_model(tenant, model_id, model.incarnation)
 
     async def find_versions(
@@ -177,7 +177,7 @@ class Models:
     ) -> tuple[Version, list[Version]]:
         """Return a model's head, and those of the versions of these numbers that are kept."""
         # The head first: a version above it was not made yet when it was read.
-        model = await self._catalog.get(tenant, model_id, fresh=True)
+        model = await self._model_cache.get(tenant, model_id, fresh=True)
         wanted = sorted(set(numbers))
         return model.head, await self._store.find_versions(tenant, model_id, wanted)
 
@@ -186,16 +186,16 @@ class Models:
     ) -> tuple[Version, bytes]:
         """Return a version as a safetensors file."""
         for _ in range(_TRIES):
-            model = await self._catalog.get(tenant, model_id, fresh=True)
+            model = await self._model_cache.get(tenant, model_id, fresh=True)
             try:
-                found, params = await self._catalog.params(model, version or model.head)
+                found, params = await self._model_cache.params(model, version or model.head)
             except NotFound:
                 if version is not None:
                     raise
                 continue  # the head went on meanwhile
             moments = None
             if include_moments:
-                moments = await self._catalog.kept_moments(model, found, params)
+                moments = await self._model_cache.kept_moments(model, found, params)
                 if moments is None and version is None:
                     continue  # the head went on meanwhile, and took its moments with it
             return found, weights.to_safetensors(params, moments)
@@ -203,26 +203,26 @@ class Models:
 
     async def upload_limit(self, tenant: str, model_id: str) -> int:
         """Return the most bytes that an upload for this model can need."""
-        model = await self._catalog.get(tenant, model_id)
+        model = await self._model_cache.get(tenant, model_id)
         return weights.file_bytes_limit(model.spec)
 
     async def put_weights(
         self, tenant: str, model_id: str, expected: Version | None, request_id: str, data: bytes
     ) -> tuple[Version, bool]:
         """Make a safetensors file the model's next version."""
-        model = await self._catalog.get(tenant, model_id, fresh=True)
+        model = await self._model_cache.get(tenant, model_id, fresh=True)
         params, moments = await self._scheduler.run(
             len(data), weights.from_safetensors, model.spec, data
         )
-        made = NextHead(params, moments)
+        made = CandidateVersion(params, moments)
         digest = content_digest(b"put", data, _expected_bytes(expected))
-        return await self._heads.install(model, expected, request_id, digest, made)
+        return await self._publisher.install(model, expected, request_id, digest, made)
 
     async def create_checkpoint(
         self, tenant: str, model_id: str, checkpoint_id: str, version: Version | None
     ) -> Checkpoint:
         """Keep a version under a name."""
-        model = await self._catalog.get(tenant, model_id, fresh=True)
+        model = await self._model_cache.get(tenant, model_id, fresh=True)
         if version is not None and not version.digest:
             found = await self._store.find_version(tenant, model_id, version.number)
             if found is None:
@@ -237,7 +237,7 @@ class Models:
 
     async def list_checkpoints(self, tenant: str, model_id: str) -> list[Checkpoint]:
         """Return a model's checkpoints, sorted by name."""
-        await self._catalog.get(tenant, model_id, fresh=True)
+        await self._model_cache.get(tenant, model_id, fresh=True)
         return await self._store.list_checkpoints(tenant, model_id)
 
     async def restore_checkpoint(
@@ -250,25 +250,25 @@ class Models:
     ) -> tuple[Version, bool]:
         """Make a checkpoint's weights and moments the model's next version."""
 
-        async def take(model: KnownModel, _look: UpdateLook) -> NextHead:
+        async def take(model: KnownModel, _inputs: UpdateInputs) -> CandidateVersion:
             # Only when the step is still to be made: a retry may come after the checkpoint has gone.
             kept = await self._store.list_checkpoints(tenant, model_id)
             named = [one.version for one in kept if one.checkpoint_id == checkpoint_id]
             if not named:
                 raise _checkpoint_not_found(checkpoint_id)
-            version, params = await self._catalog.params(model, named[0])
-            return NextHead(params, await self._catalog.moments(model, version, params))
+            version, params = await self._model_cache.params(model, named[0])
+            return CandidateVersion(params, await self._model_cache.moments(model, version, params))
 
         digest = content_digest(b"restore", checkpoint_id.encode(), _expected_bytes(expected))
-        request = HeadRequest(tenant, model_id, request_id, digest, expected)
-        answer = await self._heads.advance(request, take)
+        request = StepRequest(tenant, model_id, request_id, digest, expected)
+        answer = await self._publisher.advance(request, take)
         return answer.version, answer.replayed
 
     async def delete_checkpoint(
         self, tenant: str, model_id: str, checkpoint_id: str, *, allow_missing: bool
     ) -> bool:
         """Take a checkpoint's name away; tell whether this call did."""
-        model = await self._catalog.get(tenant, model_id, fresh=True)
+        model = await self._model_cache.get(tenant, model_id, fresh=True)
         deleted = await self._store.delete_checkpoint(
             tenant, model_id, model.incarnation, checkpoint_id
         )
@@ -300,7 +300,7 @@ class Models:
     async def _exists(self, tenant: str, asked: ModelSpec) -> Exception:
         """Make the refusal of a name that is taken; it tells how the model there differs."""
         try:
-            there = (await self._catalog.get(tenant, asked.model_id, fresh=True)).spec
+            there = (await self._model_cache.get(tenant, asked.model_id, fresh=True)).spec
         except NotFound:
             return _overtaken()
         named = [

@@ -121,7 +121,7 @@ class ChunkCommit:
 
 
 @dataclass(frozen=True, slots=True)
-class TapeLook:
+class TapeSnapshot:
     """A tape, or only its first byte, with where its session stands; without a tape the token is empty."""
 
     session: SessionHead | AbsentSession
@@ -152,7 +152,7 @@ class NewVersion:
 
 
 @dataclass(frozen=True, slots=True)
-class UpdateLook:
+class UpdateInputs:
     """What an Update decides from, in one look.
 
     Attributes:
@@ -168,7 +168,7 @@ class UpdateLook:
 
 
 @dataclass(frozen=True, slots=True)
-class HeadFlip:
+class Publication:
     """A new head made from an older one and from contributions."""
 
     incarnation: bytes
@@ -180,10 +180,10 @@ class HeadFlip:
     names: Sequence[bytes] = field(default=())
 
 
-class FlipOutcome(Enum):
-    """What came of a head's flip."""
+class PublishOutcome(Enum):
+    """What came of a head's publication."""
 
-    FLIPPED = "FLIPPED"
+    PUBLISHED = "PUBLISHED"
     REPLAYED = "REPLAYED"
     REUSED = "REUSED"
     STALE = "STALE"
@@ -210,7 +210,7 @@ class Contribution:
         return self.name + self.digest
 
 
-class CountOutcome(Enum):
+class RecordOutcome(Enum):
     """What came of counting a contribution."""
 
     COUNTED = "COUNTED"
@@ -282,10 +282,10 @@ class SessionStore(Protocol):
 
     async def read_tape(
         self, tenant: str, session_id: str, epoch: int, chunk_seq: int, *, with_data: bool = True
-    ) -> TapeLook:
+    ) -> TapeSnapshot:
         """Read one tape, or only its first byte, with where its session stands."""
 
-    async def settle_tape(
+    async def mark_tape_consumed(
         self, tenant: str, session_id: str, epoch: int, chunk_seq: int, token: bytes
     ) -> None:
         """Note that the contribution of a tape was counted."""
@@ -361,19 +361,19 @@ class ModelStore(Protocol):
     ) -> Bytes | None:
         """Read a version's moments."""
 
-    async def count_contribution(
+    async def record_contribution(
         self, tenant: str, model_id: str, contribution: Contribution
-    ) -> CountOutcome:
+    ) -> RecordOutcome:
         """Count a contribution once."""
 
-    async def count_and_look(
+    async def record_and_read(
         self,
         tenant: str,
         model_id: str,
         contribution: Contribution,
         request: bytes,
         selectors: Sequence[bytes],
-    ) -> tuple[CountOutcome, UpdateLook | Exception | None]:
+    ) -> tuple[RecordOutcome, UpdateInputs | Exception | None]:
         """Count a contribution once and, mostly after that, read what an Update decides from.
 
         A failure to read takes the place of what was to be read.
@@ -384,9 +384,9 @@ class ModelStore(Protocol):
     ) -> ContributionState | None:
         """Return what has become of the contribution of this name; None: it was not counted."""
 
-    async def look_update(
+    async def read_update_inputs(
         self, tenant: str, model_id: str, request: bytes, selectors: Sequence[bytes]
-    ) -> UpdateLook | None:
+    ) -> UpdateInputs | None:
         """Read what an Update decides from."""
 
     async def read_gradients(
@@ -394,9 +394,9 @@ class ModelStore(Protocol):
     ) -> Sequence[Bytes] | None:
         """Read waiting gradients of `size` bytes by name and digest; None when one has gone."""
 
-    async def flip_head(
-        self, tenant: str, model_id: str, flip: HeadFlip
-    ) -> tuple[FlipOutcome, bytes]:
+    async def publish_version(
+        self, tenant: str, model_id: str, publication: Publication
+    ) -> tuple[PublishOutcome, bytes]:
         """Write a version and make it the head; REPLAYED comes with the remembered answer."""
 
     async def discard_contributions(

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from service.compute.scheduler import Chunk, hash_work
-from service.domain.catalog import is_at_least
 from service.domain.commits import Committer
 from service.domain.digests import chunk_digest, next_token
 from service.domain.errors import (
@@ -32,7 +31,7 @@ from service.domain.errors import (
     quoted,
 )
 from service.domain.finite import is_finite
-from service.domain.live import live_from_snapshot, state_from_bytes
+from service.domain.model_cache import is_at_least
 from service.domain.ports import (
     AbsentSession,
     ChunkCommit,
@@ -54,6 +53,7 @@ from service.domain.refusals import (
     session_absent,
     tape_quota,
 )
+from service.domain.session_cache import cached_from_snapshot, state_from_bytes
 from service.domain.tapes import StoredTape, tape_to_bytes
 from service.domain.types import ForwardResult, ReturnHs
 
@@ -62,13 +62,13 @@ if TYPE_CHECKING:
 
     from rnn_engine import Array, Params, Tape
     from service.compute.scheduler import Scheduler
-    from service.domain.catalog import Catalog, KnownModel
-    from service.domain.live import LiveSession, LiveSessions, SessionKey
+    from service.domain.model_cache import KnownModel, ModelCache
     from service.domain.ports import (
         SessionSnapshot,
         SessionStore,
     )
-    from service.domain.tapes import RecentTapes
+    from service.domain.session_cache import CachedSession, SessionCache, SessionKey
+    from service.domain.tapes import TapeCache
     from service.domain.types import Forward, ModelSpec, Version
     from service.settings import Limits
 
@@ -87,7 +87,7 @@ class _Call:
     op: Forward
     told: Told | None  # None once it was
     digest: bytes = b""
-    base: LiveSession | None = None
+    base: CachedSession | None = None
     version: Version | None = None
     token: bytes = b""
     tape: Tape | None = None
@@ -101,16 +101,16 @@ class Recurrence:
     def __init__(
         self,
         store: SessionStore,
-        catalog: Catalog,
-        live: LiveSessions,
-        tapes: RecentTapes,
+        model_cache: ModelCache,
+        session_cache: SessionCache,
+        tapes: TapeCache,
         scheduler: Scheduler,
         limits: Limits,
     ) -> None:
         """Keep the parts that a chunk passes through."""
         self._store = store
-        self._catalog = catalog
-        self._live = live
+        self._model_cache = model_cache
+        self._session_cache = session_cache
         self._tapes = tapes
         self._scheduler = scheduler
         self._limits = limits
@@ -148,8 +148,8 @@ class Recurrence:
 
     def sizes(self, tenant: str, session_id: str, model_id: str) -> tuple[int, int]:
         """Return D and H of what a request would run; the limits where that is not in hand."""
-        live = self._live.get((tenant, session_id)) if session_id else None
-        spec = self._catalog.spec(tenant, model_id if live is None else live.model_id)
+        live = self._session_cache.get((tenant, session_id)) if session_id else None
+        spec = self._model_cache.spec(tenant, model_id if live is None else live.model_id)
         if spec is None:
             return self._limits.input_size, self._limits.hidden_size
         return spec.input_size, spec.hidden_size
@@ -165,19 +165,19 @@ class Recurrence:
 
     def _start(self, call: _Call) -> None:
         """Compute at once when all that is needed is in hand; else fetch what is missing first."""
-        live = self._live.get(call.key)
+        live = self._session_cache.get(call.key)
         if live is None or not _is_next(call.op, live):
             self._spawn(call, self._fetch(call))
             return
-        model = self._catalog.peek(call.key[0], live.model_id)
+        model = self._model_cache.get_cached(call.key[0], live.model_id)
         if model is not None:
             self._start_from(call, live, model)
             return
         # A busy replica has many chunks waiting for one read: a callback each, not a task.
-        reading = self._catalog.start_reading(call.key[0], live.model_id)
+        reading = self._model_cache.start_reading(call.key[0], live.model_id)
         reading.add_done_callback(lambda done: self._start_from(call, live, _result_of(done)))
 
-    def _start_from(self, call: _Call, live: LiveSession, model: KnownModel | None) -> None:
+    def _start_from(self, call: _Call, live: CachedSession, model: KnownModel | None) -> None:
         try:
             is_started = model is not None and self._start_in_hand(call, live, model)
         except Exception as error:  # noqa: BLE001 - it becomes the answer
@@ -187,11 +187,11 @@ class Recurrence:
         if not is_started:
             self._spawn(call, self._continue(call, live))
 
-    def _start_in_hand(self, call: _Call, live: LiveSession, model: KnownModel) -> bool:
+    def _start_in_hand(self, call: _Call, live: CachedSession, model: KnownModel) -> bool:
         op = call.op
         if model.incarnation != live.incarnation or op.pinned is not None:
             return False
-        params = self._catalog.cached_params(model.incarnation, model.head)
+        params = self._model_cache.cached_params(model.incarnation, model.head)
         if params is None or op.xs.nbytes > _BIG_CHUNK_BYTES:
             return False
         if op.minimum is not None and not is_at_least(model.head, op.minimum):
@@ -201,11 +201,13 @@ class Recurrence:
         self._compute(call, live, model.head, params)
         return True
 
-    async def _continue(self, call: _Call, live: LiveSession) -> None:
+    async def _continue(self, call: _Call, live: CachedSession) -> None:
         """Continue a state in hand with weights that are not, or hash a big chunk in a thread."""
         op = call.op
         try:
-            model = await self._catalog.get_life(call.key[0], live.model_id, live.incarnation)
+            model = await self._model_cache.get_incarnation(
+                call.key[0], live.model_id, live.incarnation
+            )
             version, params = await self._choose_weights(op, model)
         except (NotFound, FailedPrecondition):
             # The state in hand may be old: whether the session still is there, and whether this chunk
@@ -221,18 +223,18 @@ class Recurrence:
         op, (tenant, session_id) = call.op, call.key
         snapshot = await self._store.read_session(tenant, session_id, op.chunk_seq)
         if isinstance(snapshot, AbsentSession):
-            self._live.drop(call.key)
+            self._session_cache.drop(call.key)
             raise session_absent(session_id, snapshot)
         check_epoch(op.epoch, snapshot.head.epoch, snapshot.head.chunk_seq)
-        model = await self._catalog.get_life(
+        model = await self._model_cache.get_incarnation(
             tenant, snapshot.head.model_id, snapshot.head.incarnation
         )
         if op.model_id and op.model_id != model.spec.model_id:
             raise bad_field("model_id", f"the session runs {quoted(model.spec.model_id)}")
         self._check_chunk(op, model.spec, snapshot.head.batch_size)
         call.digest = await self._scheduler.run(hash_work(op.xs.nbytes), _digest, op)
-        live = live_from_snapshot(snapshot)
-        self._live.put(call.key, live)
+        live = cached_from_snapshot(snapshot)
+        self._session_cache.put(call.key, live)
         if op.chunk_seq <= live.chunk_seq:
             await self._replay(call, snapshot, live, model)
             return
@@ -245,21 +247,21 @@ class Recurrence:
 
     async def _choose_weights(self, op: Forward, model: KnownModel) -> tuple[Version, Params]:
         if op.pinned is not None:
-            return await self._catalog.params(model, op.pinned)
+            return await self._model_cache.params(model, op.pinned)
         if op.minimum is not None:
-            model = await self._catalog.head_at_least(model, op.minimum)
+            model = await self._model_cache.head_at_least(model, op.minimum)
         try:
-            return await self._catalog.params(model, model.head)
+            return await self._model_cache.params(model, model.head)
         except (
             NotFound,
             FailedPrecondition,
         ):  # the head went on, or came back otherwise, meanwhile
-            model = await self._catalog.renew(model)
+            model = await self._model_cache.renew(model)
             if op.minimum is not None:
-                model = await self._catalog.head_at_least(model, op.minimum)
-            return await self._catalog.params(model, model.head)
+                model = await self._model_cache.head_at_least(model, op.minimum)
+            return await self._model_cache.params(model, model.head)
 
-    def _compute(self, call: _Call, base: LiveSession, version: Version, params: Params) -> None:
+    def _compute(self, call: _Call, base: CachedSession, version: Version, params: Params) -> None:
         call.base, call.version = base, version
         call.token = next_token(base.token, call.digest, version)
         self._scheduler.submit(
@@ -294,7 +296,7 @@ class Recurrence:
         if outcome is ChunkOutcome.OK or outcome is ChunkOutcome.TOUCH:
             self._applied(call, is_touch_due=outcome is ChunkOutcome.TOUCH)
             return
-        self._live.drop(call.key)
+        self._session_cache.drop(call.key)
         if outcome is ChunkOutcome.QUOTA:
             self._end(call, tape_quota(self._limits.tapes_per_session))
         elif isinstance(outcome, Exception):
@@ -321,7 +323,7 @@ class Recurrence:
     # --- a chunk that was applied before ----------------------------------------------------------
 
     async def _replay(
-        self, call: _Call, snapshot: SessionSnapshot, live: LiveSession, model: KnownModel
+        self, call: _Call, snapshot: SessionSnapshot, live: CachedSession, model: KnownModel
     ) -> None:
         """Answer again: h as committed, hs computed again from the state before."""
         op, at, before = call.op, snapshot.at, snapshot.before
@@ -357,7 +359,7 @@ class Recurrence:
     async def _recompute(
         self, op: Forward, model: KnownModel, version: Version, h0: Array
     ) -> Array:
-        _, params = await self._catalog.params(model, version)
+        _, params = await self._model_cache.params(model, version)
         return np.array((await self._run_alone(params, op.xs, h0)).hs)
 
     async def _run_alone(self, params: Params, xs: Array, h0: Array) -> Tape:
@@ -368,7 +370,7 @@ class Recurrence:
             raise done.error or RuntimeError("a chunk was not computed")
         return done.tape
 
-    async def _extend(self, key: SessionKey, live: LiveSession) -> None:
+    async def _extend(self, key: SessionKey, live: CachedSession) -> None:
         # A replay is answered also where the store takes no writes at all.
         with suppress(*STORE_FAILURES):
             if await self._store.extend_session(*key, live.epoch) is ChunkOutcome.TOUCH:
@@ -378,7 +380,7 @@ class Recurrence:
 
     async def _run_stateless(self, call: _Call) -> None:
         op, tenant = call.op, call.key[0]
-        model = await self._catalog.get(tenant, op.model_id)
+        model = await self._model_cache.get(tenant, op.model_id)
         n, h = op.xs.shape[0], model.spec.hidden_size
         self._check_chunk(op, model.spec, n)
         h0 = np.zeros((n, h), model.spec.dtype) if op.h0 is None else op.h0
@@ -417,7 +419,7 @@ class Recurrence:
         if size > self._limits.message_bytes:
             raise answer_too_large(size, self._limits.message_bytes)
 
-    def _touch(self, key: SessionKey, live: LiveSession) -> None:
+    def _touch(self, key: SessionKey, live: CachedSession) -> None:
         async def touch() -> None:
             try:
                 await self._store.touch_session(*key, live.ttl_ms)
@@ -487,7 +489,7 @@ def _result_of(reading: asyncio.Task[KnownModel]) -> KnownModel | None:
     return None if reading.cancelled() or reading.exception() else reading.result()
 
 
-def _is_next(op: Forward, live: LiveSession) -> bool:
+def _is_next(op: Forward, live: CachedSession) -> bool:
     """Tell whether a chunk continues a state in hand."""
     return (
         live.epoch == op.epoch

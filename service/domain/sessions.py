@@ -23,7 +23,6 @@ from service.domain.errors import (
     bad_field,
     quoted,
 )
-from service.domain.live import live_from_snapshot, state_from_bytes
 from service.domain.ports import (
     Absence,
     AbsentSession,
@@ -42,6 +41,7 @@ from service.domain.refusals import (
     request_id_reused,
     session_absent,
 )
+from service.domain.session_cache import cached_from_snapshot, state_from_bytes
 from service.domain.types import (
     DIGEST_BYTES,
     OnExists,
@@ -52,9 +52,9 @@ from service.domain.types import (
 
 if TYPE_CHECKING:
     from rnn_engine import Array
-    from service.domain.catalog import Catalog
-    from service.domain.live import LiveSessions
+    from service.domain.model_cache import ModelCache
     from service.domain.ports import SessionStore
+    from service.domain.session_cache import SessionCache
     from service.domain.types import (
         ForkSession,
         ModelSpec,
@@ -73,12 +73,16 @@ class Sessions:
     """The session operations."""
 
     def __init__(
-        self, store: SessionStore, catalog: Catalog, live: LiveSessions, limits: Limits
+        self,
+        store: SessionStore,
+        model_cache: ModelCache,
+        session_cache: SessionCache,
+        limits: Limits,
     ) -> None:
         """Keep the parts that the operations use."""
         self._store = store
-        self._catalog = catalog
-        self._live = live
+        self._model_cache = model_cache
+        self._session_cache = session_cache
         self._limits = limits
         self._carrier = Carrier()
 
@@ -87,7 +91,7 @@ class Sessions:
 
         MUST_EXIST reserves nothing: what it goes on with is on the tenant's list already.
         """
-        model = await self._catalog.get(tenant, op.model_id, fresh=True)
+        model = await self._model_cache.get(tenant, op.model_id, fresh=True)
         session_id = op.session_id or new_session_id()
         state = self._first_state(model.spec, op.batch_size, op.initial_state, "initial_state")
         ttl_ms = op.ttl_ms or self._limits.default_ttl_ms
@@ -142,7 +146,7 @@ class Sessions:
         """Give a live session a new state and fence off the writers of the old epoch."""
         for _ in range(_TRIES):
             head = (await self._read(tenant, op.session_id)).head
-            model = await self._catalog.get_life(tenant, head.model_id, head.incarnation)
+            model = await self._model_cache.get_incarnation(tenant, head.model_id, head.incarnation)
             state = self._first_state(model.spec, head.batch_size, op.state, "state")
             start = EpochStart(
                 mode="live",
@@ -166,7 +170,7 @@ class Sessions:
         """Open another session from this one's present state."""
         source = await self._read(tenant, op.session_id)
         head = source.head
-        model = await self._catalog.get_life(tenant, head.model_id, head.incarnation)
+        model = await self._model_cache.get_incarnation(tenant, head.model_id, head.incarnation)
         new_id = op.new_session_id or new_session_id()
         ttl_ms = op.ttl_ms or head.ttl_ms
         start = EpochStart(
@@ -184,7 +188,7 @@ class Sessions:
     async def close(self, tenant: str, session_id: str, expected_epoch: int) -> bool:
         """End a session; tell whether this call ended it."""
         outcome, epoch, why = await self._store.close_session(tenant, session_id, expected_epoch)
-        self._live.drop((tenant, session_id))
+        self._session_cache.drop((tenant, session_id))
         if outcome == "FENCED":
             text = f"expected epoch {expected_epoch}, the present is {epoch}"
             raise Aborted("EPOCH_FENCED", text, epoch=epoch)
@@ -237,7 +241,7 @@ class Sessions:
         """Have the store decide; raise where there must be a session and is none."""
         decided = await self._store.begin_epoch(tenant, session_id, start)
         if isinstance(decided, AbsentSession):
-            self._live.drop((tenant, session_id))
+            self._session_cache.drop((tenant, session_id))
             raise session_absent(session_id, decided)
         return decided
 
@@ -245,7 +249,7 @@ class Sessions:
         self, tenant: str, session_id: str, start: EpochStart, outcome: EpochOutcome, number: int
     ) -> OpenedSession:
         """Refuse what did not begin, and return the session as it now is."""
-        self._live.drop((tenant, session_id))
+        self._session_cache.drop((tenant, session_id))
         self._refuse(session_id, start, outcome, number)
         with after_decision():
             snapshot = await self._read(tenant, session_id)
@@ -257,11 +261,11 @@ class Sessions:
                 snapshot = await self._read(tenant, session_id)
         elif snapshot.head.epoch != number:
             return _overtaken(session_id, snapshot, start, outcome, number)
-        live = live_from_snapshot(snapshot)
+        live = cached_from_snapshot(snapshot)
         # An Open has told the list already, but of a life that may be longer or shorter, or of a place that
         # another one, refused, has given back meanwhile.
         live.is_listed = await self._touch(tenant, session_id, snapshot.head.ttl_ms)
-        self._live.put((tenant, session_id), live)
+        self._session_cache.put((tenant, session_id), live)
         replayed = outcome is EpochOutcome.REPLAYED
         return _opened(session_id, snapshot, resumed=resumed, replayed=replayed)
 
@@ -285,7 +289,7 @@ class Sessions:
     async def _read(self, tenant: str, session_id: str) -> SessionSnapshot:
         found = await self._store.read_session(tenant, session_id)
         if isinstance(found, AbsentSession):
-            self._live.drop((tenant, session_id))
+            self._session_cache.drop((tenant, session_id))
             raise session_absent(session_id, found)
         return found
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rnn_engine import Tape, rnn_forward
-from service.domain.recent import Recent
+from service.domain.lru import LruCache
 from service.domain.refusals import unsupported_layout
 from service.domain.types import Version
 
@@ -74,7 +74,7 @@ def tape_from_bytes(data: bytes, dtype: str) -> StoredTape:
     return StoredTape(Version(number, digest), xs, h0)
 
 
-class RecentTapes(Recent[bytes, StoredTape]):
+class TapeCache(LruCache[bytes, StoredTape]):
     """The tapes that this process wrote last, so that they need not be read back.
 
     A tape is found by its chunk's token, which stands for everything that made it; whether it may

@@ -33,15 +33,15 @@ from service.domain.errors import (
     UnsupportedLayout,
 )
 from service.domain.finite import is_finite
-from service.domain.heads import HeadRequest, NextHead
+from service.domain.lru import LruCache
 from service.domain.ports import (
     AbsentSession,
     Contribution,
     ContributionState,
-    CountOutcome,
-    UpdateLook,
+    RecordOutcome,
+    UpdateInputs,
 )
-from service.domain.recent import Recent
+from service.domain.publisher import CandidateVersion, StepRequest
 from service.domain.refusals import (
     STORE_FAILURES,
     UNCHANGED,
@@ -73,10 +73,10 @@ if TYPE_CHECKING:
     )
     from rnn_engine import Grads, Moments, Params
     from service.compute.scheduler import Scheduler
-    from service.domain.catalog import Catalog, KnownModel
-    from service.domain.heads import HeadMaker, MakeHead, StepAnswer
-    from service.domain.ports import ModelStore, SessionHead, SessionStore, TapeLook
-    from service.domain.tapes import RecentTapes, StoredTape
+    from service.domain.model_cache import KnownModel, ModelCache
+    from service.domain.ports import ModelStore, SessionHead, SessionStore, TapeSnapshot
+    from service.domain.publisher import MakeCandidate, StepAnswer, VersionPublisher
+    from service.domain.tapes import StoredTape, TapeCache
     from service.domain.types import (
         Backward,
         DiscardGradients,
@@ -106,22 +106,22 @@ class Training:
         self,
         sessions: SessionStore,
         models: ModelStore,
-        catalog: Catalog,
-        tapes: RecentTapes,
-        heads: HeadMaker,
+        model_cache: ModelCache,
+        tapes: TapeCache,
+        publisher: VersionPublisher,
         scheduler: Scheduler,
         limits: Limits,
     ) -> None:
         """Keep the parts that the operations use."""
         self._sessions = sessions
         self._models = models
-        self._catalog = catalog
+        self._model_cache = model_cache
         self._tapes = tapes
-        self._heads = heads
+        self._publisher = publisher
         self._scheduler = scheduler
         self._limits = limits
         # Those counted last, so that an Update need not read them back.
-        self._recent_grads: Recent[tuple[bytes, bytes], Grads] = Recent(
+        self._recent_grads: LruCache[tuple[bytes, bytes], Grads] = LruCache(
             limits.contribution_bytes_per_model // 4, _grads_bytes
         )
 
@@ -131,7 +131,7 @@ class Training:
         (head, stored, expires_ms), early = await asyncio.gather(
             self._find_tape(tenant, op, recent), self._differentiate_early(op, recent)
         )
-        model = await self._catalog.get_life(tenant, head.model_id, head.incarnation)
+        model = await self._model_cache.get_incarnation(tenant, head.model_id, head.incarnation)
         self._check_backward(op, stored, model)
         if early is None or stored.incarnation != model.incarnation:
             params = await self._tape_params(tenant, op, model, stored)
@@ -169,12 +169,12 @@ class Training:
     async def update(self, tenant: str, op: Update) -> UpdateResult:
         """Make one optimizer step from waiting contributions."""
         request = self._head_request(tenant, op)
-        answer = await self._heads.advance(request, self._stepper(tenant, op, request))
+        answer = await self._publisher.advance(request, self._stepper(tenant, op, request))
         return _update_result(op.model_id, answer)
 
     async def discard(self, tenant: str, op: DiscardGradients) -> DiscardResult:
         """Drop waiting contributions, and the waiting tapes of the sessions named."""
-        model = await self._catalog.get(tenant, op.model_id, fresh=True)
+        model = await self._model_cache.get(tenant, op.model_id, fresh=True)
         # What is not supported is to be met before anything is dropped.
         await asyncio.gather(
             *(self._sessions.list_tapes(tenant, one.session_id) for one in op.selectors)
@@ -202,10 +202,10 @@ class Training:
         if isinstance(head, AbsentSession):
             raise session_absent(session_id, head)
         prefix = self._models.contribution_prefix(tenant, session_id, 0)
-        look = await self._models.look_update(tenant, head.model_id, b"", [prefix])
-        if look is not None:
-            spec_from_bytes(look.spec)  # one that is not known governs its contributions too
-        if look is None or look.incarnation != head.incarnation:
+        inputs = await self._models.read_update_inputs(tenant, head.model_id, b"", [prefix])
+        if inputs is not None:
+            spec_from_bytes(inputs.spec)  # one that is not known governs its contributions too
+        if inputs is None or inputs.incarnation != head.incarnation:
             raise model_not_found(head.model_id)
         # A server that died after it had counted a gradient left the tape as one that waits.
         counted = await asyncio.gather(
@@ -219,7 +219,7 @@ class Training:
             )
         )
         by_epoch: dict[int, list[int]] = {}
-        for entry in look.waiting:
+        for entry in inputs.waiting:
             epoch, chunk_seq = self._models.contribution_place(entry[:_NAME_BYTES])
             by_epoch.setdefault(epoch, []).append(chunk_seq)
         return Waiting(
@@ -233,33 +233,33 @@ class Training:
         self, tenant: str, op: Backward, recent: StoredTape | None
     ) -> tuple[SessionHead, StoredTape, int]:
         """Return where the session stands, its tape, and when that expires (ms, the store's clock)."""
-        look = await self._sessions.read_tape(
+        tape = await self._sessions.read_tape(
             tenant, op.session_id, op.epoch, op.chunk_seq, with_data=recent is None
         )
-        head = look.session
+        head = tape.session
         if isinstance(head, AbsentSession):
             raise session_absent(op.session_id, head)
         if op.epoch > head.epoch or (op.epoch == head.epoch and op.chunk_seq > head.chunk_seq):
             raise _chunk_not_applied(op, head)
-        if not look.token or (op.epoch < head.epoch and not op.resent):
-            await self._refuse_tape(tenant, op, head, look)
-        if look.token != op.token:
+        if not tape.token or (op.epoch < head.epoch and not op.resent):
+            await self._refuse_tape(tenant, op, head, tape)
+        if tape.token != op.token:
             raise history_forked(op.chunk_seq)
-        assert look.data is not None  # noqa: S101 - there is one where there is a token
-        check_tape(look.data)
-        return head, recent or tape_from_bytes(look.data, head.dtype), look.expires_ms
+        assert tape.data is not None  # noqa: S101 - there is one where there is a token
+        check_tape(tape.data)
+        return head, recent or tape_from_bytes(tape.data, head.dtype), tape.expires_ms
 
     async def _refuse_tape(
-        self, tenant: str, op: Backward, head: SessionHead, look: TapeLook
+        self, tenant: str, op: Backward, head: SessionHead, tape: TapeSnapshot
     ) -> None:
         """Tell why there is no tape, unless the chunk is an old one that was counted already."""
         with suppress(NotFound):  # a model that is not supported governs its contributions
-            await self._catalog.get_life(tenant, head.model_id, head.incarnation)
+            await self._model_cache.get_incarnation(tenant, head.model_id, head.incarnation)
         name = self._models.contribution_name(tenant, op.session_id, op.epoch, op.chunk_seq)
         counted = await self._models.find_contribution(tenant, head.model_id, name)
         if counted is None and not op.resent:
             check_epoch(op.epoch, head.epoch, head.chunk_seq)
-        if not look.token:
+        if not tape.token:
             raise _tape_missing(op, counted)
 
     async def _differentiate_early(
@@ -268,7 +268,7 @@ class Training:
         """Compute, from what is in hand, while the store is asked whether it may still be used."""
         if recent is None or not _fits(op, recent):
             return None
-        params = self._catalog.cached_params(recent.incarnation, recent.version)
+        params = self._model_cache.cached_params(recent.incarnation, recent.version)
         return None if params is None else await self._differentiate(op, recent, params)
 
     async def _differentiate(
@@ -284,7 +284,7 @@ class Training:
         self, tenant: str, op: Backward, model: KnownModel, stored: StoredTape
     ) -> Params:
         try:
-            _, params = await self._catalog.params(model, stored.version)
+            _, params = await self._model_cache.params(model, stored.version)
         except NotFound as error:
             number = stored.version.number
             name = self._models.contribution_name(tenant, op.session_id, op.epoch, op.chunk_seq)
@@ -312,11 +312,11 @@ class Training:
         self, tenant: str, op: Backward, model: KnownModel, counting: _Counting
     ) -> None:
         """Count a contribution, and note in the session's slot that its tape waits no more."""
-        outcome = await self._models.count_contribution(
+        outcome = await self._models.record_contribution(
             tenant, model.spec.model_id, counting.contribution
         )
         self._counted(op, model, counting, outcome)
-        await self._settle(tenant, op)
+        await self._mark_tape_consumed(tenant, op)
 
     async def _count_and_update(
         self, tenant: str, op: Backward, model: KnownModel, counting: _Counting
@@ -330,38 +330,42 @@ class Training:
         request, entry = self._head_request(tenant, update), counting.contribution.entry
         is_own = request.model_id == model.spec.model_id
         is_alone = is_own and request.selectors == [counting.contribution.name]
-        if not is_alone or self._heads.is_busy(request):
+        if not is_alone or self._publisher.is_busy(request):
             await self._count(tenant, op, model, counting)
             return await self.update(tenant, update)
         settling: asyncio.Task[None] | None = None
-        foreseen: tuple[Version, NextHead] | None = None
+        foreseen: tuple[Version, CandidateVersion] | None = None
 
-        async def count_and_look(name: bytes) -> UpdateLook | None:
+        async def record_and_read(name: bytes) -> UpdateInputs | None:
             nonlocal settling, foreseen
-            (outcome, look), foreseen = await asyncio.gather(
-                self._models.count_and_look(
+            (outcome, inputs), foreseen = await asyncio.gather(
+                self._models.record_and_read(
                     tenant, request.model_id, counting.contribution, name, request.selectors
                 ),
                 self._foresee(update, model, counting),
             )
             self._counted(op, model, counting, outcome)
-            settling = asyncio.create_task(self._settle(tenant, op))
-            if look is None:
-                return look
-            if isinstance(look, UpdateLook) and (look.remembered or entry in look.waiting):
-                return look
+            settling = asyncio.create_task(self._mark_tape_consumed(tenant, op))
+            if inputs is None:
+                return inputs
+            if isinstance(inputs, UpdateInputs) and (inputs.remembered or entry in inputs.waiting):
+                return inputs
             # It failed, or one of the two was sent again and the look came first.
-            return await self._models.look_update(tenant, request.model_id, name, request.selectors)
+            return await self._models.read_update_inputs(
+                tenant, request.model_id, name, request.selectors
+            )
 
         step = self._stepper(tenant, update, request)
 
-        async def step_as_foreseen(now: KnownModel, look: UpdateLook) -> NextHead | None:
-            if foreseen and look.waiting == (entry,) and look.head == foreseen[0]:
+        async def step_as_foreseen(
+            now: KnownModel, inputs: UpdateInputs
+        ) -> CandidateVersion | None:
+            if foreseen and inputs.waiting == (entry,) and inputs.head == foreseen[0]:
                 return foreseen[1]
-            return await step(now, look)
+            return await step(now, inputs)
 
         try:
-            answer = await self._heads.advance(request, step_as_foreseen, count_and_look)
+            answer = await self._publisher.advance(request, step_as_foreseen, record_and_read)
         finally:
             if settling:
                 await settling
@@ -369,42 +373,42 @@ class Training:
         return _update_result(update.model_id, answer)
 
     def _counted(
-        self, op: Backward, model: KnownModel, counting: _Counting, outcome: CountOutcome
+        self, op: Backward, model: KnownModel, counting: _Counting, outcome: RecordOutcome
     ) -> None:
         """Note that a contribution was counted, or refuse the Backward."""
         self._refuse_contribution(op, model, outcome)
-        counting.is_replayed = outcome is not CountOutcome.COUNTED
-        counting.is_waiting = outcome is not CountOutcome.CONSUMED
+        counting.is_replayed = outcome is not RecordOutcome.COUNTED
+        counting.is_waiting = outcome is not RecordOutcome.CONSUMED
         self._recent_grads.put((model.incarnation, counting.contribution.entry), counting.grads)
         self._tapes.drop(op.token)  # what comes next finds its memory warm; a retry reads the store
 
-    async def _settle(self, tenant: str, op: Backward) -> None:
+    async def _mark_tape_consumed(self, tenant: str, op: Backward) -> None:
         # The contribution is counted whatever becomes of this; the tape then keeps its place for a
         # while, until it expires or the same Backward comes again.
         with suppress(*STORE_FAILURES, UnsupportedLayout):
-            await self._sessions.settle_tape(
+            await self._sessions.mark_tape_consumed(
                 tenant, op.session_id, op.epoch, op.chunk_seq, op.token
             )
 
-    def _refuse_contribution(self, op: Backward, model: KnownModel, outcome: CountOutcome) -> None:
-        if outcome is CountOutcome.REUSED:
+    def _refuse_contribution(self, op: Backward, model: KnownModel, outcome: RecordOutcome) -> None:
+        if outcome is RecordOutcome.REUSED:
             text = (
                 f"a gradient of chunk {op.chunk_seq} was counted with different content: "
                 "another writer uses this session, or other data was sent for the same chunk"
             )
             raise AlreadyExists("SEQ_REUSED", text, chunk_seq=op.chunk_seq)
-        if outcome is CountOutcome.GONE:
+        if outcome is RecordOutcome.GONE:
             raise model_not_found(model.spec.model_id)
-        if outcome is CountOutcome.EXPIRED:
+        if outcome is RecordOutcome.EXPIRED:
             raise _tape_missing(op, None)
-        if outcome is CountOutcome.QUOTA:
+        if outcome is RecordOutcome.QUOTA:
             limits = self._limits
             text = (
                 f"the contributions that wait for an Update have reached {limits.contributions_per_model} "
                 f"or {limits.contribution_bytes_per_model} bytes; send Update or DiscardGradients"
             )
             raise ResourceExhausted("TAPE_QUOTA", text, quota="contributions_per_model")
-        if outcome is CountOutcome.FULL:
+        if outcome is RecordOutcome.FULL:
             text = (
                 "too many contributions were counted lately to remember one more; try again later"
             )
@@ -438,24 +442,24 @@ class Training:
             selectors=update.selectors or own,
         )
 
-    def _head_request(self, tenant: str, op: Update) -> HeadRequest:
+    def _head_request(self, tenant: str, op: Update) -> StepRequest:
         names = self._names(tenant, op.selectors)
         digest = update_digest(op)
-        return HeadRequest(tenant, op.model_id, op.request_id, digest, op.expected, names)
+        return StepRequest(tenant, op.model_id, op.request_id, digest, op.expected, names)
 
-    def _stepper(self, tenant: str, op: Update, request: HeadRequest) -> MakeHead:
-        async def step(model: KnownModel, look: UpdateLook) -> NextHead | None:
-            _check_names(request.selectors, look)
-            return await self._step(tenant, op, model, look)
+    def _stepper(self, tenant: str, op: Update, request: StepRequest) -> MakeCandidate:
+        async def step(model: KnownModel, inputs: UpdateInputs) -> CandidateVersion | None:
+            _check_names(request.selectors, inputs)
+            return await self._step(tenant, op, model, inputs)
 
         return step
 
     async def _foresee(
         self, op: Update, model: KnownModel, counting: _Counting
-    ) -> tuple[Version, NextHead] | None:
+    ) -> tuple[Version, CandidateVersion] | None:
         """Make the step that will be asked for unless the head went on; None when that is not in hand."""
-        params = self._catalog.cached_params(model.incarnation, model.head)
-        moments = self._catalog.cached_moments(model)
+        params = self._model_cache.cached_params(model.incarnation, model.head)
+        moments = self._model_cache.cached_moments(model)
         if params is None or moments is None:
             return None
         waiting = {counting.contribution.entry: counting.grads}
@@ -465,18 +469,18 @@ class Training:
         return model.head, made
 
     async def _step(
-        self, tenant: str, op: Update, model: KnownModel, look: UpdateLook
-    ) -> NextHead | None:
-        grads = await self._gradients(tenant, model, look.waiting)
+        self, tenant: str, op: Update, model: KnownModel, inputs: UpdateInputs
+    ) -> CandidateVersion | None:
+        grads = await self._gradients(tenant, model, inputs.waiting)
         if grads is None:
             return None
         try:
-            _, params = await self._catalog.params(model, look.head)
+            _, params = await self._model_cache.params(model, inputs.head)
         except UnsupportedLayout:
             raise
         except DomainError:  # the head went on meanwhile
             return None
-        moments = await self._catalog.kept_moments(model, look.head, params)
+        moments = await self._model_cache.kept_moments(model, inputs.head, params)
         if moments is None:  # a head has some, so it is superseded where they were looked for
             return None
         return await self._run_step(op, model, params, moments, grads)
@@ -488,7 +492,7 @@ class Training:
         params: Params,
         moments: Moments,
         waiting: dict[bytes, Grads],
-    ) -> NextHead:
+    ) -> CandidateVersion:
         work = 4 * len(waiting) * params.Wh.size
         return await self._scheduler.run(work, _make_step, op, model, params, moments, waiting)
 
@@ -519,7 +523,7 @@ def _make_step(
     params: Params,
     moments: Moments,
     waiting: dict[bytes, Grads],
-) -> NextHead:
+) -> CandidateVersion:
     joined = sum_grads(list(waiting.values()))
     if op.reduction is Reduction.MEAN:
         joined = scale_grads(joined, 1.0 / len(waiting))
@@ -535,12 +539,12 @@ def _make_step(
         optimizer = replace(optimizer, lr=op.learning_rate)
     after, later = apply_update(optimizer, params, joined, moments)
     names = tuple(entry[:_NAME_BYTES] for entry in waiting)
-    return NextHead(after, later, names, norm, clipped)
+    return CandidateVersion(after, later, names, norm, clipped)
 
 
-def _check_names(names: Sequence[bytes], look: UpdateLook) -> None:
+def _check_names(names: Sequence[bytes], inputs: UpdateInputs) -> None:
     """Raise NO_GRADIENTS unless something waits, and each contribution that was named in full."""
-    waiting = {entry[:_NAME_BYTES] for entry in look.waiting}
+    waiting = {entry[:_NAME_BYTES] for entry in inputs.waiting}
     exact = [name for name in names if len(name) == _NAME_BYTES]
     found = sum(name in waiting for name in exact) if exact else len(waiting)
     expected = len(exact) or 1

@@ -57,7 +57,7 @@ def tape_key(tag: bytes, name: bytes) -> bytes:
     return tag + b"t" + name
 
 
-def laid_tape_key(tag: bytes, token: bytes) -> bytes:
+def staged_tape_key(tag: bytes, token: bytes) -> bytes:
     """Return the key under which a tape waits for its commit; the script builds it the same way."""
     return tag + b"u" + token
 

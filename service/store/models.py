@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 from service.domain.errors import ResourceExhausted, Unavailable
 from service.domain.ports import (
     CheckpointOutcome,
-    CountOutcome,
     CreateOutcome,
-    FlipOutcome,
     ModelRecord,
-    UpdateLook,
+    PublishOutcome,
+    RecordOutcome,
+    UpdateInputs,
 )
 from service.domain.refusals import STORE_FAILURES
 from service.domain.types import Version
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
         Bytes,
         Contribution,
         ContributionState,
-        HeadFlip,
         NewVersion,
+        Publication,
     )
     from service.domain.types import Checkpoint
     from service.settings import Limits
@@ -50,9 +50,9 @@ ORPHAN_MS = 10 * MINUTE_MS  # how long a version's parts wait for the script tha
 
 _CREATE = load_script("create_model")
 _DELETE = load_script("delete_model")
-_COUNT = load_script("count_contribution")
-_LOOK = load_script("look_update")
-_FLIP = load_script("flip_head")
+_COUNT = load_script("record_contribution")
+_LOOK = load_script("read_update_inputs")
+_FLIP = load_script("publish_version")
 _DISCARD = load_script("discard_contributions")
 _CREATE_CHECKPOINT = load_script("create_checkpoint")
 _DELETE_CHECKPOINT = load_script("delete_checkpoint")
@@ -206,27 +206,29 @@ class RedisModelStore:
         tag = keys.model_tag(tenant, model_id)
         return await self._read_parts(tag, keys.moments_prefix(tag, incarnation), version, 1)
 
-    async def count_contribution(
+    async def record_contribution(
         self, tenant: str, model_id: str, contribution: Contribution
-    ) -> CountOutcome:
+    ) -> RecordOutcome:
         """Count a contribution once."""
         tag = keys.model_tag(tenant, model_id)
         (outcome,) = await self._count(tag, contribution)
-        return CountOutcome(outcome.decode())
+        return RecordOutcome(outcome.decode())
 
-    async def count_and_look(
+    async def record_and_read(
         self,
         tenant: str,
         model_id: str,
         contribution: Contribution,
         request: bytes,
         selectors: Sequence[bytes],
-    ) -> tuple[CountOutcome, UpdateLook | Exception | None]:
+    ) -> tuple[RecordOutcome, UpdateInputs | Exception | None]:
         """Count a contribution once and, mostly after that, read what an Update decides from."""
         tag = keys.model_tag(tenant, model_id)
-        outcome, look = await self._count(tag, contribution, _look_call(tag, request, selectors))
-        counted = CountOutcome(outcome.decode())
-        return counted, look if isinstance(look, Exception) else _update_look(look)
+        outcome, inputs = await self._count(
+            tag, contribution, _inputs_call(tag, request, selectors)
+        )
+        counted = RecordOutcome(outcome.decode())
+        return counted, inputs if isinstance(inputs, Exception) else _update_inputs(inputs)
 
     async def _count(self, tag: bytes, contribution: Contribution, *others: Call) -> list[Any]:
         """Count a contribution, and run other scripts right after it; return all answers.
@@ -282,12 +284,12 @@ class RedisModelStore:
         (entry,) = await self._runner.run_commands([("HGET", keys.contributions_key(tag), name)])
         return layouts.contribution_state_from_bytes(entry) if entry else None
 
-    async def look_update(
+    async def read_update_inputs(
         self, tenant: str, model_id: str, request: bytes, selectors: Sequence[bytes]
-    ) -> UpdateLook | None:
+    ) -> UpdateInputs | None:
         """Read what an Update decides from."""
         tag = keys.model_tag(tenant, model_id)
-        return _update_look(await self._runner.run(_look_call(tag, request, selectors)))
+        return _update_inputs(await self._runner.run(_inputs_call(tag, request, selectors)))
 
     async def read_gradients(
         self, tenant: str, model_id: str, entries: Sequence[bytes], size: int
@@ -305,13 +307,13 @@ class RedisModelStore:
             found.append(gradient)
         return found
 
-    async def flip_head(
-        self, tenant: str, model_id: str, flip: HeadFlip
-    ) -> tuple[FlipOutcome, bytes]:
+    async def publish_version(
+        self, tenant: str, model_id: str, publication: Publication
+    ) -> tuple[PublishOutcome, bytes]:
         """Write a version and make it the head; REPLAYED comes with the remembered answer."""
         tag, limits = keys.model_tag(tenant, model_id), self._limits
-        parts = _version_parts(tag, flip.incarnation, flip.new)
-        is_small = flip.new.weights.nbytes + flip.new.moments.nbytes <= TRIP_BYTES
+        parts = _version_parts(tag, publication.incarnation, publication.new)
+        is_small = publication.new.weights.nbytes + publication.new.moments.nbytes <= TRIP_BYTES
         if not is_small:
             await self._write_parts(parts)
         slot = (
@@ -325,15 +327,15 @@ class RedisModelStore:
             keys.request_times_key(tag),
         )
         arguments = (
-            flip.incarnation,
-            layouts.version_to_bytes(flip.base),
-            layouts.version_to_bytes(flip.new.version),
-            flip.request,
-            flip.content_digest + flip.answer,
-            b"".join(flip.names),
-            _version_entry(flip.new),
-            keys.weights_prefix(tag, flip.incarnation),
-            keys.moments_prefix(tag, flip.incarnation),
+            publication.incarnation,
+            layouts.version_to_bytes(publication.base),
+            layouts.version_to_bytes(publication.new.version),
+            publication.request,
+            publication.content_digest + publication.answer,
+            b"".join(publication.names),
+            _version_entry(publication.new),
+            keys.weights_prefix(tag, publication.incarnation),
+            keys.moments_prefix(tag, publication.incarnation),
             keys.gradient_prefix(tag),
             2 * limits.tape_ttl_ms,
             limits.tape_ttl_ms,
@@ -348,8 +350,8 @@ class RedisModelStore:
         if outcome == b"MISSING":
             for refused in (part for part in ran.first if isinstance(part, Exception)):
                 raise refused
-            return FlipOutcome.STALE, b""  # the parts have expired: it is all made again
-        return FlipOutcome(outcome.decode()), answer[0] if answer else b""
+            return PublishOutcome.STALE, b""  # the parts have expired: it is all made again
+        return PublishOutcome(outcome.decode()), answer[0] if answer else b""
 
     async def discard_contributions(
         self, tenant: str, model_id: str, incarnation: bytes, selectors: Sequence[bytes]
@@ -485,7 +487,7 @@ class RedisModelStore:
         )
 
 
-def _look_call(tag: bytes, request: bytes, selectors: Sequence[bytes]) -> Call:
+def _inputs_call(tag: bytes, request: bytes, selectors: Sequence[bytes]) -> Call:
     slot = (
         keys.model_key(tag),
         keys.contributions_key(tag),
@@ -495,12 +497,12 @@ def _look_call(tag: bytes, request: bytes, selectors: Sequence[bytes]) -> Call:
     return Call(_LOOK, slot, (request, *selectors))
 
 
-def _update_look(answer: list[bytes]) -> UpdateLook | None:
+def _update_inputs(answer: list[bytes]) -> UpdateInputs | None:
     if not answer:
         return None
     incarnation, spec, head, remembered, *found = answer
     version = layouts.version_from_bytes(head)
-    return UpdateLook(incarnation, spec, version, remembered, tuple(sorted(set(found))))
+    return UpdateInputs(incarnation, spec, version, remembered, tuple(sorted(set(found))))
 
 
 def parts_expired() -> Unavailable:

@@ -10,7 +10,7 @@ from service.domain.ports import (
     ChunkOutcome,
     EpochOutcome,
     SessionSnapshot,
-    TapeLook,
+    TapeSnapshot,
 )
 from service.settings import DAY_MS
 from service.store import keys, layouts
@@ -41,7 +41,7 @@ _COMMIT = load_script("commit_chunks")
 _EXTEND = load_script("extend_session")
 _CLOSE = load_script("close_session")
 _READ_TAPE = load_script("read_tape")
-_SETTLE = load_script("settle_tape")
+_SETTLE = load_script("mark_tape_consumed")
 _DISCARD = load_script("discard_tapes")
 _LIST_TAPES = load_script("list_tapes")
 _RESERVE = load_script("reserve_session")
@@ -151,7 +151,7 @@ class RedisSessionStore:
 
     async def read_tape(
         self, tenant: str, session_id: str, epoch: int, chunk_seq: int, *, with_data: bool = True
-    ) -> TapeLook:
+    ) -> TapeSnapshot:
         """Read one tape, or only its first byte, with where its session stands."""
         tag = keys.session_tag(tenant, session_id)
         name = layouts.TAPE_NAME.pack(epoch, chunk_seq)
@@ -165,14 +165,14 @@ class RedisSessionStore:
             Call(_READ_TAPE, slot, (name, int(with_data)))
         )
         expires_ms, token = layouts.tape_entry_from_bytes(entry) if entry else (0, b"")
-        return TapeLook(
+        return TapeSnapshot(
             session=layouts.head_from_bytes(head) if head else await self._absent(tag, marker),
             token=token,
             data=tape or None,
             expires_ms=expires_ms,
         )
 
-    async def settle_tape(
+    async def mark_tape_consumed(
         self, tenant: str, session_id: str, epoch: int, chunk_seq: int, token: bytes
     ) -> None:
         """Note that the contribution of a tape was counted."""
@@ -287,7 +287,7 @@ def _chunk_outcomes(commits: Sequence[ChunkCommit], ran: Ran) -> Iterator[ChunkO
 def _lay_tape(commit: ChunkCommit) -> Command:
     """Return the command that lays down a tape for its commit, which gives it its right name."""
     tag = keys.session_tag(commit.tenant, commit.session_id)
-    return ("SET", keys.laid_tape_key(tag, commit.state.token), commit.tape, "PX", ORPHAN_MS)
+    return ("SET", keys.staged_tape_key(tag, commit.state.token), commit.tape, "PX", ORPHAN_MS)
 
 
 def _tape_keys(commit: ChunkCommit) -> list[bytes]:
@@ -296,5 +296,5 @@ def _tape_keys(commit: ChunkCommit) -> list[bytes]:
         return []
     tag = keys.session_tag(commit.tenant, commit.session_id)
     name = layouts.TAPE_NAME.pack(commit.epoch, commit.state.chunk_seq)
-    laid = keys.laid_tape_key(tag, commit.state.token)
+    laid = keys.staged_tape_key(tag, commit.state.token)
     return [keys.tape_index_key(tag), keys.tape_key(tag, name), laid]

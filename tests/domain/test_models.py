@@ -236,7 +236,7 @@ async def test_weights_for_a_model_made_again_meanwhile_are_refused(
     await make_model()
     _, data = await replicas[0].models.read_weights(tenant, "m", None, include_moments=False)
     store = replicas[0].store.models
-    look = store.look_update
+    look = store.read_update_inputs
 
     async def overtaken(*arguments: object) -> object:
         monkeypatch.undo()
@@ -244,7 +244,7 @@ async def test_weights_for_a_model_made_again_meanwhile_are_refused(
         await make_model(sizes=(INPUTS + 1, HIDDEN))
         return await look(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(store, "look_update", overtaken)
+    monkeypatch.setattr(store, "read_update_inputs", overtaken)
     refused = await refusal(replicas[0].models.put_weights(tenant, "m", None, "p", data))
     assert refused.reason == "MODEL_NOT_FOUND"
     assert (await head_of(replicas[1], tenant)).number == 1
@@ -423,14 +423,14 @@ async def test_a_step_whose_caller_went_away_is_made_and_found(
     await client.forward(draw(rng), train=True)
     await client.backward(draw(rng, size=HIDDEN))
     store: Any = replicas[0].store.models
-    flip, reached, go_on = store.flip_head, asyncio.Event(), asyncio.Event()
+    publish, reached, go_on = store.publish_version, asyncio.Event(), asyncio.Event()
 
     async def slow(*arguments: Any) -> Any:
         reached.set()
         await go_on.wait()
-        return await flip(*arguments)
+        return await publish(*arguments)
 
-    monkeypatch.setattr(store, "flip_head", slow)
+    monkeypatch.setattr(store, "publish_version", slow)
     op = step("m", "u", Selector("s", client.epoch, (1,)))
     waiting = asyncio.create_task(replicas[0].training.update(tenant, op))
     await reached.wait()

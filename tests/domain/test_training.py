@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from redis.asyncio import Redis
 
     from instruments.replicas import Replica
-    from service.domain.ports import Contribution, CountOutcome, UpdateLook
+    from service.domain.ports import Contribution, RecordOutcome, UpdateInputs
     from service.domain.types import Update
     from tests.domain.conftest import ClientMaker, ModelMaker, ReplicaMaker
 
@@ -437,7 +437,7 @@ async def test_a_tape_whose_gradient_was_counted_does_not_wait(
         pass
 
     for replica in replicas:
-        monkeypatch.setattr(replica.store.sessions, "settle_tape", died)
+        monkeypatch.setattr(replica.store.sessions, "mark_tape_consumed", died)
     for _ in range(2):
         await client.forward(draw(rng), train=True)
         await client.backward(draw(rng, size=HIDDEN))
@@ -603,13 +603,13 @@ async def test_a_look_that_came_before_its_count_is_taken_again(
     client.replicas = replicas[:1]
     store = replicas[0].store.models
 
-    async def look_and_count(
+    async def read_and_record(
         tenant: str, model_id: str, contribution: Contribution, *look: Any
-    ) -> tuple[CountOutcome, UpdateLook | None]:
-        looked = await store.look_update(tenant, model_id, *look)
-        return await store.count_contribution(tenant, model_id, contribution), looked
+    ) -> tuple[RecordOutcome, UpdateInputs | None]:
+        looked = await store.read_update_inputs(tenant, model_id, *look)
+        return await store.record_contribution(tenant, model_id, contribution), looked
 
-    monkeypatch.setattr(store, "count_and_look", look_and_count)
+    monkeypatch.setattr(store, "record_and_read", read_and_record)
     await client.forward(draw(rng), train=True)
     made = await client.backward(draw(rng, size=HIDDEN), update=step("", "u"))
     assert present(made.update).contribution_count == 1

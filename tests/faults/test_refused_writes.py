@@ -82,7 +82,7 @@ class Scene:
         for name in ("s", "twin", "new"):
             tag = keys.session_tag(self.tenant, name)
             async for key in raw.scan_iter(match=tag + b"*", count=1000):
-                if not key.startswith(keys.laid_tape_key(tag, b"")):
+                if not key.startswith(keys.staged_tape_key(tag, b"")):
                     found[key] = await raw.dump(key)
         for name in ("m", "n"):
             tag = keys.model_tag(self.tenant, name)

@@ -85,7 +85,7 @@ async def test_a_models_entries_are_written_as_layout_1(model: Model, raw: Any) 
     tag = keys.model_tag(model.tenant, "m")
     (waiting,) = (await raw.hgetall(keys.contributions_key(tag))).values()
     assert waiting == b"W" + b"g" * 16 + struct.pack(">Q", 8)
-    await model.flipped(2, model.name(1))
+    await model.published(2, model.name(1))
     (consumed,) = (await raw.hgetall(keys.contributions_key(tag))).values()
     assert consumed == b"C" + b"g" * 16
     await model.store.create_checkpoint(model.tenant, "m", INCARNATION, "c", None)
@@ -143,7 +143,7 @@ async def test_a_settled_tape_is_of_a_session_that_is_known(
     await writer.begin()
     await writer.commit(1, tape=b"tape")
     await raw.setrange(tag, 0, b"\x4d")
-    settle = writer.store.settle_tape(tenant, "s", writer.epoch, 1, token(1))
+    settle = writer.store.mark_tape_consumed(tenant, "s", writer.epoch, 1, token(1))
     assert isinstance(await refusal(settle), UnsupportedLayout)
     (entry,) = (await raw.hgetall(keys.tape_index_key(tag))).values()
     assert entry[16:17] == b"W"
@@ -152,8 +152,8 @@ async def test_a_settled_tape_is_of_a_session_that_is_known(
 # Each script that changes a model, asked in the name of another incarnation.
 DECISIONS: dict[str, Decision] = {
     "delete_model": lambda model, name: model.store.delete_model(model.tenant, "m", name),
-    "count_contribution": lambda model, name: model.count(1, incarnation=name),
-    "flip_head": lambda model, name: model.flipped(3, model.name(1), incarnation=name),
+    "record_contribution": lambda model, name: model.count(1, incarnation=name),
+    "publish_version": lambda model, name: model.published(3, model.name(1), incarnation=name),
     "discard_contributions": lambda model, name: model.store.discard_contributions(
         model.tenant, "m", name, [b""]
     ),
@@ -165,7 +165,7 @@ DECISIONS: dict[str, Decision] = {
     ),
 }
 # They make the incarnation, answer with it beside the specification, or see the tenant's list alone.
-WITHOUT_ONE = {"create_model", "look_update", "reserve_model"}
+WITHOUT_ONE = {"create_model", "read_update_inputs", "reserve_model"}
 
 
 @pytest.mark.parametrize("name", DECISIONS)
@@ -175,7 +175,7 @@ async def test_a_models_script_compares_the_incarnation_first(
     """Who does not know it learns nothing of entries that it would refuse, and changes nothing."""
     await model.create()
     await model.count(1)
-    await model.flipped(2)
+    await model.published(2)
     await model.store.create_checkpoint(model.tenant, "m", INCARNATION, "kept", None)
     tag = keys.model_tag(model.tenant, "m")
     for key in (keys.versions_key(tag), keys.contributions_key(tag), keys.checkpoints_key(tag)):

@@ -13,12 +13,12 @@ from service.domain.ports import (
     CheckpointOutcome,
     Contribution,
     ContributionState,
-    CountOutcome,
     CreateOutcome,
-    FlipOutcome,
-    HeadFlip,
     ModelRecord,
     NewVersion,
+    Publication,
+    PublishOutcome,
+    RecordOutcome,
 )
 from service.domain.types import Version
 from service.settings import MIB, Limits
@@ -70,25 +70,25 @@ class Model:
         gradient: bytes = b"gradient",
         digest: bytes = b"g" * 16,
         incarnation: bytes = INCARNATION,
-    ) -> CountOutcome:
+    ) -> RecordOutcome:
         """Count a contribution."""
         contribution = Contribution(
             incarnation, self.name(number), digest, Blob((gradient,)), NEVER_MS
         )
-        return await self.store.count_contribution(self.tenant, "m", contribution)
+        return await self.store.record_contribution(self.tenant, "m", contribution)
 
-    def flip(self, number: int, *names: bytes, request: bytes = b"") -> HeadFlip:
-        """Lay out the flip from version number-1 to number."""
+    def publication(self, number: int, *names: bytes, request: bytes = b"") -> Publication:
+        """Lay out the publication from version number-1 to number."""
         named = request or number.to_bytes(16, "big")
         base, new = version(number - 1), content(number)
-        return HeadFlip(INCARNATION, base, new, named, b"c" * 16, b"answer", names)
+        return Publication(INCARNATION, base, new, named, b"c" * 16, b"answer", names)
 
-    async def flipped(
+    async def published(
         self, number: int, *names: bytes, incarnation: bytes = INCARNATION
-    ) -> FlipOutcome:
+    ) -> PublishOutcome:
         """Make the next version."""
-        flip = replace(self.flip(number, *names), incarnation=incarnation)
-        outcome, _ = await self.store.flip_head(self.tenant, "m", flip)
+        publication = replace(self.publication(number, *names), incarnation=incarnation)
+        outcome, _ = await self.store.publish_version(self.tenant, "m", publication)
         return outcome
 
     async def waiting(self) -> tuple[int, int]:
@@ -115,32 +115,35 @@ async def test_creation_is_once_by_its_request(model: Model) -> None:
 async def test_a_flip_moves_the_head_once(model: Model) -> None:
     """Sent again it replays its answer; with other content it is REUSED; from an old head STALE."""
     await model.create()
-    flip = model.flip(2)
-    assert await model.store.flip_head(model.tenant, "m", flip) == (FlipOutcome.FLIPPED, b"")
-    assert await model.store.flip_head(model.tenant, "m", flip) == (
-        FlipOutcome.REPLAYED,
+    publication = model.publication(2)
+    assert await model.store.publish_version(model.tenant, "m", publication) == (
+        PublishOutcome.PUBLISHED,
+        b"",
+    )
+    assert await model.store.publish_version(model.tenant, "m", publication) == (
+        PublishOutcome.REPLAYED,
         b"answer",
     )
-    other = replace(flip, content_digest=b"x" * 16)
-    assert (await model.store.flip_head(model.tenant, "m", other))[0] is FlipOutcome.REUSED
-    late = replace(flip, request=b"l" * 16)
-    assert (await model.store.flip_head(model.tenant, "m", late))[0] is FlipOutcome.STALE
-    gone = replace(flip, request=b"l" * 16, incarnation=b"j" * 16)
-    assert (await model.store.flip_head(model.tenant, "m", gone))[0] is FlipOutcome.GONE
+    other = replace(publication, content_digest=b"x" * 16)
+    assert (await model.store.publish_version(model.tenant, "m", other))[0] is PublishOutcome.REUSED
+    late = replace(publication, request=b"l" * 16)
+    assert (await model.store.publish_version(model.tenant, "m", late))[0] is PublishOutcome.STALE
+    gone = replace(publication, request=b"l" * 16, incarnation=b"j" * 16)
+    assert (await model.store.publish_version(model.tenant, "m", gone))[0] is PublishOutcome.GONE
 
 
 async def test_a_contribution_is_consumed_once(model: Model, raw: Redis) -> None:
-    """A flip takes it with its bytes; its name stays, so that it neither counts nor flips again."""
+    """A publication takes it with its bytes; its name stays, so that it neither counts nor flips again."""
     await model.create()
-    assert await model.count(1) is CountOutcome.COUNTED
-    assert await model.count(1) is CountOutcome.REPLAYED
-    assert await model.count(1, digest=b"x" * 16) is CountOutcome.REUSED
+    assert await model.count(1) is RecordOutcome.COUNTED
+    assert await model.count(1) is RecordOutcome.REPLAYED
+    assert await model.count(1, digest=b"x" * 16) is RecordOutcome.REUSED
     assert await model.waiting() == (1, 8)
-    assert await model.flipped(2, model.name(1)) is FlipOutcome.FLIPPED
+    assert await model.published(2, model.name(1)) is PublishOutcome.PUBLISHED
     assert await model.waiting() == (0, 0)
-    assert await model.count(1) is CountOutcome.CONSUMED
-    assert await model.count(1, digest=b"x" * 16) is CountOutcome.REUSED
-    assert await model.flipped(3, model.name(1)) is FlipOutcome.STALE
+    assert await model.count(1) is RecordOutcome.CONSUMED
+    assert await model.count(1, digest=b"x" * 16) is RecordOutcome.REUSED
+    assert await model.published(3, model.name(1)) is PublishOutcome.STALE
     tag = keys.model_tag(model.tenant, "m")
     assert await raw.exists(keys.gradient_prefix(tag) + model.name(1)) == 0
     found = await model.store.read_gradients(model.tenant, "m", [model.name(1) + b"g" * 16], 8)
@@ -148,17 +151,17 @@ async def test_a_contribution_is_consumed_once(model: Model, raw: Redis) -> None
 
 
 async def test_contributions_are_bounded_in_number_and_bytes(store_url: str, tenant: str) -> None:
-    """What would go beyond either is QUOTA, and fits again after a flip."""
+    """What would go beyond either is QUOTA, and fits again after a publication."""
     tight = Limits(contributions_per_model=2, contribution_bytes_per_model=20)
     store = await open_store(store_url, patient(tight))
     model = Model(store.models, tenant)
     await model.create()
     await model.count(1)
-    assert await model.count(2, bytes(13)) is CountOutcome.QUOTA
-    assert await model.count(2) is CountOutcome.COUNTED
-    assert await model.count(3, b"") is CountOutcome.QUOTA
-    await model.flipped(2, model.name(1))
-    assert await model.count(3) is CountOutcome.COUNTED
+    assert await model.count(2, bytes(13)) is RecordOutcome.QUOTA
+    assert await model.count(2) is RecordOutcome.COUNTED
+    assert await model.count(3, b"") is RecordOutcome.QUOTA
+    await model.published(2, model.name(1))
+    assert await model.count(3) is RecordOutcome.COUNTED
     await store.close()
 
 
@@ -171,11 +174,11 @@ async def test_what_is_remembered_of_contributions_is_bounded(
     await model.create()
     await model.count(1)
     await model.count(2)
-    await model.flipped(2, model.name(1), model.name(2))
-    assert await model.count(3) is CountOutcome.FULL
+    await model.published(2, model.name(1), model.name(2))
+    assert await model.count(3) is RecordOutcome.FULL
     expiry = keys.expiry_key(keys.model_tag(tenant, "m"))
     await raw.zadd(expiry, {model.name(1): 1, model.name(2): 1})
-    assert await model.count(3) is CountOutcome.COUNTED
+    assert await model.count(3) is RecordOutcome.COUNTED
     assert await raw.zcard(expiry) == 1
     await store.close()
 
@@ -196,7 +199,7 @@ async def test_a_contribution_whose_tape_has_expired_is_not_counted(model: Model
     """A writer that stood still so long may come after its name was forgotten: it would count twice."""
     await model.create()
     late = Contribution(INCARNATION, model.name(1), b"g" * 16, Blob((b"gradient",)), 1)
-    assert await model.store.count_contribution(model.tenant, "m", late) is CountOutcome.EXPIRED
+    assert await model.store.record_contribution(model.tenant, "m", late) is RecordOutcome.EXPIRED
     assert await model.waiting() == (0, 0)
 
 
@@ -205,7 +208,7 @@ async def test_a_contribution_that_was_counted_answers_also_after_its_tape(model
     await model.create()
     await model.count(1)
     late = Contribution(INCARNATION, model.name(1), b"g" * 16, Blob((b"gradient",)), 1)
-    assert await model.store.count_contribution(model.tenant, "m", late) is CountOutcome.REPLAYED
+    assert await model.store.record_contribution(model.tenant, "m", late) is RecordOutcome.REPLAYED
 
 
 async def test_a_contribution_is_found_as_it_stands(model: Model) -> None:
@@ -214,7 +217,7 @@ async def test_a_contribution_is_found_as_it_stands(model: Model) -> None:
     await model.count(1)
     find = model.store.find_contribution
     assert await find(model.tenant, "m", model.name(1)) is ContributionState.WAITING
-    await model.flipped(2, model.name(1))
+    await model.published(2, model.name(1))
     assert await find(model.tenant, "m", model.name(1)) is ContributionState.CONSUMED
 
 
@@ -225,12 +228,12 @@ async def test_a_look_finds_what_selectors_name(model: Model) -> None:
         await model.count(number)
     other = model.store.contribution_name(model.tenant, "t", 8, 1)
     contribution = Contribution(INCARNATION, other, b"g" * 16, Blob((b"gradient",)), NEVER_MS)
-    await model.store.count_contribution(model.tenant, "m", contribution)
+    await model.store.record_contribution(model.tenant, "m", contribution)
     mine = [model.name(number) for number in (1, 2, 3)]
     prefix = model.store.contribution_prefix
 
     async def look(*selectors: bytes) -> list[bytes]:
-        found = await model.store.look_update(model.tenant, "m", NO_REQUEST, selectors)
+        found = await model.store.read_update_inputs(model.tenant, "m", NO_REQUEST, selectors)
         assert found is not None
         return [entry[:32] for entry in found.waiting]
 
@@ -250,13 +253,13 @@ async def test_requests_are_remembered_by_number_and_time(
     model = Model(store.models, tenant)
     await model.create(request=(1).to_bytes(16, "big"))  # within a millisecond the name decides
     for number in range(2, 8):
-        await model.flipped(number)
+        await model.published(number)
     requests = keys.requests_key(keys.model_tag(tenant, "m"))
     assert await raw.hlen(requests) == 3
     times = keys.request_times_key(keys.model_tag(tenant, "m"))
     for number in (5, 6):
         await raw.zadd(times, {number.to_bytes(16, "big"): 1})
-    await model.flipped(8)
+    await model.published(8)
     assert await raw.hlen(requests) == 2
     await store.close()
 
@@ -268,8 +271,8 @@ async def test_moments_stay_with_the_head_and_checkpoints(model: Model) -> None:
         model.tenant, "m", INCARNATION, "c", version(1)
     )
     assert outcome is CheckpointOutcome.CREATED
-    await model.flipped(2)
-    await model.flipped(3)
+    await model.published(2)
+    await model.published(3)
     read = [
         await model.store.read_moments(model.tenant, "m", INCARNATION, version(number))
         for number in (1, 2, 3)
@@ -293,11 +296,14 @@ async def test_large_blobs_go_in_parts(model: Model, raw: Redis) -> None:
     """No value is larger than a part, and what is read is what was written."""
     await model.create()
     size = 2 * PART_BYTES + 5
-    flip = replace(model.flip(2), new=content(2, size=size))
-    await model.store.flip_head(model.tenant, "m", flip)
+    publication = replace(model.publication(2), new=content(2, size=size))
+    await model.store.publish_version(model.tenant, "m", publication)
     weights = await model.store.read_weights(model.tenant, "m", INCARNATION, version(2))
     moments = await model.store.read_moments(model.tenant, "m", INCARNATION, version(2))
-    assert (weights, moments) == (flip.new.weights.joined(), flip.new.moments.joined())
+    assert (weights, moments) == (
+        publication.new.weights.joined(),
+        publication.new.moments.joined(),
+    )
     prefix = keys.weights_prefix(keys.model_tag(model.tenant, "m"), INCARNATION)
     parts = [key async for key in raw.scan_iter(match=prefix + b"*", count=1000)]
     sizes = sorted([await raw.strlen(key) for key in parts])
@@ -315,15 +321,15 @@ async def test_a_large_gradient_goes_in_parts_and_leaves_none(model: Model, raw:
         return [key async for key in raw.scan_iter(match=prefix + b"*", count=1000)]
 
     for number in (1, 2):
-        assert await model.count(number, gradient) is CountOutcome.COUNTED
-        assert await model.count(number, gradient) is CountOutcome.REPLAYED
-    found = await model.store.look_update(model.tenant, "m", NO_REQUEST, [b""])
+        assert await model.count(number, gradient) is RecordOutcome.COUNTED
+        assert await model.count(number, gradient) is RecordOutcome.REPLAYED
+    found = await model.store.read_update_inputs(model.tenant, "m", NO_REQUEST, [b""])
     assert found is not None
     size = len(gradient)
     read = await model.store.read_gradients(model.tenant, "m", found.waiting, size)
     assert read == [gradient, gradient]
     assert {await raw.pttl(key) for key in await parts()} == {-1}
-    await model.flipped(2, model.name(1))
+    await model.published(2, model.name(1))
     assert await model.waiting() == (1, size)
     assert len(await parts()) == 2
     await model.store.discard_contributions(model.tenant, "m", INCARNATION, [model.name(2)])
@@ -341,7 +347,7 @@ async def test_what_a_dead_writer_left_goes_by_itself(model: Model, raw: Redis) 
     prefixes = (keys.weights_prefix(tag, INCARNATION), keys.moments_prefix(tag, INCARNATION))
     name = version(2).digest + (2).to_bytes(8, "big") + bytes(2)
     assert all([0 < await raw.pttl(prefix + name) <= ORPHAN_MS for prefix in prefixes])
-    await model.flipped(2)
+    await model.published(2)
     assert all([await raw.pttl(prefix + name) == -1 for prefix in prefixes])
 
 
@@ -358,7 +364,7 @@ async def test_a_flip_without_all_its_parts_keeps_none(
         return _version_parts(tag, incarnation, new)[:1]
 
     monkeypatch.setattr("service.store.models._version_parts", without_moments)
-    assert await model.flipped(2) is FlipOutcome.STALE
+    assert await model.published(2) is PublishOutcome.STALE
     name = version(2).digest + (2).to_bytes(8, "big") + bytes(2)
     assert await raw.pttl(keys.weights_prefix(tag, INCARNATION) + name) > 0
 
@@ -369,7 +375,7 @@ async def test_versions_go_by_their_bytes_but_four_stay(store_url: str, tenant: 
     model = Model(store.models, tenant)
     await model.create()
     for number in range(2, 12):
-        await model.flipped(number)
+        await model.published(number)
     kept = [n for n in range(1, 12) if await model.store.find_version(tenant, "m", n)]
     assert kept == [5, 6, 7, 8, 9, 10, 11]
     await store.close()
@@ -388,7 +394,7 @@ async def test_discarding_frees_and_remembers(model: Model) -> None:
     assert await model.waiting() == (2, 16)
     assert await discard(model.store.contribution_prefix(model.tenant, "s", 7)) == 2
     assert await discard(b"") == 0
-    assert await model.count(1) is CountOutcome.CONSUMED
+    assert await model.count(1) is RecordOutcome.CONSUMED
     assert await model.waiting() == (0, 0)
     other = model.store.discard_contributions(model.tenant, "m", b"j" * 16, [b""])
     assert await other is None

@@ -242,7 +242,7 @@ async def test_what_was_lost_once_is_not_made_known_by_a_refusal(
 
     async def lose_a_flip(commands: Any, *options: Any) -> Any:
         answers = await round_trip(commands, *options)
-        if any(answer == [b"FLIPPED"] for answer in answers):
+        if any(answer == [b"PUBLISHED"] for answer in answers):
             await raw.config_set("maxmemory", 1)
             raise redis.ConnectionError("the reply was lost")
         return answers

@@ -357,7 +357,7 @@ async def test_tapes_wait_count_and_are_pushed_out(store_url: str, tenant: str, 
     assert await writer.commit(3, tape=b"tape") is ChunkOutcome.QUOTA
     assert (await writer.look()).head.chunk_seq == 2
     for number in (1, 2):
-        await writer.store.settle_tape(tenant, "s", writer.epoch, number, token(number))
+        await writer.store.mark_tape_consumed(tenant, "s", writer.epoch, number, token(number))
     assert await writer.commit(3, tape=b"tape") is ChunkOutcome.OK
     there = [
         (await writer.store.read_tape(tenant, "s", writer.epoch, number)).data is not None
@@ -376,7 +376,7 @@ async def test_counted_tapes_are_bounded_in_bytes(store_url: str, tenant: str) -
     await writer.begin()
     for number in (1, 2, 3):
         await writer.commit(number, tape=bytes(8))
-        await writer.store.settle_tape(tenant, "s", writer.epoch, number, token(number))
+        await writer.store.mark_tape_consumed(tenant, "s", writer.epoch, number, token(number))
     await writer.commit(4, tape=bytes(8))
     there = [
         (await writer.store.read_tape(tenant, "s", writer.epoch, number)).data is not None
@@ -390,10 +390,10 @@ async def test_a_tape_is_settled_by_its_token_alone(writer: Writer, tenant: str)
     """A late word about a tape that was replaced since does not make the new one count."""
     await writer.begin()
     await writer.commit(1, tape=b"tape")
-    await writer.store.settle_tape(tenant, "s", writer.epoch, 1, b"x" * 16)
+    await writer.store.mark_tape_consumed(tenant, "s", writer.epoch, 1, b"x" * 16)
     assert await writer.store.discard_tapes(tenant, "s", writer.epoch, [1]) == 1
     await writer.commit(2, tape=b"tape")
-    await writer.store.settle_tape(tenant, "s", writer.epoch, 2, token(2))
+    await writer.store.mark_tape_consumed(tenant, "s", writer.epoch, 2, token(2))
     assert await writer.store.discard_tapes(tenant, "s", 0, []) == 0
 
 

@@ -33,7 +33,7 @@ local function unknown_tapes(index)
 end
 
 -- Make room for a tape and take it over; nil, or why not.
-local function keep_tape(index_key, name, token, laid_key, size, ttl)
+local function keep_tape(index_key, name, token, staged_key, size, ttl)
   local waiting, counted, counted_bytes, oldest = 0, 0, 0, {}
   local index = redis.call('HGETALL', index_key)
   local unknown = unknown_tapes(index)
@@ -56,7 +56,7 @@ local function keep_tape(index_key, name, token, laid_key, size, ttl)
     counted_bytes = counted_bytes - oldest[i][3]
   end
   local tape_ttl = math.min(tonumber(ARGV[3]), ttl)
-  redis.call('RENAME', laid_key, index_key .. name)
+  redis.call('RENAME', staged_key, index_key .. name)
   redis.call('PEXPIRE', index_key .. name, tape_ttl)
   redis.call('HSET', index_key, name, struct.pack('>I8I8c1', now + tape_ttl, size, 'W') .. token)
   redis.call('PEXPIRE', index_key, tape_ttl)
@@ -74,7 +74,7 @@ local function widen(key, layout, slots, first, size, seq)
     .. table.concat(ring), 'KEEPTTL')
 end
 
-local function commit(key, at, h, laid_key, tape_bytes)
+local function commit(key, at, h, staged_key, tape_bytes)
   local record = redis.call('GETRANGE', key, 0, 79)
   if #record < 80 then return record == '' and 'STALE' or unknown_record(record) end
   local layout, slots, tail, size, epoch, seq, ttl, touched = struct.unpack('>I1I1I2I4I8I8I8I8', record)
@@ -86,9 +86,9 @@ local function commit(key, at, h, laid_key, tape_bytes)
   local base = first + (seq % slots) * (64 + size)
   if redis.call('GETRANGE', key, base + 24, base + 39) ~= string.sub(ARGV[7], at + 16, at + 31) then return 'STALE' end
   if tape_bytes > 0 then
-    if redis.call('STRLEN', laid_key) ~= tape_bytes then return 'UNLAID' end
+    if redis.call('STRLEN', staged_key) ~= tape_bytes then return 'UNLAID' end
     local name = string.sub(ARGV[7], at, at + 7) .. string.sub(ARGV[7], at + 32, at + 39)
-    local refusal = keep_tape(key .. 't', name, string.sub(ARGV[7], at + 56, at + 71), laid_key, tape_bytes, ttl)
+    local refusal = keep_tape(key .. 't', name, string.sub(ARGV[7], at + 56, at + 71), staged_key, tape_bytes, ttl)
     if refusal then return refusal end
   end
   local lost = next_seq - slots
@@ -109,9 +109,9 @@ local answers, at = {}, 1
 while at <= #ARGV[7] do
   local key = KEYS[#answers + 1]
   local h_bytes, tape_bytes = struct.unpack('>I4I4', ARGV[7], at + 96)
-  local laid_key = key .. 'u' .. string.sub(ARGV[7], at + 56, at + 71)
-  local answer = commit(key, at, string.sub(ARGV[7], at + 104, at + 103 + h_bytes), laid_key, tape_bytes)
-  if tape_bytes > 0 and answer ~= 'OK' and answer ~= 'TOUCH' then redis.pcall('UNLINK', laid_key) end
+  local staged_key = key .. 'u' .. string.sub(ARGV[7], at + 56, at + 71)
+  local answer = commit(key, at, string.sub(ARGV[7], at + 104, at + 103 + h_bytes), staged_key, tape_bytes)
+  if tape_bytes > 0 and answer ~= 'OK' and answer ~= 'TOUCH' then redis.pcall('UNLINK', staged_key) end
   answers[#answers + 1] = answer
   at = at + 104 + h_bytes
 end

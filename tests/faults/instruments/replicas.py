@@ -13,14 +13,14 @@ import pytest
 
 from rnn_engine import TimeRNN
 from service.compute.scheduler import Scheduler
-from service.domain.catalog import Catalog
 from service.domain.errors import DomainError
-from service.domain.heads import HeadMaker
-from service.domain.live import LiveSessions
+from service.domain.model_cache import ModelCache
 from service.domain.models import Models
+from service.domain.publisher import VersionPublisher
 from service.domain.recurrence import Recurrence
+from service.domain.session_cache import SessionCache
 from service.domain.sessions import Sessions
-from service.domain.tapes import RecentTapes
+from service.domain.tapes import TapeCache
 from service.domain.training import Training
 from service.domain.types import (
     Backward,
@@ -63,9 +63,9 @@ class Replica:
     """One server process, as far as the domain is concerned."""
 
     store: Store
-    catalog: Catalog
-    live: LiveSessions
-    tapes: RecentTapes
+    catalog: ModelCache
+    live: SessionCache
+    tapes: TapeCache
     scheduler: Scheduler
     recurrence: Recurrence
     sessions: Sessions
@@ -96,10 +96,10 @@ async def start_replica(
     """Wire a replica as the service does; by default it asks for the head each time."""
     store = await open_store(url, patient(limits))
     disturb(store._client)
-    catalog = Catalog(store.models, head_max_age_ms, 64 * MIB, clock)
-    live, tapes = LiveSessions(16 * MIB), RecentTapes(16 * MIB)
+    catalog = ModelCache(store.models, head_max_age_ms, 64 * MIB, clock)
+    live, tapes = SessionCache(16 * MIB), TapeCache(16 * MIB)
     scheduler = Scheduler(1024)
-    heads = HeadMaker(store.models, catalog, scheduler)
+    heads = VersionPublisher(store.models, catalog, scheduler)
     return Replica(
         store,
         catalog,

@@ -221,7 +221,7 @@ class Replica:
     def _count(self, op: Backward, gradient: int) -> Generator[str, None, str]:
         digest = mix(op.dhs)
         try:
-            return self._run(lambda: self._store.count_contribution(op.name, digest, gradient))
+            return self._run(lambda: self._store.record_contribution(op.name, digest, gradient))
         except CommandRefused:
             if not self._rules.on("read-before-full"):
                 raise Refused("STORE_FULL") from None
@@ -283,7 +283,9 @@ class Replica:
         self, op: Update, base: Version, new: Version, names: list[Name], *, is_staged: bool
     ) -> Version | None:
         return self._run(
-            lambda: self._store.flip_head(base, new, names, op.request_id, is_staged=is_staged)
+            lambda: self._store.publish_version(
+                base, new, names, op.request_id, is_staged=is_staged
+            )
         )
 
     def _take(self, op: Update) -> tuple[Version, list[Name]]:

@@ -324,7 +324,7 @@ class Store:
             del found[old]
         return found.get(name)
 
-    def count_contribution(self, name: Name, digest: int, gradient: int) -> str:
+    def record_contribution(self, name: Name, digest: int, gradient: int) -> str:
         """Count a contribution once: COUNTED, REPLAYED or REUSED."""
         known = self.find_contribution(name)
         if known is not None:
@@ -342,7 +342,7 @@ class Store:
             return None
         return known[0] if self.rules.on("request-id") else None
 
-    def flip_head(
+    def publish_version(
         self, base: Version, new: Version, names: list[Name], request_id: str, *, is_staged: bool
     ) -> Version | None:
         """Make a version the head and consume what it is made of; None: not as it was looked at."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from service.domain.recent import Recent
+from service.domain.lru import LruCache
 
 if TYPE_CHECKING:
     from rnn_engine import Array
@@ -23,7 +23,7 @@ _ENTRY_BYTES = 1024  # what an entry costs beside its state, roughly
 
 
 @dataclass(slots=True)
-class LiveSession:
+class CachedSession:
     """A session's numbers and its state h (N, H); the array itself is never written to.
 
     Attributes:
@@ -44,7 +44,7 @@ class LiveSession:
         self.chunk_seq, self.token, self.h = chunk_seq, token, h
 
 
-class LiveSessions(Recent["SessionKey", LiveSession]):
+class SessionCache(LruCache["SessionKey", CachedSession]):
     """The sessions used last, by tenant and session_id, up to a number of bytes."""
 
     def __init__(self, limit_bytes: int) -> None:
@@ -52,10 +52,10 @@ class LiveSessions(Recent["SessionKey", LiveSession]):
         super().__init__(limit_bytes, lambda session: session.h.nbytes + _ENTRY_BYTES)
 
 
-def live_from_snapshot(snapshot: SessionSnapshot) -> LiveSession:
+def cached_from_snapshot(snapshot: SessionSnapshot) -> CachedSession:
     """Make a session in hand from what the store holds."""
     head, last = snapshot.head, snapshot.last
-    return LiveSession(
+    return CachedSession(
         head.model_id,
         head.incarnation,
         head.epoch,

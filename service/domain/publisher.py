@@ -21,7 +21,7 @@ from service.domain.carrying import Carrier
 from service.domain.digests import request_name
 from service.domain.errors import FailedPrecondition, Unavailable
 from service.domain.finite import is_finite
-from service.domain.ports import FlipOutcome, HeadFlip, NewVersion
+from service.domain.ports import NewVersion, Publication, PublishOutcome
 from service.domain.refusals import (
     UNCHANGED,
     model_not_found,
@@ -38,18 +38,18 @@ if TYPE_CHECKING:
     from rnn_engine import Moments, Params
     from service.compute.scheduler import Scheduler
     from service.domain.blob import Blob
-    from service.domain.catalog import Catalog, KnownModel
-    from service.domain.ports import ModelStore, UpdateLook
+    from service.domain.model_cache import KnownModel, ModelCache
+    from service.domain.ports import ModelStore, UpdateInputs
 
-    MakeHead = Callable[[KnownModel, UpdateLook], Awaitable["NextHead | None"]]
-    Look = Callable[[bytes], Awaitable[UpdateLook | None]]  # given the request's name
+    MakeCandidate = Callable[[KnownModel, UpdateInputs], Awaitable["CandidateVersion | None"]]
+    Look = Callable[[bytes], Awaitable[UpdateInputs | None]]  # given the request's name
 
 _TRIES = 16
 _ANSWER = struct.Struct(">Q16sd?I")
 
 
 @dataclass(frozen=True)
-class NextHead:
+class CandidateVersion:
     """What the next version holds and how it was made."""
 
     params: Params
@@ -103,7 +103,7 @@ class StepAnswer:
 
 
 @dataclass(frozen=True, slots=True)
-class HeadRequest:
+class StepRequest:
     """Who asks for a next version, and under which condition."""
 
     tenant: str
@@ -114,13 +114,13 @@ class HeadRequest:
     selectors: Sequence[bytes] = ()
 
 
-class HeadMaker:
+class VersionPublisher:
     """Makes next versions; steps of one model in this process go one after another."""
 
-    def __init__(self, store: ModelStore, catalog: Catalog, scheduler: Scheduler) -> None:
+    def __init__(self, store: ModelStore, model_cache: ModelCache, scheduler: Scheduler) -> None:
         """Keep the parts that a step uses."""
         self._store = store
-        self._catalog = catalog
+        self._model_cache = model_cache
         self._scheduler = scheduler
         self._carrier = Carrier()
         self._turns: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
@@ -131,35 +131,35 @@ class HeadMaker:
         expected: Version | None,
         request_id: str,
         content_digest: bytes,
-        made: NextHead,
+        made: CandidateVersion,
     ) -> tuple[Version, bool]:
         """Make given weights the next version; tell whether an earlier try had done so."""
 
-        async def give(now: KnownModel, _look: UpdateLook) -> NextHead:
+        async def give(now: KnownModel, _inputs: UpdateInputs) -> CandidateVersion:
             if now.incarnation != model.incarnation:  # made for another specification, perhaps
                 raise model_not_found(model.spec.model_id)
             return made
 
-        request = HeadRequest(
+        request = StepRequest(
             model.tenant, model.spec.model_id, request_id, content_digest, expected
         )
         answer = await self.advance(request, give)
         return answer.version, answer.replayed
 
-    def is_busy(self, request: HeadRequest) -> bool:
+    def is_busy(self, request: StepRequest) -> bool:
         """Tell whether a step of the request's model is being made in this process."""
         turn = self._turns.get((request.tenant, request.model_id))
         return turn is not None and turn.locked()
 
     async def advance(
-        self, request: HeadRequest, make: MakeHead, first_look: Look | None = None
+        self, request: StepRequest, make: MakeCandidate, first_read: Look | None = None
     ) -> StepAnswer:
         """Make the next version by `make`, which returns None when what it needs went away.
 
         Args:
             request: Who asks, and under which condition.
             make: Given the model and what was looked at.
-            first_look: Looks in place of the store the first time.
+            first_read: Looks in place of the store the first time.
 
         Raises:
             DomainError: MODEL_NOT_FOUND, REQUEST_ID_REUSED, VERSION_CONFLICT, NON_FINITE_RESULT,
@@ -167,83 +167,85 @@ class HeadMaker:
         """
         # Carried on: a large step may take longer than a caller waits for one answer, and its retry,
         # whose turn comes after, is to find it made.
-        return await self._carrier.carry(self._advance_in_turn(request, make, first_look))
+        return await self._carrier.carry(self._advance_in_turn(request, make, first_read))
 
     async def _advance_in_turn(
-        self, request: HeadRequest, make: MakeHead, first_look: Look | None
+        self, request: StepRequest, make: MakeCandidate, first_read: Look | None
     ) -> StepAnswer:
         # Only to spare work: two steps from one head would make one of them compute again.
         turn = self._turns.setdefault((request.tenant, request.model_id), asyncio.Lock())
         async with turn:
-            return await self._advance(request, make, first_look)
+            return await self._advance(request, make, first_read)
 
     async def _advance(
-        self, request: HeadRequest, make: MakeHead, first_look: Look | None
+        self, request: StepRequest, make: MakeCandidate, first_read: Look | None
     ) -> StepAnswer:
         name = request_name(request.request_id)
         for attempt in range(_TRIES):
-            if first_look and not attempt:
-                look = await first_look(name)
+            if first_read and not attempt:
+                inputs = await first_read(name)
             else:
-                look = await self._store.look_update(
+                inputs = await self._store.read_update_inputs(
                     request.tenant, request.model_id, name, request.selectors
                 )
-            if look is None:
-                self._catalog.forget(request.tenant, request.model_id)
+            if inputs is None:
+                self._model_cache.forget(request.tenant, request.model_id)
                 raise model_not_found(request.model_id)
-            spec_from_bytes(look.spec)  # one that is not known governs what is remembered too
-            if look.remembered:
-                return _remembered(look.remembered, request.content_digest)
-            if request.expected is not None and not request.expected.names(look.head):
-                raise version_conflict(request.expected, look.head)
-            model = await self._model_at(request, look)
-            made = None if model is None else await make(model, look)
+            spec_from_bytes(inputs.spec)  # one that is not known governs what is remembered too
+            if inputs.remembered:
+                return _remembered(inputs.remembered, request.content_digest)
+            if request.expected is not None and not request.expected.names(inputs.head):
+                raise version_conflict(request.expected, inputs.head)
+            model = await self._model_at(request, inputs)
+            made = None if model is None else await make(model, inputs)
             if model is None or made is None:
                 continue
-            answer = await self._flip(request, name, model, look, made)
+            answer = await self._publish(request, name, model, inputs, made)
             if answer is not None:
                 return answer
         text = "other writers were faster each time; send the same call again"
         raise Unavailable("UNKNOWN_OUTCOME", text, retry_after_s=0.05)
 
-    async def _model_at(self, request: HeadRequest, look: UpdateLook) -> KnownModel | None:
-        model = await self._catalog.get(request.tenant, request.model_id)
-        if model.incarnation != look.incarnation:
-            model = await self._catalog.get(request.tenant, request.model_id, fresh=True)
-        return model if model.incarnation == look.incarnation else None
+    async def _model_at(self, request: StepRequest, inputs: UpdateInputs) -> KnownModel | None:
+        model = await self._model_cache.get(request.tenant, request.model_id)
+        if model.incarnation != inputs.incarnation:
+            model = await self._model_cache.get(request.tenant, request.model_id, fresh=True)
+        return model if model.incarnation == inputs.incarnation else None
 
-    async def _flip(
+    async def _publish(
         self,
-        request: HeadRequest,
+        request: StepRequest,
         name: bytes,
         model: KnownModel,
-        look: UpdateLook,
-        made: NextHead,
+        inputs: UpdateInputs,
+        made: CandidateVersion,
     ) -> StepAnswer | None:
         size = weights.spec_bytes(model.spec)
         data, moments, digest = await self._scheduler.run(hash_work(size), lambda: made.stored)
-        version = Version(look.head.number + 1, digest)
+        version = Version(inputs.head.number + 1, digest)
         answer = StepAnswer(version, made.gradient_norm, made.clipped, len(made.names))
-        flip = HeadFlip(
-            incarnation=look.incarnation,
-            base=look.head,
+        publication = Publication(
+            incarnation=inputs.incarnation,
+            base=inputs.head,
             new=NewVersion(version, data, moments),
             request=name,
             content_digest=request.content_digest,
             answer=answer.to_bytes(),
             names=made.names,
         )
-        asked_at = self._catalog.now()
-        outcome, known = await self._store.flip_head(request.tenant, request.model_id, flip)
-        if outcome is FlipOutcome.FLIPPED:
-            self._catalog.note_head(model, version, made.params, made.moments, asked_at)
+        asked_at = self._model_cache.now()
+        outcome, known = await self._store.publish_version(
+            request.tenant, request.model_id, publication
+        )
+        if outcome is PublishOutcome.PUBLISHED:
+            self._model_cache.note_head(model, version, made.params, made.moments, asked_at)
             return answer
-        if outcome is FlipOutcome.REPLAYED:
+        if outcome is PublishOutcome.REPLAYED:
             return _remembered(request.content_digest + known, request.content_digest)
-        if outcome is FlipOutcome.REUSED:
+        if outcome is PublishOutcome.REUSED:
             raise request_id_reused()
-        if outcome is FlipOutcome.GONE:
-            self._catalog.forget(request.tenant, request.model_id)
+        if outcome is PublishOutcome.GONE:
+            self._model_cache.forget(request.tenant, request.model_id)
             raise model_not_found(request.model_id)
         return None
 

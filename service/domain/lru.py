@@ -12,7 +12,7 @@ K = TypeVar("K")
 V = TypeVar("V")
 
 
-class Recent(Generic[K, V]):
+class LruCache(Generic[K, V]):
     """Values by key, those unused longest forgotten first; the last one stays, whatever its size."""
 
     def __init__(self, limit_bytes: int, bytes_of: Callable[[V], int]) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from rnn_engine import init_moments
-from service.domain.recent import Recent
+from service.domain.lru import LruCache
 from service.domain.refusals import model_not_found, version_gone, weights_forked
 from service.domain.weights import (
     moments_from_bytes,
@@ -39,10 +39,10 @@ class KnownModel:
     incarnation: bytes
     head: Version
     record: ModelRecord
-    read_at: float  # by the catalog's clock, taken before the read
+    read_at: float  # by the model_cache's clock, taken before the read
 
 
-class Catalog:
+class ModelCache:
     """Answers which weights a chunk runs with, mostly without asking the store."""
 
     def __init__(
@@ -58,9 +58,9 @@ class Catalog:
         self._clock = clock
         self._models: OrderedDict[tuple[str, str], KnownModel] = OrderedDict()
         self._reading: dict[tuple[str, str], asyncio.Task[KnownModel]] = {}
-        self._weights: Recent[WeightsName, Params] = Recent(weights_limit_bytes, _params_bytes)
+        self._weights: LruCache[WeightsName, Params] = LruCache(weights_limit_bytes, _params_bytes)
         # Of each model's head, by tenant and model.
-        self._moments: Recent[tuple[str, str], tuple[Version, Moments]] = Recent(
+        self._moments: LruCache[tuple[str, str], tuple[Version, Moments]] = LruCache(
             weights_limit_bytes, _moments_bytes
         )
 
@@ -68,7 +68,7 @@ class Catalog:
         """Return the time by which a head's age is told."""
         return self._clock()
 
-    def peek(self, tenant: str, model_id: str) -> KnownModel | None:
+    def get_cached(self, tenant: str, model_id: str) -> KnownModel | None:
         """Return a model whose head is fresh enough to serve; read ahead when it is half worn."""
         model = self._models.get((tenant, model_id))
         if model is None:
@@ -93,13 +93,13 @@ class Catalog:
             UnsupportedLayout: If another release laid out its specification.
         """
         if not fresh:
-            model = self.peek(tenant, model_id)
+            model = self.get_cached(tenant, model_id)
             if model is not None:
                 return model
             return await asyncio.shield(self.start_reading(tenant, model_id))
         return await self._read(tenant, model_id)
 
-    async def get_life(self, tenant: str, model_id: str, incarnation: bytes) -> KnownModel:
+    async def get_incarnation(self, tenant: str, model_id: str, incarnation: bytes) -> KnownModel:
         """Return the model in the life that a session was opened in.
 
         Raises:
@@ -108,7 +108,7 @@ class Catalog:
         model = await self.get(tenant, model_id)
         if model.incarnation != incarnation:
             model = await self.get(tenant, model_id, fresh=True)
-        return _same_life(model, incarnation)
+        return _same_incarnation(model, incarnation)
 
     async def renew(self, model: KnownModel) -> KnownModel:
         """Read a model again.
@@ -117,7 +117,7 @@ class Catalog:
             NotFound: MODEL_NOT_FOUND, also when the name has a new life.
         """
         renewed = await self.get(model.tenant, model.spec.model_id, fresh=True)
-        return _same_life(renewed, model.incarnation)
+        return _same_incarnation(renewed, model.incarnation)
 
     async def head_at_least(self, model: KnownModel, minimum: Version) -> KnownModel:
         """Return the model with a head that is the minimum or later, read again if need be.
@@ -252,7 +252,7 @@ def _moments_bytes(known: tuple[Version, Moments]) -> int:
     return 1024 + sum(slot.Wx.nbytes + slot.Wh.nbytes + slot.b.nbytes for slot in slots)
 
 
-def _same_life(model: KnownModel, incarnation: bytes) -> KnownModel:
+def _same_incarnation(model: KnownModel, incarnation: bytes) -> KnownModel:
     if model.incarnation != incarnation:
         why = "it was deleted and created again meanwhile"
         raise model_not_found(model.spec.model_id, why)

@@ -10,7 +10,7 @@
 -- ARGV[8] prefix of weights  ARGV[9] prefix of moments  ARGV[10] prefix of gradients
 -- ARGV[11] time for which a counted name is remembered (ms)  ARGV[12] … a superseded version is kept (ms)
 -- ARGV[13] most bytes of superseded versions  ARGV[14] most requests remembered
--- Returns {FLIPPED} | {REPLAYED, answer} | {REUSED} | {STALE} | {GONE} | {MISSING}: a part is not there, or not any more;
+-- Returns {PUBLISHED} | {REPLAYED, answer} | {REUSED} | {STALE} | {GONE} | {MISSING}: a part is not there, or not any more;
 -- UNSUPPORTED_LAYOUT, an error: another release laid out an entry that this step would change
 
 -- The refusal of an entry of another length than ours; nil for our own, or for none.
@@ -125,4 +125,4 @@ for _, name in ipairs(redis.call('ZRANGEBYSCORE', KEYS[6], '-inf', now, 'LIMIT',
     redis.call('ZREM', KEYS[6], name)
   end
 end
-return {'FLIPPED'}
+return {'PUBLISHED'}
