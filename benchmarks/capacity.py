@@ -152,7 +152,7 @@ def _workers_line(service: dict[str, Any]) -> str:
     (row,) = found
     return (
         f"Two workers reached {row['ratio']:.2f} times the rate of one, on compute-bound chunks and with client "
-        f"and store on the same {service['machine']['cores']} cores. What follows takes workers as independent."
+        f"and store on the same {service['machine']['cores']} cores.\nWhat follows takes workers as independent."
     )
 
 
