@@ -266,8 +266,8 @@ class SessionStore(Protocol):
     ) -> tuple[EpochOutcome, int] | AbsentSession:
         """Begin an epoch; the number is the epoch in force, or for GAP the last chunk."""
 
-    def place_of(self, tenant: str, session_id: str) -> object:
-        """Name the server that decides about a session, as far as is known; of one server, always the same."""
+    def node_of(self, tenant: str, session_id: str) -> object:
+        """Return the node that serves a session as far as is known, None where the store is one server."""
 
     async def commit_chunks(self, commits: Sequence[ChunkCommit]) -> list[ChunkOutcome | Exception]:
         """Apply chunks of different sessions, each by itself, in one round trip."""
@@ -301,18 +301,18 @@ class SessionStore(Protocol):
         """Read which tapes wait for their Backward, in order, with where the session stands."""
 
     async def reserve_session(self, tenant: str, session_id: str, ttl_ms: int) -> int:
-        """Note a session in the tenant's list; return the end noted, 0 if the list is full."""
+        """List a session among its tenant's; return the end of its entry, 0 if the list is full."""
 
-    async def find_place(self, tenant: str, session_id: str) -> int:
+    async def find_listing(self, tenant: str, session_id: str) -> int:
         """Return the end that the tenant's list gives a session; 0 if it is not listed."""
 
-    async def give_back_place(
-        self, tenant: str, session_id: str, place: int, live: SessionSnapshot | None
+    async def release_listing(
+        self, tenant: str, session_id: str, listed_end: int, live: SessionSnapshot | None
     ) -> None:
-        """Clear a place that nobody has changed since it was seen: a live session keeps its own."""
+        """Remove a session's entry if its end is still the one given; a live session gets its own end back."""
 
     async def touch_session(self, tenant: str, session_id: str, ttl_ms: int) -> None:
-        """Tell the tenant's list that a session lives on."""
+        """Move the end of a session's entry in the tenant's list to what a chunk has made it."""
 
     async def list_sessions(
         self, tenant: str, after: tuple[str, str] | None, page_size: int

@@ -194,42 +194,41 @@ class Sessions:
             raise Aborted("EPOCH_FENCED", text, epoch=epoch)
         if outcome == "ABSENT" and why is Absence.NEVER:
             raise session_absent(session_id, AbsentSession(why))
-        # Its place on the list else lapses in time. Another release may have begun a session there meanwhile.
+        # Else its entry in the tenant's list lapses in time. Another release may have begun a session there meanwhile.
         with suppress(*STORE_FAILURES, UnsupportedLayout):
-            await self._give_back(
-                tenant, session_id, await self._store.find_place(tenant, session_id)
+            await self._release_listing(
+                tenant, session_id, await self._store.find_listing(tenant, session_id)
             )
         return outcome == "CLOSED"
 
     async def _create(self, tenant: str, session_id: str, start: EpochStart) -> OpenedSession:
-        """Begin an epoch of a session that has its place in the tenant's list, to the end of it.
+        """Reserve an entry in the tenant's list and begin an epoch, even if the caller gives up waiting.
 
-        Whoever gives up waiting, what was begun is carried on: a place that is reserved is used or
-        given back.
+        So an entry that was reserved is always used or released.
         """
-        return await self._carrier.carry(self._create_in_place(tenant, session_id, start))
+        return await self._carrier.carry(self._reserve_and_begin(tenant, session_id, start))
 
-    async def _create_in_place(
+    async def _reserve_and_begin(
         self, tenant: str, session_id: str, start: EpochStart
     ) -> OpenedSession:
         reserved = await self._reserve(tenant, session_id, start.head.ttl_ms)
         try:
             return await self._begin(tenant, session_id, start)
-        except Unavailable:  # it may have begun; else the place lapses in time
+        except Unavailable:  # it may have begun; else the entry lapses in time
             raise
         except DomainError:
             with suppress(*STORE_FAILURES, UnsupportedLayout):
-                await self._give_back(tenant, session_id, reserved)
+                await self._release_listing(tenant, session_id, reserved)
             raise
 
-    async def _give_back(self, tenant: str, session_id: str, place: int) -> None:
-        """Give a place back that was seen before this began; a session that lives now keeps its own.
+    async def _release_listing(self, tenant: str, session_id: str, listed_end: int) -> None:
+        """Release an entry that was read before this began; a session that lives now keeps its own.
 
-        One that begins meanwhile changes its place, or takes it again once it has begun.
+        One that begins meanwhile changes the entry, or makes it again once it has begun.
         """
         found = await self._store.read_session(tenant, session_id)
         live = found if isinstance(found, SessionSnapshot) else None
-        await self._store.give_back_place(tenant, session_id, place, live)
+        await self._store.release_listing(tenant, session_id, listed_end, live)
 
     async def _begin(self, tenant: str, session_id: str, start: EpochStart) -> OpenedSession:
         outcome, number = await self._begin_epoch(tenant, session_id, start)
@@ -262,8 +261,8 @@ class Sessions:
         elif snapshot.head.epoch != number:
             return _overtaken(session_id, snapshot, start, outcome, number)
         live = cached_from_snapshot(snapshot)
-        # An Open has told the list already, but of a life that may be longer or shorter, or of a place that
-        # another one, refused, has given back meanwhile.
+        # This Open has listed the session already, but perhaps with another end than it now has, and another
+        # Open that was refused may have released the entry since.
         live.is_listed = await self._touch(tenant, session_id, snapshot.head.ttl_ms)
         self._session_cache.put((tenant, session_id), live)
         replayed = outcome is EpochOutcome.REPLAYED
@@ -301,13 +300,13 @@ class Sessions:
         return False
 
     async def _reserve(self, tenant: str, session_id: str, ttl_ms: int) -> int:
-        """Reserve a place in the tenant's list; return the end that it has there, or 0 for none."""
+        """Reserve an entry in the tenant's list; return the end that it has there, or 0 for none."""
         try:
             reserved = await self._store.reserve_session(tenant, session_id, ttl_ms)
         except STORE_FAILURES as error:
             if error.reason == "UNKNOWN_OUTCOME":
                 raise
-            # No session can begin either where the store takes no writes, so none needs a place; but
+            # No session can begin either where the store takes no writes, so none needs an entry; but
             # one that is live can go on, and what was begun before be told.
             return 0
         if reserved:

@@ -23,7 +23,7 @@ from service.domain.types import Version
 from service.settings import MIB, MINUTE_MS
 from service.store import keys, layouts
 from service.store.failures import RETRY_AFTER_S
-from service.store.scripts import Call, load_script
+from service.store.scripts import ScriptCall, load_script
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -48,15 +48,15 @@ TRIP_BYTES = 8 * MIB  # of parts in one round trip, which ends well within the s
 NAME_BYTES = layouts.CONTRIBUTION_NAME.size
 ORPHAN_MS = 10 * MINUTE_MS  # how long a version's parts wait for the script that makes them count
 
-_CREATE = load_script("create_model")
-_DELETE = load_script("delete_model")
-_COUNT = load_script("record_contribution")
-_LOOK = load_script("read_update_inputs")
-_FLIP = load_script("publish_version")
-_DISCARD = load_script("discard_contributions")
+_CREATE_MODEL = load_script("create_model")
+_DELETE_MODEL = load_script("delete_model")
+_RECORD_CONTRIBUTION = load_script("record_contribution")
+_READ_UPDATE_INPUTS = load_script("read_update_inputs")
+_PUBLISH_VERSION = load_script("publish_version")
+_DISCARD_CONTRIBUTIONS = load_script("discard_contributions")
 _CREATE_CHECKPOINT = load_script("create_checkpoint")
 _DELETE_CHECKPOINT = load_script("delete_checkpoint")
-_RESERVE = load_script("reserve_model")
+_RESERVE_MODEL = load_script("reserve_model")
 
 
 class RedisModelStore:
@@ -94,11 +94,13 @@ class RedisModelStore:
             keys.weights_prefix(tag, record.incarnation),
             keys.moments_prefix(tag, record.incarnation),
         )
-        create = Call(_CREATE, slot, arguments)
+        create = ScriptCall(_CREATE_MODEL, slot, arguments)
         answer = await self._runner.run(create)
         if answer == b"STALE":  # the name is free; where it is taken nothing needs to be written
             names = keys.tenant_models_key(tenant)
-            reserve = Call(_RESERVE, (names,), (model_id, self._limits.models_per_tenant))
+            reserve = ScriptCall(
+                _RESERVE_MODEL, (names,), (model_id, self._limits.models_per_tenant)
+            )
             if await self._runner.run(reserve) == b"FULL":
                 return CreateOutcome.QUOTA
             try:
@@ -168,7 +170,7 @@ class RedisModelStore:
             keys.moments_prefix(tag, incarnation),
             keys.gradient_prefix(tag),
         )
-        answer = await self._runner.run(Call(_DELETE, slot, (incarnation, *prefixes)))
+        answer = await self._runner.run(ScriptCall(_DELETE_MODEL, slot, (incarnation, *prefixes)))
         # It is gone whatever becomes of its name, which else takes a place until it is used or deleted again.
         with suppress(*STORE_FAILURES):
             await self.forget_model_name(tenant, model_id)
@@ -211,7 +213,7 @@ class RedisModelStore:
     ) -> RecordOutcome:
         """Count a contribution once."""
         tag = keys.model_tag(tenant, model_id)
-        (outcome,) = await self._count(tag, contribution)
+        (outcome,) = await self._record(tag, contribution)
         return RecordOutcome(outcome.decode())
 
     async def record_and_read(
@@ -224,18 +226,20 @@ class RedisModelStore:
     ) -> tuple[RecordOutcome, UpdateInputs | Exception | None]:
         """Count a contribution once and, mostly after that, read what an Update decides from."""
         tag = keys.model_tag(tenant, model_id)
-        outcome, inputs = await self._count(
+        outcome, inputs = await self._record(
             tag, contribution, _inputs_call(tag, request, selectors)
         )
         counted = RecordOutcome(outcome.decode())
         return counted, inputs if isinstance(inputs, Exception) else _update_inputs(inputs)
 
-    async def _count(self, tag: bytes, contribution: Contribution, *others: Call) -> list[Any]:
+    async def _record(
+        self, tag: bytes, contribution: Contribution, *others: ScriptCall
+    ) -> list[Any]:
         """Count a contribution, and run other scripts right after it; return all answers.
 
         The failure of another stands in its place: it takes nothing back.
         """
-        calls = (self._count_call(tag, contribution), *others)
+        calls = (self._record_call(tag, contribution), *others)
         answers = await self._run_first(calls)
         if (
             answers[0] == b"MISSING"
@@ -247,13 +251,13 @@ class RedisModelStore:
             raise parts_expired()
         return answers
 
-    async def _run_first(self, calls: Sequence[Call]) -> list[Any]:
+    async def _run_first(self, calls: Sequence[ScriptCall]) -> list[Any]:
         answers = [ran.answer for ran in await self._runner.run_many(calls)]
         if isinstance(answers[0], Exception):
             raise answers[0]
         return answers
 
-    def _count_call(self, tag: bytes, contribution: Contribution) -> Call:
+    def _record_call(self, tag: bytes, contribution: Contribution) -> ScriptCall:
         limits, gradient = self._limits, contribution.gradient
         slot = (
             keys.model_key(tag),
@@ -274,7 +278,7 @@ class RedisModelStore:
             gradient.nbytes,
             contribution.tape_expires_ms,
         )
-        return Call(_COUNT, slot, arguments)
+        return ScriptCall(_RECORD_CONTRIBUTION, slot, arguments)
 
     async def find_contribution(
         self, tenant: str, model_id: str, name: bytes
@@ -343,7 +347,7 @@ class RedisModelStore:
             limits.remembered_requests_per_model,
         )
         first = _writes(parts) if is_small else ()
-        (ran,) = await self._runner.run_many([Call(_FLIP, slot, arguments, first)])
+        (ran,) = await self._runner.run_many([ScriptCall(_PUBLISH_VERSION, slot, arguments, first)])
         if isinstance(ran.answer, Exception):
             raise ran.answer
         outcome, *answer = ran.answer
@@ -367,7 +371,7 @@ class RedisModelStore:
         remembered_ms = 2 * self._limits.tape_ttl_ms
         prefix = keys.gradient_prefix(tag)
         arguments: list[Argument] = [incarnation, prefix, remembered_ms, *selectors]
-        dropped = int(await self._runner.run(Call(_DISCARD, slot, arguments)))
+        dropped = int(await self._runner.run(ScriptCall(_DISCARD_CONTRIBUTIONS, slot, arguments)))
         return None if dropped < 0 else dropped
 
     async def create_checkpoint(
@@ -388,7 +392,7 @@ class RedisModelStore:
         )
         named = layouts.version_to_bytes(version) if version else b""
         arguments = (incarnation, checkpoint_id, named, self._limits.checkpoints_per_model)
-        outcome, *entry = await self._runner.run(Call(_CREATE_CHECKPOINT, slot, arguments))
+        outcome, *entry = await self._runner.run(ScriptCall(_CREATE_CHECKPOINT, slot, arguments))
         kept = layouts.checkpoint_from_bytes(checkpoint_id, entry[0]) if entry else None
         return CheckpointOutcome(outcome.decode()), kept
 
@@ -415,7 +419,7 @@ class RedisModelStore:
             keys.checkpoints_key(tag),
         )
         arguments = (incarnation, checkpoint_id, keys.moments_prefix(tag, incarnation))
-        answer = await self._runner.run(Call(_DELETE_CHECKPOINT, slot, arguments))
+        answer = await self._runner.run(ScriptCall(_DELETE_CHECKPOINT, slot, arguments))
         return bool(answer == b"DELETED")
 
     def contribution_name(self, tenant: str, session_id: str, epoch: int, chunk_seq: int) -> bytes:
@@ -487,14 +491,14 @@ class RedisModelStore:
         )
 
 
-def _inputs_call(tag: bytes, request: bytes, selectors: Sequence[bytes]) -> Call:
+def _inputs_call(tag: bytes, request: bytes, selectors: Sequence[bytes]) -> ScriptCall:
     slot = (
         keys.model_key(tag),
         keys.contributions_key(tag),
         keys.waiting_key(tag),
         keys.requests_key(tag),
     )
-    return Call(_LOOK, slot, (request, *selectors))
+    return ScriptCall(_READ_UPDATE_INPUTS, slot, (request, *selectors))
 
 
 def _update_inputs(answer: list[bytes]) -> UpdateInputs | None:

@@ -50,7 +50,7 @@ class Script:
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class ScriptCall:
     """One call of a script; `first` is sent right before it, whenever it is sent."""
 
     script: Script
@@ -138,11 +138,11 @@ class ScriptRunner:
         """Whether a script may see one hash slot only."""
         return isinstance(self._client, ClusterRouter)
 
-    def place_of(self, key: bytes) -> object:
-        """Name the server that serves a key, as far as is known."""
+    def node_of(self, key: bytes) -> object:
+        """Return the node that serves a key as far as is known, None where the store is one server."""
         return self._client.node_of(key) if isinstance(self._client, ClusterRouter) else None
 
-    async def run(self, call: Call) -> Any:
+    async def run(self, call: ScriptCall) -> Any:
         """Run one script.
 
         Raises:
@@ -155,7 +155,7 @@ class ScriptRunner:
             raise ran.answer
         return ran.answer
 
-    async def run_many(self, calls: Sequence[Call]) -> list[Ran]:
+    async def run_many(self, calls: Sequence[ScriptCall]) -> list[Ran]:
         """Run scripts in one round trip; a failure stands in its script's place.
 
         One that is sent again comes after the others.
@@ -173,7 +173,7 @@ class ScriptRunner:
                     ran[i] = ran[i]._replace(answer=answer)
         return [_in_domain_words(call, one) for call, one in zip(calls, ran, strict=True)]
 
-    async def _send_calls(self, calls: Sequence[Call]) -> list[Ran]:
+    async def _send_calls(self, calls: Sequence[ScriptCall]) -> list[Ran]:
         """Send scripts, again where an answer was lost; what was lost once stays so if it is refused then."""
         ran = await self._send_forms(calls, [call.by_digest for call in calls])
         for attempt in range(self._resends + 1):
@@ -189,7 +189,7 @@ class ScriptRunner:
                     ran[i] = one
         return ran
 
-    async def _send_forms(self, calls: Sequence[Call], forms: Sequence[Command]) -> list[Ran]:
+    async def _send_forms(self, calls: Sequence[ScriptCall], forms: Sequence[Command]) -> list[Ran]:
         commands = [
             command
             for call, form in zip(calls, forms, strict=True)
@@ -268,7 +268,7 @@ class ScriptRunner:
         return [a if isinstance(a, Exception) else lost for a in given]
 
 
-def _in_domain_words(call: Call, ran: Ran) -> Ran:
+def _in_domain_words(call: ScriptCall, ran: Ran) -> Ran:
     is_decision = call.script.reader is not None
     return Ran(
         as_domain_error(ran.answer, is_decision=is_decision)

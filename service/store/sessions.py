@@ -15,7 +15,7 @@ from service.domain.ports import (
 from service.settings import DAY_MS
 from service.store import keys, layouts
 from service.store.failures import as_domain_error, is_refusal
-from service.store.scripts import Call, load_script
+from service.store.scripts import ScriptCall, load_script
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -34,19 +34,19 @@ if TYPE_CHECKING:
 ORPHAN_MS = 60_000  # a tape whose commit never came lives so long
 MARKER_MS = DAY_MS  # how much longer than its session a marker lives
 
-_READ = load_script("read_session")
+_READ_SESSION = load_script("read_session")
 _READ_EXPIRY = load_script("read_expiry")
-_BEGIN = load_script("begin_epoch")
-_COMMIT = load_script("commit_chunks")
-_EXTEND = load_script("extend_session")
-_CLOSE = load_script("close_session")
+_BEGIN_EPOCH = load_script("begin_epoch")
+_COMMIT_CHUNKS = load_script("commit_chunks")
+_EXTEND_SESSION = load_script("extend_session")
+_CLOSE_SESSION = load_script("close_session")
 _READ_TAPE = load_script("read_tape")
-_SETTLE = load_script("mark_tape_consumed")
-_DISCARD = load_script("discard_tapes")
+_MARK_TAPE_CONSUMED = load_script("mark_tape_consumed")
+_DISCARD_TAPES = load_script("discard_tapes")
 _LIST_TAPES = load_script("list_tapes")
-_RESERVE = load_script("reserve_session")
-_GIVE_BACK = load_script("give_back_place")
-_LIST = load_script("list_sessions")
+_RESERVE_SESSION = load_script("reserve_session")
+_RELEASE_LISTING = load_script("release_listing")
+_LIST_SESSIONS = load_script("list_sessions")
 
 _CHUNK_OUTCOMES = {outcome.value.encode(): outcome for outcome in ChunkOutcome}
 
@@ -68,7 +68,7 @@ class RedisSessionStore:
     ) -> SessionSnapshot | AbsentSession:
         """Read a session, with the states around a chunk when one is named."""
         tag = keys.session_tag(tenant, session_id)
-        call = Call(_READ, (keys.record_key(tag), keys.marker_key(tag)), (chunk_seq,))
+        call = ScriptCall(_READ_SESSION, (keys.record_key(tag), keys.marker_key(tag)), (chunk_seq,))
         answer = await self._runner.run(call)
         if len(answer) == 1:
             return await self._absent(tag, answer[0])
@@ -102,14 +102,14 @@ class RedisSessionStore:
             len(start.head.model_id.encode()),
         )
         slot = (keys.record_key(tag), keys.marker_key(tag), keys.tape_index_key(tag))
-        outcome, told = await self._runner.run(Call(_BEGIN, slot, arguments))
+        outcome, told = await self._runner.run(ScriptCall(_BEGIN_EPOCH, slot, arguments))
         if outcome == b"ABSENT":
             return await self._absent(tag, told)
         return EpochOutcome(outcome.decode()), int(told)
 
-    def place_of(self, tenant: str, session_id: str) -> object:
-        """Name the server that decides about a session, as far as is known; of one server, always the same."""
-        return self._runner.place_of(keys.session_tag(tenant, session_id))
+    def node_of(self, tenant: str, session_id: str) -> object:
+        """Return the node that serves a session as far as is known, None where the store is one server."""
+        return self._runner.node_of(keys.session_tag(tenant, session_id))
 
     async def commit_chunks(self, commits: Sequence[ChunkCommit]) -> list[ChunkOutcome | Exception]:
         """Apply chunks of different sessions, each by itself, in one round trip."""
@@ -135,7 +135,7 @@ class RedisSessionStore:
         """Let the time to live start again; STALE when the epoch is not there any more."""
         tag = keys.session_tag(tenant, session_id)
         slot = (keys.record_key(tag), keys.marker_key(tag))
-        answer = await self._runner.run(Call(_EXTEND, slot, (epoch, MARKER_MS)))
+        answer = await self._runner.run(ScriptCall(_EXTEND_SESSION, slot, (epoch, MARKER_MS)))
         return ChunkOutcome.STALE if answer == b"ABSENT" else _CHUNK_OUTCOMES[answer]
 
     async def close_session(
@@ -145,7 +145,7 @@ class RedisSessionStore:
         tag = keys.session_tag(tenant, session_id)
         slot = (keys.record_key(tag), keys.marker_key(tag), keys.tape_index_key(tag))
         outcome, epoch, marker = await self._runner.run(
-            Call(_CLOSE, slot, (expected_epoch, MARKER_MS))
+            ScriptCall(_CLOSE_SESSION, slot, (expected_epoch, MARKER_MS))
         )
         return outcome.decode(), int(epoch), layouts.absence_from_marker(marker).why
 
@@ -162,7 +162,7 @@ class RedisSessionStore:
             keys.tape_key(tag, name),
         )
         head, marker, entry, tape = await self._runner.run(
-            Call(_READ_TAPE, slot, (name, int(with_data)))
+            ScriptCall(_READ_TAPE, slot, (name, int(with_data)))
         )
         expires_ms, token = layouts.tape_entry_from_bytes(entry) if entry else (0, b"")
         return TapeSnapshot(
@@ -179,7 +179,7 @@ class RedisSessionStore:
         tag = keys.session_tag(tenant, session_id)
         name = layouts.TAPE_NAME.pack(epoch, chunk_seq)
         slot = (keys.record_key(tag), keys.tape_index_key(tag))
-        await self._runner.run(Call(_SETTLE, slot, (name, token)))
+        await self._runner.run(ScriptCall(_MARK_TAPE_CONSUMED, slot, (name, token)))
 
     async def discard_tapes(
         self, tenant: str, session_id: str, epoch: int, chunk_seqs: Sequence[int]
@@ -189,7 +189,7 @@ class RedisSessionStore:
         chunks = b"".join(seq.to_bytes(8, "big") for seq in chunk_seqs)
         named = epoch.to_bytes(8, "big") if epoch else b""
         slot = (keys.record_key(tag), keys.tape_index_key(tag))
-        return int(await self._runner.run(Call(_DISCARD, slot, (named, chunks))))
+        return int(await self._runner.run(ScriptCall(_DISCARD_TAPES, slot, (named, chunks))))
 
     async def list_tapes(
         self, tenant: str, session_id: str
@@ -197,7 +197,7 @@ class RedisSessionStore:
         """Read which tapes wait for their Backward, in order, with where the session stands."""
         tag = keys.session_tag(tenant, session_id)
         slot = (keys.record_key(tag), keys.marker_key(tag), keys.tape_index_key(tag))
-        head, marker, *tapes = await self._runner.run(Call(_LIST_TAPES, slot, ()))
+        head, marker, *tapes = await self._runner.run(ScriptCall(_LIST_TAPES, slot, ()))
         if not head:
             return await self._absent(tag, marker), []
         return layouts.head_from_bytes(head), [
@@ -205,38 +205,44 @@ class RedisSessionStore:
         ]
 
     async def reserve_session(self, tenant: str, session_id: str, ttl_ms: int) -> int:
-        """Note a session in the tenant's list; return the end noted, 0 if the list is full."""
+        """List a session among its tenant's; return the end of its entry, 0 if the list is full."""
         arguments = (session_id, ttl_ms + ttl_ms // 4, self._limits.sessions_per_tenant, "GT")
-        call = Call(_RESERVE, (keys.tenant_sessions_key(tenant),), arguments)
+        call = ScriptCall(_RESERVE_SESSION, (keys.tenant_sessions_key(tenant),), arguments)
         answer = await self._runner.run(call)
         return 0 if answer == b"FULL" else int(answer)
 
-    async def find_place(self, tenant: str, session_id: str) -> int:
+    async def find_listing(self, tenant: str, session_id: str) -> int:
         """Return the end that the tenant's list gives a session; 0 if it is not listed."""
-        look = ("ZSCORE", keys.tenant_sessions_key(tenant), session_id)
-        (end,) = await self._runner.run_commands([look])
+        score = ("ZSCORE", keys.tenant_sessions_key(tenant), session_id)
+        (end,) = await self._runner.run_commands([score])
         return int(float(end or 0))
 
-    async def give_back_place(
-        self, tenant: str, session_id: str, place: int, live: SessionSnapshot | None
+    async def release_listing(
+        self, tenant: str, session_id: str, listed_end: int, live: SessionSnapshot | None
     ) -> None:
-        """Clear a place that nobody has changed since it was seen: a live session keeps its own."""
+        """Remove a session's entry if its end is still the one given; a live session gets its own end back."""
         end = live.expire_time_ms + live.head.ttl_ms // 4 if live else 0
-        arguments = (session_id, place, end)
-        await self._runner.run(Call(_GIVE_BACK, (keys.tenant_sessions_key(tenant),), arguments))
+        arguments = (session_id, listed_end, end)
+        await self._runner.run(
+            ScriptCall(_RELEASE_LISTING, (keys.tenant_sessions_key(tenant),), arguments)
+        )
 
     async def touch_session(self, tenant: str, session_id: str, ttl_ms: int) -> None:
-        """Tell the tenant's list that a session lives on."""
+        """Move the end of a session's entry in the tenant's list to what a chunk has made it."""
         most = 1 << 53  # a session that lives already is never refused
         arguments = (session_id, ttl_ms + ttl_ms // 4, most, "CH")
-        await self._runner.run(Call(_RESERVE, (keys.tenant_sessions_key(tenant),), arguments))
+        await self._runner.run(
+            ScriptCall(_RESERVE_SESSION, (keys.tenant_sessions_key(tenant),), arguments)
+        )
 
     async def list_sessions(
         self, tenant: str, after: tuple[str, str] | None, page_size: int
     ) -> list[tuple[str, str]]:
         """Read a page of (session_id, position) of the tenant's list."""
         name, position = after or ("", "")
-        call = Call(_LIST, (keys.tenant_sessions_key(tenant),), (position, name, page_size))
+        call = ScriptCall(
+            _LIST_SESSIONS, (keys.tenant_sessions_key(tenant),), (position, name, page_size)
+        )
         flat = [part.decode() for part in await self._runner.run(call)]
         return list(zip(flat[::2], flat[1::2], strict=True))
 
@@ -245,7 +251,9 @@ class RedisSessionStore:
         absent = layouts.absence_from_marker(marker)
         if absent.why is not Absence.EXPIRED:
             return absent
-        expired = await self._runner.run(Call(_READ_EXPIRY, (keys.marker_key(tag),), (MARKER_MS,)))
+        expired = await self._runner.run(
+            ScriptCall(_READ_EXPIRY, (keys.marker_key(tag),), (MARKER_MS,))
+        )
         return replace(absent, expired_at_ms=int(expired))
 
     def _grouped(self, commits: Sequence[ChunkCommit]) -> list[Sequence[ChunkCommit]]:
@@ -254,7 +262,7 @@ class RedisSessionStore:
             return [[commit] for commit in commits]
         return [commits]
 
-    def _commit_call(self, commits: Sequence[ChunkCommit]) -> Call:
+    def _commit_call(self, commits: Sequence[ChunkCommit]) -> ScriptCall:
         limits = self._limits
         slot = [keys.record_key(keys.session_tag(c.tenant, c.session_id)) for c in commits]
         if self._runner.is_cluster:
@@ -269,7 +277,7 @@ class RedisSessionStore:
             b"".join(part for commit in commits for part in layouts.commit_to_parts(commit)),
         )
         first = [_lay_tape(commit) for commit in commits if commit.tape is not None]
-        return Call(_COMMIT, slot, arguments, first)
+        return ScriptCall(_COMMIT_CHUNKS, slot, arguments, first)
 
 
 def _chunk_outcomes(commits: Sequence[ChunkCommit], ran: Ran) -> Iterator[ChunkOutcome | Exception]:

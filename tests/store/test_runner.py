@@ -18,7 +18,7 @@ from service.domain.types import InitialWeights, ModelSpec
 from service.settings import Limits, Settings
 from service.store.connect import UnfitStoreError, open_store
 from service.store.embedded import EmbeddedStore
-from service.store.scripts import Call, ScriptRunner, load_script
+from service.store.scripts import ScriptCall, ScriptRunner, load_script
 from service.store.urls import connect
 
 if TYPE_CHECKING:
@@ -163,7 +163,8 @@ async def test_a_script_that_fails_does_not_take_its_neighbours(
         runner = ScriptRunner(client)
         script = load_script("reserve_model")
         good, bad = (
-            Call(script, (key,), ("m", 10)) for key in (f"{tenant}x".encode(), tenant.encode())
+            ScriptCall(script, (key,), ("m", 10))
+            for key in (f"{tenant}x".encode(), tenant.encode())
         )
         first, failed, last = [ran.answer for ran in await runner.run_many([good, bad, good])]
         assert (first, last) == (b"OK", b"OK")
@@ -175,7 +176,7 @@ async def test_a_script_that_was_carried_out_is_told_as_such(store_url: str, ten
     """Also when what was sent right before it failed: it may have applied others' chunks."""
     client: Any = connect(store_url, Settings())
     key, refused = f"{tenant}z".encode(), ("NO-SUCH-COMMAND",)
-    call = Call(load_script("reserve_model"), (key,), ("m", 10), [refused])
+    call = ScriptCall(load_script("reserve_model"), (key,), ("m", 10), [refused])
     assert await ScriptRunner(client).run(call) == b"OK"
     await client.aclose()
 
@@ -191,7 +192,7 @@ async def test_a_silent_store_is_asked_once() -> None:
             raise redis.TimeoutError("nothing came in time")
 
     runner = ScriptRunner(cast("Any", Silent()))
-    (ran,) = await runner.run_many([Call(load_script("read_session"), [b"k", b"e"], [0])])
+    (ran,) = await runner.run_many([ScriptCall(load_script("read_session"), [b"k", b"e"], [0])])
     assert isinstance(ran.answer, Unavailable)
     with pytest.raises(Unavailable):
         await runner.run_commands([("GET", "k")])

@@ -421,8 +421,8 @@ async def test_the_list_has_a_place_for_each_session_but_no_more(
     assert await sessions.reserve_session(tenant, "a", HOUR_MS)
     await raw.zadd(keys.tenant_sessions_key(tenant), {"b": 1})
     assert await sessions.reserve_session(tenant, "c", HOUR_MS)
-    await sessions.give_back_place(tenant, "a", await sessions.find_place(tenant, "a"), None)
-    assert await sessions.find_place(tenant, "a") == 0
+    await sessions.release_listing(tenant, "a", await sessions.find_listing(tenant, "a"), None)
+    assert await sessions.find_listing(tenant, "a") == 0
     assert [name for name, _ in await sessions.list_sessions(tenant, None, 10)] == ["c"]
     await store.close()
 

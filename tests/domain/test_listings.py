@@ -1,4 +1,4 @@
-"""Places in a tenant's lists: what is refused takes none, what lives keeps its own."""
+"""Entries of a tenant's lists: what is refused leaves none, what lives keeps its own."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 WEEK_MS = 7 * DAY_MS
 
 
-async def place_of(raw: Redis, tenant: str, session_id: str) -> float | None:
+async def listed_end(raw: Redis, tenant: str, session_id: str) -> float | None:
     """Return the end that the tenant's list gives a session, in ms."""
     end: float | None = await raw.zscore(keys.tenant_sessions_key(tenant), session_id)
     return end
@@ -69,7 +69,7 @@ async def fork_onto_a_live_one(replica: Replica, tenant: str) -> None:
     [fail, resume_as_another, reuse_a_request, restore_the_past, fork_onto_a_live_one],
     ids=lambda one: one.__name__,
 )
-async def test_a_refused_open_leaves_a_live_session_its_own_place(
+async def test_a_refused_open_leaves_a_live_session_its_own_entry(
     replicas: Pair,
     tenant: str,
     raw: Redis,
@@ -81,12 +81,12 @@ async def test_a_refused_open_leaves_a_live_session_its_own_place(
     for name in ("live", "source"):
         opened = await open_on(replicas[0], tenant, name, ttl_ms=HOUR_MS, request_id="r")
     await refusal(refused(replicas[1], tenant))
-    end = await place_of(raw, tenant, "live")
+    end = await listed_end(raw, tenant, "live")
     assert end is not None
     assert abs(end - opened.session.expire_time_ms - HOUR_MS / 4) < HOUR_MS / 8
 
 
-async def test_refused_opens_of_free_names_take_no_place(
+async def test_refused_opens_of_free_names_are_not_listed(
     make_replica: ReplicaMaker, replicas: Pair, tenant: str, raw: Redis, make_model: ModelMaker
 ) -> None:
     """Any number of epochs that cannot be restored leave the quota to who is let in."""
@@ -102,8 +102,8 @@ async def test_refused_opens_of_free_names_take_no_place(
     assert (await refusal(open_on(small, tenant, "c"))).reason == "MAX_SESSIONS"
 
 
-@pytest.mark.parametrize("moment", ["begin_epoch", "read_session", "give_back_place"])
-async def test_a_refused_open_does_not_take_the_place_of_one_that_came_meanwhile(
+@pytest.mark.parametrize("moment", ["begin_epoch", "read_session", "release_listing"])
+async def test_a_refused_open_does_not_take_the_entry_of_one_that_came_meanwhile(
     replicas: Pair,
     tenant: str,
     raw: Redis,
@@ -125,14 +125,14 @@ async def test_a_refused_open_does_not_take_the_place_of_one_that_came_meanwhile
     monkeypatch.setattr(type(store), moment, overtaken)
     ahead = seconds * 1000 + 2 * DAY_MS
     await refusal(open_on(replicas[0], tenant, "s", ttl_ms=WEEK_MS, restored_epoch=ahead))
-    end = await place_of(raw, tenant, "s")
+    end = await listed_end(raw, tenant, "s")
     assert end is not None
     assert end < (seconds + 2 * 3600) * 1000
 
 
-@pytest.mark.parametrize("moment", ["find_place", "read_session", "give_back_place"])
+@pytest.mark.parametrize("moment", ["find_listing", "read_session", "release_listing"])
 @pytest.mark.parametrize("ttl_ms", [HOUR_MS // 2, HOUR_MS, WEEK_MS])
-async def test_a_close_does_not_take_the_place_of_one_opened_meanwhile(
+async def test_a_close_does_not_take_the_entry_of_one_opened_meanwhile(
     replicas: Pair,
     tenant: str,
     raw: Redis,
@@ -154,7 +154,7 @@ async def test_a_close_does_not_take_the_place_of_one_opened_meanwhile(
 
     monkeypatch.setattr(type(store), moment, overtaken)
     assert await replicas[0].sessions.close(tenant, "s", 0)
-    assert await place_of(raw, tenant, "s") is not None
+    assert await listed_end(raw, tenant, "s") is not None
 
 
 async def test_a_close_takes_its_session_off_the_list(
@@ -164,11 +164,11 @@ async def test_a_close_takes_its_session_off_the_list(
     await make_model()
     await open_on(replicas[0], tenant, "s", ttl_ms=HOUR_MS)
     assert await replicas[1].sessions.close(tenant, "s", 0)
-    assert await place_of(raw, tenant, "s") is None
+    assert await listed_end(raw, tenant, "s") is None
     assert not await replicas[1].sessions.close(tenant, "s", 0)
 
 
-async def test_a_place_that_was_given_back_too_early_is_taken_again(
+async def test_an_entry_that_was_released_too_early_is_made_again(
     replicas: Pair,
     tenant: str,
     raw: Redis,
@@ -185,15 +185,15 @@ async def test_a_place_that_was_given_back_too_early_is_taken_again(
         monkeypatch.undo()
         ahead = seconds * 1000 + 2 * DAY_MS
         await refusal(open_on(replicas[1], tenant, "s", ttl_ms=WEEK_MS, restored_epoch=ahead))
-        assert await place_of(raw, tenant, "s") is None
+        assert await listed_end(raw, tenant, "s") is None
         return await original(self, *arguments)
 
     monkeypatch.setattr(type(store), "begin_epoch", late)
     await open_on(replicas[0], tenant, "s", ttl_ms=HOUR_MS)
-    assert await place_of(raw, tenant, "s") is not None
+    assert await listed_end(raw, tenant, "s") is not None
 
 
-async def test_an_open_that_nobody_waits_for_gives_its_place_back(
+async def test_an_open_that_nobody_waits_for_releases_its_entry(
     replicas: Pair,
     tenant: str,
     raw: Redis,
@@ -203,7 +203,7 @@ async def test_an_open_that_nobody_waits_for_gives_its_place_back(
     """A caller that goes away midway does not keep the refusal from being carried to its end."""
     await make_model()
     await open_on(replicas[0], tenant, "s", ttl_ms=HOUR_MS)
-    before = await place_of(raw, tenant, "s")
+    before = await listed_end(raw, tenant, "s")
     store: Any = replicas[0].store.sessions
     original, reached, settled = type(store).begin_epoch, asyncio.Event(), asyncio.Event()
 
@@ -211,19 +211,19 @@ async def test_an_open_that_nobody_waits_for_gives_its_place_back(
         reached.set()
         return await original(self, *arguments)
 
-    give_back = type(store).give_back_place
+    release = type(store).release_listing
 
     async def watched(self: Any, *arguments: Any) -> Any:
-        await give_back(self, *arguments)
+        await release(self, *arguments)
         settled.set()
 
     monkeypatch.setattr(type(store), "begin_epoch", slow)
-    monkeypatch.setattr(type(store), "give_back_place", watched)
+    monkeypatch.setattr(type(store), "release_listing", watched)
     opening = asyncio.create_task(open_on(replicas[0], tenant, "s", ttl_ms=WEEK_MS))
     await reached.wait()
     opening.cancel()
     await asyncio.wait_for(settled.wait(), 10)
-    after = await place_of(raw, tenant, "s")
+    after = await listed_end(raw, tenant, "s")
     assert before is not None
     assert after is not None
     assert abs(after - before) < HOUR_MS / 8
@@ -240,7 +240,7 @@ async def full(raw: Redis) -> AsyncIterator[Callable[[], Awaitable[None]]]:
     await raw.config_set("maxmemory", 0)
 
 
-async def test_a_model_whose_weights_found_no_room_takes_no_place(
+async def test_a_model_whose_weights_found_no_room_is_not_listed(
     make_replica: ReplicaMaker,
     tenant: str,
     raw: Redis,

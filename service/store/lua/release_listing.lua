@@ -1,6 +1,6 @@
 #!lua flags=allow-oom
--- Give back a place in a tenant's list, of an Open that was refused or a session that was closed, unless
--- somebody else has reserved it or used it since.
+-- Remove the entry in a tenant's list of an Open that was refused or of a session that was closed, unless
+-- somebody else has reserved or used it since.
 -- KEYS[1] tenant's sessions by the time at which they expire
 -- ARGV[1] session_id  ARGV[2] end that it had  ARGV[3] end of the session that lives, or 0: none
 -- Returns OK or CHANGED
