@@ -17,7 +17,7 @@ Pure functions: `rnn_forward`, `rnn_backward`, `rnn_forward_many`, and the optim
 them: `RNN`, `TimeRNN`.
 """
 
-from rnn_engine.backward import Backward, rnn_backward
+from rnn_engine.backward import ChunkGradients, rnn_backward
 from rnn_engine.errors import DTypeError, EngineError, ShapeError
 from rnn_engine.forward import Tape, rnn_forward
 from rnn_engine.gradients import clip_by_global_norm, global_norm, scale_grads, sum_grads
@@ -50,7 +50,7 @@ __all__ = [
     "Adam",
     "AdamW",
     "Array",
-    "Backward",
+    "ChunkGradients",
     "DTypeError",
     "EngineError",
     "Grads",

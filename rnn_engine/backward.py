@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Backward:
+class ChunkGradients:
     """The gradients of a loss with respect to all that went into one chunk.
 
     Attributes:
@@ -32,7 +32,9 @@ class Backward:
     grads: Grads
 
 
-def rnn_backward(params: Params, tape: Tape, dhs: Array, dh_next: Array | None = None) -> Backward:
+def rnn_backward(
+    params: Params, tape: Tape, dhs: Array, dh_next: Array | None = None
+) -> ChunkGradients:
     """Propagate the gradients of the hidden states back through one chunk.
 
     dz_t = (dhs_t + dz_{t+1} Wh^T) * (1 - h_t^2), t = T..1, where dz_{T+1} Wh^T is `dh_next`.
@@ -73,7 +75,7 @@ def rnn_backward(params: Params, tape: Tape, dhs: Array, dh_next: Array | None =
         dWx=d_input_part[:-1], dWh=h_prev.reshape(t * n, h).T.dot(dzs), db=d_input_part[-1]
     )
     dxs = dzs.dot(params.Wx.T).reshape(t, n, d).swapaxes(0, 1)
-    return Backward(dxs, dh0, grads)
+    return ChunkGradients(dxs, dh0, grads)
 
 
 def _check_gradients(params: Params, tape: Tape, dhs: Array, dh_next: Array | None) -> None:

@@ -12,7 +12,7 @@ from rnn_engine.forward import rnn_forward
 from rnn_engine.params import MATRIX_NDIM, Params
 
 if TYPE_CHECKING:
-    from rnn_engine.backward import Backward
+    from rnn_engine.backward import ChunkGradients
     from rnn_engine.forward import Tape
     from rnn_engine.params import Array
 
@@ -34,7 +34,7 @@ class _Layer:
         self._tape = rnn_forward(Params(*self.params), xs, h0)
         return self._tape
 
-    def _run_back(self, dhs: Array) -> Backward:
+    def _run_back(self, dhs: Array) -> ChunkGradients:
         if self._tape is None:
             raise EngineError("backward: expected a forward pass before it, got none")
         result = rnn_backward(Params(*self.params), self._tape, dhs)

@@ -68,10 +68,7 @@ from service.domain.weights import grads_from_bytes, grads_to_blob, spec_bytes, 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from rnn_engine import (
-        Backward as Gradients,
-    )
-    from rnn_engine import Grads, Moments, Params
+    from rnn_engine import ChunkGradients, Grads, Moments, Params
     from service.compute.scheduler import Scheduler
     from service.domain.model_cache import KnownModel, ModelCache
     from service.domain.ports import ModelStore, SessionHead, SessionStore, TapeSnapshot
@@ -264,7 +261,7 @@ class Training:
 
     async def _differentiate_early(
         self, op: Backward, recent: StoredTape | None
-    ) -> tuple[Gradients, bytes] | None:
+    ) -> tuple[ChunkGradients, bytes] | None:
         """Compute, from what is in hand, while the store is asked whether it may still be used."""
         if recent is None or not _fits(op, recent):
             return None
@@ -273,7 +270,7 @@ class Training:
 
     async def _differentiate(
         self, op: Backward, stored: StoredTape, params: Params
-    ) -> tuple[Gradients, bytes]:
+    ) -> tuple[ChunkGradients, bytes]:
         """Return the gradients, and the digest of what they were computed from."""
         return await asyncio.gather(
             self._scheduler.run(_work(stored), _differentiate, params, stored, op),
@@ -580,7 +577,7 @@ def _counted_metadata(op: Backward, counted: ContributionState | None) -> dict[s
     return found
 
 
-def _finite_norm(made: Gradients) -> float:
+def _finite_norm(made: ChunkGradients) -> float:
     norm = global_norm(made.grads)
     if not (math.isfinite(norm) and is_finite(made.dxs) and is_finite(made.dh0)):
         text = "the gradients are not finite; nothing was counted"
@@ -596,7 +593,7 @@ def _fits(op: Backward, stored: StoredTape) -> bool:
     return fits and (arriving is None or (arriving.shape == (n, h) and arriving.dtype == dtype))
 
 
-def _differentiate(params: Params, stored: StoredTape, op: Backward) -> Gradients:
+def _differentiate(params: Params, stored: StoredTape, op: Backward) -> ChunkGradients:
     return rnn_backward(params, stored.complete(params), op.dhs, op.dh_next)
 
 

@@ -14,7 +14,7 @@ from rnn_engine import DTypeError, Params, ShapeError, Tape, rnn_backward, rnn_f
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from rnn_engine import Array, Backward
+    from rnn_engine import Array, ChunkGradients
     from tests.rnn_engine.conftest import Case, CaseMaker
 
 NAMES = ["xs", "h0", "Wx", "Wh", "b"]
@@ -46,7 +46,7 @@ def _central_difference(name: str, case: Case, dh_next: Array | None) -> Array:
     return gradient
 
 
-def _by_name(result: Backward) -> dict[str, Array]:
+def _by_name(result: ChunkGradients) -> dict[str, Array]:
     grads = result.grads
     return dict(zip(NAMES, (result.dxs, result.dh0, grads.dWx, grads.dWh, grads.db), strict=True))
 
