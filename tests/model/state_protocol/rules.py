@@ -49,14 +49,14 @@ RULES = (
     Rule(
         "version-digest",
         "A weights version is named by number and digest.",
-        "After lost writes a number comes back with other weights.",
+        "After lost writes the same number would come back with other weights.",
         "lost writes beside rivals",
         seed=35,
     ),
     Rule(
-        "counted-name",
-        "The name of a counted contribution is remembered after the step.",
-        "A late duplicate of its Backward would count it again.",
+        "recorded-name",
+        "The name of a recorded contribution is remembered after the step.",
+        "A late duplicate of its Backward would record it again.",
         "lost replies",
     ),
     Rule(
@@ -93,14 +93,14 @@ RULES = (
     Rule(
         "age",
         "A session that is absent has expired if its last answer is older than its ttl; "
-        "only a younger one is begun again.",
+        "only a younger one was lost and is begun again.",
         "When the marker has gone, healing would bring back what expired or was closed.",
         "days of sleep",
     ),
     Rule(
         "suspend-clock",
         "Age is measured by a clock that runs on while the machine is suspended.",
-        "A client that wakes up would take itself for young.",
+        "A client that wakes up would take its last answer for younger than it is.",
         "days of sleep",
     ),
     Rule(
@@ -118,7 +118,7 @@ RULES = (
     ),
     Rule(
         "longest-marker",
-        "A marker never gets a shorter life than it had.",
+        "A marker never gets a shorter time to live than it had.",
         "After a reset with a short ttl, a client of the epoch before would begin that again.",
         "days of sleep beside others",
         seed=24,
@@ -127,13 +127,13 @@ RULES = (
         "skip-held",
         "Healing sends a Backward again only if the version that its Update made is lost.",
         "A Forward that is sent again makes a new tape, and when the name is forgotten the "
-        "gradient would be counted twice.",
+        "gradient would be recorded twice.",
         "hours of sleep and lost writes",
     ),
     Rule(
         "held-digest",
-        "A version is there if number and, where it is still kept, digest agree.",
-        "Our step would be taken for made where another has taken its number.",
+        "A version counts as present only if its number and, where it is still kept, its digest agree.",
+        "Our step would be taken for made where another step has taken its number.",
         "lost writes beside rivals",
     ),
     Rule(
@@ -144,9 +144,9 @@ RULES = (
     ),
     Rule(
         "unclaimed-age",
-        "A Backward without a known Update, counted longer ago than a name is remembered, is sent "
+        "A Backward without a known Update, recorded longer ago than a name is remembered, is sent "
         "again only while the head is the one that was known before it.",
-        "Somebody else's Update may have taken it, and its name may be forgotten.",
+        "Somebody else's Update may have consumed it, and its name may be forgotten.",
         "hours of sleep and lost writes beside others",
         seed=104,
     ),
@@ -160,7 +160,7 @@ RULES = (
     Rule(
         "counted-answer",
         "TAPE_MISSING with counted=true is an answer: the contribution waits.",
-        "A contribution whose answer was lost would wait for ever, or be taken by a stranger.",
+        "A contribution whose answer was lost would wait for ever, or be consumed by somebody else's Update.",
         "hours of sleep",
     ),
     # A conflict.
@@ -181,7 +181,7 @@ RULES = (
     # A store that is full or refuses.
     Rule(
         "refused-unknown",
-        "A refusal decided before the session was looked at (STORE_FULL, OVERLOADED) says nothing "
+        "A refusal decided before the session was read (STORE_FULL, OVERLOADED) says nothing "
         "about an earlier attempt of unknown outcome.",
         "The caller would send other data under a number that was used.",
         "a full store",
@@ -189,7 +189,7 @@ RULES = (
     Rule(
         "doubt-of-operation",
         "Whether an attempt's outcome is unknown is remembered with the operation, not with a call.",
-        "Asked again, the first attempt's refusal would be taken for the whole truth.",
+        "Asked again, the first attempt's refusal would be taken for the outcome of both.",
         "a full store",
     ),
     Rule(
@@ -215,19 +215,20 @@ RULES = (
     Rule(
         "recorded-reported",
         "A Backward whose contribution was recorded says so, whatever became of its Update.",
-        "Other gradients would be refused as SEQ_REUSED and the recorded ones wait for a stranger.",
+        "Other gradients would be refused as SEQ_REUSED, and the recorded ones would wait for somebody else's Update.",
         "a full store",
     ),
     Rule(
         "read-before-full",
-        "What the full store refuses is read first: STORE_FULL is answered only for what was not done.",
+        "What a full store refuses is tried as a read before the answer: STORE_FULL is only for what was not done.",
         "A chunk that was applied would be refused as if it had not been.",
         "a full store",
     ),
     Rule(
         "staged-refusal",
-        "A refused preparatory write is STORE_FULL at once.",
-        "The script would find nothing staged and blame other writers for the caller's patience.",
+        "A refused write of staged parts is STORE_FULL at once.",
+        "The script would find nothing staged, and the replica would try again until the caller's "
+        "deadline and blame other writers.",
         "a nearly full store",
     ),
 )
@@ -246,5 +247,5 @@ class Rules:
         self.without = without
 
     def on(self, name: str) -> bool:
-        """Tell whether a rule is in force."""
+        """Return whether a rule is in force."""
         return name != self.without

@@ -357,7 +357,7 @@ class Store:
         for name in names:
             model.contributions[name].is_counted = True
             model.contributions[name].expires = self.now + lives.COUNTED_NAME
-            if not self.rules.on("counted-name"):
+            if not self.rules.on("recorded-name"):
                 del model.contributions[name]
         model.head, model.versions[new.number] = new, new.digest
         model.superseded[base.number] = self.now
