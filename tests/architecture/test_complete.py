@@ -74,3 +74,11 @@ def test_each_decision_is_in_the_index() -> None:
     for page in (DOCS / "adr").glob("0*.md"):
         number, _, title = page.read_text().splitlines()[0].removeprefix("# ").partition(". ")
         assert f"| [{number}]({page.name}) | {title} |" in index
+
+
+def test_each_place_of_the_glossary_exists() -> None:
+    """A file that docs/glossary.md names as the place of a term is there."""
+    page = (DOCS / "glossary.md").read_text()
+    places = re.findall(r"`([\w/]+\.(?:py|lua|proto))`", page)
+    assert places
+    assert [place for place in places if not (ROOT / place).is_file()] == []
