@@ -12,7 +12,7 @@ from benchmarks.load.workload import SMALL, Array, make_chunk, make_weights
 from rnn_engine import Params, rnn_forward, rnn_forward_many
 from service.domain.digests import chunk_digest, next_token
 from service.domain.ports import ChunkCommit, StoredState
-from service.domain.types import ForwardResult, Version
+from service.domain.types import ForwardResult, SessionKey, Version
 from service.rpc.admission import Admission
 from service.rpc.auth import AllowAll
 from service.rpc.gate import Gate
@@ -88,7 +88,7 @@ class Stages:
     def _commit(self, hs: Array) -> ChunkCommit:
         h = hs[:, -1].copy()
         state = StoredState(1, TOKEN, TOKEN, VERSION, h.tobytes())
-        return ChunkCommit(TENANT, SESSION, 1, TOKEN, state, 0)
+        return ChunkCommit(SessionKey(TENANT, SESSION), 1, TOKEN, state, 0)
 
     def _result(self, hs: Array) -> ForwardResult:
         return ForwardResult(SESSION, 1, 1, hs, hs[:, -1].copy(), VERSION, TOKEN, False)
@@ -110,7 +110,7 @@ def _digest(xs: Array) -> bytes:
 
 
 def _lay_out(commit: ChunkCommit) -> tuple[bytes, Any]:
-    tag = keys.session_tag(commit.tenant, commit.session_id)
+    tag = keys.session_tag(commit.key)
     return keys.record_key(tag), layouts.commit_to_parts(commit)
 
 

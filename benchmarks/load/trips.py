@@ -25,6 +25,7 @@ from service.domain.ports import (
     SessionHead,
     StoredState,
 )
+from service.domain.types import SessionKey
 from service.settings import HOUR_MS, Limits, Settings
 from service.store.scripts import ScriptRunner
 from service.store.sessions import RedisSessionStore
@@ -94,7 +95,7 @@ class Trips:
         first = StoredState(0, bytes(16), _token(0), VERSION, STATE)
         start = EpochStart("fail", HEAD, first, b"")
         for name in self._names:
-            begun = await self._stores[0].begin_epoch(TENANT, name, start)
+            begun = await self._stores[0].begin_epoch(SessionKey(TENANT, name), start)
             if isinstance(begun, AbsentSession):
                 raise TypeError(f"session {name} could not be begun: {begun}")
             self._epochs.append(begun[1])
@@ -130,7 +131,9 @@ class Trips:
         self._last += 1
         state = StoredState(self._last, bytes(16), _token(self._last), VERSION, STATE)
         commits = [
-            ChunkCommit(TENANT, name, epoch, _token(self._last - 1), state, self._last - 1)
+            ChunkCommit(
+                SessionKey(TENANT, name), epoch, _token(self._last - 1), state, self._last - 1
+            )
             for name, epoch in zip(self._names, self._epochs, strict=True)
         ]
         size = self._shape.per_trip

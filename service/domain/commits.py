@@ -49,7 +49,7 @@ class Committer:
         if _size(commit) > BIG_BYTES:
             self._spawn([(commit, told)])
             return
-        lane = self._lanes[self._store.node_of(commit.tenant, commit.session_id)]
+        lane = self._lanes[self._store.node_of(commit.key)]
         lane.waiting.append((commit, told))
         if len(lane.waiting) == 1 and lane.under_way < ROUND_TRIPS:
             asyncio.get_running_loop().call_soon(self._send_waiting, lane)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from rnn_engine import Moments, Params
     from service.domain.ports import ModelRecord, ModelStore
-    from service.domain.types import ModelSpec, Version
+    from service.domain.types import ModelKey, ModelSpec, Version
 
     WeightsName = tuple[bytes, Version]
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 class KnownModel:
     """A model as this replica last read it."""
 
-    tenant: str
+    key: ModelKey
     spec: ModelSpec
     incarnation: bytes
     head: Version
@@ -56,11 +56,11 @@ class ModelCache:
         self._store = store
         self._max_age_s = head_max_age_ms / 1000
         self._clock = clock
-        self._models: OrderedDict[tuple[str, str], KnownModel] = OrderedDict()
-        self._reading: dict[tuple[str, str], asyncio.Task[KnownModel]] = {}
+        self._models: OrderedDict[ModelKey, KnownModel] = OrderedDict()
+        self._reading: dict[ModelKey, asyncio.Task[KnownModel]] = {}
         self._weights: LruCache[WeightsName, Params] = LruCache(weights_limit_bytes, _params_bytes)
-        # Of each model's head, by tenant and model.
-        self._moments: LruCache[tuple[str, str], tuple[Version, Moments]] = LruCache(
+        # Of each model's head.
+        self._moments: LruCache[ModelKey, tuple[Version, Moments]] = LruCache(
             weights_limit_bytes, _moments_bytes
         )
 
@@ -68,24 +68,24 @@ class ModelCache:
         """Return the time by which a head's age is told."""
         return self._clock()
 
-    def get_cached(self, tenant: str, model_id: str) -> KnownModel | None:
+    def get_cached(self, key: ModelKey) -> KnownModel | None:
         """Return a model whose head is fresh enough to serve; read ahead when it is half worn."""
-        model = self._models.get((tenant, model_id))
+        model = self._models.get(key)
         if model is None:
             return None
         age_s = self._clock() - model.read_at
         if age_s > self._max_age_s:
             return None
         if age_s > self._max_age_s / 2:
-            self.start_reading(tenant, model_id)
+            self.start_reading(key)
         return model
 
-    def spec(self, tenant: str, model_id: str) -> ModelSpec | None:
+    def spec(self, key: ModelKey) -> ModelSpec | None:
         """Return a model's specification if this process has seen it, however old its head."""
-        model = self._models.get((tenant, model_id))
+        model = self._models.get(key)
         return None if model is None else model.spec
 
-    async def get(self, tenant: str, model_id: str, *, fresh: bool = False) -> KnownModel:
+    async def get(self, key: ModelKey, *, fresh: bool = False) -> KnownModel:
         """Return a model; `fresh` means read after this call began.
 
         Raises:
@@ -93,21 +93,21 @@ class ModelCache:
             UnsupportedLayout: If another release laid out its specification.
         """
         if not fresh:
-            model = self.get_cached(tenant, model_id)
+            model = self.get_cached(key)
             if model is not None:
                 return model
-            return await asyncio.shield(self.start_reading(tenant, model_id))
-        return await self._read(tenant, model_id)
+            return await asyncio.shield(self.start_reading(key))
+        return await self._read(key)
 
-    async def get_incarnation(self, tenant: str, model_id: str, incarnation: bytes) -> KnownModel:
+    async def get_incarnation(self, key: ModelKey, incarnation: bytes) -> KnownModel:
         """Return the model in the life that a session was opened in.
 
         Raises:
             NotFound: MODEL_NOT_FOUND, also when the name has a new life.
         """
-        model = await self.get(tenant, model_id)
+        model = await self.get(key)
         if model.incarnation != incarnation:
-            model = await self.get(tenant, model_id, fresh=True)
+            model = await self.get(key, fresh=True)
         return _same_incarnation(model, incarnation)
 
     async def renew(self, model: KnownModel) -> KnownModel:
@@ -116,7 +116,7 @@ class ModelCache:
         Raises:
             NotFound: MODEL_NOT_FOUND, also when the name has a new life.
         """
-        renewed = await self.get(model.tenant, model.spec.model_id, fresh=True)
+        renewed = await self.get(model.key, fresh=True)
         return _same_incarnation(renewed, model.incarnation)
 
     async def head_at_least(self, model: KnownModel, minimum: Version) -> KnownModel:
@@ -148,13 +148,12 @@ class ModelCache:
         cached = self._weights.get((model.incarnation, version))
         if cached is not None:
             return version, cached
-        model_id = model.spec.model_id
-        found = await self._store.find_version(model.tenant, model_id, version.number)
+        found = await self._store.find_version(model.key, version.number)
         if found is None:
             raise version_gone(version, model.head)
         if not version.names(found):
             raise weights_forked(version, found)
-        data = await self._store.read_weights(model.tenant, model_id, model.incarnation, found)
+        data = await self._store.read_weights(model.key, model.incarnation, found)
         if data is None:
             raise version_gone(version, model.head)
         params = params_from_bytes(model.spec, data)
@@ -163,7 +162,7 @@ class ModelCache:
 
     def cached_moments(self, model: KnownModel) -> Moments | None:
         """Return the moments of a model's head if this process holds them."""
-        known = self._moments.get((model.tenant, model.spec.model_id))
+        known = self._moments.get(model.key)
         return known[1] if known is not None and known[0] == model.head else None
 
     async def moments(self, model: KnownModel, version: Version, params: Params) -> Moments:
@@ -175,12 +174,10 @@ class ModelCache:
         self, model: KnownModel, version: Version, params: Params
     ) -> Moments | None:
         """Return a version's moments; None where they were not kept."""
-        known = self._moments.get((model.tenant, model.spec.model_id))
+        known = self._moments.get(model.key)
         if known is not None and known[0] == version:
             return known[1]
-        data = await self._store.read_moments(
-            model.tenant, model.spec.model_id, model.incarnation, version
-        )
+        data = await self._store.read_moments(model.key, model.incarnation, version)
         return moments_from_bytes(model.spec, params, data) if data else None
 
     def note_head(
@@ -193,20 +190,19 @@ class ModelCache:
     ) -> None:
         """Learn of a head that this process asked for at a time, and made: it may be older by now."""
         self._weights.put((model.incarnation, version), params)
-        self._moments.put((model.tenant, model.spec.model_id), (version, moments))
+        self._moments.put(model.key, (version, moments))
         self._learn(replace(model, head=version, read_at=asked_at))
 
-    def forget(self, tenant: str, model_id: str) -> None:
+    def forget(self, key: ModelKey) -> None:
         """Forget a model that was deleted."""
-        self._models.pop((tenant, model_id), None)
-        self._moments.drop((tenant, model_id))
+        self._models.pop(key, None)
+        self._moments.drop(key)
 
-    def start_reading(self, tenant: str, model_id: str) -> asyncio.Task[KnownModel]:
+    def start_reading(self, key: ModelKey) -> asyncio.Task[KnownModel]:
         """Read a model once for all who wait for it, or join the read under way."""
-        key = (tenant, model_id)
         reading = self._reading.get(key)
         if reading is None:
-            reading = asyncio.create_task(self._read(tenant, model_id))
+            reading = asyncio.create_task(self._read(key))
             self._reading[key] = reading
             reading.add_done_callback(lambda done: self._stop_reading(key, done))
         return reading
@@ -216,29 +212,28 @@ class ModelCache:
         while self._reading:
             await asyncio.wait(self._reading.values())
 
-    def _stop_reading(self, key: tuple[str, str], done: asyncio.Task[KnownModel]) -> None:
+    def _stop_reading(self, key: ModelKey, done: asyncio.Task[KnownModel]) -> None:
         del self._reading[key]
         if not done.cancelled():
             done.exception()  # told to those who wait; a read ahead has nobody to tell
 
-    async def _read(self, tenant: str, model_id: str) -> KnownModel:
+    async def _read(self, key: ModelKey) -> KnownModel:
         read_at = self._clock()
-        record = await self._store.read_model(tenant, model_id)
+        record = await self._store.read_model(key)
         if record is None:
-            self.forget(tenant, model_id)
-            raise model_not_found(model_id)
+            self.forget(key)
+            raise model_not_found(key.model_id)
         spec = spec_from_bytes(record.spec)
-        model = KnownModel(tenant, spec, record.incarnation, record.head, record, read_at)
+        model = KnownModel(key, spec, record.incarnation, record.head, record, read_at)
         self._learn(model)
         return model
 
     def _learn(self, model: KnownModel) -> None:
-        key = (model.tenant, model.spec.model_id)
-        known = self._models.get(key)
+        known = self._models.get(model.key)
         if known is not None and known.read_at > model.read_at:
             return
-        self._models[key] = model
-        self._models.move_to_end(key)
+        self._models[model.key] = model
+        self._models.move_to_end(model.key)
         while len(self._models) > 4096:
             self._models.popitem(last=False)
 

@@ -39,6 +39,7 @@ from service.domain.refusals import (
 from service.domain.types import (
     DIGEST_BYTES,
     InitialWeights,
+    ModelKey,
     ModelView,
     Version,
 )
@@ -79,7 +80,7 @@ class Models:
         self._scheduler = scheduler
         self._limits = limits
         self._carrier = Carrier()
-        self._turns: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
+        self._turns: WeakValueDictionary[ModelKey, asyncio.Lock] = WeakValueDictionary()
 
     async def create(
         self, tenant: str, spec: ModelSpec, first: InitialWeights, request_id: str
@@ -108,13 +109,14 @@ class Models:
         self, tenant: str, spec: ModelSpec, first: InitialWeights, request_id: str
     ) -> tuple[ModelView, bool]:
         # A retry of a large creation that is still under way waits for it, and finds the model there.
-        turn = self._turns.setdefault((tenant, spec.model_id), asyncio.Lock())
+        turn = self._turns.setdefault(ModelKey(tenant, spec.model_id), asyncio.Lock())
         async with turn:
             return await self._create(tenant, spec, first, request_id)
 
     async def _create(
         self, tenant: str, spec: ModelSpec, first: InitialWeights, request_id: str
     ) -> tuple[ModelView, bool]:
+        key = ModelKey(tenant, spec.model_id)
         work = weights.spec_bytes(spec)  # bytes drawn or checked stand for the work
         params = await self._scheduler.run(work, _first_params, spec, first)
         data = weights.params_to_blob(params)
@@ -124,26 +126,25 @@ class Models:
         stored_spec = weights.spec_to_bytes(spec)
         record = ModelRecord(incarnation, stored_spec, version, 0, 0, 0)
         outcome = await self._store.create_model(
-            tenant,
-            spec.model_id,
+            key,
             record,
             NewVersion(version, data, moments),
             request_name(request_id),
             content_digest(stored_spec, version.digest),
         )
         if outcome is CreateOutcome.EXISTS:
-            raise await self._exists(tenant, spec)
+            raise await self._exists(key, spec)
         if outcome is CreateOutcome.REUSED:  # unless the model there is not supported
             with suppress(NotFound):
-                await self._model_cache.get(tenant, spec.model_id, fresh=True)
+                await self._model_cache.get(key, fresh=True)
         self._refuse_creation(outcome)
         with after_decision():
-            model = await self._model_cache.get(tenant, spec.model_id, fresh=True)
+            model = await self._model_cache.get(key, fresh=True)
         return _view(model), outcome is CreateOutcome.REPLAYED
 
-    async def get(self, tenant: str, model_id: str) -> ModelView:
+    async def get(self, key: ModelKey) -> ModelView:
         """Return one model."""
-        return _view(await self._model_cache.get(tenant, model_id, fresh=True))
+        return _view(await self._model_cache.get(key, fresh=True))
 
     async def list_page(
         self, tenant: str, page_size: int, page_token: str
@@ -154,39 +155,39 @@ class Models:
         views = []
         for name in names:
             try:
-                views.append(await self.get(tenant, name))
+                views.append(await self.get(ModelKey(tenant, name)))
             except NotFound:  # deleted meanwhile, or its creation was never finished
                 continue
         return views, pages.token_from_position((names[-1], "")) if len(names) == page_size else ""
 
-    async def delete(self, tenant: str, model_id: str, *, allow_missing: bool) -> bool:
+    async def delete(self, key: ModelKey, *, allow_missing: bool) -> bool:
         """Delete a model; tell whether this call did."""
         try:
-            model = await self._model_cache.get(tenant, model_id, fresh=True)
+            model = await self._model_cache.get(key, fresh=True)
         except NotFound:
             # What is left of a model whose creation or deletion was broken off.
-            await self._store.delete_model(tenant, model_id, b"")
+            await self._store.delete_model(key, b"")
             if allow_missing:
                 return False
             raise
-        self._model_cache.forget(tenant, model_id)
-        return await self._store.delete_model(tenant, model_id, model.incarnation)
+        self._model_cache.forget(key)
+        return await self._store.delete_model(key, model.incarnation)
 
     async def find_versions(
-        self, tenant: str, model_id: str, numbers: Sequence[int]
+        self, key: ModelKey, numbers: Sequence[int]
     ) -> tuple[Version, list[Version]]:
         """Return a model's head, and those of the versions of these numbers that are kept."""
         # The head first: a version above it was not made yet when it was read.
-        model = await self._model_cache.get(tenant, model_id, fresh=True)
+        model = await self._model_cache.get(key, fresh=True)
         wanted = sorted(set(numbers))
-        return model.head, await self._store.find_versions(tenant, model_id, wanted)
+        return model.head, await self._store.find_versions(key, wanted)
 
     async def read_weights(
-        self, tenant: str, model_id: str, version: Version | None, *, include_moments: bool
+        self, key: ModelKey, version: Version | None, *, include_moments: bool
     ) -> tuple[Version, bytes]:
         """Return a version as a safetensors file."""
         for _ in range(_TRIES):
-            model = await self._model_cache.get(tenant, model_id, fresh=True)
+            model = await self._model_cache.get(key, fresh=True)
             try:
                 found, params = await self._model_cache.params(model, version or model.head)
             except NotFound:
@@ -201,16 +202,16 @@ class Models:
             return found, weights.to_safetensors(params, moments)
         raise _overtaken()
 
-    async def upload_limit(self, tenant: str, model_id: str) -> int:
+    async def upload_limit(self, key: ModelKey) -> int:
         """Return the most bytes that an upload for this model can need."""
-        model = await self._model_cache.get(tenant, model_id)
+        model = await self._model_cache.get(key)
         return weights.file_bytes_limit(model.spec)
 
     async def put_weights(
-        self, tenant: str, model_id: str, expected: Version | None, request_id: str, data: bytes
+        self, key: ModelKey, expected: Version | None, request_id: str, data: bytes
     ) -> tuple[Version, bool]:
         """Make a safetensors file the model's next version."""
-        model = await self._model_cache.get(tenant, model_id, fresh=True)
+        model = await self._model_cache.get(key, fresh=True)
         params, moments = await self._scheduler.run(
             len(data), weights.from_safetensors, model.spec, data
         )
@@ -219,31 +220,30 @@ class Models:
         return await self._publisher.install(model, expected, request_id, digest, made)
 
     async def create_checkpoint(
-        self, tenant: str, model_id: str, checkpoint_id: str, version: Version | None
+        self, key: ModelKey, checkpoint_id: str, version: Version | None
     ) -> Checkpoint:
         """Keep a version under a name."""
-        model = await self._model_cache.get(tenant, model_id, fresh=True)
+        model = await self._model_cache.get(key, fresh=True)
         if version is not None and not version.digest:
-            found = await self._store.find_version(tenant, model_id, version.number)
+            found = await self._store.find_version(key, version.number)
             if found is None:
                 raise version_gone(version, model.head)
             version = found
         outcome, kept = await self._store.create_checkpoint(
-            tenant, model_id, model.incarnation, checkpoint_id, version
+            key, model.incarnation, checkpoint_id, version
         )
         if kept is not None:
             return kept
         raise self._checkpoint_refusal(outcome, model, checkpoint_id, version or model.head)
 
-    async def list_checkpoints(self, tenant: str, model_id: str) -> list[Checkpoint]:
+    async def list_checkpoints(self, key: ModelKey) -> list[Checkpoint]:
         """Return a model's checkpoints, sorted by name."""
-        await self._model_cache.get(tenant, model_id, fresh=True)
-        return await self._store.list_checkpoints(tenant, model_id)
+        await self._model_cache.get(key, fresh=True)
+        return await self._store.list_checkpoints(key)
 
     async def restore_checkpoint(
         self,
-        tenant: str,
-        model_id: str,
+        key: ModelKey,
         checkpoint_id: str,
         expected: Version | None,
         request_id: str,
@@ -252,7 +252,7 @@ class Models:
 
         async def take(model: KnownModel, _inputs: UpdateInputs) -> CandidateVersion:
             # Only when the step is still to be made: a retry may come after the checkpoint has gone.
-            kept = await self._store.list_checkpoints(tenant, model_id)
+            kept = await self._store.list_checkpoints(key)
             named = [one.version for one in kept if one.checkpoint_id == checkpoint_id]
             if not named:
                 raise _checkpoint_not_found(checkpoint_id)
@@ -260,18 +260,16 @@ class Models:
             return CandidateVersion(params, await self._model_cache.moments(model, version, params))
 
         digest = content_digest(b"restore", checkpoint_id.encode(), _expected_bytes(expected))
-        request = StepRequest(tenant, model_id, request_id, digest, expected)
+        request = StepRequest(key, request_id, digest, expected)
         answer = await self._publisher.advance(request, take)
         return answer.version, answer.replayed
 
     async def delete_checkpoint(
-        self, tenant: str, model_id: str, checkpoint_id: str, *, allow_missing: bool
+        self, key: ModelKey, checkpoint_id: str, *, allow_missing: bool
     ) -> bool:
         """Take a checkpoint's name away; tell whether this call did."""
-        model = await self._model_cache.get(tenant, model_id, fresh=True)
-        deleted = await self._store.delete_checkpoint(
-            tenant, model_id, model.incarnation, checkpoint_id
-        )
+        model = await self._model_cache.get(key, fresh=True)
+        deleted = await self._store.delete_checkpoint(key, model.incarnation, checkpoint_id)
         if not deleted and not allow_missing:
             raise _checkpoint_not_found(checkpoint_id)
         return deleted
@@ -297,10 +295,10 @@ class Models:
             ("a message with one step of one row (message_bytes)", step, limits.message_bytes),
         ]
 
-    async def _exists(self, tenant: str, asked: ModelSpec) -> Exception:
+    async def _exists(self, key: ModelKey, asked: ModelSpec) -> Exception:
         """Make the refusal of a name that is taken; it tells how the model there differs."""
         try:
-            there = (await self._model_cache.get(tenant, asked.model_id, fresh=True)).spec
+            there = (await self._model_cache.get(key, fresh=True)).spec
         except NotFound:
             return _overtaken()
         named = [
@@ -342,7 +340,7 @@ class Models:
             text = f"{limit} checkpoints exist, the most there may be; delete some"
             quota = "checkpoints_per_model"
             return ResourceExhausted("MAX_CHECKPOINTS", text, quota=quota, limit=limit)
-        return model_not_found(model.spec.model_id)
+        return model_not_found(model.key.model_id)
 
 
 def _first_params(spec: ModelSpec, first: InitialWeights) -> Params:

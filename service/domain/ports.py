@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from service.domain.blob import Blob
-    from service.domain.types import Checkpoint, Version, WaitingTape
+    from service.domain.types import Checkpoint, ModelKey, SessionKey, Version, WaitingTape
 
 Bytes = bytes | memoryview
 
@@ -111,8 +111,7 @@ class ChunkOutcome(Enum):
 class ChunkCommit:
     """A chunk to apply to the state that `base_token` names; `tape` only for a TRAIN chunk."""
 
-    tenant: str
-    session_id: str
+    key: SessionKey
     epoch: int
     base_token: bytes
     state: StoredState
@@ -257,61 +256,57 @@ class SessionStore(Protocol):
     """Sessions, their tapes, and each tenant's list of them."""
 
     async def read_session(
-        self, tenant: str, session_id: str, chunk_seq: int = 0
+        self, key: SessionKey, chunk_seq: int = 0
     ) -> SessionSnapshot | AbsentSession:
         """Read a session, with the states around a chunk when one is named."""
 
     async def begin_epoch(
-        self, tenant: str, session_id: str, start: EpochStart
+        self, key: SessionKey, start: EpochStart
     ) -> tuple[EpochOutcome, int] | AbsentSession:
         """Begin an epoch; the number is the epoch in force, or for GAP the last chunk."""
 
-    def node_of(self, tenant: str, session_id: str) -> object:
+    def node_of(self, key: SessionKey) -> object:
         """Return the node that serves a session as far as is known, None where the store is one server."""
 
     async def commit_chunks(self, commits: Sequence[ChunkCommit]) -> list[ChunkOutcome | Exception]:
         """Apply chunks of different sessions, each by itself, in one round trip."""
 
-    async def extend_session(self, tenant: str, session_id: str, epoch: int) -> ChunkOutcome:
+    async def extend_session(self, key: SessionKey, epoch: int) -> ChunkOutcome:
         """Let the time to live start again; STALE when the epoch is not there any more."""
 
-    async def close_session(
-        self, tenant: str, session_id: str, expected_epoch: int
-    ) -> tuple[str, int, Absence]:
+    async def close_session(self, key: SessionKey, expected_epoch: int) -> tuple[str, int, Absence]:
         """End a session: CLOSED, ABSENT (and why) or FENCED, with the epoch."""
 
     async def read_tape(
-        self, tenant: str, session_id: str, epoch: int, chunk_seq: int, *, with_data: bool = True
+        self, key: SessionKey, epoch: int, chunk_seq: int, *, with_data: bool = True
     ) -> TapeSnapshot:
         """Read one tape, or only its first byte, with where its session stands."""
 
     async def mark_tape_consumed(
-        self, tenant: str, session_id: str, epoch: int, chunk_seq: int, token: bytes
+        self, key: SessionKey, epoch: int, chunk_seq: int, token: bytes
     ) -> None:
         """Note that the contribution of a tape was counted."""
 
-    async def discard_tapes(
-        self, tenant: str, session_id: str, epoch: int, chunk_seqs: Sequence[int]
-    ) -> int:
+    async def discard_tapes(self, key: SessionKey, epoch: int, chunk_seqs: Sequence[int]) -> int:
         """Drop tapes that wait for their Backward; epoch 0: any, no chunks: all."""
 
     async def list_tapes(
-        self, tenant: str, session_id: str
+        self, key: SessionKey
     ) -> tuple[SessionHead | AbsentSession, list[WaitingTape]]:
         """Read which tapes wait for their Backward, in order, with where the session stands."""
 
-    async def reserve_session(self, tenant: str, session_id: str, ttl_ms: int) -> int:
+    async def reserve_session(self, key: SessionKey, ttl_ms: int) -> int:
         """List a session among its tenant's; return the end of its entry, 0 if the list is full."""
 
-    async def find_listing(self, tenant: str, session_id: str) -> int:
+    async def find_listing(self, key: SessionKey) -> int:
         """Return the end that the tenant's list gives a session; 0 if it is not listed."""
 
     async def release_listing(
-        self, tenant: str, session_id: str, listed_end: int, live: SessionSnapshot | None
+        self, key: SessionKey, listed_end: int, live: SessionSnapshot | None
     ) -> None:
         """Remove a session's entry if its end is still the one given; a live session gets its own end back."""
 
-    async def touch_session(self, tenant: str, session_id: str, ttl_ms: int) -> None:
+    async def touch_session(self, key: SessionKey, ttl_ms: int) -> None:
         """Move the end of a session's entry in the tenant's list to what a chunk has made it."""
 
     async def list_sessions(
@@ -325,8 +320,7 @@ class ModelStore(Protocol):
 
     async def create_model(
         self,
-        tenant: str,
-        model_id: str,
+        key: ModelKey,
         record: ModelRecord,
         first: NewVersion,
         request: bytes,
@@ -334,42 +328,37 @@ class ModelStore(Protocol):
     ) -> CreateOutcome:
         """Create a model with its first version."""
 
-    async def read_model(self, tenant: str, model_id: str) -> ModelRecord | None:
+    async def read_model(self, key: ModelKey) -> ModelRecord | None:
         """Read a model's record."""
 
     async def list_models(self, tenant: str, after: str, page_size: int) -> list[str]:
         """Read a page of model names, sorted, after the one named."""
 
-    async def delete_model(self, tenant: str, model_id: str, incarnation: bytes) -> bool:
+    async def delete_model(self, key: ModelKey, incarnation: bytes) -> bool:
         """Delete a model with everything in its slot."""
 
-    async def find_version(self, tenant: str, model_id: str, number: int) -> Version | None:
+    async def find_version(self, key: ModelKey, number: int) -> Version | None:
         """Return the version stored under a number."""
 
-    async def find_versions(
-        self, tenant: str, model_id: str, numbers: Sequence[int]
-    ) -> list[Version]:
+    async def find_versions(self, key: ModelKey, numbers: Sequence[int]) -> list[Version]:
         """Return those of the versions of these numbers that are kept, in this order."""
 
     async def read_weights(
-        self, tenant: str, model_id: str, incarnation: bytes, version: Version
+        self, key: ModelKey, incarnation: bytes, version: Version
     ) -> Bytes | None:
         """Read a version's weights."""
 
     async def read_moments(
-        self, tenant: str, model_id: str, incarnation: bytes, version: Version
+        self, key: ModelKey, incarnation: bytes, version: Version
     ) -> Bytes | None:
         """Read a version's moments."""
 
-    async def record_contribution(
-        self, tenant: str, model_id: str, contribution: Contribution
-    ) -> RecordOutcome:
+    async def record_contribution(self, key: ModelKey, contribution: Contribution) -> RecordOutcome:
         """Count a contribution once."""
 
     async def record_and_read(
         self,
-        tenant: str,
-        model_id: str,
+        key: ModelKey,
         contribution: Contribution,
         request: bytes,
         selectors: Sequence[bytes],
@@ -379,54 +368,51 @@ class ModelStore(Protocol):
         A failure to read takes the place of what was to be read.
         """
 
-    async def find_contribution(
-        self, tenant: str, model_id: str, name: bytes
-    ) -> ContributionState | None:
+    async def find_contribution(self, key: ModelKey, name: bytes) -> ContributionState | None:
         """Return what has become of the contribution of this name; None: it was not counted."""
 
     async def read_update_inputs(
-        self, tenant: str, model_id: str, request: bytes, selectors: Sequence[bytes]
+        self, key: ModelKey, request: bytes, selectors: Sequence[bytes]
     ) -> UpdateInputs | None:
         """Read what an Update decides from."""
 
     async def read_gradients(
-        self, tenant: str, model_id: str, entries: Sequence[bytes], size: int
+        self, key: ModelKey, entries: Sequence[bytes], size: int
     ) -> Sequence[Bytes] | None:
         """Read waiting gradients of `size` bytes by name and digest; None when one has gone."""
 
     async def publish_version(
-        self, tenant: str, model_id: str, publication: Publication
+        self, key: ModelKey, publication: Publication
     ) -> tuple[PublishOutcome, bytes]:
         """Write a version and make it the head; REPLAYED comes with the remembered answer."""
 
     async def discard_contributions(
-        self, tenant: str, model_id: str, incarnation: bytes, selectors: Sequence[bytes]
+        self, key: ModelKey, incarnation: bytes, selectors: Sequence[bytes]
     ) -> int | None:
         """Drop waiting contributions; None when the model has gone."""
 
     async def create_checkpoint(
         self,
-        tenant: str,
-        model_id: str,
+        key: ModelKey,
         incarnation: bytes,
         checkpoint_id: str,
         version: Version | None,
     ) -> tuple[CheckpointOutcome, Checkpoint | None]:
         """Keep a version under a name."""
 
-    async def list_checkpoints(self, tenant: str, model_id: str) -> list[Checkpoint]:
+    async def list_checkpoints(self, key: ModelKey) -> list[Checkpoint]:
         """Read a model's checkpoints, sorted by name."""
 
     async def delete_checkpoint(
-        self, tenant: str, model_id: str, incarnation: bytes, checkpoint_id: str
+        self, key: ModelKey, incarnation: bytes, checkpoint_id: str
     ) -> bool:
         """Take a checkpoint's name away."""
 
-    def contribution_name(self, tenant: str, session_id: str, epoch: int, chunk_seq: int) -> bytes:
+    def contribution_name(self, key: SessionKey, epoch: int, chunk_seq: int) -> bytes:
         """Return the name of a contribution; names sort by session, epoch, chunk."""
 
     def contribution_place(self, name: bytes) -> tuple[int, int]:
         """Return the epoch and the chunk_seq in the name of a contribution."""
 
-    def contribution_prefix(self, tenant: str, session_id: str, epoch: int) -> bytes:
+    def contribution_prefix(self, key: SessionKey, epoch: int) -> bytes:
         """Return what the names of a session's contributions begin with; epoch 0: of any."""

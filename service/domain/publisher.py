@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from service.domain.blob import Blob
     from service.domain.model_cache import KnownModel, ModelCache
     from service.domain.ports import ModelStore, UpdateInputs
+    from service.domain.types import ModelKey
 
     MakeCandidate = Callable[[KnownModel, UpdateInputs], Awaitable["CandidateVersion | None"]]
     Look = Callable[[bytes], Awaitable[UpdateInputs | None]]  # given the request's name
@@ -106,8 +107,7 @@ class StepAnswer:
 class StepRequest:
     """Who asks for a next version, and under which condition."""
 
-    tenant: str
-    model_id: str
+    model_key: ModelKey
     request_id: str
     content_digest: bytes
     expected: Version | None
@@ -123,7 +123,7 @@ class VersionPublisher:
         self._model_cache = model_cache
         self._scheduler = scheduler
         self._carrier = Carrier()
-        self._turns: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
+        self._turns: WeakValueDictionary[ModelKey, asyncio.Lock] = WeakValueDictionary()
 
     async def install(
         self,
@@ -137,18 +137,16 @@ class VersionPublisher:
 
         async def give(now: KnownModel, _inputs: UpdateInputs) -> CandidateVersion:
             if now.incarnation != model.incarnation:  # made for another specification, perhaps
-                raise model_not_found(model.spec.model_id)
+                raise model_not_found(model.key.model_id)
             return made
 
-        request = StepRequest(
-            model.tenant, model.spec.model_id, request_id, content_digest, expected
-        )
+        request = StepRequest(model.key, request_id, content_digest, expected)
         answer = await self.advance(request, give)
         return answer.version, answer.replayed
 
     def is_busy(self, request: StepRequest) -> bool:
         """Tell whether a step of the request's model is being made in this process."""
-        turn = self._turns.get((request.tenant, request.model_id))
+        turn = self._turns.get(request.model_key)
         return turn is not None and turn.locked()
 
     async def advance(
@@ -173,7 +171,7 @@ class VersionPublisher:
         self, request: StepRequest, make: MakeCandidate, first_read: Look | None
     ) -> StepAnswer:
         # Only to spare work: two steps from one head would make one of them compute again.
-        turn = self._turns.setdefault((request.tenant, request.model_id), asyncio.Lock())
+        turn = self._turns.setdefault(request.model_key, asyncio.Lock())
         async with turn:
             return await self._advance(request, make, first_read)
 
@@ -186,11 +184,11 @@ class VersionPublisher:
                 inputs = await first_read(name)
             else:
                 inputs = await self._store.read_update_inputs(
-                    request.tenant, request.model_id, name, request.selectors
+                    request.model_key, name, request.selectors
                 )
             if inputs is None:
-                self._model_cache.forget(request.tenant, request.model_id)
-                raise model_not_found(request.model_id)
+                self._model_cache.forget(request.model_key)
+                raise model_not_found(request.model_key.model_id)
             spec_from_bytes(inputs.spec)  # one that is not known governs what is remembered too
             if inputs.remembered:
                 return _remembered(inputs.remembered, request.content_digest)
@@ -207,9 +205,9 @@ class VersionPublisher:
         raise Unavailable("UNKNOWN_OUTCOME", text, retry_after_s=0.05)
 
     async def _model_at(self, request: StepRequest, inputs: UpdateInputs) -> KnownModel | None:
-        model = await self._model_cache.get(request.tenant, request.model_id)
+        model = await self._model_cache.get(request.model_key)
         if model.incarnation != inputs.incarnation:
-            model = await self._model_cache.get(request.tenant, request.model_id, fresh=True)
+            model = await self._model_cache.get(request.model_key, fresh=True)
         return model if model.incarnation == inputs.incarnation else None
 
     async def _publish(
@@ -234,9 +232,7 @@ class VersionPublisher:
             names=made.names,
         )
         asked_at = self._model_cache.now()
-        outcome, known = await self._store.publish_version(
-            request.tenant, request.model_id, publication
-        )
+        outcome, known = await self._store.publish_version(request.model_key, publication)
         if outcome is PublishOutcome.PUBLISHED:
             self._model_cache.note_head(model, version, made.params, made.moments, asked_at)
             return answer
@@ -245,8 +241,8 @@ class VersionPublisher:
         if outcome is PublishOutcome.REUSED:
             raise request_id_reused()
         if outcome is PublishOutcome.GONE:
-            self._model_cache.forget(request.tenant, request.model_id)
-            raise model_not_found(request.model_id)
+            self._model_cache.forget(request.model_key)
+            raise model_not_found(request.model_key.model_id)
         return None
 
 

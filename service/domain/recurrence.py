@@ -55,7 +55,7 @@ from service.domain.refusals import (
 )
 from service.domain.session_cache import cached_from_snapshot, state_from_bytes
 from service.domain.tapes import StoredTape, tape_to_bytes
-from service.domain.types import ForwardResult, ReturnHs
+from service.domain.types import ForwardResult, ModelKey, ReturnHs, SessionKey
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -67,7 +67,7 @@ if TYPE_CHECKING:
         SessionSnapshot,
         SessionStore,
     )
-    from service.domain.session_cache import CachedSession, SessionCache, SessionKey
+    from service.domain.session_cache import CachedSession, SessionCache
     from service.domain.tapes import TapeCache
     from service.domain.types import Forward, ModelSpec, Version
     from service.settings import Limits
@@ -131,7 +131,7 @@ class Recurrence:
 
     def begin_forward(self, tenant: str, op: Forward, told: Told) -> None:
         """Begin to apply a chunk, in the order of its session; `told` is called with what came of it."""
-        call = _Call((tenant, op.session_id), op, told)
+        call = _Call(SessionKey(tenant, op.session_id), op, told)
         if not op.session_id:
             self._spawn(call, self._run_stateless(call))
             return
@@ -146,10 +146,12 @@ class Recurrence:
         else:
             lane.append(call)
 
-    def sizes(self, tenant: str, session_id: str, model_id: str) -> tuple[int, int]:
+    def sizes(self, key: SessionKey, model_id: str) -> tuple[int, int]:
         """Return D and H of what a request would run; the limits where that is not in hand."""
-        live = self._session_cache.get((tenant, session_id)) if session_id else None
-        spec = self._model_cache.spec(tenant, model_id if live is None else live.model_id)
+        live = self._session_cache.get(key) if key.session_id else None
+        spec = self._model_cache.spec(
+            ModelKey(key.tenant, model_id) if live is None else live.model_key
+        )
         if spec is None:
             return self._limits.input_size, self._limits.hidden_size
         return spec.input_size, spec.hidden_size
@@ -169,12 +171,12 @@ class Recurrence:
         if live is None or not _is_next(call.op, live):
             self._spawn(call, self._fetch(call))
             return
-        model = self._model_cache.get_cached(call.key[0], live.model_id)
+        model = self._model_cache.get_cached(live.model_key)
         if model is not None:
             self._start_from(call, live, model)
             return
         # A busy replica has many chunks waiting for one read: a callback each, not a task.
-        reading = self._model_cache.start_reading(call.key[0], live.model_id)
+        reading = self._model_cache.start_reading(live.model_key)
         reading.add_done_callback(lambda done: self._start_from(call, live, _result_of(done)))
 
     def _start_from(self, call: _Call, live: CachedSession, model: KnownModel | None) -> None:
@@ -205,9 +207,7 @@ class Recurrence:
         """Continue a state in hand with weights that are not, or hash a big chunk in a thread."""
         op = call.op
         try:
-            model = await self._model_cache.get_incarnation(
-                call.key[0], live.model_id, live.incarnation
-            )
+            model = await self._model_cache.get_incarnation(live.model_key, live.incarnation)
             version, params = await self._choose_weights(op, model)
         except (NotFound, FailedPrecondition):
             # The state in hand may be old: whether the session still is there, and whether this chunk
@@ -220,20 +220,20 @@ class Recurrence:
 
     async def _fetch(self, call: _Call) -> None:
         """Read the session and decide: continue, replay, or refuse."""
-        op, (tenant, session_id) = call.op, call.key
-        snapshot = await self._store.read_session(tenant, session_id, op.chunk_seq)
+        op, key = call.op, call.key
+        snapshot = await self._store.read_session(key, op.chunk_seq)
         if isinstance(snapshot, AbsentSession):
             self._session_cache.drop(call.key)
-            raise session_absent(session_id, snapshot)
+            raise session_absent(key.session_id, snapshot)
         check_epoch(op.epoch, snapshot.head.epoch, snapshot.head.chunk_seq)
         model = await self._model_cache.get_incarnation(
-            tenant, snapshot.head.model_id, snapshot.head.incarnation
+            ModelKey(key.tenant, snapshot.head.model_id), snapshot.head.incarnation
         )
         if op.model_id and op.model_id != model.spec.model_id:
             raise bad_field("model_id", f"the session runs {quoted(model.spec.model_id)}")
         self._check_chunk(op, model.spec, snapshot.head.batch_size)
         call.digest = await self._scheduler.run(hash_work(op.xs.nbytes), _digest, op)
-        live = cached_from_snapshot(snapshot)
+        live = cached_from_snapshot(key.tenant, snapshot)
         self._session_cache.put(call.key, live)
         if op.chunk_seq <= live.chunk_seq:
             await self._replay(call, snapshot, live, model)
@@ -279,11 +279,10 @@ class Recurrence:
         except FailedPrecondition as error:
             self._end(call, error)
             return
-        op, (tenant, session_id) = call.op, call.key
+        op, key = call.op, call.key
         state = StoredState(op.chunk_seq, call.digest, call.token, call.version, call.h.tobytes())
         commit = ChunkCommit(
-            tenant,
-            session_id,
+            key,
             op.epoch,
             call.base.token,
             state,
@@ -373,14 +372,14 @@ class Recurrence:
     async def _extend(self, key: SessionKey, live: CachedSession) -> None:
         # A replay is answered also where the store takes no writes at all.
         with suppress(*STORE_FAILURES):
-            if await self._store.extend_session(*key, live.epoch) is ChunkOutcome.TOUCH:
+            if await self._store.extend_session(key, live.epoch) is ChunkOutcome.TOUCH:
                 self._touch(key, live)
 
     # --- without a session --------------------------------------------------------------------------
 
     async def _run_stateless(self, call: _Call) -> None:
-        op, tenant = call.op, call.key[0]
-        model = await self._model_cache.get(tenant, op.model_id)
+        op = call.op
+        model = await self._model_cache.get(ModelKey(call.key.tenant, op.model_id))
         n, h = op.xs.shape[0], model.spec.hidden_size
         self._check_chunk(op, model.spec, n)
         h0 = np.zeros((n, h), model.spec.dtype) if op.h0 is None else op.h0
@@ -422,7 +421,7 @@ class Recurrence:
     def _touch(self, key: SessionKey, live: CachedSession) -> None:
         async def touch() -> None:
             try:
-                await self._store.touch_session(*key, live.ttl_ms)
+                await self._store.touch_session(key, live.ttl_ms)
             except STORE_FAILURES:
                 live.is_listed = False  # the next chunk tries again
             else:

@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from service.domain.lru import LruCache
+from service.domain.types import ModelKey, SessionKey
 
 if TYPE_CHECKING:
     from rnn_engine import Array
     from service.domain.ports import SessionSnapshot
-
-    SessionKey = tuple[str, str]  # tenant and session_id
 
 _ENTRY_BYTES = 1024  # what an entry costs beside its state, roughly
 
@@ -30,7 +29,7 @@ class CachedSession:
         is_listed: False if the tenant's list could not be told lately that it lives on.
     """
 
-    model_id: str
+    model_key: ModelKey
     incarnation: bytes
     epoch: int
     chunk_seq: int
@@ -44,7 +43,7 @@ class CachedSession:
         self.chunk_seq, self.token, self.h = chunk_seq, token, h
 
 
-class SessionCache(LruCache["SessionKey", CachedSession]):
+class SessionCache(LruCache[SessionKey, CachedSession]):
     """The sessions used last, by tenant and session_id, up to a number of bytes."""
 
     def __init__(self, limit_bytes: int) -> None:
@@ -52,11 +51,11 @@ class SessionCache(LruCache["SessionKey", CachedSession]):
         super().__init__(limit_bytes, lambda session: session.h.nbytes + _ENTRY_BYTES)
 
 
-def cached_from_snapshot(snapshot: SessionSnapshot) -> CachedSession:
+def cached_from_snapshot(tenant: str, snapshot: SessionSnapshot) -> CachedSession:
     """Make a session in hand from what the store holds."""
     head, last = snapshot.head, snapshot.last
     return CachedSession(
-        head.model_id,
+        ModelKey(tenant, head.model_id),
         head.incarnation,
         head.epoch,
         last.chunk_seq,

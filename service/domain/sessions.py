@@ -44,8 +44,10 @@ from service.domain.refusals import (
 from service.domain.session_cache import cached_from_snapshot, state_from_bytes
 from service.domain.types import (
     DIGEST_BYTES,
+    ModelKey,
     OnExists,
     OpenedSession,
+    SessionKey,
     SessionView,
     Version,
 )
@@ -91,8 +93,8 @@ class Sessions:
 
         MUST_EXIST reserves nothing: what it goes on with is on the tenant's list already.
         """
-        model = await self._model_cache.get(tenant, op.model_id, fresh=True)
-        session_id = op.session_id or new_session_id()
+        model = await self._model_cache.get(ModelKey(tenant, op.model_id), fresh=True)
+        key = SessionKey(tenant, op.session_id or new_session_id())
         state = self._first_state(model.spec, op.batch_size, op.initial_state, "initial_state")
         ttl_ms = op.ttl_ms or self._limits.default_ttl_ms
         start = EpochStart(
@@ -111,12 +113,12 @@ class Sessions:
             restored_epoch=op.restored_epoch,
         )
         if op.on_exists is OnExists.MUST_EXIST:
-            return await self._begin(tenant, session_id, start)
-        return await self._create(tenant, session_id, start)
+            return await self._begin(key, start)
+        return await self._create(key, start)
 
-    async def get(self, tenant: str, session_id: str) -> SessionView:
+    async def get(self, key: SessionKey) -> SessionView:
         """Return one session."""
-        return _view(session_id, await self._read(tenant, session_id))
+        return _view(key.session_id, await self._read(key))
 
     async def list_page(
         self, tenant: str, model_id: str, page_size: int, page_token: str
@@ -126,27 +128,30 @@ class Sessions:
         listed = await self._store.list_sessions(tenant, after, page_size)
         views = []
         for session_id, _ in listed:
-            found = await self._store.read_session(tenant, session_id)
+            found = await self._store.read_session(SessionKey(tenant, session_id))
             if isinstance(found, SessionSnapshot) and model_id in ("", found.head.model_id):
                 views.append(_view(session_id, found))
         return views, pages.token_from_position(listed[-1]) if len(listed) == page_size else ""
 
-    async def get_state(self, tenant: str, session_id: str, *, extend_ttl: bool) -> OpenedSession:
+    async def get_state(self, key: SessionKey, *, extend_ttl: bool) -> OpenedSession:
         """Return a session with its state; extend its time to live only when asked."""
-        snapshot = await self._read(tenant, session_id)
+        snapshot = await self._read(key)
         if extend_ttl:
             head = snapshot.head
-            outcome = await self._store.extend_session(tenant, session_id, head.epoch)
+            outcome = await self._store.extend_session(key, head.epoch)
             if outcome is ChunkOutcome.TOUCH:
-                await self._touch(tenant, session_id, head.ttl_ms)
-            snapshot = await self._read(tenant, session_id)
-        return _opened(session_id, snapshot, resumed=False, replayed=False)
+                await self._touch(key, head.ttl_ms)
+            snapshot = await self._read(key)
+        return _opened(key.session_id, snapshot, resumed=False, replayed=False)
 
     async def begin_epoch(self, tenant: str, op: NewEpoch) -> tuple[SessionView, bool]:
         """Give a live session a new state and fence off the writers of the old epoch."""
+        key = SessionKey(tenant, op.session_id)
         for _ in range(_TRIES):
-            head = (await self._read(tenant, op.session_id)).head
-            model = await self._model_cache.get_incarnation(tenant, head.model_id, head.incarnation)
+            head = (await self._read(key)).head
+            model = await self._model_cache.get_incarnation(
+                ModelKey(tenant, head.model_id), head.incarnation
+            )
             state = self._first_state(model.spec, head.batch_size, op.state, "state")
             start = EpochStart(
                 mode="live",
@@ -158,19 +163,21 @@ class Sessions:
                 expected_chunk_seq=-1 if op.expected_chunk_seq is None else op.expected_chunk_seq,
                 restored_epoch=op.restored_epoch,
             )
-            outcome, number = await self._begin_epoch(tenant, op.session_id, start)
+            outcome, number = await self._begin_epoch(key, start)
             is_overtaken = outcome is EpochOutcome.FENCED and number != head.epoch
             if is_overtaken and not op.expected_epoch:
                 continue
-            opened = await self._began(tenant, op.session_id, start, outcome, number)
+            opened = await self._began(key, start, outcome, number)
             return opened.session, opened.replayed
         raise contended()
 
     async def fork(self, tenant: str, op: ForkSession) -> OpenedSession:
         """Open another session from this one's present state."""
-        source = await self._read(tenant, op.session_id)
+        source = await self._read(SessionKey(tenant, op.session_id))
         head = source.head
-        model = await self._model_cache.get_incarnation(tenant, head.model_id, head.incarnation)
+        model = await self._model_cache.get_incarnation(
+            ModelKey(tenant, head.model_id), head.incarnation
+        )
         new_id = op.new_session_id or new_session_id()
         ttl_ms = op.ttl_ms or head.ttl_ms
         start = EpochStart(
@@ -183,90 +190,84 @@ class Sessions:
             ),
             request=epoch_request_name(op.request_id, b"fork", op.session_id.encode()),
         )
-        return await self._create(tenant, new_id, start)
+        return await self._create(SessionKey(tenant, new_id), start)
 
-    async def close(self, tenant: str, session_id: str, expected_epoch: int) -> bool:
+    async def close(self, key: SessionKey, expected_epoch: int) -> bool:
         """End a session; tell whether this call ended it."""
-        outcome, epoch, why = await self._store.close_session(tenant, session_id, expected_epoch)
-        self._session_cache.drop((tenant, session_id))
+        outcome, epoch, why = await self._store.close_session(key, expected_epoch)
+        self._session_cache.drop(key)
         if outcome == "FENCED":
             text = f"expected epoch {expected_epoch}, the present is {epoch}"
             raise Aborted("EPOCH_FENCED", text, epoch=epoch)
         if outcome == "ABSENT" and why is Absence.NEVER:
-            raise session_absent(session_id, AbsentSession(why))
+            raise session_absent(key.session_id, AbsentSession(why))
         # Else its entry in the tenant's list lapses in time. Another release may have begun a session there meanwhile.
         with suppress(*STORE_FAILURES, UnsupportedLayout):
-            await self._release_listing(
-                tenant, session_id, await self._store.find_listing(tenant, session_id)
-            )
+            await self._release_listing(key, await self._store.find_listing(key))
         return outcome == "CLOSED"
 
-    async def _create(self, tenant: str, session_id: str, start: EpochStart) -> OpenedSession:
+    async def _create(self, key: SessionKey, start: EpochStart) -> OpenedSession:
         """Reserve an entry in the tenant's list and begin an epoch, even if the caller gives up waiting.
 
         So an entry that was reserved is always used or released.
         """
-        return await self._carrier.carry(self._reserve_and_begin(tenant, session_id, start))
+        return await self._carrier.carry(self._reserve_and_begin(key, start))
 
-    async def _reserve_and_begin(
-        self, tenant: str, session_id: str, start: EpochStart
-    ) -> OpenedSession:
-        reserved = await self._reserve(tenant, session_id, start.head.ttl_ms)
+    async def _reserve_and_begin(self, key: SessionKey, start: EpochStart) -> OpenedSession:
+        reserved = await self._reserve(key, start.head.ttl_ms)
         try:
-            return await self._begin(tenant, session_id, start)
+            return await self._begin(key, start)
         except Unavailable:  # it may have begun; else the entry lapses in time
             raise
         except DomainError:
             with suppress(*STORE_FAILURES, UnsupportedLayout):
-                await self._release_listing(tenant, session_id, reserved)
+                await self._release_listing(key, reserved)
             raise
 
-    async def _release_listing(self, tenant: str, session_id: str, listed_end: int) -> None:
+    async def _release_listing(self, key: SessionKey, listed_end: int) -> None:
         """Release an entry that was read before this began; a session that lives now keeps its own.
 
         One that begins meanwhile changes the entry, or makes it again once it has begun.
         """
-        found = await self._store.read_session(tenant, session_id)
+        found = await self._store.read_session(key)
         live = found if isinstance(found, SessionSnapshot) else None
-        await self._store.release_listing(tenant, session_id, listed_end, live)
+        await self._store.release_listing(key, listed_end, live)
 
-    async def _begin(self, tenant: str, session_id: str, start: EpochStart) -> OpenedSession:
-        outcome, number = await self._begin_epoch(tenant, session_id, start)
-        return await self._began(tenant, session_id, start, outcome, number)
+    async def _begin(self, key: SessionKey, start: EpochStart) -> OpenedSession:
+        outcome, number = await self._begin_epoch(key, start)
+        return await self._began(key, start, outcome, number)
 
-    async def _begin_epoch(
-        self, tenant: str, session_id: str, start: EpochStart
-    ) -> tuple[EpochOutcome, int]:
+    async def _begin_epoch(self, key: SessionKey, start: EpochStart) -> tuple[EpochOutcome, int]:
         """Have the store decide; raise where there must be a session and is none."""
-        decided = await self._store.begin_epoch(tenant, session_id, start)
+        decided = await self._store.begin_epoch(key, start)
         if isinstance(decided, AbsentSession):
-            self._session_cache.drop((tenant, session_id))
-            raise session_absent(session_id, decided)
+            self._session_cache.drop(key)
+            raise session_absent(key.session_id, decided)
         return decided
 
     async def _began(
-        self, tenant: str, session_id: str, start: EpochStart, outcome: EpochOutcome, number: int
+        self, key: SessionKey, start: EpochStart, outcome: EpochOutcome, number: int
     ) -> OpenedSession:
         """Refuse what did not begin, and return the session as it now is."""
-        self._session_cache.drop((tenant, session_id))
-        self._refuse(session_id, start, outcome, number)
+        self._session_cache.drop(key)
+        self._refuse(key.session_id, start, outcome, number)
         with after_decision():
-            snapshot = await self._read(tenant, session_id)
+            snapshot = await self._read(key)
         resumed = outcome is EpochOutcome.RESUMED
         if resumed:
             _check_resumable(snapshot.head, start.head)
             with suppress(*STORE_FAILURES):  # it goes on all the same, for as long as it says
-                await self._store.extend_session(tenant, session_id, number)
-                snapshot = await self._read(tenant, session_id)
+                await self._store.extend_session(key, number)
+                snapshot = await self._read(key)
         elif snapshot.head.epoch != number:
-            return _overtaken(session_id, snapshot, start, outcome, number)
-        live = cached_from_snapshot(snapshot)
+            return _overtaken(key.session_id, snapshot, start, outcome, number)
+        live = cached_from_snapshot(key.tenant, snapshot)
         # This Open has listed the session already, but perhaps with another end than it now has, and another
         # Open that was refused may have released the entry since.
-        live.is_listed = await self._touch(tenant, session_id, snapshot.head.ttl_ms)
-        self._session_cache.put((tenant, session_id), live)
+        live.is_listed = await self._touch(key, snapshot.head.ttl_ms)
+        self._session_cache.put(key, live)
         replayed = outcome is EpochOutcome.REPLAYED
-        return _opened(session_id, snapshot, resumed=resumed, replayed=replayed)
+        return _opened(key.session_id, snapshot, resumed=resumed, replayed=replayed)
 
     def _refuse(
         self, session_id: str, start: EpochStart, outcome: EpochOutcome, number: int
@@ -285,24 +286,24 @@ class Sessions:
             text = f"expected the last chunk to be {start.expected_chunk_seq}, it is {number}"
             raise Aborted("SEQ_GAP", text, expected_seq=number + 1)
 
-    async def _read(self, tenant: str, session_id: str) -> SessionSnapshot:
-        found = await self._store.read_session(tenant, session_id)
+    async def _read(self, key: SessionKey) -> SessionSnapshot:
+        found = await self._store.read_session(key)
         if isinstance(found, AbsentSession):
-            self._session_cache.drop((tenant, session_id))
-            raise session_absent(session_id, found)
+            self._session_cache.drop(key)
+            raise session_absent(key.session_id, found)
         return found
 
-    async def _touch(self, tenant: str, session_id: str, ttl_ms: int) -> bool:
+    async def _touch(self, key: SessionKey, ttl_ms: int) -> bool:
         """Tell the tenant's list that a session lives on; should that fail, its next chunk does."""
         with suppress(*STORE_FAILURES):
-            await self._store.touch_session(tenant, session_id, ttl_ms)
+            await self._store.touch_session(key, ttl_ms)
             return True
         return False
 
-    async def _reserve(self, tenant: str, session_id: str, ttl_ms: int) -> int:
+    async def _reserve(self, key: SessionKey, ttl_ms: int) -> int:
         """Reserve an entry in the tenant's list; return the end that it has there, or 0 for none."""
         try:
-            reserved = await self._store.reserve_session(tenant, session_id, ttl_ms)
+            reserved = await self._store.reserve_session(key, ttl_ms)
         except STORE_FAILURES as error:
             if error.reason == "UNKNOWN_OUTCOME":
                 raise

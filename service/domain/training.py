@@ -58,8 +58,10 @@ from service.domain.tapes import check_tape, tape_from_bytes
 from service.domain.types import (
     BackwardResult,
     DiscardResult,
+    ModelKey,
     Reduction,
     Selector,
+    SessionKey,
     UpdateResult,
     Waiting,
 )
@@ -128,14 +130,18 @@ class Training:
         (head, stored, expires_ms), early = await asyncio.gather(
             self._find_tape(tenant, op, recent), self._differentiate_early(op, recent)
         )
-        model = await self._model_cache.get_incarnation(tenant, head.model_id, head.incarnation)
+        model = await self._model_cache.get_incarnation(
+            ModelKey(tenant, head.model_id), head.incarnation
+        )
         self._check_backward(op, stored, model)
         if early is None or stored.incarnation != model.incarnation:
             params = await self._tape_params(tenant, op, model, stored)
             early = await self._differentiate(op, stored, params)
         made, digest = early
         norm = _finite_norm(made)
-        name = self._models.contribution_name(tenant, op.session_id, op.epoch, op.chunk_seq)
+        name = self._models.contribution_name(
+            SessionKey(tenant, op.session_id), op.epoch, op.chunk_seq
+        )
         contribution = Contribution(
             model.incarnation, name, digest, grads_to_blob(made.grads), expires_ms
         )
@@ -166,18 +172,18 @@ class Training:
     async def update(self, tenant: str, op: Update) -> UpdateResult:
         """Make one optimizer step from waiting contributions."""
         request = self._head_request(tenant, op)
-        answer = await self._publisher.advance(request, self._stepper(tenant, op, request))
+        answer = await self._publisher.advance(request, self._stepper(op, request))
         return _update_result(op.model_id, answer)
 
     async def discard(self, tenant: str, op: DiscardGradients) -> DiscardResult:
         """Drop waiting contributions, and the waiting tapes of the sessions named."""
-        model = await self._model_cache.get(tenant, op.model_id, fresh=True)
+        model = await self._model_cache.get(ModelKey(tenant, op.model_id), fresh=True)
         # What is not supported is to be met before anything is dropped.
         await asyncio.gather(
-            *(self._sessions.list_tapes(tenant, one.session_id) for one in op.selectors)
+            *(self._sessions.list_tapes(SessionKey(tenant, one.session_id)) for one in op.selectors)
         )
         dropped = await self._models.discard_contributions(
-            tenant, op.model_id, model.incarnation, self._names(tenant, op.selectors)
+            model.key, model.incarnation, self._names(tenant, op.selectors)
         )
         if dropped is None:
             raise model_not_found(op.model_id)
@@ -185,21 +191,22 @@ class Training:
         with after_decision():
             for selector in op.selectors:
                 tapes += await self._sessions.discard_tapes(
-                    tenant, selector.session_id, selector.epoch, selector.chunk_seqs
+                    SessionKey(tenant, selector.session_id), selector.epoch, selector.chunk_seqs
                 )
         return DiscardResult(dropped, tapes)
 
-    async def list_waiting(self, tenant: str, session_id: str) -> Waiting:
+    async def list_waiting(self, key: SessionKey) -> Waiting:
         """List what waits of one session: tapes for a Backward, contributions for an Update.
 
         The tapes are read first: one whose gradient is counted in between then shows as a contribution, or
         has been consumed, and is never missed.
         """
-        head, tapes = await self._sessions.list_tapes(tenant, session_id)
+        head, tapes = await self._sessions.list_tapes(key)
         if isinstance(head, AbsentSession):
-            raise session_absent(session_id, head)
-        prefix = self._models.contribution_prefix(tenant, session_id, 0)
-        inputs = await self._models.read_update_inputs(tenant, head.model_id, b"", [prefix])
+            raise session_absent(key.session_id, head)
+        prefix = self._models.contribution_prefix(key, 0)
+        model = ModelKey(key.tenant, head.model_id)
+        inputs = await self._models.read_update_inputs(model, b"", [prefix])
         if inputs is not None:
             spec_from_bytes(inputs.spec)  # one that is not known governs its contributions too
         if inputs is None or inputs.incarnation != head.incarnation:
@@ -208,9 +215,8 @@ class Training:
         counted = await asyncio.gather(
             *(
                 self._models.find_contribution(
-                    tenant,
-                    head.model_id,
-                    self._models.contribution_name(tenant, session_id, tape.epoch, tape.chunk_seq),
+                    model,
+                    self._models.contribution_name(key, tape.epoch, tape.chunk_seq),
                 )
                 for tape in tapes
             )
@@ -221,7 +227,7 @@ class Training:
             by_epoch.setdefault(epoch, []).append(chunk_seq)
         return Waiting(
             tuple(tape for tape, state in zip(tapes, counted, strict=True) if state is None),
-            tuple(Selector(session_id, epoch, tuple(seqs)) for epoch, seqs in by_epoch.items()),
+            tuple(Selector(key.session_id, epoch, tuple(seqs)) for epoch, seqs in by_epoch.items()),
         )
 
     # --- tapes ------------------------------------------------------------------------------------
@@ -231,7 +237,7 @@ class Training:
     ) -> tuple[SessionHead, StoredTape, int]:
         """Return where the session stands, its tape, and when that expires (ms, the store's clock)."""
         tape = await self._sessions.read_tape(
-            tenant, op.session_id, op.epoch, op.chunk_seq, with_data=recent is None
+            SessionKey(tenant, op.session_id), op.epoch, op.chunk_seq, with_data=recent is None
         )
         head = tape.session
         if isinstance(head, AbsentSession):
@@ -251,9 +257,13 @@ class Training:
     ) -> None:
         """Tell why there is no tape, unless the chunk is an old one that was counted already."""
         with suppress(NotFound):  # a model that is not supported governs its contributions
-            await self._model_cache.get_incarnation(tenant, head.model_id, head.incarnation)
-        name = self._models.contribution_name(tenant, op.session_id, op.epoch, op.chunk_seq)
-        counted = await self._models.find_contribution(tenant, head.model_id, name)
+            await self._model_cache.get_incarnation(
+                ModelKey(tenant, head.model_id), head.incarnation
+            )
+        name = self._models.contribution_name(
+            SessionKey(tenant, op.session_id), op.epoch, op.chunk_seq
+        )
+        counted = await self._models.find_contribution(ModelKey(tenant, head.model_id), name)
         if counted is None and not op.resent:
             check_epoch(op.epoch, head.epoch, head.chunk_seq)
         if not tape.token:
@@ -284,8 +294,10 @@ class Training:
             _, params = await self._model_cache.params(model, stored.version)
         except NotFound as error:
             number = stored.version.number
-            name = self._models.contribution_name(tenant, op.session_id, op.epoch, op.chunk_seq)
-            counted = await self._models.find_contribution(tenant, model.spec.model_id, name)
+            name = self._models.contribution_name(
+                SessionKey(tenant, op.session_id), op.epoch, op.chunk_seq
+            )
+            counted = await self._models.find_contribution(model.key, name)
             text = f"{error.message}: the tape's version is not kept any more"
             raise FailedPrecondition(
                 error.reason, text, version=number, **_counted_metadata(op, counted)
@@ -309,9 +321,7 @@ class Training:
         self, tenant: str, op: Backward, model: KnownModel, counting: _Counting
     ) -> None:
         """Count a contribution, and note in the session's slot that its tape waits no more."""
-        outcome = await self._models.record_contribution(
-            tenant, model.spec.model_id, counting.contribution
-        )
+        outcome = await self._models.record_contribution(model.key, counting.contribution)
         self._counted(op, model, counting, outcome)
         await self._mark_tape_consumed(tenant, op)
 
@@ -325,7 +335,7 @@ class Training:
         """
         update = self._inline(op, model)
         request, entry = self._head_request(tenant, update), counting.contribution.entry
-        is_own = request.model_id == model.spec.model_id
+        is_own = request.model_key == model.key
         is_alone = is_own and request.selectors == [counting.contribution.name]
         if not is_alone or self._publisher.is_busy(request):
             await self._count(tenant, op, model, counting)
@@ -337,7 +347,7 @@ class Training:
             nonlocal settling, foreseen
             (outcome, inputs), foreseen = await asyncio.gather(
                 self._models.record_and_read(
-                    tenant, request.model_id, counting.contribution, name, request.selectors
+                    request.model_key, counting.contribution, name, request.selectors
                 ),
                 self._foresee(update, model, counting),
             )
@@ -348,11 +358,9 @@ class Training:
             if isinstance(inputs, UpdateInputs) and (inputs.remembered or entry in inputs.waiting):
                 return inputs
             # It failed, or one of the two was sent again and the look came first.
-            return await self._models.read_update_inputs(
-                tenant, request.model_id, name, request.selectors
-            )
+            return await self._models.read_update_inputs(request.model_key, name, request.selectors)
 
-        step = self._stepper(tenant, update, request)
+        step = self._stepper(update, request)
 
         async def step_as_foreseen(
             now: KnownModel, inputs: UpdateInputs
@@ -384,7 +392,7 @@ class Training:
         # while, until it expires or the same Backward comes again.
         with suppress(*STORE_FAILURES, UnsupportedLayout):
             await self._sessions.mark_tape_consumed(
-                tenant, op.session_id, op.epoch, op.chunk_seq, op.token
+                SessionKey(tenant, op.session_id), op.epoch, op.chunk_seq, op.token
             )
 
     def _refuse_contribution(self, op: Backward, model: KnownModel, outcome: RecordOutcome) -> None:
@@ -417,14 +425,11 @@ class Training:
         """Turn selectors into names, what names begin with, or nothing for all that wait."""
         names: list[bytes] = []
         for one in selectors:
-            session_id, epoch = one.session_id, one.epoch
+            key, epoch = SessionKey(tenant, one.session_id), one.epoch
             if one.chunk_seqs:
-                names += [
-                    self._models.contribution_name(tenant, session_id, epoch, seq)
-                    for seq in one.chunk_seqs
-                ]
+                names += [self._models.contribution_name(key, epoch, seq) for seq in one.chunk_seqs]
             else:
-                names.append(self._models.contribution_prefix(tenant, session_id, epoch))
+                names.append(self._models.contribution_prefix(key, epoch))
         return names or [b""]
 
     # --- steps --------------------------------------------------------------------------------------
@@ -442,12 +447,12 @@ class Training:
     def _head_request(self, tenant: str, op: Update) -> StepRequest:
         names = self._names(tenant, op.selectors)
         digest = update_digest(op)
-        return StepRequest(tenant, op.model_id, op.request_id, digest, op.expected, names)
+        return StepRequest(ModelKey(tenant, op.model_id), op.request_id, digest, op.expected, names)
 
-    def _stepper(self, tenant: str, op: Update, request: StepRequest) -> MakeCandidate:
+    def _stepper(self, op: Update, request: StepRequest) -> MakeCandidate:
         async def step(model: KnownModel, inputs: UpdateInputs) -> CandidateVersion | None:
             _check_names(request.selectors, inputs)
-            return await self._step(tenant, op, model, inputs)
+            return await self._step(op, model, inputs)
 
         return step
 
@@ -466,9 +471,9 @@ class Training:
         return model.head, made
 
     async def _step(
-        self, tenant: str, op: Update, model: KnownModel, inputs: UpdateInputs
+        self, op: Update, model: KnownModel, inputs: UpdateInputs
     ) -> CandidateVersion | None:
-        grads = await self._gradients(tenant, model, inputs.waiting)
+        grads = await self._gradients(model, inputs.waiting)
         if grads is None:
             return None
         try:
@@ -494,15 +499,13 @@ class Training:
         return await self._scheduler.run(work, _make_step, op, model, params, moments, waiting)
 
     async def _gradients(
-        self, tenant: str, model: KnownModel, waiting: tuple[bytes, ...]
+        self, model: KnownModel, waiting: tuple[bytes, ...]
     ) -> dict[bytes, Grads] | None:
         """Return the gradient of each contribution that waits, in their order; None when one went away."""
         known = {one: self._recent_grads.get((model.incarnation, one)) for one in waiting}
         missing = [one for one in waiting if known[one] is None]
         if missing:
-            found = await self._models.read_gradients(
-                tenant, model.spec.model_id, missing, spec_bytes(model.spec)
-            )
+            found = await self._models.read_gradients(model.key, missing, spec_bytes(model.spec))
             if found is None:
                 return None
             for one, data in zip(missing, found, strict=True):

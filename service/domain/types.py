@@ -18,7 +18,22 @@ DIGEST_BYTES = 16
 NO_TOKEN = b""
 
 
-class Version(NamedTuple):  # hashed for each chunk, which a dataclass does in Python
+# Keys and versions are hashed for each chunk, which a dataclass does in Python and a tuple in C.
+class SessionKey(NamedTuple):
+    """Which session: a tenant, and the session's name among the tenant's sessions."""
+
+    tenant: str
+    session_id: str
+
+
+class ModelKey(NamedTuple):
+    """Which model: a tenant, and the model's name among the tenant's models."""
+
+    tenant: str
+    model_id: str
+
+
+class Version(NamedTuple):
     """The name of immutable weights; an empty digest in a request means any content."""
 
     number: int

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from service.domain.types import SessionKey
+
 if TYPE_CHECKING:
     from service.domain.recurrence import Recurrence
     from service.domain.types import Backward, Forward
@@ -25,11 +27,11 @@ class AnswerSizes:
     def forward(self, tenant: str, op: Forward) -> int:
         """Return the most bytes that the arrays of a Forward's answer can have."""
         n, t, _ = op.xs.shape
-        _, h = self._recurrence.sizes(tenant, op.session_id, op.model_id)
+        _, h = self._recurrence.sizes(SessionKey(tenant, op.session_id), op.model_id)
         return int(min(n * (t + 1) * h * op.xs.itemsize, self._message_bytes))
 
     def backward(self, tenant: str, op: Backward) -> int:
         """Return the most bytes that the arrays of a Backward's answer can have."""
         n, t, _ = op.dhs.shape
-        width = max(self._recurrence.sizes(tenant, op.session_id, ""))
+        width = max(self._recurrence.sizes(SessionKey(tenant, op.session_id), ""))
         return int(min(n * (t + 1) * width * op.dhs.itemsize, self._message_bytes))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from service.domain.errors import bad_field
+from service.domain.types import ModelKey
 from service.rpc.errors import message_too_large
 from service.rpc.fields import check_id, check_number, check_page, check_request_id, check_size
 from service.rpc.model_messages import (
@@ -76,7 +77,7 @@ class ModelService:
         """Return one model."""
         model_id = check_id("model_id", request.model_id)
         return pb.GetModelResponse(
-            model=model_to_proto(await self.models.get(call.tenant, model_id))
+            model=model_to_proto(await self.models.get(ModelKey(call.tenant, model_id)))
         )
 
     async def list_models(self, call: Call, request: pb.ListModelsRequest) -> pb.ListModelsResponse:
@@ -91,7 +92,7 @@ class ModelService:
         """Delete a model with all that belongs to it."""
         model_id = check_id("model_id", request.model_id)
         deleted = await self.models.delete(
-            call.tenant, model_id, allow_missing=request.allow_missing
+            ModelKey(call.tenant, model_id), allow_missing=request.allow_missing
         )
         return pb.DeleteModelResponse(deleted=deleted)
 
@@ -101,8 +102,7 @@ class ModelService:
         """Yield one version's file in parts."""
         model_id = check_id("model_id", request.model_id)
         version, data = await self.models.read_weights(
-            call.tenant,
-            model_id,
+            ModelKey(call.tenant, model_id),
             optional_version("version", request),
             include_moments=request.include_moments,
         )
@@ -120,13 +120,13 @@ class ModelService:
         expected = expected_version(header)
         request_id = check_request_id("request_id", header.request_id, required=True)
         total_bytes = check_size("total_bytes", header.total_bytes, 1 << 62)
-        limit = await self.models.upload_limit(call.tenant, model_id)
+        limit = await self.models.upload_limit(ModelKey(call.tenant, model_id))
         if total_bytes > limit:
             raise message_too_large("weights file", total_bytes, limit, _OF_OTHER_SIZES)
         call.ticket.reserve(total_bytes)
         data = await _collect(requests, total_bytes)
         version, replayed = await self.models.put_weights(
-            call.tenant, model_id, expected, request_id, data
+            ModelKey(call.tenant, model_id), expected, request_id, data
         )
         return pb.PutWeightsResponse(version=version_to_proto(version), replayed=replayed)
 
@@ -140,7 +140,9 @@ class ModelService:
             raise bad_field("numbers", text)
         for number in request.numbers:
             check_number("numbers", number, 1)
-        head, kept = await self.models.find_versions(call.tenant, model_id, request.numbers)
+        head, kept = await self.models.find_versions(
+            ModelKey(call.tenant, model_id), request.numbers
+        )
         return pb.FindVersionsResponse(
             head=version_to_proto(head), versions=map(version_to_proto, kept)
         )
@@ -150,8 +152,7 @@ class ModelService:
     ) -> pb.CreateCheckpointResponse:
         """Keep a version under a name."""
         checkpoint = await self.models.create_checkpoint(
-            call.tenant,
-            check_id("model_id", request.model_id),
+            ModelKey(call.tenant, check_id("model_id", request.model_id)),
             check_id("checkpoint_id", request.checkpoint_id),
             optional_version("version", request),
         )
@@ -162,7 +163,7 @@ class ModelService:
     ) -> pb.ListCheckpointsResponse:
         """Return a model's checkpoints."""
         model_id = check_id("model_id", request.model_id)
-        checkpoints = await self.models.list_checkpoints(call.tenant, model_id)
+        checkpoints = await self.models.list_checkpoints(ModelKey(call.tenant, model_id))
         return pb.ListCheckpointsResponse(checkpoints=map(checkpoint_to_proto, checkpoints))
 
     async def restore_checkpoint(
@@ -170,8 +171,7 @@ class ModelService:
     ) -> pb.RestoreCheckpointResponse:
         """Make a checkpoint the model's next version."""
         version, replayed = await self.models.restore_checkpoint(
-            call.tenant,
-            check_id("model_id", request.model_id),
+            ModelKey(call.tenant, check_id("model_id", request.model_id)),
             check_id("checkpoint_id", request.checkpoint_id),
             expected_version(request),
             check_request_id("request_id", request.request_id, required=True),
@@ -183,8 +183,7 @@ class ModelService:
     ) -> pb.DeleteCheckpointResponse:
         """Delete a checkpoint's name."""
         deleted = await self.models.delete_checkpoint(
-            call.tenant,
-            check_id("model_id", request.model_id),
+            ModelKey(call.tenant, check_id("model_id", request.model_id)),
             check_id("checkpoint_id", request.checkpoint_id),
             allow_missing=request.allow_missing,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from service.domain.types import SessionKey
 from service.rpc.fields import check_id, check_number, check_optional_id, check_page
 from service.rpc.session_messages import (
     fork_session_from_proto,
@@ -39,7 +40,7 @@ class SessionService:
     async def get_session(self, call: Call, request: pb.GetSessionRequest) -> pb.GetSessionResponse:
         """Return one session."""
         session_id = check_id("session_id", request.session_id)
-        view = await self.sessions.get(call.tenant, session_id)
+        view = await self.sessions.get(SessionKey(call.tenant, session_id))
         return pb.GetSessionResponse(session=session_to_proto(view))
 
     async def list_sessions(
@@ -57,7 +58,7 @@ class SessionService:
         """Return a session's hidden state."""
         session_id = check_id("session_id", request.session_id)
         opened = await self.sessions.get_state(
-            call.tenant, session_id, extend_ttl=request.extend_ttl
+            SessionKey(call.tenant, session_id), extend_ttl=request.extend_ttl
         )
         return pb.GetStateResponse(
             session=session_to_proto(opened.session), state=tensor_to_proto(opened.state)
@@ -93,5 +94,5 @@ class SessionService:
         """End a session."""
         session_id = check_id("session_id", request.session_id)
         expected_epoch = check_number("expected_epoch", request.expected_epoch, 0)
-        closed = await self.sessions.close(call.tenant, session_id, expected_epoch)
+        closed = await self.sessions.close(SessionKey(call.tenant, session_id), expected_epoch)
         return pb.CloseSessionResponse(closed=closed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from service.domain.types import SessionKey
 from service.rpc.answers import AnswerSizes
 from service.rpc.fields import check_id
 from service.rpc.operations import Operations
@@ -82,7 +83,9 @@ class TimeRnnService:
     ) -> pb.ListWaitingResponse:
         """List the tapes and contributions of a session that wait."""
         session_id = check_id("session_id", request.session_id)
-        return waiting_to_proto(await self._training.list_waiting(call.tenant, session_id))
+        return waiting_to_proto(
+            await self._training.list_waiting(SessionKey(call.tenant, session_id))
+        )
 
     async def stream(self, call: Call) -> None:
         """Serve one stream of operations."""

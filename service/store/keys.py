@@ -9,26 +9,30 @@ from __future__ import annotations
 import base64
 import hashlib
 from functools import lru_cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from service.domain.types import ModelKey, SessionKey
 
 TAG_BYTES = 16
 
 
 @lru_cache(maxsize=65536)
-def session_digest(tenant: str, session_id: str) -> bytes:
+def session_digest(key: SessionKey) -> bytes:
     """Return the 16 bytes that stand for a session wherever its name is not needed."""
-    return _digest("session", tenant, session_id)
+    return _digest("session", *key)
 
 
 @lru_cache(maxsize=65536)
-def session_tag(tenant: str, session_id: str) -> bytes:
+def session_tag(key: SessionKey) -> bytes:
     """Return the hash tag of a session's slot."""
-    return b"s{" + _text(session_digest(tenant, session_id)) + b"}"
+    return b"s{" + _text(session_digest(key)) + b"}"
 
 
 @lru_cache(maxsize=4096)
-def model_tag(tenant: str, model_id: str) -> bytes:
+def model_tag(key: ModelKey) -> bytes:
     """Return the hash tag of a model's slot."""
-    return b"m{" + _text(_digest("model", tenant, model_id)) + b"}"
+    return b"m{" + _text(_digest("model", *key)) + b"}"
 
 
 @lru_cache(maxsize=4096)

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
         NewVersion,
         Publication,
     )
-    from service.domain.types import Checkpoint
+    from service.domain.types import Checkpoint, ModelKey, SessionKey
     from service.settings import Limits
     from service.store.links import Command
     from service.store.scripts import Argument, ScriptRunner
@@ -69,15 +69,14 @@ class RedisModelStore:
 
     async def create_model(
         self,
-        tenant: str,
-        model_id: str,
+        key: ModelKey,
         record: ModelRecord,
         first: NewVersion,
         request: bytes,
         content_digest: bytes,
     ) -> CreateOutcome:
         """Create a model with its first version."""
-        tag = keys.model_tag(tenant, model_id)
+        tag = keys.model_tag(key)
         slot = (
             keys.model_key(tag),
             keys.versions_key(tag),
@@ -97,9 +96,9 @@ class RedisModelStore:
         create = ScriptCall(_CREATE_MODEL, slot, arguments)
         answer = await self._runner.run(create)
         if answer == b"STALE":  # the name is free; where it is taken nothing needs to be written
-            names = keys.tenant_models_key(tenant)
+            names = keys.tenant_models_key(key.tenant)
             reserve = ScriptCall(
-                _RESERVE_MODEL, (names,), (model_id, self._limits.models_per_tenant)
+                _RESERVE_MODEL, (names,), (key.model_id, self._limits.models_per_tenant)
             )
             if await self._runner.run(reserve) == b"FULL":
                 return CreateOutcome.QUOTA
@@ -107,17 +106,17 @@ class RedisModelStore:
                 await self._write_parts(_version_parts(tag, record.incarnation, first))
                 answer = await self._runner.run(create)
             except ResourceExhausted:
-                await self._give_back_name(tenant, model_id)
+                await self._give_back_name(key)
                 raise
             # Another creation of this name, refused, may have given the place back meanwhile. The model is
             # there whatever becomes of this.
             with suppress(*STORE_FAILURES):
-                await self._runner.run_commands([("ZADD", names, 0, model_id)])
+                await self._runner.run_commands([("ZADD", names, 0, key.model_id)])
         return CreateOutcome(answer.decode())
 
-    async def read_model(self, tenant: str, model_id: str) -> ModelRecord | None:
+    async def read_model(self, key: ModelKey) -> ModelRecord | None:
         """Read a model's record."""
-        tag = keys.model_tag(tenant, model_id)
+        tag = keys.model_tag(key)
         found, count = await self._runner.run_commands(
             [
                 ("HMGET", keys.model_key(tag), *layouts.MODEL_FIELDS),
@@ -141,19 +140,21 @@ class RedisModelStore:
         )
         return [name.decode() for name in names]
 
-    async def _give_back_name(self, tenant: str, model_id: str) -> None:
+    async def _give_back_name(self, key: ModelKey) -> None:
         """Take a name that no model has off the tenant's list."""
         with suppress(Unavailable):
-            if await self.read_model(tenant, model_id) is None:
-                await self.forget_model_name(tenant, model_id)
+            if await self.read_model(key) is None:
+                await self.forget_model_name(key)
 
-    async def forget_model_name(self, tenant: str, model_id: str) -> None:
+    async def forget_model_name(self, key: ModelKey) -> None:
         """Take a name off the tenant's list of models."""
-        await self._runner.run_commands([("ZREM", keys.tenant_models_key(tenant), model_id)])
+        await self._runner.run_commands(
+            [("ZREM", keys.tenant_models_key(key.tenant), key.model_id)]
+        )
 
-    async def delete_model(self, tenant: str, model_id: str, incarnation: bytes) -> bool:
+    async def delete_model(self, key: ModelKey, incarnation: bytes) -> bool:
         """Delete a model with everything in its slot."""
-        tag = keys.model_tag(tenant, model_id)
+        tag = keys.model_tag(key)
         slot = (
             keys.model_key(tag),
             keys.versions_key(tag),
@@ -173,20 +174,18 @@ class RedisModelStore:
         answer = await self._runner.run(ScriptCall(_DELETE_MODEL, slot, (incarnation, *prefixes)))
         # It is gone whatever becomes of its name, which else takes a place until it is used or deleted again.
         with suppress(*STORE_FAILURES):
-            await self.forget_model_name(tenant, model_id)
+            await self.forget_model_name(key)
         return bool(answer == b"DELETED")
 
-    async def find_version(self, tenant: str, model_id: str, number: int) -> Version | None:
+    async def find_version(self, key: ModelKey, number: int) -> Version | None:
         """Return the version stored under a number."""
-        return next(iter(await self.find_versions(tenant, model_id, [number])), None)
+        return next(iter(await self.find_versions(key, [number])), None)
 
-    async def find_versions(
-        self, tenant: str, model_id: str, numbers: Sequence[int]
-    ) -> list[Version]:
+    async def find_versions(self, key: ModelKey, numbers: Sequence[int]) -> list[Version]:
         """Return those of the versions of these numbers that are kept, in this order."""
-        key = keys.versions_key(keys.model_tag(tenant, model_id))
+        versions = keys.versions_key(keys.model_tag(key))
         names = [number.to_bytes(8, "big") for number in numbers]
-        (entries,) = await self._runner.run_commands([("HMGET", key, *names)])
+        (entries,) = await self._runner.run_commands([("HMGET", versions, *names)])
         found = zip(numbers, entries, strict=True)
         return [
             Version(number, layouts.version_entry_from_bytes(entry)[0])
@@ -195,37 +194,34 @@ class RedisModelStore:
         ]
 
     async def read_weights(
-        self, tenant: str, model_id: str, incarnation: bytes, version: Version
+        self, key: ModelKey, incarnation: bytes, version: Version
     ) -> Bytes | None:
         """Read a version's weights."""
-        tag = keys.model_tag(tenant, model_id)
+        tag = keys.model_tag(key)
         return await self._read_parts(tag, keys.weights_prefix(tag, incarnation), version, 0)
 
     async def read_moments(
-        self, tenant: str, model_id: str, incarnation: bytes, version: Version
+        self, key: ModelKey, incarnation: bytes, version: Version
     ) -> Bytes | None:
         """Read a version's moments."""
-        tag = keys.model_tag(tenant, model_id)
+        tag = keys.model_tag(key)
         return await self._read_parts(tag, keys.moments_prefix(tag, incarnation), version, 1)
 
-    async def record_contribution(
-        self, tenant: str, model_id: str, contribution: Contribution
-    ) -> RecordOutcome:
+    async def record_contribution(self, key: ModelKey, contribution: Contribution) -> RecordOutcome:
         """Count a contribution once."""
-        tag = keys.model_tag(tenant, model_id)
+        tag = keys.model_tag(key)
         (outcome,) = await self._record(tag, contribution)
         return RecordOutcome(outcome.decode())
 
     async def record_and_read(
         self,
-        tenant: str,
-        model_id: str,
+        key: ModelKey,
         contribution: Contribution,
         request: bytes,
         selectors: Sequence[bytes],
     ) -> tuple[RecordOutcome, UpdateInputs | Exception | None]:
         """Count a contribution once and, mostly after that, read what an Update decides from."""
-        tag = keys.model_tag(tenant, model_id)
+        tag = keys.model_tag(key)
         outcome, inputs = await self._record(
             tag, contribution, _inputs_call(tag, request, selectors)
         )
@@ -280,26 +276,24 @@ class RedisModelStore:
         )
         return ScriptCall(_RECORD_CONTRIBUTION, slot, arguments)
 
-    async def find_contribution(
-        self, tenant: str, model_id: str, name: bytes
-    ) -> ContributionState | None:
+    async def find_contribution(self, key: ModelKey, name: bytes) -> ContributionState | None:
         """Return what has become of the contribution of this name; None: it was not counted."""
-        tag = keys.model_tag(tenant, model_id)
+        tag = keys.model_tag(key)
         (entry,) = await self._runner.run_commands([("HGET", keys.contributions_key(tag), name)])
         return layouts.contribution_state_from_bytes(entry) if entry else None
 
     async def read_update_inputs(
-        self, tenant: str, model_id: str, request: bytes, selectors: Sequence[bytes]
+        self, key: ModelKey, request: bytes, selectors: Sequence[bytes]
     ) -> UpdateInputs | None:
         """Read what an Update decides from."""
-        tag = keys.model_tag(tenant, model_id)
+        tag = keys.model_tag(key)
         return _update_inputs(await self._runner.run(_inputs_call(tag, request, selectors)))
 
     async def read_gradients(
-        self, tenant: str, model_id: str, entries: Sequence[bytes], size: int
+        self, key: ModelKey, entries: Sequence[bytes], size: int
     ) -> Sequence[Bytes] | None:
         """Read waiting gradients of `size` bytes by name and digest; None when one has gone."""
-        prefix = keys.gradient_prefix(keys.model_tag(tenant, model_id))
+        prefix = keys.gradient_prefix(keys.model_tag(key))
         if size <= PART_BYTES:
             return await self._read_values([prefix + entry[:NAME_BYTES] for entry in entries], size)
         found: list[Bytes] = []
@@ -312,10 +306,10 @@ class RedisModelStore:
         return found
 
     async def publish_version(
-        self, tenant: str, model_id: str, publication: Publication
+        self, key: ModelKey, publication: Publication
     ) -> tuple[PublishOutcome, bytes]:
         """Write a version and make it the head; REPLAYED comes with the remembered answer."""
-        tag, limits = keys.model_tag(tenant, model_id), self._limits
+        tag, limits = keys.model_tag(key), self._limits
         parts = _version_parts(tag, publication.incarnation, publication.new)
         is_small = publication.new.weights.nbytes + publication.new.moments.nbytes <= TRIP_BYTES
         if not is_small:
@@ -358,10 +352,10 @@ class RedisModelStore:
         return PublishOutcome(outcome.decode()), answer[0] if answer else b""
 
     async def discard_contributions(
-        self, tenant: str, model_id: str, incarnation: bytes, selectors: Sequence[bytes]
+        self, key: ModelKey, incarnation: bytes, selectors: Sequence[bytes]
     ) -> int | None:
         """Drop waiting contributions; None when the model has gone."""
-        tag = keys.model_tag(tenant, model_id)
+        tag = keys.model_tag(key)
         slot = (
             keys.model_key(tag),
             keys.contributions_key(tag),
@@ -376,14 +370,13 @@ class RedisModelStore:
 
     async def create_checkpoint(
         self,
-        tenant: str,
-        model_id: str,
+        key: ModelKey,
         incarnation: bytes,
         checkpoint_id: str,
         version: Version | None,
     ) -> tuple[CheckpointOutcome, Checkpoint | None]:
         """Keep a version under a name."""
-        tag = keys.model_tag(tenant, model_id)
+        tag = keys.model_tag(key)
         slot = (
             keys.model_key(tag),
             keys.versions_key(tag),
@@ -396,9 +389,9 @@ class RedisModelStore:
         kept = layouts.checkpoint_from_bytes(checkpoint_id, entry[0]) if entry else None
         return CheckpointOutcome(outcome.decode()), kept
 
-    async def list_checkpoints(self, tenant: str, model_id: str) -> list[Checkpoint]:
+    async def list_checkpoints(self, key: ModelKey) -> list[Checkpoint]:
         """Read a model's checkpoints, sorted by name."""
-        tag = keys.model_tag(tenant, model_id)
+        tag = keys.model_tag(key)
         (flat,) = await self._runner.run_commands([("HGETALL", keys.checkpoints_key(tag))])
         entries = (
             flat.items() if isinstance(flat, dict) else zip(flat[::2], flat[1::2], strict=True)
@@ -408,10 +401,10 @@ class RedisModelStore:
         ]
 
     async def delete_checkpoint(
-        self, tenant: str, model_id: str, incarnation: bytes, checkpoint_id: str
+        self, key: ModelKey, incarnation: bytes, checkpoint_id: str
     ) -> bool:
         """Take a checkpoint's name away."""
-        tag = keys.model_tag(tenant, model_id)
+        tag = keys.model_tag(key)
         slot = (
             keys.model_key(tag),
             keys.versions_key(tag),
@@ -422,9 +415,9 @@ class RedisModelStore:
         answer = await self._runner.run(ScriptCall(_DELETE_CHECKPOINT, slot, arguments))
         return bool(answer == b"DELETED")
 
-    def contribution_name(self, tenant: str, session_id: str, epoch: int, chunk_seq: int) -> bytes:
+    def contribution_name(self, key: SessionKey, epoch: int, chunk_seq: int) -> bytes:
         """Return the name of a contribution; names sort by session, epoch, chunk."""
-        session = keys.session_digest(tenant, session_id)
+        session = keys.session_digest(key)
         return layouts.CONTRIBUTION_NAME.pack(session, epoch, chunk_seq)
 
     def contribution_place(self, name: bytes) -> tuple[int, int]:
@@ -432,9 +425,9 @@ class RedisModelStore:
         _, epoch, chunk_seq = layouts.CONTRIBUTION_NAME.unpack(name)
         return epoch, chunk_seq
 
-    def contribution_prefix(self, tenant: str, session_id: str, epoch: int) -> bytes:
+    def contribution_prefix(self, key: SessionKey, epoch: int) -> bytes:
         """Return what the names of a session's contributions begin with; epoch 0: of any."""
-        session = keys.session_digest(tenant, session_id)
+        session = keys.session_digest(key)
         return session + epoch.to_bytes(8, "big") if epoch else session
 
     async def _write_parts(self, parts: Sequence[tuple[bytes, Bytes]]) -> None:

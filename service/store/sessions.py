@@ -26,7 +26,7 @@ if TYPE_CHECKING:
         EpochStart,
         SessionHead,
     )
-    from service.domain.types import WaitingTape
+    from service.domain.types import SessionKey, WaitingTape
     from service.settings import Limits
     from service.store.links import Command
     from service.store.scripts import Argument, Ran, ScriptRunner
@@ -64,10 +64,10 @@ class RedisSessionStore:
         self._limits = limits
 
     async def read_session(
-        self, tenant: str, session_id: str, chunk_seq: int = 0
+        self, key: SessionKey, chunk_seq: int = 0
     ) -> SessionSnapshot | AbsentSession:
         """Read a session, with the states around a chunk when one is named."""
-        tag = keys.session_tag(tenant, session_id)
+        tag = keys.session_tag(key)
         call = ScriptCall(_READ_SESSION, (keys.record_key(tag), keys.marker_key(tag)), (chunk_seq,))
         answer = await self._runner.run(call)
         if len(answer) == 1:
@@ -75,7 +75,7 @@ class RedisSessionStore:
         head, expires, last, before, at = answer
         stored = layouts.state_from_bytes(last)
         if stored is None:
-            raise CorruptRecordError(session_id)
+            raise CorruptRecordError(key.session_id)
         return SessionSnapshot(
             head=layouts.head_from_bytes(head),
             expire_time_ms=int(expires),
@@ -85,10 +85,10 @@ class RedisSessionStore:
         )
 
     async def begin_epoch(
-        self, tenant: str, session_id: str, start: EpochStart
+        self, key: SessionKey, start: EpochStart
     ) -> tuple[EpochOutcome, int] | AbsentSession:
         """Begin an epoch; the number is the epoch in force, or for GAP the last chunk."""
-        tag = keys.session_tag(tenant, session_id)
+        tag = keys.session_tag(key)
         arguments = (
             start.mode,
             start.expected_epoch,
@@ -107,9 +107,9 @@ class RedisSessionStore:
             return await self._absent(tag, told)
         return EpochOutcome(outcome.decode()), int(told)
 
-    def node_of(self, tenant: str, session_id: str) -> object:
+    def node_of(self, key: SessionKey) -> object:
         """Return the node that serves a session as far as is known, None where the store is one server."""
-        return self._runner.node_of(keys.session_tag(tenant, session_id))
+        return self._runner.node_of(keys.session_tag(key))
 
     async def commit_chunks(self, commits: Sequence[ChunkCommit]) -> list[ChunkOutcome | Exception]:
         """Apply chunks of different sessions, each by itself, in one round trip."""
@@ -131,18 +131,16 @@ class RedisSessionStore:
                 answers += [ran.answer] * len(some)
         return answers
 
-    async def extend_session(self, tenant: str, session_id: str, epoch: int) -> ChunkOutcome:
+    async def extend_session(self, key: SessionKey, epoch: int) -> ChunkOutcome:
         """Let the time to live start again; STALE when the epoch is not there any more."""
-        tag = keys.session_tag(tenant, session_id)
+        tag = keys.session_tag(key)
         slot = (keys.record_key(tag), keys.marker_key(tag))
         answer = await self._runner.run(ScriptCall(_EXTEND_SESSION, slot, (epoch, MARKER_MS)))
         return ChunkOutcome.STALE if answer == b"ABSENT" else _CHUNK_OUTCOMES[answer]
 
-    async def close_session(
-        self, tenant: str, session_id: str, expected_epoch: int
-    ) -> tuple[str, int, Absence]:
+    async def close_session(self, key: SessionKey, expected_epoch: int) -> tuple[str, int, Absence]:
         """End a session: CLOSED, ABSENT (and why) or FENCED, with the epoch."""
-        tag = keys.session_tag(tenant, session_id)
+        tag = keys.session_tag(key)
         slot = (keys.record_key(tag), keys.marker_key(tag), keys.tape_index_key(tag))
         outcome, epoch, marker = await self._runner.run(
             ScriptCall(_CLOSE_SESSION, slot, (expected_epoch, MARKER_MS))
@@ -150,10 +148,10 @@ class RedisSessionStore:
         return outcome.decode(), int(epoch), layouts.absence_from_marker(marker).why
 
     async def read_tape(
-        self, tenant: str, session_id: str, epoch: int, chunk_seq: int, *, with_data: bool = True
+        self, key: SessionKey, epoch: int, chunk_seq: int, *, with_data: bool = True
     ) -> TapeSnapshot:
         """Read one tape, or only its first byte, with where its session stands."""
-        tag = keys.session_tag(tenant, session_id)
+        tag = keys.session_tag(key)
         name = layouts.TAPE_NAME.pack(epoch, chunk_seq)
         slot = (
             keys.record_key(tag),
@@ -173,29 +171,27 @@ class RedisSessionStore:
         )
 
     async def mark_tape_consumed(
-        self, tenant: str, session_id: str, epoch: int, chunk_seq: int, token: bytes
+        self, key: SessionKey, epoch: int, chunk_seq: int, token: bytes
     ) -> None:
         """Note that the contribution of a tape was counted."""
-        tag = keys.session_tag(tenant, session_id)
+        tag = keys.session_tag(key)
         name = layouts.TAPE_NAME.pack(epoch, chunk_seq)
         slot = (keys.record_key(tag), keys.tape_index_key(tag))
         await self._runner.run(ScriptCall(_MARK_TAPE_CONSUMED, slot, (name, token)))
 
-    async def discard_tapes(
-        self, tenant: str, session_id: str, epoch: int, chunk_seqs: Sequence[int]
-    ) -> int:
+    async def discard_tapes(self, key: SessionKey, epoch: int, chunk_seqs: Sequence[int]) -> int:
         """Drop tapes that wait for their Backward; epoch 0: any, no chunks: all."""
-        tag = keys.session_tag(tenant, session_id)
+        tag = keys.session_tag(key)
         chunks = b"".join(seq.to_bytes(8, "big") for seq in chunk_seqs)
         named = epoch.to_bytes(8, "big") if epoch else b""
         slot = (keys.record_key(tag), keys.tape_index_key(tag))
         return int(await self._runner.run(ScriptCall(_DISCARD_TAPES, slot, (named, chunks))))
 
     async def list_tapes(
-        self, tenant: str, session_id: str
+        self, key: SessionKey
     ) -> tuple[SessionHead | AbsentSession, list[WaitingTape]]:
         """Read which tapes wait for their Backward, in order, with where the session stands."""
-        tag = keys.session_tag(tenant, session_id)
+        tag = keys.session_tag(key)
         slot = (keys.record_key(tag), keys.marker_key(tag), keys.tape_index_key(tag))
         head, marker, *tapes = await self._runner.run(ScriptCall(_LIST_TAPES, slot, ()))
         if not head:
@@ -204,35 +200,35 @@ class RedisSessionStore:
             layouts.waiting_tape_from_bytes(tape) for tape in sorted(tapes)
         ]
 
-    async def reserve_session(self, tenant: str, session_id: str, ttl_ms: int) -> int:
+    async def reserve_session(self, key: SessionKey, ttl_ms: int) -> int:
         """List a session among its tenant's; return the end of its entry, 0 if the list is full."""
-        arguments = (session_id, ttl_ms + ttl_ms // 4, self._limits.sessions_per_tenant, "GT")
-        call = ScriptCall(_RESERVE_SESSION, (keys.tenant_sessions_key(tenant),), arguments)
+        arguments = (key.session_id, ttl_ms + ttl_ms // 4, self._limits.sessions_per_tenant, "GT")
+        call = ScriptCall(_RESERVE_SESSION, (keys.tenant_sessions_key(key.tenant),), arguments)
         answer = await self._runner.run(call)
         return 0 if answer == b"FULL" else int(answer)
 
-    async def find_listing(self, tenant: str, session_id: str) -> int:
+    async def find_listing(self, key: SessionKey) -> int:
         """Return the end that the tenant's list gives a session; 0 if it is not listed."""
-        score = ("ZSCORE", keys.tenant_sessions_key(tenant), session_id)
+        score = ("ZSCORE", keys.tenant_sessions_key(key.tenant), key.session_id)
         (end,) = await self._runner.run_commands([score])
         return int(float(end or 0))
 
     async def release_listing(
-        self, tenant: str, session_id: str, listed_end: int, live: SessionSnapshot | None
+        self, key: SessionKey, listed_end: int, live: SessionSnapshot | None
     ) -> None:
         """Remove a session's entry if its end is still the one given; a live session gets its own end back."""
         end = live.expire_time_ms + live.head.ttl_ms // 4 if live else 0
-        arguments = (session_id, listed_end, end)
+        arguments = (key.session_id, listed_end, end)
         await self._runner.run(
-            ScriptCall(_RELEASE_LISTING, (keys.tenant_sessions_key(tenant),), arguments)
+            ScriptCall(_RELEASE_LISTING, (keys.tenant_sessions_key(key.tenant),), arguments)
         )
 
-    async def touch_session(self, tenant: str, session_id: str, ttl_ms: int) -> None:
+    async def touch_session(self, key: SessionKey, ttl_ms: int) -> None:
         """Move the end of a session's entry in the tenant's list to what a chunk has made it."""
         most = 1 << 53  # a session that lives already is never refused
-        arguments = (session_id, ttl_ms + ttl_ms // 4, most, "CH")
+        arguments = (key.session_id, ttl_ms + ttl_ms // 4, most, "CH")
         await self._runner.run(
-            ScriptCall(_RESERVE_SESSION, (keys.tenant_sessions_key(tenant),), arguments)
+            ScriptCall(_RESERVE_SESSION, (keys.tenant_sessions_key(key.tenant),), arguments)
         )
 
     async def list_sessions(
@@ -264,7 +260,7 @@ class RedisSessionStore:
 
     def _commit_call(self, commits: Sequence[ChunkCommit]) -> ScriptCall:
         limits = self._limits
-        slot = [keys.record_key(keys.session_tag(c.tenant, c.session_id)) for c in commits]
+        slot = [keys.record_key(keys.session_tag(c.key)) for c in commits]
         if self._runner.is_cluster:
             slot += _tape_keys(commits[0])
         arguments: tuple[Argument, ...] = (
@@ -294,7 +290,7 @@ def _chunk_outcomes(commits: Sequence[ChunkCommit], ran: Ran) -> Iterator[ChunkO
 
 def _lay_tape(commit: ChunkCommit) -> Command:
     """Return the command that lays down a tape for its commit, which gives it its right name."""
-    tag = keys.session_tag(commit.tenant, commit.session_id)
+    tag = keys.session_tag(commit.key)
     return ("SET", keys.staged_tape_key(tag, commit.state.token), commit.tape, "PX", ORPHAN_MS)
 
 
@@ -302,7 +298,7 @@ def _tape_keys(commit: ChunkCommit) -> list[bytes]:
     """Name what a chunk in TRAIN mode touches beside its session's record."""
     if commit.tape is None:
         return []
-    tag = keys.session_tag(commit.tenant, commit.session_id)
+    tag = keys.session_tag(commit.key)
     name = layouts.TAPE_NAME.pack(commit.epoch, commit.state.chunk_seq)
     laid = keys.staged_tape_key(tag, commit.state.token)
     return [keys.tape_index_key(tag), keys.tape_key(tag, name), laid]

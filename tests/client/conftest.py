@@ -18,6 +18,7 @@ import redis
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]  # has no stubs
 
 import timernn
+from service.domain.types import ModelKey, SessionKey
 from service.store import keys
 from timernn.v1 import model_service_pb2 as model_pb
 from timernn.v1 import session_service_pb2 as session_pb
@@ -456,16 +457,16 @@ class Slots:
 
     def of_session(self, session_id: str) -> Slot:
         """Keep the slot of a session as it is now."""
-        return self._of(keys.session_tag("default", session_id))
+        return self._of(keys.session_tag(SessionKey("default", session_id)))
 
     def of_model(self, model_id: str) -> Slot:
         """Keep the slot of a model as it is now."""
-        return self._of(keys.model_tag("default", model_id))
+        return self._of(keys.model_tag(ModelKey("default", model_id)))
 
     def expire(self, session_id: str) -> None:
         """Let a session's time to live be over; its marker outlives it."""
         with redis.Redis.from_url(self._store_url) as connection:
-            connection.delete(keys.record_key(keys.session_tag("default", session_id)))
+            connection.delete(keys.record_key(keys.session_tag(SessionKey("default", session_id))))
 
     def close(self) -> None:
         """Close every slot's connection."""

@@ -9,6 +9,7 @@ import pytest
 import redis
 
 import timernn
+from service.domain.types import ModelKey, SessionKey
 from service.store import keys
 from timernn._core.ages import Ages, Lifetime
 
@@ -46,14 +47,14 @@ def sleep(client: timernn.Client, seconds: float) -> None:
 
 def forget_session(raw: Any, session: timernn.Session) -> None:
     """Let the times of a session and of its marker pass."""
-    tag = keys.session_tag("default", session.session_id)
+    tag = keys.session_tag(SessionKey("default", session.session_id))
     for key in raw.scan_iter(tag.replace(b"[", b"\\[") + b"*"):
         raw.pexpire(key, 0)
 
 
 def forget_counted(raw: Any, model_id: str) -> None:
     """Let the time pass for which the names of counted contributions are remembered."""
-    tag = keys.model_tag("default", model_id)
+    tag = keys.model_tag(ModelKey("default", model_id))
     for name in raw.zrange(keys.expiry_key(tag), 0, -1):
         raw.hdel(keys.contributions_key(tag), name)
         raw.zrem(keys.expiry_key(tag), name)

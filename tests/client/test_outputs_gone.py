@@ -10,6 +10,7 @@ import pytest
 import redis
 
 import timernn
+from service.domain.types import ModelKey
 from service.store import keys
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ def test_a_chunk_of_weights_that_are_gone_is_passed_on_a_real_server(
         twin.forward(xs)  # as an attempt of the other's whose answer was lost
         kept = one.get_weights(model_id)
         one.put_weights(model_id, Wx=kept.Wx, Wh=kept.Wh, b=kept.b)
-        tag = keys.model_tag("default", model_id)
+        tag = keys.model_tag(ModelKey("default", model_id))
         with redis.Redis.from_url(store.url) as raw:
             raw.hdel(keys.versions_key(tag), weights.head.number.to_bytes(8, "big"))
         with pytest.raises(timernn.ReplayWindowPassed):

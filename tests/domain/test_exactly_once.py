@@ -26,7 +26,7 @@ from instruments.replicas import (
 )
 from service.compute import scheduler as scheduler_module
 from service.domain.errors import DomainError, Unavailable
-from service.domain.types import NewEpoch, ReturnHs, Selector, Version
+from service.domain.types import NewEpoch, ReturnHs, Selector, SessionKey, Version
 from service.settings import Limits
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ async def test_other_content_under_a_used_number_is_refused(
     other = {"xs": xs + 1, "mode": xs, "shape": xs[:, :2]}[change]
     sent = client.forward(other, chunk_seq=1, previous_token=b"", train=change == "mode")
     assert (await refusal(sent)).reason == "SEQ_REUSED"
-    seen = await replicas[0].sessions.get_state(tenant, "s", extend_ttl=False)
+    seen = await replicas[0].sessions.get_state(SessionKey(tenant, "s"), extend_ttl=False)
     np.testing.assert_array_equal(seen.state, done.h)
 
 
@@ -203,7 +203,7 @@ async def test_a_replay_whose_version_is_gone_is_answered_from_the_record(
     opened = await open_on(trainer, tenant)
     client = Client([trainer], tenant, "s", opened.session.epoch)
     await client.forward(draw(rng))
-    behind.live.put((tenant, "s"), present(trainer.live.get((tenant, "s"))))
+    behind.live.put(SessionKey(tenant, "s"), present(trainer.live.get(SessionKey(tenant, "s"))))
     xs = draw(rng)
     first = await client.forward(xs)
     other = Client([trainer], tenant, "t", (await open_on(trainer, tenant, "t")).session.epoch)
@@ -321,7 +321,7 @@ async def test_a_chunk_and_a_close_that_race_end_well(
         await client.forward(draw(rng))
         calls = [
             replicas[0].recurrence.forward(tenant, client.chunk(draw(rng))),
-            replicas[1].sessions.close(tenant, f"s{trial}", 0),
+            replicas[1].sessions.close(SessionKey(tenant, f"s{trial}"), 0),
         ]
         ends = await asyncio.gather(*calls[:: 1 if trial % 2 else -1], return_exceptions=True)
         assert {end.reason for end in ends if isinstance(end, DomainError)} <= {"SESSION_CLOSED"}
@@ -566,7 +566,7 @@ async def test_state_in_hand_does_not_keep_a_chunks_outputs(
     client = await open_session(batch_size=1)
     client.replicas = replicas[:1]
     await client.forward(draw(rng, 100, rows=1))
-    assert present(replicas[0].live.get((tenant, "s"))).h.base is None
+    assert present(replicas[0].live.get(SessionKey(tenant, "s"))).h.base is None
 
 
 @pytest.mark.parametrize("wanted", list(ReturnHs))

@@ -21,7 +21,7 @@ from instruments.replicas import (
 )
 from service.domain.errors import NotFound
 from service.domain.sessions import new_session_id
-from service.domain.types import ForkSession, Forward, NewEpoch, OnExists
+from service.domain.types import ForkSession, Forward, ModelKey, NewEpoch, OnExists, SessionKey
 from service.settings import Limits
 from service.store import keys
 
@@ -47,7 +47,7 @@ async def expire(raw: Redis, tenant: str, session_id: str = "s") -> None:
     """Let the time to live of a session's keys pass, all but the marker's."""
     for key in await session_keys(raw, tenant, session_id):
         if key != b"e":
-            await raw.pexpireat(keys.session_tag(tenant, session_id) + key, 1)
+            await raw.pexpireat(keys.session_tag(SessionKey(tenant, session_id)) + key, 1)
 
 
 async def test_a_session_begins_at_zero_and_at_what_it_is_given(
@@ -59,7 +59,7 @@ async def test_a_session_begins_at_zero_and_at_what_it_is_given(
     np.testing.assert_array_equal(zero.state, np.zeros((ROWS, HIDDEN), np.float32))
     given = rng.standard_normal((ROWS, HIDDEN)).astype(np.float32)
     await open_on(replicas[0], tenant, "given", initial_state=given)
-    seen = await replicas[1].sessions.get_state(tenant, "given", extend_ttl=False)
+    seen = await replicas[1].sessions.get_state(SessionKey(tenant, "given"), extend_ttl=False)
     np.testing.assert_array_equal(seen.state, given)
 
 
@@ -129,7 +129,7 @@ async def test_resuming_as_something_else_is_refused_and_extends_nothing(
     await make_model()
     await make_model("other")
     await open_on(replicas[0], tenant)
-    tag = keys.session_tag(tenant, "s")
+    tag = keys.session_tag(SessionKey(tenant, "s"))
     await raw.pexpire(tag, 60_000)
     other = open_on(replicas[0], tenant, "s", "other", on_exists=OnExists.RESUME)
     assert (await refusal(other)).reason == "SESSION_MISMATCH"
@@ -144,7 +144,7 @@ async def test_resuming_extends_the_marker_with_the_session(
     """The marker outlives a session that is only ever resumed, so that its end is told as expiry."""
     await make_model()
     await open_on(replicas[0], tenant)
-    tag = keys.session_tag(tenant, "s")
+    tag = keys.session_tag(SessionKey(tenant, "s"))
     await raw.pexpire(keys.marker_key(tag), 60_000)
     await open_on(replicas[0], tenant, on_exists=OnExists.RESUME)
     assert await raw.pttl(keys.marker_key(tag)) > await raw.pttl(tag)
@@ -162,7 +162,7 @@ async def test_absence_has_four_answers(
     await make_model()
     expired, closed = await open_session("expired"), await open_session("closed")
     await expire(raw, tenant, "expired")
-    assert await replicas[0].sessions.close(tenant, "closed", 0)
+    assert await replicas[0].sessions.close(SessionKey(tenant, "closed"), 0)
     never = Forward("never", 1, 1, b"", draw(rng))
     assert (await refusal(replicas[0].recurrence.forward(tenant, never))).reason == (
         "SESSION_NOT_FOUND"
@@ -170,7 +170,7 @@ async def test_absence_has_four_answers(
     assert (await refusal(expired.forward(draw(rng)))).reason == "SESSION_EXPIRED"
     assert (await refusal(closed.forward(draw(rng)))).reason == "SESSION_CLOSED"
     for name, reason in (("expired", "SESSION_EXPIRED"), ("closed", "SESSION_CLOSED")):
-        assert (await refusal(replicas[1].sessions.get(tenant, name))).reason == reason
+        assert (await refusal(replicas[1].sessions.get(SessionKey(tenant, name)))).reason == reason
         refused = await refusal(replicas[1].sessions.begin_epoch(tenant, new_epoch(None, name)))
         assert refused.reason == reason
         resumed = open_on(replicas[1], tenant, name, on_exists=OnExists.MUST_EXIST)
@@ -183,11 +183,13 @@ async def test_closing_twice_is_fine_and_closing_the_unknown_is_not(
     """Close is idempotent, tells whether it ended the session, and minds the expected epoch."""
     await make_model()
     client = await open_session()
-    fenced = await refusal(replicas[0].sessions.close(tenant, "s", client.epoch - 1))
+    fenced = await refusal(replicas[0].sessions.close(SessionKey(tenant, "s"), client.epoch - 1))
     assert fenced.reason == "EPOCH_FENCED"
-    assert await replicas[0].sessions.close(tenant, "s", client.epoch)
-    assert not await replicas[1].sessions.close(tenant, "s", 0)
-    assert (await refusal(replicas[0].sessions.close(tenant, "x", 0))).reason == "SESSION_NOT_FOUND"
+    assert await replicas[0].sessions.close(SessionKey(tenant, "s"), client.epoch)
+    assert not await replicas[1].sessions.close(SessionKey(tenant, "s"), 0)
+    assert (
+        await refusal(replicas[0].sessions.close(SessionKey(tenant, "x"), 0))
+    ).reason == "SESSION_NOT_FOUND"
 
 
 async def test_a_new_life_fences_writers_of_the_old_one(
@@ -198,7 +200,7 @@ async def test_a_new_life_fences_writers_of_the_old_one(
     first = await open_session()
     xs = np.ones((ROWS, 3, INPUTS), np.float32)
     await first.forward(xs)
-    await replicas[0].sessions.close(tenant, "s", 0)
+    await replicas[0].sessions.close(SessionKey(tenant, "s"), 0)
     second = await open_session()
     assert second.epoch > first.epoch
     assert (await refusal(first.forward(xs, chunk_seq=1))).reason == "EPOCH_FENCED"
@@ -221,7 +223,7 @@ async def test_all_keys_expire_together_but_the_marker(
         await client.forward(draw(rng), train=True)
     present = await session_keys(raw, tenant)
     assert [key[:1] for key in present] == [b"", b"e", b"t", b"t", b"t", b"t"]
-    tag = keys.session_tag(tenant, "s")
+    tag = keys.session_tag(SessionKey(tenant, "s"))
     lives = {key: await raw.pttl(tag + key) for key in present}
     assert all(0 < lives[key] <= lives[b""] for key in present if key != b"e")
     assert lives[b"e"] > lives[b""]
@@ -242,7 +244,7 @@ async def test_a_shorter_life_shortens_the_tapes_too(
     await make_model()
     await (await open_session()).forward(draw(rng), train=True)
     await open_on(replicas[0], tenant, ttl_ms=5_000, on_exists=OnExists.RESET)
-    tag = keys.session_tag(tenant, "s")
+    tag = keys.session_tag(SessionKey(tenant, "s"))
     tapes = [key for key in await session_keys(raw, tenant) if key.startswith(b"t")]
     assert len(tapes) == 2
     lives = [await raw.pttl(tag + key) for key in tapes]
@@ -281,7 +283,7 @@ async def test_closing_leaves_the_marker_alone(
     await make_model()
     client = await open_session()
     await client.forward(draw(rng), train=True)
-    await replicas[1].sessions.close(tenant, "s", 0)
+    await replicas[1].sessions.close(SessionKey(tenant, "s"), 0)
     assert await session_keys(raw, tenant) == [b"e"]
 
 
@@ -295,7 +297,7 @@ async def test_a_rejected_chunk_does_not_extend_and_others_do(
     """Only what succeeds lets the time to live start again: a chunk, and its replay."""
     await make_model()
     client = await open_session()
-    tag = keys.session_tag(tenant, "s")
+    tag = keys.session_tag(SessionKey(tenant, "s"))
     xs = draw(rng)
     await client.forward(xs)
     await raw.pexpire(tag, 60_000)
@@ -322,9 +324,9 @@ async def test_reading_the_state_extends_only_when_asked(
     """GetState leaves the time to live alone by default."""
     await make_model()
     await open_on(replicas[0], tenant)
-    await raw.pexpire(keys.session_tag(tenant, "s"), 60_000)
-    await replicas[0].sessions.get_state(tenant, "s", extend_ttl=extend)
-    assert (await raw.pttl(keys.session_tag(tenant, "s")) > 60_000) is extend
+    await raw.pexpire(keys.session_tag(SessionKey(tenant, "s")), 60_000)
+    await replicas[0].sessions.get_state(SessionKey(tenant, "s"), extend_ttl=extend)
+    assert (await raw.pttl(keys.session_tag(SessionKey(tenant, "s"))) > 60_000) is extend
 
 
 async def test_failing_chunks_leave_the_state_alone(
@@ -342,7 +344,7 @@ async def test_failing_chunks_leave_the_state_alone(
     wrong += [np.zeros((ROWS, 0, INPUTS), np.float32)]
     for xs in wrong * 3:
         assert (await refusal(client.forward(xs))).reason == "BAD_TENSOR"
-    seen = await replicas[1].sessions.get_state(tenant, "s", extend_ttl=False)
+    seen = await replicas[1].sessions.get_state(SessionKey(tenant, "s"), extend_ttl=False)
     assert seen.session.chunk_seq == 1
     np.testing.assert_array_equal(seen.state, done.h)
 
@@ -361,12 +363,12 @@ async def test_set_state_and_reset_begin_epochs(
     given = rng.standard_normal((ROWS, HIDDEN)).astype(np.float32)
     first, _ = await replicas[1].sessions.begin_epoch(tenant, new_epoch(given))
     assert (first.epoch > client.epoch, first.chunk_seq) == (True, 0)
-    state = (await replicas[0].sessions.get_state(tenant, "s", extend_ttl=False)).state
+    state = (await replicas[0].sessions.get_state(SessionKey(tenant, "s"), extend_ttl=False)).state
     np.testing.assert_array_equal(state, given)
     assert (await refusal(client.forward(draw(rng)))).reason == "EPOCH_FENCED"
     second, _ = await replicas[0].sessions.begin_epoch(tenant, new_epoch())
     assert second.epoch > first.epoch
-    state = (await replicas[0].sessions.get_state(tenant, "s", extend_ttl=False)).state
+    state = (await replicas[0].sessions.get_state(SessionKey(tenant, "s"), extend_ttl=False)).state
     np.testing.assert_array_equal(state, np.zeros((ROWS, HIDDEN), np.float32))
 
 
@@ -432,7 +434,7 @@ async def test_a_restored_epoch_comes_back_under_its_number(
     """After a loss an epoch can be begun again; never an older one, and none of tomorrow."""
     await make_model()
     client = await open_session()
-    tag = keys.session_tag(tenant, "s")
+    tag = keys.session_tag(SessionKey(tenant, "s"))
 
     async def restore(replica: Replica) -> OpenedSession:
         return await open_on(replica, tenant, on_exists=OnExists.RESET, restored_epoch=client.epoch)
@@ -454,11 +456,11 @@ async def test_a_set_state_meets_the_session_that_it_read(
     store = replicas[0].store.sessions
     begin = store.begin_epoch
 
-    async def overtaken(tenant: str, session_id: str, start: EpochStart) -> object:
+    async def overtaken(key: SessionKey, start: EpochStart) -> object:
         monkeypatch.undo()
-        await replicas[1].sessions.close(tenant, "s", 0)
+        await replicas[1].sessions.close(key, 0)
         await open_on(replicas[1], tenant, batch_size=ROWS + 3)
-        return await begin(tenant, session_id, start)
+        return await begin(key, start)
 
     monkeypatch.setattr(store, "begin_epoch", overtaken)
     view, _ = await replicas[0].sessions.begin_epoch(tenant, new_epoch())
@@ -480,7 +482,7 @@ async def test_a_fork_goes_its_own_way(
     np.testing.assert_array_equal(forked.state, done.h)
     assert forked.session.chunk_seq == 0
     await client.forward(draw(rng))
-    seen = await replicas[0].sessions.get_state(tenant, "copy", extend_ttl=False)
+    seen = await replicas[0].sessions.get_state(SessionKey(tenant, "copy"), extend_ttl=False)
     np.testing.assert_array_equal(seen.state, done.h)
     taken = await refusal(replicas[0].sessions.fork(tenant, ForkSession("s", "copy", 0, "")))
     assert taken.reason == "SESSION_EXISTS"
@@ -501,7 +503,9 @@ async def test_an_opening_sent_again_late_answers_with_the_state_of_now(
     again = await open_on(replicas[1], tenant, request_id="open")
     assert (again.replayed, again.resumed, again.session.chunk_seq) == (True, False, 1)
     np.testing.assert_array_equal(again.state, done.h)
-    copy = Client(replicas, tenant, "copy", (await replicas[0].sessions.get(tenant, "copy")).epoch)
+    copy = Client(
+        replicas, tenant, "copy", (await replicas[0].sessions.get(SessionKey(tenant, "copy"))).epoch
+    )
     moved = await copy.forward(draw(rng))
     forked = await replicas[1].sessions.fork(tenant, ForkSession("s", "copy", 0, "fork"))
     assert (forked.replayed, forked.session.chunk_seq) == (True, 1)
@@ -520,7 +524,7 @@ async def test_the_quota_lets_the_next_in_when_one_closes(
     assert full.reason == "MAX_SESSIONS"
     assert full.retry_after_s is not None
     await open_on(replica, tenant, "b", on_exists=OnExists.RESUME)
-    await replica.sessions.close(tenant, "a", 0)
+    await replica.sessions.close(SessionKey(tenant, "a"), 0)
     await open_on(replica, tenant, "c")
 
 
@@ -587,7 +591,7 @@ async def test_an_open_without_a_name_gets_one(
     """The name that the server made finds the session."""
     await make_model()
     opened = await open_on(replicas[0], tenant, "")
-    found = await replicas[1].sessions.get(tenant, opened.session.session_id)
+    found = await replicas[1].sessions.get(SessionKey(tenant, opened.session.session_id))
     assert found.epoch == opened.session.epoch
 
 
@@ -606,7 +610,7 @@ async def test_the_longest_names_fit(
         await client.forward(draw(rng), train=True)
     await client.backward(draw(rng, size=HIDDEN))
     await client.update(model_id, "u")
-    view = await replicas[0].sessions.get(tenant, session_id)
+    view = await replicas[0].sessions.get(SessionKey(tenant, session_id))
     assert (view.model_id, view.chunk_seq) == (model_id, 6)
 
 
@@ -631,12 +635,12 @@ async def test_sessions_of_a_deleted_model_say_so_and_can_be_closed(
     await make_model()
     client = await open_session()
     await client.forward(draw(rng))
-    await replicas[0].models.delete(tenant, "m", allow_missing=False)
+    await replicas[0].models.delete(ModelKey(tenant, "m"), allow_missing=False)
     assert (await refusal(client.forward(draw(rng)))).reason == "MODEL_NOT_FOUND"
     await make_model()
     for _ in replicas:
         assert (await refusal(client.forward(draw(rng)))).reason == "MODEL_NOT_FOUND"
-    assert await replicas[1].sessions.close(tenant, "s", 0)
+    assert await replicas[1].sessions.close(SessionKey(tenant, "s"), 0)
 
 
 async def test_tenants_do_not_see_each_other(
@@ -647,16 +651,16 @@ async def test_tenants_do_not_see_each_other(
     client = await open_session()
     other = f"{tenant}x"
     calls = [
-        replicas[0].sessions.get(other, "s"),
-        replicas[0].sessions.get_state(other, "s", extend_ttl=True),
+        replicas[0].sessions.get(SessionKey(other, "s")),
+        replicas[0].sessions.get_state(SessionKey(other, "s"), extend_ttl=True),
         replicas[0].sessions.begin_epoch(other, new_epoch()),
         replicas[0].sessions.fork(other, ForkSession("s", "copy", 0, "")),
-        replicas[0].sessions.close(other, "s", 0),
+        replicas[0].sessions.close(SessionKey(other, "s"), 0),
         replicas[0].recurrence.forward(
             other, client.chunk(np.zeros((ROWS, 1, INPUTS), np.float32))
         ),
-        replicas[0].models.get(other, "m"),
-        replicas[0].models.delete(other, "m", allow_missing=False),
+        replicas[0].models.get(ModelKey(other, "m")),
+        replicas[0].models.delete(ModelKey(other, "m"), allow_missing=False),
         open_on(replicas[0], other),
     ]
     for call in calls:
@@ -699,8 +703,8 @@ async def test_an_expired_session_says_since_when(
     await make_model()
     await open_session()
     seconds, _ = await raw.time()
-    await raw.pexpire(keys.session_tag(tenant, "s"), 0)
-    told = await refusal(replicas[0].sessions.get(tenant, "s"))
+    await raw.pexpire(keys.session_tag(SessionKey(tenant, "s")), 0)
+    told = await refusal(replicas[0].sessions.get(SessionKey(tenant, "s")))
     assert told.reason == "SESSION_EXPIRED"
     at = datetime.fromisoformat(told.metadata["expired_at"]).timestamp()
     assert seconds <= at <= seconds + 10
@@ -732,7 +736,7 @@ async def test_a_session_of_a_model_that_was_created_again_says_what_it_runs(
     """The name of the model alone would explain nothing: it is the one that was asked for."""
     await make_model()
     await open_on(replicas[0], tenant)
-    await replicas[0].models.delete(tenant, "m", allow_missing=False)
+    await replicas[0].models.delete(ModelKey(tenant, "m"), allow_missing=False)
     await make_model()
     told = await refusal(open_on(replicas[0], tenant, on_exists=OnExists.RESUME))
     assert told.reason == "SESSION_MISMATCH"

@@ -9,7 +9,7 @@ import pytest
 
 from instruments.replicas import HIDDEN, INPUTS, ROWS, open_on, refusal
 from rnn_engine import SGD
-from service.domain.types import ForkSession, InitialWeights, ModelSpec, OnExists
+from service.domain.types import ForkSession, InitialWeights, ModelSpec, OnExists, SessionKey
 from service.settings import DAY_MS, HOUR_MS, Limits
 from service.store import keys
 
@@ -153,7 +153,7 @@ async def test_a_close_does_not_take_the_entry_of_one_opened_meanwhile(
         return await original(self, *arguments)
 
     monkeypatch.setattr(type(store), moment, overtaken)
-    assert await replicas[0].sessions.close(tenant, "s", 0)
+    assert await replicas[0].sessions.close(SessionKey(tenant, "s"), 0)
     assert await listed_end(raw, tenant, "s") is not None
 
 
@@ -163,9 +163,9 @@ async def test_a_close_takes_its_session_off_the_list(
     """Also on a replica that did not open it, and once more is no error."""
     await make_model()
     await open_on(replicas[0], tenant, "s", ttl_ms=HOUR_MS)
-    assert await replicas[1].sessions.close(tenant, "s", 0)
+    assert await replicas[1].sessions.close(SessionKey(tenant, "s"), 0)
     assert await listed_end(raw, tenant, "s") is None
-    assert not await replicas[1].sessions.close(tenant, "s", 0)
+    assert not await replicas[1].sessions.close(SessionKey(tenant, "s"), 0)
 
 
 async def test_an_entry_that_was_released_too_early_is_made_again(

@@ -28,7 +28,7 @@ from instruments.replicas import (
 )
 from rnn_engine import Adam, rnn_forward
 from service.domain.errors import DomainError
-from service.domain.types import NewEpoch, OnExists, Selector
+from service.domain.types import ModelKey, NewEpoch, OnExists, Selector, SessionKey
 from service.store import keys
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ LOSS = {
 
 def session_slot(tenant: str, session_id: str = "s") -> bytes:
     """Return what the keys of a session begin with."""
-    return keys.session_tag(tenant, session_id)
+    return keys.session_tag(SessionKey(tenant, session_id))
 
 
 async def test_lost_chunks_are_told_and_applied_again(
@@ -216,7 +216,7 @@ async def test_a_lost_step_made_again_has_the_digest_it_had(
     await client.forward(draw(rng), train=True)
     dhs = draw(rng, size=HIDDEN)
     await client.backward(dhs)
-    backup = await Backup.take(raw, keys.model_tag(tenant, "m"))
+    backup = await Backup.take(raw, keys.model_tag(ModelKey(tenant, "m")))
     made = await client.update("m", "u", expected=head)
     await client.forward(draw(rng), train=True, minimum=made.version)
     await backup.restore(raw)
@@ -246,7 +246,7 @@ async def test_another_version_under_a_number_is_never_taken_for_it(
     for one in (client, rival):
         await one.forward(draw(rng), train=True)
         await one.backward(draw(rng, size=HIDDEN))
-    backup = await Backup.take(raw, keys.model_tag(tenant, "m"))
+    backup = await Backup.take(raw, keys.model_tag(ModelKey(tenant, "m")))
     lost = (await client.update("m", "mine")).version
     await client.forward(draw(rng), train=True, minimum=lost)
     await backup.restore(raw)
@@ -277,7 +277,7 @@ async def test_lost_contributions_are_told_and_counted_again(
     """An Update of lost contributions is NO_GRADIENTS; resent, even over a reset, they count once."""
     await make_model()
     client = await open_session()
-    backup = await Backup.take(raw, keys.model_tag(tenant, "m"))
+    backup = await Backup.take(raw, keys.model_tag(ModelKey(tenant, "m")))
     await client.forward(draw(rng), train=True)
     dhs = draw(rng, size=HIDDEN)
     await client.backward(dhs)
@@ -305,13 +305,13 @@ async def test_a_head_that_vanishes_under_a_chunk_still_answers_its_minimum(
         (await make_replica()),
     )
     client = Client([replica], tenant, "s", (await open_on(replica, tenant)).session.epoch)
-    backup = await Backup.take(raw, keys.model_tag(tenant, "m"))
+    backup = await Backup.take(raw, keys.model_tag(ModelKey(tenant, "m")))
     other = Client([trainer], tenant, "t", (await open_on(trainer, tenant, "t")).session.epoch)
     await other.forward(draw(rng), train=True)
     await other.backward(draw(rng, size=HIDDEN))
     newer = (await other.update("m", "u")).version
     now[0] = 1.0
-    await replica.catalog.get(tenant, "m")  # the head is known, its weights are not
+    await replica.catalog.get(ModelKey(tenant, "m"))  # the head is known, its weights are not
     await backup.restore(raw)
     refused = await refusal(client.forward(draw(rng), minimum=newer))
     assert refused.reason == "VERSION_GONE"
@@ -444,7 +444,10 @@ async def test_a_trainer_with_a_log_ends_where_an_undisturbed_one_does(
         await make_model(name, optimizer=Adam())
         client = await open_session(name, name)
         trainers.append(Trainer(client, name, await head_of(replicas[0], tenant, name)))
-    slots = [keys.session_tag(tenant, "rough"), keys.model_tag(tenant, "rough")]
+    slots = [
+        keys.session_tag(SessionKey(tenant, "rough")),
+        keys.model_tag(ModelKey(tenant, "rough")),
+    ]
     backups = {slot: [await Backup.take(raw, slot)] for slot in slots}
     for k, (xs, dhs) in enumerate(chunks, start=1):
         await trainers[0].train(k, xs, dhs)
@@ -478,10 +481,10 @@ async def test_a_step_never_starts_an_optimizer_anew_that_has_moments(
         await client.backward(draw(rng, size=HIDDEN))
         if request == "u1":
             await client.update("m", request)
-    backup = await Backup.take(raw, keys.model_tag(tenant, "m"))
+    backup = await Backup.take(raw, keys.model_tag(ModelKey(tenant, "m")))
     named = Selector("s", client.epoch, (2,))
     made = await replicas[0].training.update(tenant, step("m", "u2", named))
-    ahead = await Backup.take(raw, keys.model_tag(tenant, "m"))
+    ahead = await Backup.take(raw, keys.model_tag(ModelKey(tenant, "m")))
     await backup.restore(raw)
     models = replicas[1].store.models
     read = models.read_moments
@@ -494,6 +497,6 @@ async def test_a_step_never_starts_an_optimizer_anew_that_has_moments(
         return found
 
     monkeypatch.setattr(models, "read_moments", read_ahead)
-    replicas[1].catalog.forget(tenant, "m")
+    replicas[1].catalog.forget(ModelKey(tenant, "m"))
     again = await replicas[1].training.update(tenant, step("m", "u2", named))
     assert (again.version, again.replayed) == (made.version, False)

@@ -21,7 +21,7 @@ from instruments.replicas import (
     step,
 )
 from rnn_engine import SGD, Adam, Params
-from service.domain.types import InitialWeights, ModelSpec, Selector, Version
+from service.domain.types import InitialWeights, ModelKey, ModelSpec, Selector, Version
 from service.settings import Limits
 from service.store import keys
 
@@ -82,9 +82,9 @@ async def test_a_name_that_is_taken_tells_the_difference(
 async def test_a_refused_creation_leaves_nothing(replicas: Pair, tenant: str, raw: Redis) -> None:
     """Creating what exists writes no weights, not even for a while."""
     await replicas[0].models.create(tenant, SPEC, InitialWeights(seed=1), "")
-    before = await keys_of(raw, keys.model_tag(tenant, "m"))
+    before = await keys_of(raw, keys.model_tag(ModelKey(tenant, "m")))
     await refusal(replicas[0].models.create(tenant, SPEC, InitialWeights(seed=2), ""))
-    assert await keys_of(raw, keys.model_tag(tenant, "m")) == before
+    assert await keys_of(raw, keys.model_tag(ModelKey(tenant, "m"))) == before
 
 
 async def test_given_weights_are_taken_bit_for_bit(
@@ -131,7 +131,7 @@ async def test_the_number_of_models_is_bounded_and_freed(
     assert (await refusal(replica.models.create(tenant, other, InitialWeights(), ""))).reason == (
         "MAX_MODELS"
     )
-    assert await replica.models.delete(tenant, "m", allow_missing=False)
+    assert await replica.models.delete(ModelKey(tenant, "m"), allow_missing=False)
     await replica.models.create(tenant, other, InitialWeights(), "")
 
 
@@ -144,7 +144,7 @@ async def test_a_name_left_by_a_creation_cut_short_can_be_deleted(
     assert (await refusal(replica.models.create(tenant, SPEC, InitialWeights(), ""))).reason == (
         "MAX_MODELS"
     )
-    assert not await replica.models.delete(tenant, "half", allow_missing=True)
+    assert not await replica.models.delete(ModelKey(tenant, "half"), allow_missing=True)
     await replica.models.create(tenant, SPEC, InitialWeights(), "")
 
 
@@ -163,13 +163,15 @@ async def test_deleting_a_model_removes_every_key(
         await train(client, rng, f"u{k}")
     await client.forward(draw(rng), train=True)
     await client.backward(draw(rng, size=HIDDEN))
-    await replicas[0].models.create_checkpoint(tenant, "m", "c", None)
-    assert await replicas[1].models.delete(tenant, "m", allow_missing=False)
-    assert await keys_of(raw, keys.model_tag(tenant, "m")) == []
-    assert (await refusal(replicas[0].models.get(tenant, "m"))).reason == "MODEL_NOT_FOUND"
-    again = replicas[0].models.delete(tenant, "m", allow_missing=False)
+    await replicas[0].models.create_checkpoint(ModelKey(tenant, "m"), "c", None)
+    assert await replicas[1].models.delete(ModelKey(tenant, "m"), allow_missing=False)
+    assert await keys_of(raw, keys.model_tag(ModelKey(tenant, "m"))) == []
+    assert (
+        await refusal(replicas[0].models.get(ModelKey(tenant, "m")))
+    ).reason == "MODEL_NOT_FOUND"
+    again = replicas[0].models.delete(ModelKey(tenant, "m"), allow_missing=False)
     assert (await refusal(again)).reason == "MODEL_NOT_FOUND"
-    assert not await replicas[0].models.delete(tenant, "m", allow_missing=True)
+    assert not await replicas[0].models.delete(ModelKey(tenant, "m"), allow_missing=True)
 
 
 async def test_weights_go_out_and_come_back(
@@ -179,16 +181,20 @@ async def test_weights_go_out_and_come_back(
     """A file with moments put back makes the next version with the same bits."""
     spec = await make_model(optimizer=Adam())
     version = await train(await open_session(), rng, "u")
-    found, data = await replicas[0].models.read_weights(tenant, "m", None, include_moments=True)
+    found, data = await replicas[0].models.read_weights(
+        ModelKey(tenant, "m"), None, include_moments=True
+    )
     assert found == version
-    put, replayed = await replicas[1].models.put_weights(tenant, "m", version, "p", data)
+    put, replayed = await replicas[1].models.put_weights(ModelKey(tenant, "m"), version, "p", data)
     assert (put.number, put.digest, replayed) == (3, version.digest, False)
-    again, replayed = await replicas[0].models.put_weights(tenant, "m", version, "p", data)
+    again, replayed = await replicas[0].models.put_weights(
+        ModelKey(tenant, "m"), version, "p", data
+    )
     assert (again, replayed) == (put, True)
     tensors = load(data)
     there = await head_params(replicas[0], tenant, spec)
     np.testing.assert_array_equal(there.Wh, tensors["Wh"])
-    stale = replicas[0].models.put_weights(tenant, "m", version, "q", data)
+    stale = replicas[0].models.put_weights(ModelKey(tenant, "m"), version, "q", data)
     assert (await refusal(stale)).reason == "VERSION_CONFLICT"
 
 
@@ -202,7 +208,7 @@ async def test_moments_that_are_not_kept_are_not_made_up(
     old = await train(client, rng, "u1")
     await train(client, rng, "u2")
     fresh = await make_replica()
-    _, data = await fresh.models.read_weights(tenant, "m", old, include_moments=True)
+    _, data = await fresh.models.read_weights(ModelKey(tenant, "m"), old, include_moments=True)
     assert set(load(data)) == {"Wx", "Wh", "b"}
 
 
@@ -214,7 +220,9 @@ async def test_a_file_for_another_specification_is_refused(
     head = await head_of(replicas[0], tenant)
     wrong = save({name: np.zeros((2, 2), np.float32) for name in ("Wx", "Wh", "b")})
     for data in (wrong, b"", b"\x80\x04pickle", b"PK\x03\x04" + bytes(60)):
-        refused = await refusal(replicas[0].models.put_weights(tenant, "m", None, "", data))
+        refused = await refusal(
+            replicas[0].models.put_weights(ModelKey(tenant, "m"), None, "", data)
+        )
         assert refused.reason == "BAD_WEIGHTS"
     assert await head_of(replicas[1], tenant) == head
 
@@ -224,7 +232,7 @@ async def test_a_read_ahead_ends_before_its_replica_does(
 ) -> None:
     """Nobody waits for it, and it would open a connection that nobody closes."""
     await make_model()
-    reading = replicas[0].catalog.start_reading(tenant, "m")
+    reading = replicas[0].catalog.start_reading(ModelKey(tenant, "m"))
     await replicas[0].catalog.drain()
     assert reading.done()
 
@@ -234,18 +242,20 @@ async def test_weights_for_a_model_made_again_meanwhile_are_refused(
 ) -> None:
     """An upload checked against one model is never installed in its successor of another shape."""
     await make_model()
-    _, data = await replicas[0].models.read_weights(tenant, "m", None, include_moments=False)
+    _, data = await replicas[0].models.read_weights(
+        ModelKey(tenant, "m"), None, include_moments=False
+    )
     store = replicas[0].store.models
     look = store.read_update_inputs
 
     async def overtaken(*arguments: object) -> object:
         monkeypatch.undo()
-        await replicas[1].models.delete(tenant, "m", allow_missing=False)
+        await replicas[1].models.delete(ModelKey(tenant, "m"), allow_missing=False)
         await make_model(sizes=(INPUTS + 1, HIDDEN))
         return await look(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(store, "read_update_inputs", overtaken)
-    refused = await refusal(replicas[0].models.put_weights(tenant, "m", None, "p", data))
+    refused = await refusal(replicas[0].models.put_weights(ModelKey(tenant, "m"), None, "p", data))
     assert refused.reason == "MODEL_NOT_FOUND"
     assert (await head_of(replicas[1], tenant)).number == 1
 
@@ -257,16 +267,21 @@ async def test_a_checkpoint_keeps_its_version_and_its_name(
     """The same name and version is the same answer; another version is CHECKPOINT_EXISTS."""
     await make_model()
     models = replicas[0].models
-    first = await models.create_checkpoint(tenant, "m", "c", None)
-    assert await replicas[1].models.create_checkpoint(tenant, "m", "c", first.version) == first
+    first = await models.create_checkpoint(ModelKey(tenant, "m"), "c", None)
+    assert (
+        await replicas[1].models.create_checkpoint(ModelKey(tenant, "m"), "c", first.version)
+        == first
+    )
     version = await train(await open_session(), rng, "u")
-    other = await refusal(models.create_checkpoint(tenant, "m", "c", version))
+    other = await refusal(models.create_checkpoint(ModelKey(tenant, "m"), "c", version))
     assert other.reason == "CHECKPOINT_EXISTS"
-    gone = await refusal(models.create_checkpoint(tenant, "m", "d", Version(9)))
+    gone = await refusal(models.create_checkpoint(ModelKey(tenant, "m"), "d", Version(9)))
     assert gone.reason == "VERSION_GONE"
-    forked = await refusal(models.create_checkpoint(tenant, "m", "d", Version(1, b"x" * 16)))
+    forked = await refusal(
+        models.create_checkpoint(ModelKey(tenant, "m"), "d", Version(1, b"x" * 16))
+    )
     assert forked.reason == "WEIGHTS_FORKED"
-    assert await models.list_checkpoints(tenant, "m") == [first]
+    assert await models.list_checkpoints(ModelKey(tenant, "m")) == [first]
 
 
 async def test_a_restored_checkpoint_trains_on_as_if_nothing_had_been(
@@ -276,7 +291,7 @@ async def test_a_restored_checkpoint_trains_on_as_if_nothing_had_been(
     """Weights and moments come back bit for bit: the next step has the digest it had before."""
     await make_model(optimizer=Adam())
     await train(await open_session(), rng, "u1")
-    await replicas[0].models.create_checkpoint(tenant, "m", "c", None)
+    await replicas[0].models.create_checkpoint(ModelKey(tenant, "m"), "c", None)
     xs, dhs = draw(rng), draw(rng, size=HIDDEN)
     made = []
     for name in ("before", "after"):
@@ -285,7 +300,7 @@ async def test_a_restored_checkpoint_trains_on_as_if_nothing_had_been(
         await client.backward(dhs)
         made.append((await client.update("m", name)).version)
         if name == "before":
-            await replicas[1].models.restore_checkpoint(tenant, "m", "c", None, "r")
+            await replicas[1].models.restore_checkpoint(ModelKey(tenant, "m"), "c", None, "r")
     assert [version.number for version in made] == [3, 5]
     assert made[0].digest == made[1].digest
 
@@ -296,14 +311,16 @@ async def test_a_restore_sent_again_needs_its_checkpoint_no_more(
     """The answer is remembered even when the checkpoint has been deleted since."""
     await make_model()
     models = replicas[0].models
-    await models.create_checkpoint(tenant, "m", "c", None)
-    first, _ = await models.restore_checkpoint(tenant, "m", "c", None, "r")
-    await models.delete_checkpoint(tenant, "m", "c", allow_missing=False)
-    again, replayed = await replicas[1].models.restore_checkpoint(tenant, "m", "c", None, "r")
+    await models.create_checkpoint(ModelKey(tenant, "m"), "c", None)
+    first, _ = await models.restore_checkpoint(ModelKey(tenant, "m"), "c", None, "r")
+    await models.delete_checkpoint(ModelKey(tenant, "m"), "c", allow_missing=False)
+    again, replayed = await replicas[1].models.restore_checkpoint(
+        ModelKey(tenant, "m"), "c", None, "r"
+    )
     assert (again, replayed) == (first, True)
-    missing = await refusal(models.restore_checkpoint(tenant, "m", "c", None, "other"))
+    missing = await refusal(models.restore_checkpoint(ModelKey(tenant, "m"), "c", None, "other"))
     assert missing.reason == "CHECKPOINT_NOT_FOUND"
-    gone = await refusal(models.delete_checkpoint(tenant, "m", "c", allow_missing=False))
+    gone = await refusal(models.delete_checkpoint(ModelKey(tenant, "m"), "c", allow_missing=False))
     assert gone.reason == "CHECKPOINT_NOT_FOUND"
 
 
@@ -313,8 +330,8 @@ async def test_checkpoints_are_bounded(
     """Beyond the model's number a checkpoint is MAX_CHECKPOINTS."""
     await make_model()
     replica = await make_replica(Limits(checkpoints_per_model=1))
-    await replica.models.create_checkpoint(tenant, "m", "c", None)
-    refused = await refusal(replica.models.create_checkpoint(tenant, "m", "d", None))
+    await replica.models.create_checkpoint(ModelKey(tenant, "m"), "c", None)
+    refused = await refusal(replica.models.create_checkpoint(ModelKey(tenant, "m"), "d", None))
     assert refused.reason == "MAX_CHECKPOINTS"
 
 
@@ -327,17 +344,17 @@ async def test_a_checkpointed_version_stays_while_others_go(
     tight = await make_replica(Limits(superseded_bytes_per_model=1))
     client = await open_session()
     client.replicas = [tight]
-    await tight.models.create_checkpoint(tenant, "m", "c", None)
+    await tight.models.create_checkpoint(ModelKey(tenant, "m"), "c", None)
     for k in range(8):
         await train(client, rng, f"u{k}")
-    head, kept = await tight.models.find_versions(tenant, "m", range(1, 12))
+    head, kept = await tight.models.find_versions(ModelKey(tenant, "m"), range(1, 12))
     assert [version.number for version in kept] == [1, 5, 6, 7, 8, 9]
     assert kept[-1] == head
-    await tight.models.delete_checkpoint(tenant, "m", "c", allow_missing=False)
+    await tight.models.delete_checkpoint(ModelKey(tenant, "m"), "c", allow_missing=False)
     await train(client, rng, "u8")
     await train(client, rng, "u9")
-    assert await tight.store.models.find_version(tenant, "m", 1) is None or (
-        await tight.store.models.find_version(tenant, "m", 5) is None
+    assert await tight.store.models.find_version(ModelKey(tenant, "m"), 1) is None or (
+        await tight.store.models.find_version(ModelKey(tenant, "m"), 5) is None
     )
 
 
@@ -351,13 +368,13 @@ async def test_superseded_versions_stay_while_their_time_and_bytes_last(
     for k in range(7):
         await train(client, rng, f"u{k}")
     store = client.replicas[0].store.models
-    assert all([await store.find_version(tenant, "m", n) for n in range(1, 9)])
+    assert all([await store.find_version(ModelKey(tenant, "m"), n) for n in range(1, 9)])
     hasty = await make_replica(Limits(tape_ttl_ms=1))
     await client.forward(draw(rng), train=True)
     await client.backward(draw(rng, size=HIDDEN))
     client.replicas = [hasty]
     await client.update("m", "late")
-    kept = [n for n in range(1, 10) if await store.find_version(tenant, "m", n)]
+    kept = [n for n in range(1, 10) if await store.find_version(ModelKey(tenant, "m"), n)]
     assert kept == [5, 6, 7, 8, 9]
 
 
@@ -371,7 +388,7 @@ async def test_an_update_after_a_model_was_made_again_finds_nothing(
     await client.forward(draw(rng), train=True)
     await client.backward(draw(rng, size=HIDDEN))
     await client.forward(draw(rng), train=True)
-    await replicas[0].models.delete(tenant, "m", allow_missing=False)
+    await replicas[0].models.delete(ModelKey(tenant, "m"), allow_missing=False)
     await make_model()
     assert (await refusal(replicas[1].training.update(tenant, step("m", "u")))).reason == (
         "NO_GRADIENTS"

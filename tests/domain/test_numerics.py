@@ -32,7 +32,7 @@ from rnn_engine import (
     rnn_backward,
     rnn_forward,
 )
-from service.domain.types import Forward, Reduction, ReturnHs, Selector
+from service.domain.types import Forward, ModelKey, Reduction, ReturnHs, Selector, SessionKey
 
 if TYPE_CHECKING:
     from instruments.replicas import Replica
@@ -67,7 +67,7 @@ async def test_nine_chunks_equal_a_local_layer(
             present(done.hs), local.forward(xs), rtol=TOLERANCE[dtype], atol=1e-7
         )
         assert done.h.dtype == dtype
-    state = (await replicas[0].sessions.get_state(tenant, "s", extend_ttl=False)).state
+    state = (await replicas[0].sessions.get_state(SessionKey(tenant, "s"), extend_ttl=False)).state
     np.testing.assert_allclose(state, present(local.h), rtol=TOLERANCE[dtype], atol=1e-7)
     np.testing.assert_array_equal(state, done.h)
 
@@ -420,7 +420,7 @@ async def test_an_update_that_overflows_changes_nothing(
         refused = await refusal(replicas[0].training.update(tenant, op))
     assert refused.reason == "NON_FINITE_RESULT"
     assert await head_of(replicas[1], tenant) == head
-    view = await replicas[0].models.get(tenant, "m")
+    view = await replicas[0].models.get(ModelKey(tenant, "m"))
     assert view.waiting_count == 1
 
 

@@ -36,7 +36,15 @@ from rnn_engine import (
 from service.domain import weights
 from service.domain.errors import DomainError
 from service.domain.ports import ModelRecord, NewVersion
-from service.domain.types import Forward, InitialWeights, ModelSpec, Selector, Version
+from service.domain.types import (
+    Forward,
+    InitialWeights,
+    ModelKey,
+    ModelSpec,
+    Selector,
+    SessionKey,
+    Version,
+)
 
 if TYPE_CHECKING:
     from instruments.replicas import Replica
@@ -96,7 +104,7 @@ async def test_a_chunk_that_would_make_nan_is_refused_and_changes_nothing(
     for _ in range(2):  # on either replica
         refused = await refusal(client.forward(xs, train=train))
         assert (refused.reason, refused.metadata["row"]) == ("NON_FINITE_RESULT", "1")
-    kept = await replicas[0].sessions.get_state(tenant, "s", extend_ttl=False)
+    kept = await replicas[0].sessions.get_state(SessionKey(tenant, "s"), extend_ttl=False)
     assert (kept.session.chunk_seq, kept.session.token) == (1, first.token)
     np.testing.assert_array_equal(kept.state, first.h)
     second = await client.forward(calm, train=train)
@@ -208,12 +216,14 @@ async def test_a_step_whose_moments_overflow_is_refused(
     assert refused.reason == "NON_FINITE_RESULT"
     assert "discard them, or clip them" in refused.message
     assert await head_of(replicas[1], tenant) == head
-    assert (await replicas[0].models.get(tenant, "m")).waiting_count == 1
+    assert (await replicas[0].models.get(ModelKey(tenant, "m"))).waiting_count == 1
     clipped = await client.update("m", "u2", clip_norm=1.0)
     assert clipped.clipped
-    version, data = await replicas[0].models.read_weights(tenant, "m", None, include_moments=True)
+    version, data = await replicas[0].models.read_weights(
+        ModelKey(tenant, "m"), None, include_moments=True
+    )
     assert version == clipped.version
-    again, _ = await replicas[1].models.put_weights(tenant, "m", None, "put", data)
+    again, _ = await replicas[1].models.put_weights(ModelKey(tenant, "m"), None, "put", data)
     assert again.digest == version.digest
 
 
@@ -266,7 +276,7 @@ async def test_contributions_whose_sum_overflows_make_no_step(
     refused = await refusal(replicas[0].training.update(tenant, op))
     assert refused.reason == "NON_FINITE_RESULT"
     assert "take fewer of them, or discard them" in refused.message
-    assert (await replicas[0].models.get(tenant, "m")).waiting_count == 2
+    assert (await replicas[0].models.get(ModelKey(tenant, "m"))).waiting_count == 2
     assert (await client.update("m", "u2", 1)).contribution_count == 1
 
 
@@ -285,11 +295,15 @@ async def test_moments_that_an_older_server_let_overflow_are_not_carried_on(
     version = Version(1, weights.version_digest(*stored))
     record = ModelRecord(secrets.token_bytes(16), weights.spec_to_bytes(spec), version, 0, 0, 0)
     await replicas[0].store.models.create_model(
-        tenant, "m", record, NewVersion(version, *stored), b"", b""
+        ModelKey(tenant, "m"), record, NewVersion(version, *stored), b"", b""
     )
-    await replicas[0].models.create_checkpoint(tenant, "m", "c", None)
-    refused = await refusal(replicas[0].models.restore_checkpoint(tenant, "m", "c", None, "r"))
+    await replicas[0].models.create_checkpoint(ModelKey(tenant, "m"), "c", None)
+    refused = await refusal(
+        replicas[0].models.restore_checkpoint(ModelKey(tenant, "m"), "c", None, "r")
+    )
     assert (refused.reason, refused.metadata["tensors"]) == ("NON_FINITE_RESULT", "v.b")
-    _, data = await replicas[0].models.read_weights(tenant, "m", None, include_moments=False)
-    _, replayed = await replicas[1].models.put_weights(tenant, "m", None, "put", data)
+    _, data = await replicas[0].models.read_weights(
+        ModelKey(tenant, "m"), None, include_moments=False
+    )
+    _, replayed = await replicas[1].models.put_weights(ModelKey(tenant, "m"), None, "put", data)
     assert not replayed

@@ -25,8 +25,10 @@ from rnn_engine import Adam, rnn_backward, rnn_forward
 from service.domain.errors import DomainError
 from service.domain.types import (
     DiscardGradients,
+    ModelKey,
     NewEpoch,
     Selector,
+    SessionKey,
     Version,
     Waiting,
     WaitingTape,
@@ -59,7 +61,7 @@ async def test_a_backward_sent_again_counts_once(
     await client.forward(draw(rng), train=True)
     dhs = draw(rng, size=HIDDEN)
     first = await client.backward(dhs, return_dxs=True)
-    assert (await replicas[0].models.get(tenant, "m")).waiting_count == 1
+    assert (await replicas[0].models.get(ModelKey(tenant, "m"))).waiting_count == 1
     before = await client.backward(dhs, return_dxs=True)
     head = (await client.update("m", "u1")).version
     after = await client.backward(dhs, return_dxs=True)
@@ -106,7 +108,7 @@ async def test_a_refused_step_says_that_the_contribution_is_recorded(
     for _ in range(2):
         refused = await refusal(client.backward(dhs, update=update))
         assert (refused.reason, refused.metadata["recorded"]) == ("VERSION_CONFLICT", "true")
-        assert (await replicas[0].models.get(tenant, "m")).waiting_count == 1
+        assert (await replicas[0].models.get(ModelKey(tenant, "m"))).waiting_count == 1
     await client.update("m", "other")
     refused = await refusal(client.backward(dhs, update=update))
     assert (refused.reason, "recorded" in refused.metadata) == ("VERSION_CONFLICT", False)
@@ -218,7 +220,7 @@ async def test_without_a_tape_there_is_no_backward(
     if problem == "expired":
         for key in await session_keys(raw, tenant):
             if len(key) > 1:
-                await raw.pexpireat(keys.session_tag(tenant, "s") + key, 1)
+                await raw.pexpireat(keys.session_tag(SessionKey(tenant, "s")) + key, 1)
     refused = await refusal(client.backward(draw(rng, size=HIDDEN)))
     assert (refused.reason, refused.metadata["counted"]) == ("TAPE_MISSING", "false")
 
@@ -386,7 +388,7 @@ async def test_the_order_of_arrival_changes_no_bit(
         await replicas[model_id == "a"].training.update(tenant, step(model_id, "u"))
         heads.append(await head_of(replicas[0], tenant, model_id))
         for name in order:
-            await replicas[0].sessions.close(tenant, name, 0)
+            await replicas[0].sessions.close(SessionKey(tenant, name), 0)
     assert heads[0] == heads[1]
 
 
@@ -407,7 +409,7 @@ async def test_what_waits_of_a_session_is_listed(
         await client.forward(draw(rng), train=True)
     await client.backward(draw(rng, size=HIDDEN))
     await client.backward(draw(rng, size=HIDDEN), 2)
-    waiting = await replicas[0].training.list_waiting(tenant, "s")
+    waiting = await replicas[0].training.list_waiting(SessionKey(tenant, "s"))
     assert waiting.tapes == (WaitingTape(client.epoch, 1, client.tokens[1]),)
     assert waiting.contributions == (Selector("s", client.epoch, (2, 3)),)
     await client.update("m", "u", 3)
@@ -415,7 +417,7 @@ async def test_what_waits_of_a_session_is_listed(
     later = Client(replicas, tenant, "s", view.epoch)
     await later.forward(draw(rng), train=True)
     await later.backward(draw(rng, size=HIDDEN))
-    waiting = await replicas[1].training.list_waiting(tenant, "s")
+    waiting = await replicas[1].training.list_waiting(SessionKey(tenant, "s"))
     assert waiting.tapes == ()
     named = (Selector("s", client.epoch, (2,)), Selector("s", later.epoch, (1,)))
     assert waiting.contributions == named
@@ -442,7 +444,7 @@ async def test_a_tape_whose_gradient_was_counted_does_not_wait(
         await client.forward(draw(rng), train=True)
         await client.backward(draw(rng, size=HIDDEN))
     await client.update("m", "u", 1)
-    waiting = await replicas[0].training.list_waiting(tenant, "s")
+    waiting = await replicas[0].training.list_waiting(SessionKey(tenant, "s"))
     assert waiting == Waiting((), (Selector("s", client.epoch, (2,)),))
 
 
@@ -452,18 +454,18 @@ async def test_nothing_waits_of_a_session_that_is_gone(
     """Never opened, expired, closed, and of a model that was made anew: each has its own answer."""
     await make_model()
     list_waiting = replicas[0].training.list_waiting
-    assert (await refusal(list_waiting(tenant, "never"))).reason == "SESSION_NOT_FOUND"
+    assert (await refusal(list_waiting(SessionKey(tenant, "never")))).reason == "SESSION_NOT_FOUND"
     await open_session()
-    assert await list_waiting(tenant, "s") == Waiting((), ())
-    await replicas[0].models.delete(tenant, "m", allow_missing=False)
-    assert (await refusal(list_waiting(tenant, "s"))).reason == "MODEL_NOT_FOUND"
+    assert await list_waiting(SessionKey(tenant, "s")) == Waiting((), ())
+    await replicas[0].models.delete(ModelKey(tenant, "m"), allow_missing=False)
+    assert (await refusal(list_waiting(SessionKey(tenant, "s")))).reason == "MODEL_NOT_FOUND"
     await make_model()
-    assert (await refusal(list_waiting(tenant, "s"))).reason == "MODEL_NOT_FOUND"
-    await raw.pexpireat(keys.session_tag(tenant, "s"), 1)
-    assert (await refusal(list_waiting(tenant, "s"))).reason == "SESSION_EXPIRED"
+    assert (await refusal(list_waiting(SessionKey(tenant, "s")))).reason == "MODEL_NOT_FOUND"
+    await raw.pexpireat(keys.session_tag(SessionKey(tenant, "s")), 1)
+    assert (await refusal(list_waiting(SessionKey(tenant, "s")))).reason == "SESSION_EXPIRED"
     await open_session()
-    await replicas[0].sessions.close(tenant, "s", 0)
-    assert (await refusal(list_waiting(tenant, "s"))).reason == "SESSION_CLOSED"
+    await replicas[0].sessions.close(SessionKey(tenant, "s"), 0)
+    assert (await refusal(list_waiting(SessionKey(tenant, "s")))).reason == "SESSION_CLOSED"
 
 
 async def test_discarded_contributions_cannot_come_back(
@@ -483,10 +485,10 @@ async def test_discarded_contributions_cannot_come_back(
     named = DiscardGradients("m", (Selector("s", client.epoch, (1, 2)),))
     assert (await replicas[0].training.discard(tenant, named)).contribution_count == 2
     assert (await client.backward(dhs, 1)).replayed
-    assert (await replicas[1].models.get(tenant, "m")).waiting_count == 1
+    assert (await replicas[1].models.get(ModelKey(tenant, "m"))).waiting_count == 1
     everything = DiscardGradients("m", ())
     assert (await replicas[1].training.discard(tenant, everything)).contribution_count == 1
-    view = await replicas[0].models.get(tenant, "m")
+    view = await replicas[0].models.get(ModelKey(tenant, "m"))
     assert (view.waiting_count, view.waiting_bytes) == (0, 0)
 
 
@@ -526,7 +528,7 @@ async def test_a_step_can_ride_on_its_backward(
     assert present(first.update).contribution_count == 1
     assert present(again.update).version == present(first.update).version
     assert (again.replayed, present(again.update).replayed) == (True, True)
-    assert (await replicas[0].models.get(tenant, "m")).waiting_count == 1
+    assert (await replicas[0].models.get(ModelKey(tenant, "m"))).waiting_count == 1
 
 
 async def test_what_was_computed_early_counts_nothing_in_a_closed_session(
@@ -541,10 +543,10 @@ async def test_what_was_computed_early_counts_nothing_in_a_closed_session(
     client = await open_session()
     client.replicas = replicas[:1]
     await client.forward(draw(rng), train=True)
-    await replicas[1].sessions.close(tenant, "s", 0)
+    await replicas[1].sessions.close(SessionKey(tenant, "s"), 0)
     call = client.backward(draw(rng, size=HIDDEN), update=step("", "u"))
     assert (await refusal(call)).reason == "SESSION_CLOSED"
-    assert (await replicas[1].models.get(tenant, "m")).waiting_count == 0
+    assert (await replicas[1].models.get(ModelKey(tenant, "m"))).waiting_count == 0
     assert (await head_of(replicas[1], tenant)).number == 1
 
 
@@ -604,16 +606,16 @@ async def test_a_look_that_came_before_its_count_is_taken_again(
     store = replicas[0].store.models
 
     async def read_and_record(
-        tenant: str, model_id: str, contribution: Contribution, *look: Any
+        key: ModelKey, contribution: Contribution, *look: Any
     ) -> tuple[RecordOutcome, UpdateInputs | None]:
-        looked = await store.read_update_inputs(tenant, model_id, *look)
-        return await store.record_contribution(tenant, model_id, contribution), looked
+        looked = await store.read_update_inputs(key, *look)
+        return await store.record_contribution(key, contribution), looked
 
     monkeypatch.setattr(store, "record_and_read", read_and_record)
     await client.forward(draw(rng), train=True)
     made = await client.backward(draw(rng, size=HIDDEN), update=step("", "u"))
     assert present(made.update).contribution_count == 1
-    assert (await replicas[0].models.get(tenant, "m")).waiting_count == 0
+    assert (await replicas[0].models.get(ModelKey(tenant, "m"))).waiting_count == 0
 
 
 async def test_tenants_contributions_are_their_own(
@@ -635,7 +637,7 @@ async def test_tenants_contributions_are_their_own(
         replicas[0].training.discard(other, DiscardGradients("m", ())),
     ):
         assert (await refusal(call)).reason in ("SESSION_NOT_FOUND", "MODEL_NOT_FOUND")
-    assert (await replicas[0].models.get(tenant, "m")).waiting_count == 1
+    assert (await replicas[0].models.get(ModelKey(tenant, "m"))).waiting_count == 1
 
 
 async def test_an_update_expecting_another_head_is_told_which(
@@ -684,7 +686,7 @@ async def test_many_trainers_at_once_lose_and_double_nothing(
     )
     numbers = sorted(version.number for one in versions for version in one)
     assert numbers == list(range(2, 26))
-    view = await replicas[0].models.get(tenant, "m")
+    view = await replicas[0].models.get(ModelKey(tenant, "m"))
     assert (view.head.number, view.waiting_count, view.waiting_bytes) == (25, 0, 0)
 
 

@@ -28,6 +28,7 @@ from scenes.store_clients import (
 )
 from scenes.store_pair import addresses_of, replicas_on
 from scenes.store_probe import Probe, WriteWatch, note_gap
+from service.domain.types import ModelKey, SessionKey
 from service.store import keys
 
 if TYPE_CHECKING:
@@ -60,12 +61,12 @@ def replicas(cluster: Cluster) -> Iterator[list[ServiceProcess]]:
 
 def slot_of_session(cluster: Cluster, session_id: str) -> int:
     """Return the slot of a session."""
-    return cluster.slot(keys.session_tag("default", session_id))
+    return cluster.slot(keys.session_tag(SessionKey("default", session_id)))
 
 
 def slot_of_model(cluster: Cluster, model_id: str) -> int:
     """Return the slot of a model."""
-    return cluster.slot(keys.model_tag("default", model_id))
+    return cluster.slot(keys.model_tag(ModelKey("default", model_id)))
 
 
 @pytest.mark.timeout(300)

@@ -14,6 +14,7 @@ from scenes.figures import figure
 from scenes.store_clients import Streamer, connect, create_model, draw, measure_steady
 from scenes.store_pair import StorePair, addresses_of, replicas_on
 from scenes.store_probe import Probe
+from service.domain.types import SessionKey
 from service.store import keys, layouts
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def _check_kept(
 
 def _is_written(pair: StorePair, request: rnn_pb.ForwardRequest) -> bool:
     """Tell whether the primary has a chunk, answered or not."""
-    record = keys.record_key(keys.session_tag("default", request.session_id))
+    record = keys.record_key(keys.session_tag(SessionKey("default", request.session_id)))
     head = pair.primary.ask("GETRANGE", record, 0, -1)
     return layouts.head_from_bytes(head).chunk_seq == request.chunk_seq
 

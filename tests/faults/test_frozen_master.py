@@ -16,6 +16,7 @@ from scenes.figures import figure
 from scenes.store_clients import connect, create_model, draw, measure_steady
 from scenes.store_pair import addresses_of, replicas_on
 from scenes.store_probe import Probe
+from service.domain.types import ModelKey, SessionKey
 from service.store import keys
 
 if TYPE_CHECKING:
@@ -53,13 +54,13 @@ def test_a_frozen_master_is_felt_by_its_own_sessions_alone(
         measure_steady(proof, addresses, "m")
         probe = stack.enter_context(Probe(addresses[0]))
         pool = stack.enter_context(ThreadPoolExecutor(10))
-        tags = (keys.model_tag("default", "m"), keys.tenant_tag("default"))
+        tags = (keys.model_tag(ModelKey("default", "m")), keys.tenant_tag("default"))
         needed = {cluster.owner(cluster.slot(tag)).port for tag in tags}
         victim = next(node for node in cluster.masters if node.port not in needed)
         places = {True: [], False: []}  # type: dict[bool, list[Place]]
         for number in range(SESSIONS):
             name = f"s{number}"
-            slot = cluster.slot(keys.session_tag("default", name))
+            slot = cluster.slot(keys.session_tag(SessionKey("default", name)))
             places[cluster.owner(slot) is victim].append(probe.open("m", name))
 
         def chunk(place: Place) -> Told:

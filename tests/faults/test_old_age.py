@@ -15,6 +15,7 @@ from instruments.redis_servers import RedisServer
 from scenes.figures import figure
 from scenes.store_clients import Streamer, connect, create_model, draw, measure_steady
 from scenes.store_pair import addresses_of, replicas_on
+from service.domain.types import ModelKey, SessionKey
 from service.store import keys
 from timernn._core.contract import BACKWARD, FORWARD, OPEN_SESSION
 
@@ -50,14 +51,14 @@ def sleep(client: timernn.Client, seconds: float) -> None:
 
 def forget_session(raw: Any, session_id: str) -> None:
     """Let the times of a session and of its marker pass."""
-    tag = keys.session_tag("default", session_id)
+    tag = keys.session_tag(SessionKey("default", session_id))
     for key in raw.scan_iter(tag.replace(b"[", b"\\[") + b"*"):
         raw.pexpire(key, 0)
 
 
 def forget_counted(raw: Any, model_id: str) -> None:
     """Let the time pass for which the names of counted contributions are remembered."""
-    tag = keys.model_tag("default", model_id)
+    tag = keys.model_tag(ModelKey("default", model_id))
     for name in raw.zrange(keys.expiry_key(tag), 0, -1):
         if raw.hget(keys.contributions_key(tag), name).startswith(b"C"):
             raw.hdel(keys.contributions_key(tag), name)

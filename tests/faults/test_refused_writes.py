@@ -20,10 +20,12 @@ from service.domain.types import (
     DiscardGradients,
     ForkSession,
     InitialWeights,
+    ModelKey,
     ModelSpec,
     NewEpoch,
     OnExists,
     Selector,
+    SessionKey,
 )
 from service.settings import Limits
 from service.store import keys
@@ -80,12 +82,12 @@ class Scene:
         """Read what counts: all keys of the session's and the model's slots but what is only staged."""
         found: dict[bytes, bytes | None] = {}
         for name in ("s", "twin", "new"):
-            tag = keys.session_tag(self.tenant, name)
+            tag = keys.session_tag(SessionKey(self.tenant, name))
             async for key in raw.scan_iter(match=tag + b"*", count=1000):
                 if not key.startswith(keys.staged_tape_key(tag, b"")):
                     found[key] = await raw.dump(key)
         for name in ("m", "n"):
-            tag = keys.model_tag(self.tenant, name)
+            tag = keys.model_tag(ModelKey(self.tenant, name))
             async for key in raw.scan_iter(match=tag + b"*", count=1000):
                 is_part = key[len(tag) : len(tag) + 1] in (b"W", b"M", b"d")
                 if not is_part or await raw.pttl(key) < 0:
@@ -101,17 +103,19 @@ class Scene:
 
     async def _session(self, name: str) -> object:
         try:
-            found = await self.other.sessions.get_state(self.tenant, name, extend_ttl=False)
+            found = await self.other.sessions.get_state(
+                SessionKey(self.tenant, name), extend_ttl=False
+            )
         except NotFound as error:
             return error.reason
         return found.session.chunk_seq, found.state.tobytes()
 
     async def _model(self, name: str) -> object:
         try:
-            view = await self.other.models.get(self.tenant, name)
+            view = await self.other.models.get(ModelKey(self.tenant, name))
         except NotFound as error:
             return error.reason
-        kept = await self.other.models.list_checkpoints(self.tenant, name)
+        kept = await self.other.models.list_checkpoints(ModelKey(self.tenant, name))
         return view.head, view.waiting_count, [(one.checkpoint_id, one.version) for one in kept]
 
 
@@ -121,7 +125,7 @@ async def lay_out(replicas: tuple[Replica, Replica], tenant: str) -> Scene:
     one, other = replicas
     spec = ModelSpec("m", 3, HIDDEN, "float32", Adam(lr=0.01))
     await one.models.create(tenant, spec, InitialWeights(seed=1), "")
-    await one.models.create_checkpoint(tenant, "m", "old", None)
+    await one.models.create_checkpoint(ModelKey(tenant, "m"), "old", None)
     opened = await open_on(one, tenant)
     client = Client([one], tenant, "s", opened.session.epoch)
     for _ in range(2):
@@ -185,7 +189,7 @@ async def _set_state(scene: Scene) -> Act:
 
 
 async def _get_state(scene: Scene) -> Act:
-    return lambda: scene.replica.sessions.get_state(scene.tenant, "s", extend_ttl=True)
+    return lambda: scene.replica.sessions.get_state(SessionKey(scene.tenant, "s"), extend_ttl=True)
 
 
 async def _fork(scene: Scene) -> Act:
@@ -194,21 +198,23 @@ async def _fork(scene: Scene) -> Act:
 
 
 async def _close(scene: Scene) -> Act:
-    return lambda: scene.replica.sessions.close(scene.tenant, "s", 0)
+    return lambda: scene.replica.sessions.close(SessionKey(scene.tenant, "s"), 0)
 
 
 async def _list_waiting(scene: Scene) -> Act:
-    return lambda: scene.replica.training.list_waiting(scene.tenant, "s")
+    return lambda: scene.replica.training.list_waiting(SessionKey(scene.tenant, "s"))
 
 
 async def _import_model(scene: Scene) -> Act:
     spec = ModelSpec("n", 3, HIDDEN, "float32", Adam())
-    _, data = await scene.other.models.read_weights(scene.tenant, "m", None, include_moments=False)
+    _, data = await scene.other.models.read_weights(
+        ModelKey(scene.tenant, "m"), None, include_moments=False
+    )
     return lambda: scene.replica.models.import_model(scene.tenant, spec, data, "import")
 
 
 async def _find_versions(scene: Scene) -> Act:
-    return lambda: scene.replica.models.find_versions(scene.tenant, "m", (1,))
+    return lambda: scene.replica.models.find_versions(ModelKey(scene.tenant, "m"), (1,))
 
 
 async def _create_model(scene: Scene) -> Act:
@@ -217,25 +223,29 @@ async def _create_model(scene: Scene) -> Act:
 
 
 async def _delete_model(scene: Scene) -> Act:
-    return lambda: scene.replica.models.delete(scene.tenant, "m", allow_missing=True)
+    return lambda: scene.replica.models.delete(ModelKey(scene.tenant, "m"), allow_missing=True)
 
 
 async def _put_weights(scene: Scene) -> Act:
-    _, data = await scene.other.models.read_weights(scene.tenant, "m", None, include_moments=False)
-    return lambda: scene.replica.models.put_weights(scene.tenant, "m", None, "put", data)
+    _, data = await scene.other.models.read_weights(
+        ModelKey(scene.tenant, "m"), None, include_moments=False
+    )
+    return lambda: scene.replica.models.put_weights(ModelKey(scene.tenant, "m"), None, "put", data)
 
 
 async def _restore_checkpoint(scene: Scene) -> Act:
-    return lambda: scene.replica.models.restore_checkpoint(scene.tenant, "m", "old", None, "back")
+    return lambda: scene.replica.models.restore_checkpoint(
+        ModelKey(scene.tenant, "m"), "old", None, "back"
+    )
 
 
 async def _create_checkpoint(scene: Scene) -> Act:
-    return lambda: scene.replica.models.create_checkpoint(scene.tenant, "m", "kept", None)
+    return lambda: scene.replica.models.create_checkpoint(ModelKey(scene.tenant, "m"), "kept", None)
 
 
 async def _delete_checkpoint(scene: Scene) -> Act:
     return lambda: scene.replica.models.delete_checkpoint(
-        scene.tenant, "m", "old", allow_missing=True
+        ModelKey(scene.tenant, "m"), "old", allow_missing=True
     )
 
 
@@ -342,7 +352,7 @@ async def _check_told(
         proof.violated(f"{where}: {told!r}")
         return
     if "recorded" in told.metadata:
-        waiting = (await scene.other.models.get(scene.tenant, "m")).waiting_count
+        waiting = (await scene.other.models.get(ModelKey(scene.tenant, "m"))).waiting_count
         proof.require(waiting == 2, f"{where}: {told.reason}, recorded, {waiting} wait")
         proof.require("nothing was changed" not in told.message, f"{where}: {told.message}")
     elif told.reason in NOTHING_DONE:

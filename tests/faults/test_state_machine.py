@@ -53,6 +53,7 @@ from service.domain.types import (
     ModelSpec,
     NewEpoch,
     OnExists,
+    SessionKey,
     Version,
 )
 from service.domain.weights import (
@@ -371,7 +372,9 @@ class Machine(RuleBasedStateMachine):
         assert np.array_equal(done.dh0, made.dh0)
         assert (done.version, done.replayed) == (chunk.version, False)
         local.waiting.discard(seq)
-        contribution = self.replica.store.models.contribution_name(self.tenant, *key)
+        contribution = self.replica.store.models.contribution_name(
+            SessionKey(self.tenant, op.session_id), op.epoch, op.chunk_seq
+        )
         self.grads[contribution] = made.grads
         self.counted[key] = (op, made)
 
@@ -502,7 +505,7 @@ class Machine(RuleBasedStateMachine):
     def close(self, name: str) -> None:
         """Close a session; again is no error, a name that never was is one."""
         local = self.sessions[name]
-        call = self.replica.sessions.close(self.tenant, name, 0)
+        call = self.replica.sessions.close(SessionKey(self.tenant, name), 0)
         if local.state == "never":
             self.expect(call, "SESSION_NOT_FOUND")
             return
@@ -515,7 +518,7 @@ class Machine(RuleBasedStateMachine):
         local = self.sessions[name]
         if local.state != "live":
             return
-        tag = keys.session_tag(self.tenant, name)
+        tag = keys.session_tag(SessionKey(self.tenant, name))
 
         async def pass_time() -> None:
             raw = self.world.raw
@@ -545,7 +548,7 @@ class Machine(RuleBasedStateMachine):
     def back_up(self, which: int) -> None:
         """Remember a session's slot as it is."""
         name = self.name_of(which)
-        tag = keys.session_tag(self.tenant, name)
+        tag = keys.session_tag(SessionKey(self.tenant, name))
         if self.sessions[name].state != "live":
             return
         backup = self.world.run(Backup.take(self.world.raw, tag))
@@ -602,7 +605,7 @@ class Machine(RuleBasedStateMachine):
     def check(self, name: str) -> None:
         """Compare a session with what is known of it here."""
         local = self.sessions[name]
-        call = self.replica.sessions.get_state(self.tenant, name, extend_ttl=False)
+        call = self.replica.sessions.get_state(SessionKey(self.tenant, name), extend_ttl=False)
         if local.state != "live":
             self.expect(call, GONE[local.state])
             return
@@ -610,7 +613,7 @@ class Machine(RuleBasedStateMachine):
         view, h = seen.session, seen.state
         assert (view.epoch, view.chunk_seq, view.token) == (local.epoch, local.seq, local.token)
         assert np.array_equal(h, local.h)
-        tag = keys.session_tag(self.tenant, name)
+        tag = keys.session_tag(SessionKey(self.tenant, name))
         assert self.world.run(self.world.raw.pttl(keys.record_key(tag))) > 0
 
     def teardown(self) -> None:

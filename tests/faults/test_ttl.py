@@ -13,6 +13,7 @@ from scenes.figures import figure
 from scenes.fleet import Fleet
 from scenes.training import Trainer
 from scenes.wire import TIMEOUT_S, H, Model, Wire, draw, outcome, refusal, steady_traffic, told
+from service.domain.types import SessionKey
 from service.store import keys
 from timernn.v1 import model_service_pb2 as model_pb
 from timernn.v1 import session_service_pb2 as session_pb
@@ -56,7 +57,7 @@ def fleet(skews: list[dict[str, str]]) -> Iterator[Fleet]:
 
 def keys_of(fleet: Fleet, session_id: str) -> list[str]:
     """Return what the keys of a session have after its tag: nothing for the record, e, t, t + name."""
-    tag = keys.session_tag("default", session_id)
+    tag = keys.session_tag(SessionKey("default", session_id))
     cursor, found = b"0", []
     while True:
         cursor, names = fleet.store.ask("SCAN", cursor, "MATCH", tag + b"*", "COUNT", 1000)

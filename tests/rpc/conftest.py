@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from service.domain.types import (
         Forward,
+        SessionKey,
     )
     from service.rpc.auth import Authenticator
     from service.rpc.stream import StreamRules
@@ -67,9 +68,9 @@ class StandIn:
     answers: dict[str, Any] = field(default_factory=dict)
     hidden_size: int = HIDDEN_SIZE
 
-    def sizes(self, tenant: str, session_id: str, model_id: str) -> tuple[int, int]:
+    def sizes(self, key: SessionKey, model_id: str) -> tuple[int, int]:
         """Tell D and H."""
-        del tenant, session_id, model_id
+        del key, model_id
         return 1, self.hidden_size
 
     def begin_forward(self, tenant: str, forward: Forward, told: Told) -> None:
@@ -146,13 +147,13 @@ class StandIn:
         if name.startswith("__") or name not in self.answers:
             raise AttributeError(name)
 
-        async def method(tenant: str, *arguments: Any, **options: Any) -> Any:
-            return await self._asked(name, tenant, *arguments, *options.values())
+        async def method(owner: Any, *arguments: Any, **options: Any) -> Any:
+            return await self._asked(name, owner, *arguments, *options.values())
 
         return method
 
-    async def _asked(self, name: str, tenant: str, *arguments: Any) -> Any:
-        self.asked.append((tenant, *arguments))
+    async def _asked(self, name: str, owner: Any, *arguments: Any) -> Any:
+        self.asked.append((owner, *arguments))
         answer = self.answers.get(name)
         if callable(answer):
             answer = await answer()

@@ -18,6 +18,7 @@ from redis.asyncio import Redis
 
 from lab import D, H, Lab, TenantOfTheTest, file_of, refusal_status, tensor
 from service.app import build_server
+from service.domain.types import SessionKey
 from service.settings import Limits, Settings
 from service.store import keys
 from service.store.connect import open_store
@@ -439,7 +440,7 @@ async def unsupported_layout(lab: Lab) -> None:
     """A session whose record a later release has laid out."""
     await (await lab.opened()).forward(1)
     async with Redis.from_url(lab.store.url) as client:
-        await client.setrange(keys.session_tag(lab.tenant, "s"), 0, b"\x02")
+        await client.setrange(keys.session_tag(SessionKey(lab.tenant, "s")), 0, b"\x02")
     await lab.forward(2)
 
 

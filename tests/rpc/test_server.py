@@ -11,7 +11,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from service.domain.types import Version
+from service.domain.types import ModelKey, Version
 from service.rpc.health import LIVENESS
 from service.settings import Limits
 from timernn.v1 import model_service_pb2 as pb
@@ -141,7 +141,7 @@ async def test_an_upload_is_joined(serve: Serve) -> None:
     served.domain.answers |= {"upload_limit": 100, "put_weights": (Version(5, b"d" * 16), False)}
     response = await served.models.PutWeights(upload(HEADER, b"1234", b"", b"5678"))
     assert response.version.number == 5
-    assert served.domain.asked[-1] == ("default", "m", None, "r", b"12345678")
+    assert served.domain.asked[-1] == (ModelKey("default", "m"), None, "r", b"12345678")
 
 
 BAD_UPLOADS = [

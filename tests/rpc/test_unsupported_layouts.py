@@ -14,6 +14,7 @@ from redis.asyncio import Redis
 from instruments.replicas import Backup
 from lab import D, H, Lab, TenantOfTheTest, file_of, refusal_status, tensor
 from service.app import build_server
+from service.domain.types import ModelKey, SessionKey
 from service.settings import Limits, Settings
 from service.store import keys
 from service.store.connect import open_store
@@ -55,16 +56,16 @@ class Place:
     @property
     def record(self) -> bytes:
         """The key of the session's record."""
-        return keys.session_tag(self.tenant, "s")
+        return keys.session_tag(SessionKey(self.tenant, "s"))
 
     @property
     def model(self) -> bytes:
         """The key of the model's record."""
-        return keys.model_tag(self.tenant, "m")
+        return keys.model_tag(ModelKey(self.tenant, "m"))
 
     async def slots(self) -> list[Backup]:
         """Return all keys of the model and of the sessions as they are."""
-        tags = [keys.session_tag(self.tenant, name) for name in ("s", "other", "new")]
+        tags = [keys.session_tag(SessionKey(self.tenant, name)) for name in ("s", "other", "new")]
         return [await Backup.take(self.raw, tag) for tag in (self.model, *tags)]
 
     async def values(self) -> dict[bytes, bytes]:

@@ -13,7 +13,7 @@ import pytest_asyncio
 from instruments.redis_servers import Cluster
 from instruments.replicas import INPUTS, Client, draw, open_on, refusal, start_replica
 from rnn_engine import SGD
-from service.domain.types import InitialWeights, ModelSpec
+from service.domain.types import InitialWeights, ModelSpec, SessionKey
 from service.settings import Limits, Settings
 from service.store import keys
 from service.store.cluster import ClusterRouter
@@ -95,7 +95,7 @@ async def test_a_training_chunk_is_refused_whole_by_half_a_slot(
     opened = await open_on(replica, "t", name)
     client = Client([replica], "t", name, opened.session.epoch)
     await client.forward(draw(rng), train=True)
-    tag = keys.session_tag("t", name)
+    tag = keys.session_tag(SessionKey("t", name))
     slot = cluster.slot(tag)
     source, target = cluster.owner(slot), other(cluster, slot)
     move = cluster.move_slot(slot, target)
@@ -126,7 +126,7 @@ async def test_a_frozen_master_holds_up_none_of_the_others(
         opened = await open_on(replica, tenant, f"s{k}")
         client = Client([replica], tenant, f"s{k}", opened.session.epoch)
         await client.forward(draw(rng))
-        owner = cluster.owner(cluster.slot(keys.session_tag(tenant, f"s{k}")))
+        owner = cluster.owner(cluster.slot(keys.session_tag(SessionKey(tenant, f"s{k}"))))
         clients.setdefault(owner.address, []).append(client)
     victim = cluster.masters[0]
     frozen = clients.pop(victim.address)

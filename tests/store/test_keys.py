@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from redis.crc import key_slot
 
+from service.domain.types import ModelKey, SessionKey
 from service.store import keys
 
 NAMES = st.text(max_size=128) | st.sampled_from(["{", "}", "{}", "{a}b", "a}{b", "ü{", "\0", "*"])
@@ -16,7 +17,7 @@ BYTES = st.binary(min_size=16, max_size=16)
 @given(tenant=NAMES, session_id=NAMES, name=BYTES)
 def test_a_sessions_keys_share_a_slot(tenant: str, session_id: str, name: bytes) -> None:
     """Whatever the ids and the tape's name are, braces included."""
-    tag = keys.session_tag(tenant, session_id)
+    tag = keys.session_tag(SessionKey(tenant, session_id))
     made = [
         keys.record_key(tag),
         keys.marker_key(tag),
@@ -34,7 +35,7 @@ def test_a_models_keys_share_a_slot(
     tenant: str, model_id: str, incarnation: bytes, name: bytes
 ) -> None:
     """Head, versions, contributions, requests, and every blob."""
-    tag = keys.model_tag(tenant, model_id)
+    tag = keys.model_tag(ModelKey(tenant, model_id))
     made = [
         keys.model_key(tag),
         keys.versions_key(tag),
@@ -58,8 +59,8 @@ def test_a_models_keys_share_a_slot(
 def test_kinds_of_keys_never_meet(tenant: str, name: str) -> None:
     """A session, a model and a tenant's lists have different keys under equal names."""
     made = [
-        keys.session_tag(tenant, name),
-        keys.model_tag(tenant, name),
+        keys.session_tag(SessionKey(tenant, name)),
+        keys.model_tag(ModelKey(tenant, name)),
         keys.tenant_sessions_key(tenant),
         keys.tenant_models_key(tenant),
     ]
@@ -74,15 +75,17 @@ def test_tenants_and_names_cannot_be_shifted_into_each_other(
 ) -> None:
     """("ab", "c") and ("a", "bc") are two sessions."""
     a, b, c, d = pairs
-    assert (keys.session_tag(a, b) == keys.session_tag(c, d)) == ((a, b) == (c, d))
-    assert keys.session_tag(a + b, c) != keys.session_tag(a, b + c) or not b
+    first, second = SessionKey(a, b), SessionKey(c, d)
+    assert (keys.session_tag(first) == keys.session_tag(second)) == (first == second)
+    left, right = SessionKey(a + b, c), SessionKey(a, b + c)
+    assert keys.session_tag(left) != keys.session_tag(right) or not b
 
 
 @settings(max_examples=50, deadline=None)
 @given(tenant=st.just("tenant"), session_id=st.from_regex("[a-z]{8,20}", fullmatch=True))
 def test_no_user_text_stands_in_a_key(tenant: str, session_id: str) -> None:
     """A key tells neither tenant nor session."""
-    tag = keys.session_tag(tenant, session_id)
+    tag = keys.session_tag(SessionKey(tenant, session_id))
     assert session_id.encode() not in tag
     assert tenant.encode() not in tag
     assert len(tag) == 25

@@ -13,7 +13,7 @@ from rnn_engine import SGD
 from service.domain.errors import UnsupportedLayout
 from service.domain.ports import ChunkOutcome
 from service.domain.tapes import tape_to_bytes
-from service.domain.types import ModelSpec, Version
+from service.domain.types import ModelKey, ModelSpec, SessionKey, Version
 from service.domain.weights import spec_to_bytes
 from service.store import keys, layouts, models
 from service.store.scripts import Script
@@ -37,7 +37,7 @@ SPEC = (
 @pytest.fixture
 def model(opened: Store, tenant: str) -> Model:
     """A model that is not created yet."""
-    return Model(opened.models, tenant)
+    return Model(opened.models, ModelKey(tenant, "m"))
 
 
 # --- what is written ----------------------------------------------------------------------------------
@@ -47,7 +47,7 @@ async def test_a_sessions_keys_are_written_as_layout_1(
     opened: Store, tenant: str, raw: Any
 ) -> None:
     """Literal bytes, so that no change of the code goes unseen; the two times are the store's."""
-    writer, tag = Writer(opened, tenant), keys.session_tag(tenant, "s")
+    writer, tag = Writer(opened, tenant), keys.session_tag(SessionKey(tenant, "s"))
     await writer.begin(restored_epoch=7)
     await writer.commit(1, tape=b"tape")
     record = await raw.get(tag)
@@ -82,13 +82,13 @@ async def test_a_models_entries_are_written_as_layout_1(model: Model, raw: Any) 
     """An entry of each kind."""
     await model.create()
     await model.count(1)
-    tag = keys.model_tag(model.tenant, "m")
+    tag = keys.model_tag(model.key)
     (waiting,) = (await raw.hgetall(keys.contributions_key(tag))).values()
     assert waiting == b"W" + b"g" * 16 + struct.pack(">Q", 8)
     await model.published(2, model.name(1))
     (consumed,) = (await raw.hgetall(keys.contributions_key(tag))).values()
     assert consumed == b"C" + b"g" * 16
-    await model.store.create_checkpoint(model.tenant, "m", INCARNATION, "c", None)
+    await model.store.create_checkpoint(model.key, INCARNATION, "c", None)
     (kept,) = (await raw.hgetall(keys.checkpoints_key(tag))).values()
     assert kept[:24] == struct.pack(">Q", 2) + b"d" * 16
     assert len(kept) == layouts.CHECKPOINT.size
@@ -108,7 +108,7 @@ async def test_a_batch_goes_on_beside_a_refused_session(
     writers = [Writer(opened, tenant, name) for name in "abc"]
     for writer in writers:
         await writer.begin()
-    tag = keys.session_tag(tenant, "b")
+    tag = keys.session_tag(SessionKey(tenant, "b"))
     await raw.setrange(tag, 0, b"\x4d")
     before = (await Backup.take(raw, tag)).entries
     chunks = [writer.chunk(1, tape=b"tape") for writer in writers]
@@ -125,7 +125,7 @@ async def test_a_ring_of_another_layout_is_not_widened(
     opened: Store, tenant: str, raw: Any
 ) -> None:
     """A chunk that the ring has no room for would be the one that lays it out anew."""
-    writer, tag = Writer(opened, tenant), keys.session_tag(tenant, "s")
+    writer, tag = Writer(opened, tenant), keys.session_tag(SessionKey(tenant, "s"))
     await writer.begin()
     await writer.commit(1, acknowledged_seq=0)
     await raw.setrange(tag, 0, b"\x4d")
@@ -139,11 +139,11 @@ async def test_a_settled_tape_is_of_a_session_that_is_known(
     opened: Store, tenant: str, raw: Any
 ) -> None:
     """A contribution may be counted before another release lays out the session anew."""
-    writer, tag = Writer(opened, tenant), keys.session_tag(tenant, "s")
+    writer, tag = Writer(opened, tenant), keys.session_tag(SessionKey(tenant, "s"))
     await writer.begin()
     await writer.commit(1, tape=b"tape")
     await raw.setrange(tag, 0, b"\x4d")
-    settle = writer.store.mark_tape_consumed(tenant, "s", writer.epoch, 1, token(1))
+    settle = writer.store.mark_tape_consumed(SessionKey(tenant, "s"), writer.epoch, 1, token(1))
     assert isinstance(await refusal(settle), UnsupportedLayout)
     (entry,) = (await raw.hgetall(keys.tape_index_key(tag))).values()
     assert entry[16:17] == b"W"
@@ -151,18 +151,16 @@ async def test_a_settled_tape_is_of_a_session_that_is_known(
 
 # Each script that changes a model, asked in the name of another incarnation.
 DECISIONS: dict[str, Decision] = {
-    "delete_model": lambda model, name: model.store.delete_model(model.tenant, "m", name),
+    "delete_model": lambda model, name: model.store.delete_model(model.key, name),
     "record_contribution": lambda model, name: model.count(1, incarnation=name),
     "publish_version": lambda model, name: model.published(3, model.name(1), incarnation=name),
     "discard_contributions": lambda model, name: model.store.discard_contributions(
-        model.tenant, "m", name, [b""]
+        model.key, name, [b""]
     ),
     "create_checkpoint": lambda model, name: model.store.create_checkpoint(
-        model.tenant, "m", name, "new", version(2)
+        model.key, name, "new", version(2)
     ),
-    "delete_checkpoint": lambda model, name: model.store.delete_checkpoint(
-        model.tenant, "m", name, "kept"
-    ),
+    "delete_checkpoint": lambda model, name: model.store.delete_checkpoint(model.key, name, "kept"),
 }
 # They make the incarnation, answer with it beside the specification, or see the tenant's list alone.
 WITHOUT_ONE = {"create_model", "read_update_inputs", "reserve_model"}
@@ -176,8 +174,8 @@ async def test_a_models_script_compares_the_incarnation_first(
     await model.create()
     await model.count(1)
     await model.published(2)
-    await model.store.create_checkpoint(model.tenant, "m", INCARNATION, "kept", None)
-    tag = keys.model_tag(model.tenant, "m")
+    await model.store.create_checkpoint(model.key, INCARNATION, "kept", None)
+    tag = keys.model_tag(model.key)
     for key in (keys.versions_key(tag), keys.contributions_key(tag), keys.checkpoints_key(tag)):
         for field, entry in (await raw.hgetall(key)).items():
             await raw.hset(key, field, entry + b"+")

@@ -11,6 +11,7 @@ from redis import exceptions as redis_errors
 
 from instruments.proxy import FaultProxy
 from instruments.redis_servers import RedisServer, wait_until
+from service.domain.types import SessionKey
 from service.settings import Settings
 from service.store.connect import open_store
 from service.store.links import BIG_BYTES, _packed, _pieces
@@ -41,12 +42,12 @@ def test_no_call_fails_for_connections_that_were_cut_while_idle(
 
     async def scene(proxy: FaultProxy) -> None:
         store = await open_store(f"redis://{proxy.address}", Settings())
-        looks = [("t", f"s{number}") for number in range(CALLS)]
-        await asyncio.gather(*(store.sessions.read_session(*look) for look in looks))
+        wanted = [SessionKey("t", f"s{number}") for number in range(CALLS)]
+        await asyncio.gather(*(store.sessions.read_session(key) for key in wanted))
         assert await asyncio.to_thread(cut, proxy) == CALLS
         await asyncio.to_thread(wait_until, "the cuts", lambda: _clients(server) == 1)
         await store.check()
-        await asyncio.gather(*(store.sessions.read_session(*look) for look in looks))
+        await asyncio.gather(*(store.sessions.read_session(key) for key in wanted))
         await store.close()
 
     with FaultProxy(server.address) as proxy:
@@ -176,7 +177,9 @@ def test_health_finds_a_connection_beside_kept_ones(server: RedisServer, connect
 
     async def scene() -> None:
         store = await open_store(server.url, Settings(store_connections=connections))
-        looks = (store.sessions.read_session("t", f"s{number}") for number in range(CALLS))
+        looks = (
+            store.sessions.read_session(SessionKey("t", f"s{number}")) for number in range(CALLS)
+        )
         await asyncio.gather(*looks)
         await store.check()
         await store.close()

@@ -20,7 +20,7 @@ from service.domain.ports import (
     PublishOutcome,
     RecordOutcome,
 )
-from service.domain.types import Version
+from service.domain.types import ModelKey, SessionKey, Version
 from service.settings import MIB, Limits
 from service.store import keys
 from service.store.connect import open_store
@@ -53,16 +53,16 @@ class Model:
     """One model of a tenant, over a store."""
 
     store: RedisModelStore
-    tenant: str
+    key: ModelKey
 
     async def create(self, request: bytes = NO_REQUEST, digest: bytes = b"c" * 16) -> CreateOutcome:
         """Create it."""
         record = ModelRecord(INCARNATION, b"spec", version(1), 0, 0, 0)
-        return await self.store.create_model(self.tenant, "m", record, content(1), request, digest)
+        return await self.store.create_model(self.key, record, content(1), request, digest)
 
     def name(self, number: int, session_id: str = "s") -> bytes:
         """Return a contribution's name."""
-        return self.store.contribution_name(self.tenant, session_id, 7, number)
+        return self.store.contribution_name(SessionKey(self.key.tenant, session_id), 7, number)
 
     async def count(
         self,
@@ -75,7 +75,7 @@ class Model:
         contribution = Contribution(
             incarnation, self.name(number), digest, Blob((gradient,)), NEVER_MS
         )
-        return await self.store.record_contribution(self.tenant, "m", contribution)
+        return await self.store.record_contribution(self.key, contribution)
 
     def publication(self, number: int, *names: bytes, request: bytes = b"") -> Publication:
         """Lay out the publication from version number-1 to number."""
@@ -88,12 +88,12 @@ class Model:
     ) -> PublishOutcome:
         """Make the next version."""
         publication = replace(self.publication(number, *names), incarnation=incarnation)
-        outcome, _ = await self.store.publish_version(self.tenant, "m", publication)
+        outcome, _ = await self.store.publish_version(self.key, publication)
         return outcome
 
     async def waiting(self) -> tuple[int, int]:
         """Return the number and bytes of what waits."""
-        record = await self.store.read_model(self.tenant, "m")
+        record = await self.store.read_model(self.key)
         assert record is not None
         return record.waiting_count, record.waiting_bytes
 
@@ -101,7 +101,7 @@ class Model:
 @pytest.fixture
 def model(opened: Store, tenant: str) -> Model:
     """A model that is not created yet."""
-    return Model(opened.models, tenant)
+    return Model(opened.models, ModelKey(tenant, "m"))
 
 
 async def test_creation_is_once_by_its_request(model: Model) -> None:
@@ -116,20 +116,20 @@ async def test_a_flip_moves_the_head_once(model: Model) -> None:
     """Sent again it replays its answer; with other content it is REUSED; from an old head STALE."""
     await model.create()
     publication = model.publication(2)
-    assert await model.store.publish_version(model.tenant, "m", publication) == (
+    assert await model.store.publish_version(model.key, publication) == (
         PublishOutcome.PUBLISHED,
         b"",
     )
-    assert await model.store.publish_version(model.tenant, "m", publication) == (
+    assert await model.store.publish_version(model.key, publication) == (
         PublishOutcome.REPLAYED,
         b"answer",
     )
     other = replace(publication, content_digest=b"x" * 16)
-    assert (await model.store.publish_version(model.tenant, "m", other))[0] is PublishOutcome.REUSED
+    assert (await model.store.publish_version(model.key, other))[0] is PublishOutcome.REUSED
     late = replace(publication, request=b"l" * 16)
-    assert (await model.store.publish_version(model.tenant, "m", late))[0] is PublishOutcome.STALE
+    assert (await model.store.publish_version(model.key, late))[0] is PublishOutcome.STALE
     gone = replace(publication, request=b"l" * 16, incarnation=b"j" * 16)
-    assert (await model.store.publish_version(model.tenant, "m", gone))[0] is PublishOutcome.GONE
+    assert (await model.store.publish_version(model.key, gone))[0] is PublishOutcome.GONE
 
 
 async def test_a_contribution_is_consumed_once(model: Model, raw: Redis) -> None:
@@ -144,9 +144,9 @@ async def test_a_contribution_is_consumed_once(model: Model, raw: Redis) -> None
     assert await model.count(1) is RecordOutcome.CONSUMED
     assert await model.count(1, digest=b"x" * 16) is RecordOutcome.REUSED
     assert await model.published(3, model.name(1)) is PublishOutcome.STALE
-    tag = keys.model_tag(model.tenant, "m")
+    tag = keys.model_tag(model.key)
     assert await raw.exists(keys.gradient_prefix(tag) + model.name(1)) == 0
-    found = await model.store.read_gradients(model.tenant, "m", [model.name(1) + b"g" * 16], 8)
+    found = await model.store.read_gradients(model.key, [model.name(1) + b"g" * 16], 8)
     assert found is None
 
 
@@ -154,7 +154,7 @@ async def test_contributions_are_bounded_in_number_and_bytes(store_url: str, ten
     """What would go beyond either is QUOTA, and fits again after a publication."""
     tight = Limits(contributions_per_model=2, contribution_bytes_per_model=20)
     store = await open_store(store_url, patient(tight))
-    model = Model(store.models, tenant)
+    model = Model(store.models, ModelKey(tenant, "m"))
     await model.create()
     await model.count(1)
     assert await model.count(2, bytes(13)) is RecordOutcome.QUOTA
@@ -170,13 +170,13 @@ async def test_what_is_remembered_of_contributions_is_bounded(
 ) -> None:
     """Beyond it is FULL, until the names that were counted have had their time."""
     store = await open_store(store_url, patient(Limits(remembered_contributions_per_model=2)))
-    model = Model(store.models, tenant)
+    model = Model(store.models, ModelKey(tenant, "m"))
     await model.create()
     await model.count(1)
     await model.count(2)
     await model.published(2, model.name(1), model.name(2))
     assert await model.count(3) is RecordOutcome.FULL
-    expiry = keys.expiry_key(keys.model_tag(tenant, "m"))
+    expiry = keys.expiry_key(keys.model_tag(ModelKey(tenant, "m")))
     await raw.zadd(expiry, {model.name(1): 1, model.name(2): 1})
     assert await model.count(3) is RecordOutcome.COUNTED
     assert await raw.zcard(expiry) == 1
@@ -187,19 +187,19 @@ async def test_a_contribution_nobody_takes_goes_with_its_bytes(model: Model, raw
     """After its time the next count forgets it whole."""
     await model.create()
     await model.count(1)
-    tag = keys.model_tag(model.tenant, "m")
+    tag = keys.model_tag(model.key)
     await raw.zadd(keys.expiry_key(tag), {model.name(1): 1})
     await model.count(2)
     assert await model.waiting() == (1, 8)
     assert await raw.exists(keys.gradient_prefix(tag) + model.name(1)) == 0
-    assert await model.store.find_contribution(model.tenant, "m", model.name(1)) is None
+    assert await model.store.find_contribution(model.key, model.name(1)) is None
 
 
 async def test_a_contribution_whose_tape_has_expired_is_not_counted(model: Model) -> None:
     """A writer that stood still so long may come after its name was forgotten: it would count twice."""
     await model.create()
     late = Contribution(INCARNATION, model.name(1), b"g" * 16, Blob((b"gradient",)), 1)
-    assert await model.store.record_contribution(model.tenant, "m", late) is RecordOutcome.EXPIRED
+    assert await model.store.record_contribution(model.key, late) is RecordOutcome.EXPIRED
     assert await model.waiting() == (0, 0)
 
 
@@ -208,7 +208,7 @@ async def test_a_contribution_that_was_counted_answers_also_after_its_tape(model
     await model.create()
     await model.count(1)
     late = Contribution(INCARNATION, model.name(1), b"g" * 16, Blob((b"gradient",)), 1)
-    assert await model.store.record_contribution(model.tenant, "m", late) is RecordOutcome.REPLAYED
+    assert await model.store.record_contribution(model.key, late) is RecordOutcome.REPLAYED
 
 
 async def test_a_contribution_is_found_as_it_stands(model: Model) -> None:
@@ -216,9 +216,9 @@ async def test_a_contribution_is_found_as_it_stands(model: Model) -> None:
     await model.create()
     await model.count(1)
     find = model.store.find_contribution
-    assert await find(model.tenant, "m", model.name(1)) is ContributionState.WAITING
+    assert await find(model.key, model.name(1)) is ContributionState.WAITING
     await model.published(2, model.name(1))
-    assert await find(model.tenant, "m", model.name(1)) is ContributionState.CONSUMED
+    assert await find(model.key, model.name(1)) is ContributionState.CONSUMED
 
 
 async def test_a_look_finds_what_selectors_name(model: Model) -> None:
@@ -226,22 +226,22 @@ async def test_a_look_finds_what_selectors_name(model: Model) -> None:
     await model.create()
     for number in (3, 1, 2):
         await model.count(number)
-    other = model.store.contribution_name(model.tenant, "t", 8, 1)
+    other = model.store.contribution_name(SessionKey(model.key.tenant, "t"), 8, 1)
     contribution = Contribution(INCARNATION, other, b"g" * 16, Blob((b"gradient",)), NEVER_MS)
-    await model.store.record_contribution(model.tenant, "m", contribution)
+    await model.store.record_contribution(model.key, contribution)
     mine = [model.name(number) for number in (1, 2, 3)]
     prefix = model.store.contribution_prefix
 
     async def look(*selectors: bytes) -> list[bytes]:
-        found = await model.store.read_update_inputs(model.tenant, "m", NO_REQUEST, selectors)
+        found = await model.store.read_update_inputs(model.key, NO_REQUEST, selectors)
         assert found is not None
         return [entry[:32] for entry in found.waiting]
 
     assert await look(b"") == sorted([*mine, other])
-    assert await look(prefix(model.tenant, "s", 0)) == mine
-    assert await look(prefix(model.tenant, "s", 7)) == mine
-    assert await look(prefix(model.tenant, "s", 8)) == []
-    assert await look(prefix(model.tenant, "t", 8), other) == [other]
+    assert await look(prefix(SessionKey(model.key.tenant, "s"), 0)) == mine
+    assert await look(prefix(SessionKey(model.key.tenant, "s"), 7)) == mine
+    assert await look(prefix(SessionKey(model.key.tenant, "s"), 8)) == []
+    assert await look(prefix(SessionKey(model.key.tenant, "t"), 8), other) == [other]
     assert await look(mine[1], mine[1], model.name(9)) == [mine[1]]
 
 
@@ -250,13 +250,13 @@ async def test_requests_are_remembered_by_number_and_time(
 ) -> None:
     """The oldest go when there are too many or they are old; not before."""
     store = await open_store(store_url, patient(Limits(remembered_requests_per_model=3)))
-    model = Model(store.models, tenant)
+    model = Model(store.models, ModelKey(tenant, "m"))
     await model.create(request=(1).to_bytes(16, "big"))  # within a millisecond the name decides
     for number in range(2, 8):
         await model.published(number)
-    requests = keys.requests_key(keys.model_tag(tenant, "m"))
+    requests = keys.requests_key(keys.model_tag(ModelKey(tenant, "m")))
     assert await raw.hlen(requests) == 3
-    times = keys.request_times_key(keys.model_tag(tenant, "m"))
+    times = keys.request_times_key(keys.model_tag(ModelKey(tenant, "m")))
     for number in (5, 6):
         await raw.zadd(times, {number.to_bytes(16, "big"): 1})
     await model.published(8)
@@ -267,29 +267,27 @@ async def test_requests_are_remembered_by_number_and_time(
 async def test_moments_stay_with_the_head_and_checkpoints(model: Model) -> None:
     """A superseded version keeps its weights alone, unless a checkpoint names it."""
     await model.create()
-    outcome, _ = await model.store.create_checkpoint(
-        model.tenant, "m", INCARNATION, "c", version(1)
-    )
+    outcome, _ = await model.store.create_checkpoint(model.key, INCARNATION, "c", version(1))
     assert outcome is CheckpointOutcome.CREATED
     await model.published(2)
     await model.published(3)
     read = [
-        await model.store.read_moments(model.tenant, "m", INCARNATION, version(number))
+        await model.store.read_moments(model.key, INCARNATION, version(number))
         for number in (1, 2, 3)
     ]
     assert read == [content(1).moments.joined(), b"", content(3).moments.joined()]
     for number in (1, 2, 3):
-        weights = await model.store.read_weights(model.tenant, "m", INCARNATION, version(number))
+        weights = await model.store.read_weights(model.key, INCARNATION, version(number))
         assert weights == content(number).weights.joined()
 
 
 async def test_a_version_is_read_by_number_and_digest(model: Model) -> None:
     """Another digest under a number is not that version."""
     await model.create()
-    assert await model.store.find_version(model.tenant, "m", 1) == version(1)
-    assert await model.store.find_version(model.tenant, "m", 2) is None
-    assert await model.store.find_versions(model.tenant, "m", [2, 1, 3]) == [version(1)]
-    assert await model.store.read_weights(model.tenant, "m", INCARNATION, version(1, b"x")) is None
+    assert await model.store.find_version(model.key, 1) == version(1)
+    assert await model.store.find_version(model.key, 2) is None
+    assert await model.store.find_versions(model.key, [2, 1, 3]) == [version(1)]
+    assert await model.store.read_weights(model.key, INCARNATION, version(1, b"x")) is None
 
 
 async def test_large_blobs_go_in_parts(model: Model, raw: Redis) -> None:
@@ -297,14 +295,14 @@ async def test_large_blobs_go_in_parts(model: Model, raw: Redis) -> None:
     await model.create()
     size = 2 * PART_BYTES + 5
     publication = replace(model.publication(2), new=content(2, size=size))
-    await model.store.publish_version(model.tenant, "m", publication)
-    weights = await model.store.read_weights(model.tenant, "m", INCARNATION, version(2))
-    moments = await model.store.read_moments(model.tenant, "m", INCARNATION, version(2))
+    await model.store.publish_version(model.key, publication)
+    weights = await model.store.read_weights(model.key, INCARNATION, version(2))
+    moments = await model.store.read_moments(model.key, INCARNATION, version(2))
     assert (weights, moments) == (
         publication.new.weights.joined(),
         publication.new.moments.joined(),
     )
-    prefix = keys.weights_prefix(keys.model_tag(model.tenant, "m"), INCARNATION)
+    prefix = keys.weights_prefix(keys.model_tag(model.key), INCARNATION)
     parts = [key async for key in raw.scan_iter(match=prefix + b"*", count=1000)]
     sizes = sorted([await raw.strlen(key) for key in parts])
     assert sizes == [5, 8, PART_BYTES, PART_BYTES]
@@ -315,7 +313,7 @@ async def test_a_large_gradient_goes_in_parts_and_leaves_none(model: Model, raw:
     """It counts, is read and is dropped like a small one; parts nobody counted go by themselves."""
     await model.create()
     gradient = bytes(range(256)) * (PART_BYTES // 256) + b"tail"
-    prefix = keys.gradient_prefix(keys.model_tag(model.tenant, "m"))
+    prefix = keys.gradient_prefix(keys.model_tag(model.key))
 
     async def parts() -> list[bytes]:
         return [key async for key in raw.scan_iter(match=prefix + b"*", count=1000)]
@@ -323,26 +321,26 @@ async def test_a_large_gradient_goes_in_parts_and_leaves_none(model: Model, raw:
     for number in (1, 2):
         assert await model.count(number, gradient) is RecordOutcome.COUNTED
         assert await model.count(number, gradient) is RecordOutcome.REPLAYED
-    found = await model.store.read_update_inputs(model.tenant, "m", NO_REQUEST, [b""])
+    found = await model.store.read_update_inputs(model.key, NO_REQUEST, [b""])
     assert found is not None
     size = len(gradient)
-    read = await model.store.read_gradients(model.tenant, "m", found.waiting, size)
+    read = await model.store.read_gradients(model.key, found.waiting, size)
     assert read == [gradient, gradient]
     assert {await raw.pttl(key) for key in await parts()} == {-1}
     await model.published(2, model.name(1))
     assert await model.waiting() == (1, size)
     assert len(await parts()) == 2
-    await model.store.discard_contributions(model.tenant, "m", INCARNATION, [model.name(2)])
+    await model.store.discard_contributions(model.key, INCARNATION, [model.name(2)])
     assert await parts() == []
     await model.count(3, gradient)
-    await model.store.delete_model(model.tenant, "m", INCARNATION)
+    await model.store.delete_model(model.key, INCARNATION)
     assert await parts() == []
 
 
 async def test_what_a_dead_writer_left_goes_by_itself(model: Model, raw: Redis) -> None:
     """Parts carry a time to live until the script that makes them count; then they have none."""
     await model.create()
-    tag = keys.model_tag(model.tenant, "m")
+    tag = keys.model_tag(model.key)
     await model.store._write_parts(_version_parts(tag, INCARNATION, content(2)))
     prefixes = (keys.weights_prefix(tag, INCARNATION), keys.moments_prefix(tag, INCARNATION))
     name = version(2).digest + (2).to_bytes(8, "big") + bytes(2)
@@ -356,7 +354,7 @@ async def test_a_flip_without_all_its_parts_keeps_none(
 ) -> None:
     """When a part has expired the head stays, and no other part is made to stay for ever."""
     await model.create()
-    tag = keys.model_tag(model.tenant, "m")
+    tag = keys.model_tag(model.key)
 
     def without_moments(
         tag: bytes, incarnation: bytes, new: NewVersion
@@ -372,11 +370,11 @@ async def test_a_flip_without_all_its_parts_keeps_none(
 async def test_versions_go_by_their_bytes_but_four_stay(store_url: str, tenant: str) -> None:
     """The budget counts weights and a little beside each; beneath it nothing goes before its time."""
     store = await open_store(store_url, patient(Limits(superseded_bytes_per_model=6 * (4096 + 8))))
-    model = Model(store.models, tenant)
+    model = Model(store.models, ModelKey(tenant, "m"))
     await model.create()
     for number in range(2, 12):
         await model.published(number)
-    kept = [n for n in range(1, 12) if await model.store.find_version(tenant, "m", n)]
+    kept = [n for n in range(1, 12) if await model.store.find_version(ModelKey(tenant, "m"), n)]
     assert kept == [5, 6, 7, 8, 9, 10, 11]
     await store.close()
 
@@ -388,15 +386,15 @@ async def test_discarding_frees_and_remembers(model: Model) -> None:
         await model.count(number)
 
     async def discard(*selectors: bytes) -> int | None:
-        return await model.store.discard_contributions(model.tenant, "m", INCARNATION, selectors)
+        return await model.store.discard_contributions(model.key, INCARNATION, selectors)
 
     assert await discard(model.name(1), model.name(9)) == 1
     assert await model.waiting() == (2, 16)
-    assert await discard(model.store.contribution_prefix(model.tenant, "s", 7)) == 2
+    assert await discard(model.store.contribution_prefix(SessionKey(model.key.tenant, "s"), 7)) == 2
     assert await discard(b"") == 0
     assert await model.count(1) is RecordOutcome.CONSUMED
     assert await model.waiting() == (0, 0)
-    other = model.store.discard_contributions(model.tenant, "m", b"j" * 16, [b""])
+    other = model.store.discard_contributions(model.key, b"j" * 16, [b""])
     assert await other is None
 
 
@@ -405,13 +403,15 @@ async def test_names_of_models_are_bounded_listed_and_forgotten(
 ) -> None:
     """A tenant has as many as it may; a deleted one makes room."""
     store = await open_store(store_url, patient(Limits(models_per_tenant=1)))
-    model = Model(store.models, tenant)
+    model = Model(store.models, ModelKey(tenant, "m"))
     await model.create()
     record = ModelRecord(INCARNATION, b"spec", version(1), 0, 0, 0)
-    other = store.models.create_model(tenant, "n", record, content(1), NO_REQUEST, b"c" * 16)
+    other = store.models.create_model(
+        ModelKey(tenant, "n"), record, content(1), NO_REQUEST, b"c" * 16
+    )
     assert await other is CreateOutcome.QUOTA
     assert await store.models.list_models(tenant, "", 10) == ["m"]
-    assert await store.models.delete_model(tenant, "m", INCARNATION)
-    assert not await store.models.delete_model(tenant, "m", INCARNATION)
+    assert await store.models.delete_model(ModelKey(tenant, "m"), INCARNATION)
+    assert not await store.models.delete_model(ModelKey(tenant, "m"), INCARNATION)
     assert await store.models.list_models(tenant, "", 10) == []
     await store.close()

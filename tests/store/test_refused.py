@@ -13,7 +13,7 @@ from redis.asyncio import Redis
 
 from instruments.replicas import Client, draw, open_on, refusal, start_replica
 from rnn_engine import Adam
-from service.domain.types import InitialWeights, ModelSpec, NewEpoch, OnExists
+from service.domain.types import InitialWeights, ModelSpec, NewEpoch, OnExists, SessionKey
 from service.settings import MIB, Limits
 from service.store import keys
 from service.store.embedded import EmbeddedStore
@@ -95,7 +95,7 @@ async def test_another_layout_is_told_where_nothing_can_be_written(
     _, two, client = pair
     client.replicas = [two]
     await client.forward(draw(rng))
-    await raw.setrange(keys.session_tag("t", "s"), 0, b"\x4d")
+    await raw.setrange(keys.session_tag(SessionKey("t", "s")), 0, b"\x4d")
     await raw.config_set("maxmemory", 1)
     assert (await refusal(client.forward(draw(rng)))).reason == "UNSUPPORTED_LAYOUT"
     assert (await refusal(two.sessions.begin_epoch("t", RESET))).reason == "UNSUPPORTED_LAYOUT"
@@ -136,7 +136,7 @@ async def test_a_fenced_writer_is_told_on_a_full_store(
     await one.sessions.begin_epoch("t", RESET)
     await raw.config_set("maxmemory", 1)
     assert (await refusal(client.forward(draw(rng)))).reason == "EPOCH_FENCED"
-    await one.sessions.close("t", "s", 0)
+    await one.sessions.close(SessionKey("t", "s"), 0)
     assert (await refusal(client.forward(draw(rng)))).reason == "SESSION_CLOSED"
 
 

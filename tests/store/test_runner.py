@@ -14,7 +14,7 @@ from redis.asyncio import Redis
 from instruments.replicas import Client, draw, open_on, refusal, start_replica
 from rnn_engine import SGD
 from service.domain.errors import Unavailable
-from service.domain.types import InitialWeights, ModelSpec
+from service.domain.types import InitialWeights, ModelKey, ModelSpec, SessionKey
 from service.settings import Limits, Settings
 from service.store.connect import UnfitStoreError, open_store
 from service.store.embedded import EmbeddedStore
@@ -106,7 +106,7 @@ async def test_a_store_that_is_gone_is_unavailable_at_once(
     replica, client = await started(own.url)
     await client.forward(draw(rng))
     await asyncio.to_thread(own.stop)
-    for call in (client.forward(draw(rng)), replica.sessions.get("t", "s")):
+    for call in (client.forward(draw(rng)), replica.sessions.get(SessionKey("t", "s"))):
         refused = await refusal(call)
         assert refused.reason in ("STORE_DOWN", "UNKNOWN_OUTCOME")
         assert refused.retry_after_s is not None
@@ -129,14 +129,14 @@ async def test_a_full_store_changes_nothing_and_still_answers(
             client.forward(draw(rng), train=True),
             open_on(replica, "t", "other"),
             client.backward(draw(rng, size=4)),
-            replica.models.create_checkpoint("t", "m", "c", None),
+            replica.models.create_checkpoint(ModelKey("t", "m"), "c", None),
         ):
             assert (await refusal(call)).reason == "STORE_FULL"
         again = await client.forward(xs, chunk_seq=1, previous_token=b"", train=True)
         np.testing.assert_array_equal(again.h, first.h)
-        assert (await replica.sessions.get("t", "s")).chunk_seq == 1
+        assert (await replica.sessions.get(SessionKey("t", "s"))).chunk_seq == 1
         assert {key: await raw.dump(key) async for key in raw.scan_iter()} == before
-        assert await replica.sessions.close("t", "s", 0)
+        assert await replica.sessions.close(SessionKey("t", "s"), 0)
         await raw.config_set("maxmemory", 0)
     await open_on(replica, "t", "other")
     await replica.close()

@@ -19,7 +19,7 @@ from service.domain.ports import (
     SessionSnapshot,
     StoredState,
 )
-from service.domain.types import Version
+from service.domain.types import SessionKey, Version
 from service.settings import DAY_MS, HOUR_MS, Limits
 from service.store import keys, layouts
 from service.store.connect import open_store
@@ -50,12 +50,12 @@ class Writer:
     """Commits chunks of one session without asking what the store holds."""
 
     def __init__(self, store: Store, tenant: str, session_id: str = "s") -> None:
-        self.store, self.tenant, self.session_id = store.sessions, tenant, session_id
+        self.store, self.key = store.sessions, SessionKey(tenant, session_id)
         self.epoch = 0
 
     async def begin(self, mode: str = "fail", **facts: object) -> EpochOutcome:
         """Begin an epoch."""
-        decided = await self.store.begin_epoch(self.tenant, self.session_id, start(mode, **facts))
+        decided = await self.store.begin_epoch(self.key, start(mode, **facts))
         assert not isinstance(decided, AbsentSession)
         outcome, number = decided
         if outcome is EpochOutcome.BEGUN:
@@ -64,16 +64,14 @@ class Writer:
 
     async def absent(self, mode: str, **facts: object) -> Absence:
         """Ask for an epoch of a session that must be there, and is not."""
-        decided = await self.store.begin_epoch(self.tenant, self.session_id, start(mode, **facts))
+        decided = await self.store.begin_epoch(self.key, start(mode, **facts))
         assert isinstance(decided, AbsentSession), decided
         return decided.why
 
     def chunk(self, number: int, **facts: object) -> ChunkCommit:
         """Lay out chunk `number`, whose digest, token and state tell it."""
         state = StoredState(number, b"d" * 16, token(number), VERSION, bytes([number]) * 32)
-        made = ChunkCommit(
-            self.tenant, self.session_id, self.epoch, token(number - 1), state, number - 1
-        )
+        made = ChunkCommit(self.key, self.epoch, token(number - 1), state, number - 1)
         return replace(made, **facts)  # type: ignore[arg-type]
 
     async def commit(self, number: int, **facts: object) -> ChunkOutcome:
@@ -84,13 +82,13 @@ class Writer:
 
     async def look(self, number: int = 0) -> SessionSnapshot:
         """Read the session."""
-        found = await self.store.read_session(self.tenant, self.session_id, number)
+        found = await self.store.read_session(self.key, number)
         assert isinstance(found, SessionSnapshot), found
         return found
 
     async def absence(self) -> AbsentSession:
         """Read why it is not there."""
-        found = await self.store.read_session(self.tenant, self.session_id)
+        found = await self.store.read_session(self.key)
         assert isinstance(found, AbsentSession), found
         return found
 
@@ -120,7 +118,7 @@ async def test_a_commit_replaces_the_state(writer: Writer) -> None:
         (2, {"base_token": b"x" * 16}),
         (2, {"epoch": 1}),
         (2, {"epoch": 1 << 60}),
-        (2, {"session_id": "other"}),
+        (2, {"key": SessionKey("other", "s")}),
     ],
 )
 async def test_anything_but_a_match_is_stale_and_changes_nothing(
@@ -149,7 +147,7 @@ async def test_commits_of_many_sessions_are_decided_each_by_itself(
     writers = [Writer(opened, tenant, name) for name in "abcd"]
     for one in writers:
         await one.begin()
-    chunks = [one.chunk(2 if one.session_id == "b" else 1) for one in writers]
+    chunks = [one.chunk(2 if one.key.session_id == "b" else 1) for one in writers]
     outcomes = await opened.sessions.commit_chunks(chunks)
     ok, stale = ChunkOutcome.OK, ChunkOutcome.STALE
     assert outcomes == [ok, stale, ok, ok]
@@ -165,7 +163,7 @@ async def test_the_ring_grows_only_for_chunks_in_flight(
     for number in range(1, 12):
         await writer.commit(number, acknowledged_seq=number - 1 if waits else 0)
         assert (await writer.look()).last.h == bytes([number]) * 32
-    record = await raw.get(keys.session_tag(tenant, "s"))
+    record = await raw.get(keys.session_tag(SessionKey(tenant, "s")))
     assert record is not None
     assert record[1] == slots
     assert len(record) == layouts.HEAD.size + 1 + slots * (layouts.SLOT.size + len(STATE))
@@ -203,7 +201,7 @@ async def test_the_list_is_to_be_told_when_a_quarter_has_passed(
 ) -> None:
     """TOUCH comes once a quarter of the ttl, and extends the marker."""
     await writer.begin()
-    tag = keys.session_tag(tenant, "s")
+    tag = keys.session_tag(SessionKey(tenant, "s"))
     record = await raw.get(tag)
     assert isinstance(record, bytes)
     touched = int.from_bytes(record[32:40], "big") - stay_ms
@@ -224,7 +222,9 @@ async def test_an_epoch_is_greater_than_any_before_and_than_the_clock(
     await writer.begin()
     assert writer.epoch > seconds * 1000 + micros // 1000
     far = writer.epoch + 10 * HOUR_MS
-    await raw.set(keys.marker_key(keys.session_tag(tenant, "s")), layouts.MARKER.pack(far, b"L"))
+    await raw.set(
+        keys.marker_key(keys.session_tag(SessionKey(tenant, "s"))), layouts.MARKER.pack(far, b"L")
+    )
     await writer.begin("reset")
     assert writer.epoch == far + 1
 
@@ -259,10 +259,10 @@ async def test_a_session_that_must_exist_is_never_begun(writer: Writer, raw: Red
     assert await writer.absent("must_exist") is Absence.NEVER
     assert await writer.absent("must_exist", restored_epoch=1) is Absence.NEVER
     await writer.begin()
-    await raw.pexpireat(keys.session_tag(writer.tenant, writer.session_id), 1)
+    await raw.pexpireat(keys.session_tag(writer.key), 1)
     assert await writer.absent("must_exist") is Absence.EXPIRED
     await writer.begin()
-    await writer.store.close_session(writer.tenant, writer.session_id, 0)
+    await writer.store.close_session(writer.key, 0)
     assert await writer.absent("must_exist") is Absence.CLOSED
 
 
@@ -294,19 +294,23 @@ async def test_never_expired_and_closed_are_told_apart(
     """The marker tells, with the last epoch, until it goes itself."""
     assert (await writer.absence()).why is Absence.NEVER
     await writer.begin()
-    tag = keys.session_tag(tenant, "s")
+    tag = keys.session_tag(SessionKey(tenant, "s"))
     await raw.pexpireat(tag, 1)
     expired = await writer.absence()
     assert expired.expired_at_ms > 0
     assert replace(expired, expired_at_ms=0) == AbsentSession(Absence.EXPIRED, writer.epoch)
     await writer.begin()
-    assert await writer.store.close_session(tenant, "s", 0) == (
+    assert await writer.store.close_session(SessionKey(tenant, "s"), 0) == (
         "CLOSED",
         writer.epoch,
         Absence.NEVER,
     )
     assert await writer.absence() == AbsentSession(Absence.CLOSED, writer.epoch)
-    assert await writer.store.close_session(tenant, "s", 0) == ("ABSENT", 0, Absence.CLOSED)
+    assert await writer.store.close_session(SessionKey(tenant, "s"), 0) == (
+        "ABSENT",
+        0,
+        Absence.CLOSED,
+    )
     await raw.pexpireat(keys.marker_key(tag), 1)
     assert (await writer.absence()).why is Absence.NEVER
 
@@ -316,7 +320,7 @@ async def test_a_marker_outlives_its_session_by_a_day(
 ) -> None:
     """Also when nothing more is done with the session."""
     await writer.begin()
-    tag = keys.session_tag(tenant, "s")
+    tag = keys.session_tag(SessionKey(tenant, "s"))
     assert await raw.pttl(keys.marker_key(tag)) - await raw.pttl(tag) > DAY_MS - 1000
 
 
@@ -328,20 +332,20 @@ async def test_a_marker_outlives_every_life_that_was_promised(
     week_ms = 7 * DAY_MS
     await writer.begin(head=replace(HEAD, ttl_ms=week_ms))
     if ends == "closed":
-        await writer.store.close_session(tenant, "s", 0)
+        await writer.store.close_session(SessionKey(tenant, "s"), 0)
     else:
         await writer.begin("reset", head=replace(HEAD, ttl_ms=1))
     if ends == "extended":
         await writer.begin("reset", head=replace(HEAD, ttl_ms=1000))
-        await writer.store.extend_session(tenant, "s", writer.epoch)
-    marker = keys.marker_key(keys.session_tag(tenant, "s"))
+        await writer.store.extend_session(SessionKey(tenant, "s"), writer.epoch)
+    marker = keys.marker_key(keys.session_tag(SessionKey(tenant, "s")))
     assert await raw.pttl(marker) > week_ms + DAY_MS - 1000
 
 
 async def test_a_close_minds_the_epoch_expected(writer: Writer, tenant: str) -> None:
     """Another epoch is FENCED and closes nothing."""
     await writer.begin()
-    outcome, epoch, _ = await writer.store.close_session(tenant, "s", writer.epoch + 1)
+    outcome, epoch, _ = await writer.store.close_session(SessionKey(tenant, "s"), writer.epoch + 1)
     assert (outcome, epoch) == ("FENCED", writer.epoch)
     assert (await writer.look()).head.epoch == writer.epoch
 
@@ -357,14 +361,17 @@ async def test_tapes_wait_count_and_are_pushed_out(store_url: str, tenant: str, 
     assert await writer.commit(3, tape=b"tape") is ChunkOutcome.QUOTA
     assert (await writer.look()).head.chunk_seq == 2
     for number in (1, 2):
-        await writer.store.mark_tape_consumed(tenant, "s", writer.epoch, number, token(number))
+        await writer.store.mark_tape_consumed(
+            SessionKey(tenant, "s"), writer.epoch, number, token(number)
+        )
     assert await writer.commit(3, tape=b"tape") is ChunkOutcome.OK
     there = [
-        (await writer.store.read_tape(tenant, "s", writer.epoch, number)).data is not None
+        (await writer.store.read_tape(SessionKey(tenant, "s"), writer.epoch, number)).data
+        is not None
         for number in (1, 2, 3)
     ]
     assert there == [False, True, True]
-    index = keys.tape_index_key(keys.session_tag(tenant, "s"))
+    index = keys.tape_index_key(keys.session_tag(SessionKey(tenant, "s")))
     assert await raw.hlen(index) == 2
     await store.close()
 
@@ -376,10 +383,13 @@ async def test_counted_tapes_are_bounded_in_bytes(store_url: str, tenant: str) -
     await writer.begin()
     for number in (1, 2, 3):
         await writer.commit(number, tape=bytes(8))
-        await writer.store.mark_tape_consumed(tenant, "s", writer.epoch, number, token(number))
+        await writer.store.mark_tape_consumed(
+            SessionKey(tenant, "s"), writer.epoch, number, token(number)
+        )
     await writer.commit(4, tape=bytes(8))
     there = [
-        (await writer.store.read_tape(tenant, "s", writer.epoch, number)).data is not None
+        (await writer.store.read_tape(SessionKey(tenant, "s"), writer.epoch, number)).data
+        is not None
         for number in (1, 2, 3, 4)
     ]
     assert there == [False, False, True, True]
@@ -390,11 +400,11 @@ async def test_a_tape_is_settled_by_its_token_alone(writer: Writer, tenant: str)
     """A late word about a tape that was replaced since does not make the new one count."""
     await writer.begin()
     await writer.commit(1, tape=b"tape")
-    await writer.store.mark_tape_consumed(tenant, "s", writer.epoch, 1, b"x" * 16)
-    assert await writer.store.discard_tapes(tenant, "s", writer.epoch, [1]) == 1
+    await writer.store.mark_tape_consumed(SessionKey(tenant, "s"), writer.epoch, 1, b"x" * 16)
+    assert await writer.store.discard_tapes(SessionKey(tenant, "s"), writer.epoch, [1]) == 1
     await writer.commit(2, tape=b"tape")
-    await writer.store.mark_tape_consumed(tenant, "s", writer.epoch, 2, token(2))
-    assert await writer.store.discard_tapes(tenant, "s", 0, []) == 0
+    await writer.store.mark_tape_consumed(SessionKey(tenant, "s"), writer.epoch, 2, token(2))
+    assert await writer.store.discard_tapes(SessionKey(tenant, "s"), 0, []) == 0
 
 
 async def test_a_tapes_time_is_at_most_the_sessions(
@@ -403,7 +413,7 @@ async def test_a_tapes_time_is_at_most_the_sessions(
     """A session of a second has tapes of a second."""
     await writer.begin(head=replace(HEAD, ttl_ms=1000))
     await writer.commit(1, tape=b"tape")
-    tag = keys.session_tag(tenant, "s")
+    tag = keys.session_tag(SessionKey(tenant, "s"))
     name = layouts.TAPE_NAME.pack(writer.epoch, 1)
     for key in (tag, keys.tape_index_key(tag), keys.tape_key(tag, name)):
         assert 0 < await raw.pttl(key) <= 1000
@@ -415,14 +425,16 @@ async def test_the_list_has_a_place_for_each_session_but_no_more(
     """A session that is listed is never refused; lapsed ones make room by themselves."""
     store = await open_store(store_url, patient(Limits(sessions_per_tenant=2)))
     sessions = store.sessions
-    assert await sessions.reserve_session(tenant, "a", HOUR_MS)
-    assert await sessions.reserve_session(tenant, "b", HOUR_MS)
-    assert not await sessions.reserve_session(tenant, "c", HOUR_MS)
-    assert await sessions.reserve_session(tenant, "a", HOUR_MS)
+    assert await sessions.reserve_session(SessionKey(tenant, "a"), HOUR_MS)
+    assert await sessions.reserve_session(SessionKey(tenant, "b"), HOUR_MS)
+    assert not await sessions.reserve_session(SessionKey(tenant, "c"), HOUR_MS)
+    assert await sessions.reserve_session(SessionKey(tenant, "a"), HOUR_MS)
     await raw.zadd(keys.tenant_sessions_key(tenant), {"b": 1})
-    assert await sessions.reserve_session(tenant, "c", HOUR_MS)
-    await sessions.release_listing(tenant, "a", await sessions.find_listing(tenant, "a"), None)
-    assert await sessions.find_listing(tenant, "a") == 0
+    assert await sessions.reserve_session(SessionKey(tenant, "c"), HOUR_MS)
+    await sessions.release_listing(
+        SessionKey(tenant, "a"), await sessions.find_listing(SessionKey(tenant, "a")), None
+    )
+    assert await sessions.find_listing(SessionKey(tenant, "a")) == 0
     assert [name for name, _ in await sessions.list_sessions(tenant, None, 10)] == ["c"]
     await store.close()
 

@@ -11,6 +11,7 @@ from tls_front import Certificates, TlsFront
 
 from instruments.redis_servers import Cluster, RedisServer, Sentinel, wait_until
 from service.domain.errors import Unavailable
+from service.domain.types import SessionKey
 from service.settings import Settings
 from service.store.connect import open_store
 
@@ -132,7 +133,7 @@ async def use(url: str, **options: str) -> None:
     try:
         await opened.check()
         for number in range(9):
-            await opened.sessions.read_session("t", f"s{number}")
+            await opened.sessions.read_session(SessionKey("t", f"s{number}"))
     finally:
         await opened.close()
 

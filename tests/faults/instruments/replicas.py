@@ -25,10 +25,12 @@ from service.domain.training import Training
 from service.domain.types import (
     Backward,
     Forward,
+    ModelKey,
     OnExists,
     OpenSession,
     Reduction,
     Selector,
+    SessionKey,
     Update,
 )
 from service.domain.weights import params_from_bytes
@@ -219,10 +221,10 @@ async def local_rnn(replica: Replica, tenant: str, spec: ModelSpec) -> TimeRNN:
 
 async def head_params(replica: Replica, tenant: str, spec: ModelSpec) -> Params:
     """Read the head's weights from the store, past every cache."""
-    record = await replica.store.models.read_model(tenant, spec.model_id)
+    record = await replica.store.models.read_model(ModelKey(tenant, spec.model_id))
     assert record is not None
     data = await replica.store.models.read_weights(
-        tenant, spec.model_id, record.incarnation, record.head
+        ModelKey(tenant, spec.model_id), record.incarnation, record.head
     )
     assert data is not None
     return params_from_bytes(spec, data)
@@ -230,7 +232,7 @@ async def head_params(replica: Replica, tenant: str, spec: ModelSpec) -> Params:
 
 async def head_of(replica: Replica, tenant: str, model_id: str = "m") -> Version:
     """Read the head's name from the store."""
-    return (await replica.models.get(tenant, model_id)).head
+    return (await replica.models.get(ModelKey(tenant, model_id))).head
 
 
 def draw(rng: np.random.Generator, steps: int = 3, **options: Any) -> Array:
@@ -260,7 +262,7 @@ async def keys_of(raw: Redis, tag: bytes) -> list[bytes]:
 
 async def session_keys(raw: Redis, tenant: str, session_id: str = "s") -> list[bytes]:
     """Return what a session's keys have after its tag: nothing for the record, e, t, t + name."""
-    tag = keys.session_tag(tenant, session_id)
+    tag = keys.session_tag(SessionKey(tenant, session_id))
     return [key.removeprefix(tag) for key in await keys_of(raw, tag)]
 
 

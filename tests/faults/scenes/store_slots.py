@@ -6,6 +6,7 @@ from typing import Any, Self
 
 import redis
 
+from service.domain.types import ModelKey, SessionKey
 from service.store import keys
 
 
@@ -52,11 +53,11 @@ class Slots:
 
     def of_session(self, session_id: str) -> Slot:
         """Keep the slot of a session as it is now."""
-        return Slot(self._redis, keys.session_tag("default", session_id))
+        return Slot(self._redis, keys.session_tag(SessionKey("default", session_id)))
 
     def of_model(self, model_id: str) -> Slot:
         """Keep the slot of a model as it is now."""
-        return Slot(self._redis, keys.model_tag("default", model_id))
+        return Slot(self._redis, keys.model_tag(ModelKey("default", model_id)))
 
     def __enter__(self) -> Self:
         """Give the open connection."""
