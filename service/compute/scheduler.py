@@ -1,10 +1,11 @@
 """Joins chunks that wait for the same weights into one forward.
 
-A chunk never waits for company: what has queued while the engine was busy is the next batch, and what
-has come already but lies in the loop's queue still joins it. Each set of weights has its own queue, so
-one model's long work does not hold up another's; of much work, several batches of one queue are computed
-at once. INFER chunks of a batch run as one ragged forward; a TRAIN chunk runs by itself, in its own
-matrix shapes, so that its result does not depend on who else is there, bit for bit.
+Each set of weights has its own queue, so that long work of one model does not hold up another's. While a batch of a
+queue is computed, the chunks that arrive gather and form the next batch. A queue that is idle waits for no further chunk,
+but for a few iterations of the event loop, in which chunks that have been received already are submitted. Of a model
+whose steps are long, several batches are computed at once, each in a thread. The INFER chunks of a batch run
+as one ragged forward. A TRAIN chunk is computed by itself, with matrices of its own shape, so that its result is the same
+bit for bit whatever else is in the batch.
 """
 
 from __future__ import annotations
@@ -14,36 +15,41 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from rnn_engine import Tape, rnn_forward, rnn_forward_many
+from service.telemetry import NullObserver
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from rnn_engine import Array, Params
+    from service.telemetry import Observer
 
-# Up to this many multiply-adds, about 2 ms, arithmetic runs on the loop itself: a thread would have to
-# ask the loop for the interpreter at every step of the recurrence and be slower for both.
+# Work of up to this many multiply-adds, about 2 ms, is done on the event loop itself. A thread would need the GIL at every
+# step of the recurrence, and so would the loop: both would be slower.
 INLINE_WORK = 1 << 26
 
-# Of the loop, without a new chunk, before what has gathered is computed. From the socket to here a chunk
-# takes up to three; of a lone one they take some microseconds.
-TURNS = 3
-ENOUGH = 64  # chunks are computed without looking for more
+# Number of consecutive event-loop iterations without a new chunk after which the batch is dispatched. Between the socket
+# and this queue a chunk takes up to three of them. For a lone chunk they add some microseconds.
+IDLE_ITERATIONS = 3
+# Number of waiting chunks at which the batch is dispatched without waiting for those iterations.
+ENOUGH_CHUNKS = 64
 
-# With so many rows, which are enough to keep a matrix product busy, and so many multiply-adds, about 20 ms,
-# a batch is full: its answers go out while the next one is computed.
+# A batch takes no further chunk once it has this many rows, enough to keep a matrix product busy, and this many
+# multiply-adds, about 20 ms: its answers are sent while the next batch is computed.
 FULL_ROWS = 8
 FULL_WORK = 1 << 29
 
-# Between its steps a batch in a thread waits for the interpreter, and so do the loop and other threads for
-# it: of steps of fewer multiply-adds, some 0.2 ms, two batches at once would hold up each other and the loop.
+# Least multiply-adds of one step, about 0.2 ms, from which several batches of a model are computed at once. Between two steps
+# a batch in a thread needs the GIL. With shorter steps two batches would slow down each other and the loop.
 LONG_STEP_WORK = 1 << 23
 
-MAX_BATCH_BYTES = 1 << 26  # of the hidden states that a model's batches in work compute
+# Bytes of the hidden states that the batches of one model under computation may produce, all of them together.
+MAX_BATCH_BYTES = 1 << 26
 
 Result = TypeVar("Result")
 
@@ -55,9 +61,17 @@ def hash_work(size_bytes: int) -> int:
 
 @dataclass(slots=True)
 class Chunk:
-    """A chunk to compute: xs (N, T, D) from h0 (N, H); `alone`: not joined with others.
+    """A chunk to compute.
 
-    When `deliver` is called, either `tape` or `error` is set.
+    Attributes:
+        params: The weights, by whose identity chunks are joined.
+        xs: The inputs, (N, T, D).
+        h0: The state before them, (N, H).
+        alone: Whether it must not be joined with others.
+        deliver: Called on the event loop with this chunk once it is computed.
+        tape: The result.
+        error: Why there is no result.
+        queued_at: When it was submitted, by `time.perf_counter`.
     """
 
     params: Params
@@ -67,6 +81,7 @@ class Chunk:
     deliver: Callable[[Chunk], None]
     tape: Tape | None = None
     error: Exception | None = None
+    queued_at: float = 0.0
 
     @property
     def work(self) -> int:
@@ -76,10 +91,27 @@ class Chunk:
 
 
 @dataclass(slots=True)
+class _Batch:
+    """Chunks that are computed together, with their rows and their work in multiply-adds."""
+
+    chunks: list[Chunk]
+    rows: int
+    work: int
+
+
+@dataclass(slots=True)
 class _Queue:
+    """The chunks that wait for one set of weights.
+
+    Attributes:
+        waiting: The chunks, oldest first.
+        is_gathering: Whether a batch is about to be dispatched.
+        computing: How many batches are being computed, each in a thread.
+    """
+
     waiting: deque[Chunk] = field(default_factory=deque)
     is_gathering: bool = False
-    computing: int = 0  # batches, each in a thread
+    computing: int = 0
 
     @property
     def step_work(self) -> int:
@@ -92,24 +124,34 @@ class _Queue:
 class Scheduler:
     """Runs arithmetic for one event loop."""
 
-    def __init__(self, max_batch_rows: int, threads: int = 1) -> None:
-        """Bound the rows of a joined forward, and the batches of one model that are computed at once."""
+    def __init__(
+        self, max_batch_rows: int, threads: int = 1, observer: Observer | None = None
+    ) -> None:
+        """Start idle.
+
+        Args:
+            max_batch_rows: Rows of a joined forward, at most.
+            threads: How many batches of one model are computed at once.
+            observer: Sees each batch.
+        """
         self._max_rows = max_batch_rows
         self._threads = threads
+        self._observer = observer or NullObserver()
         self._queues: dict[int, _Queue] = {}
-        # As many again for other models.
+        # Twice as many, so that one model's batches do not take all of them.
         self._pool = ThreadPoolExecutor(2 * threads, thread_name_prefix="compute")
 
     def submit(self, chunk: Chunk) -> None:
-        """Queue a chunk; its `deliver` is called on the loop when it is computed."""
+        """Queue a chunk; its `deliver` is called on the event loop when it is computed."""
+        chunk.queued_at = perf_counter()
         queue = self._queues.get(id(chunk.params))
         if queue is None:
             queue = self._queues[id(chunk.params)] = _Queue()
         queue.waiting.append(chunk)
-        self._go_on(queue)
+        self._start_batch(queue)
 
     async def run(self, work: int, function: Callable[..., Result], *arguments: Any) -> Result:
-        """Run other arithmetic: inline when it is small, else in a thread."""
+        """Run other arithmetic: on the event loop when it is little, else in a thread."""
         if work <= INLINE_WORK:
             return _quietly(function, *arguments)
         loop = asyncio.get_running_loop()
@@ -119,11 +161,11 @@ class Scheduler:
         """Let running work finish and take no more."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _go_on(self, queue: _Queue) -> None:
-        """Begin the next batch if nothing is in work; beside others only one of long steps.
+    def _start_batch(self, queue: _Queue) -> None:
+        """Begin to gather the next batch, unless batches under computation are to end first.
 
-        Half a batch takes nearly as long as a whole one: what is short of rows gathers until a batch
-        in work has ended.
+        Half a batch takes nearly as long as a full one. So chunks gather while a batch is computed, and a
+        second batch is started beside it only where steps are long.
         """
         if not queue.waiting or queue.is_gathering:
             return
@@ -134,59 +176,78 @@ class Scheduler:
         queue.is_gathering = True
         self._gather(queue)
 
-    def _gather(self, queue: _Queue, known: int = 0, turns: int = 0) -> None:
-        """Compute once the loop has turned a few times and brought no other chunk."""
-        count = len(queue.waiting)
-        turns = turns + 1 if count == known else 0
-        if turns < TURNS and count < ENOUGH:
-            asyncio.get_running_loop().call_soon(self._gather, queue, count, turns)
-        else:
-            self._run_next(queue)
+    def _gather(self, queue: _Queue, known: int = 0, idle: int = 0) -> None:
+        """Dispatch the batch once some iterations of the event loop have brought no further chunk.
 
-    def _run_next(self, queue: _Queue) -> None:
-        batch, work = self._take_batch(queue)
-        if work <= INLINE_WORK:
-            _quietly(_compute, batch)
+        Args:
+            queue: Whose batch.
+            known: How many chunks were waiting in the iteration before.
+            idle: How many iterations in a row have brought none.
+        """
+        count = len(queue.waiting)
+        idle = idle + 1 if count == known else 0
+        if idle < IDLE_ITERATIONS and count < ENOUGH_CHUNKS:
+            asyncio.get_running_loop().call_soon(self._gather, queue, count, idle)
+        else:
+            self._dispatch(queue)
+
+    def _dispatch(self, queue: _Queue) -> None:
+        batch = self._take_batch(queue)
+        began_at = perf_counter()
+        if batch.work <= INLINE_WORK:
+            _quietly(_compute, batch.chunks)
             queue.is_gathering = False
-            self._finish(queue, batch)
+            self._finish(queue, batch, began_at)
             return
+
+        def finish(_computed: object) -> None:
+            queue.computing -= 1
+            self._finish(queue, batch, began_at)
+
         queue.computing += 1
         computing = asyncio.get_running_loop().run_in_executor(
-            self._pool, _quietly, _compute, batch
+            self._pool, _quietly, _compute, batch.chunks
         )
-        computing.add_done_callback(lambda _done: self._finish_computing(queue, batch))
+        computing.add_done_callback(finish)
         queue.is_gathering = False
-        self._go_on(queue)
+        self._start_batch(queue)
 
-    def _finish_computing(self, queue: _Queue, batch: Sequence[Chunk]) -> None:
-        queue.computing -= 1
-        self._finish(queue, batch)
-
-    def _take_batch(self, queue: _Queue) -> tuple[list[Chunk], int]:
-        """Return what goes together, and its work."""
-        batch = [queue.waiting.popleft()]
-        rows, steps, _ = batch[0].xs.shape
-        room = MAX_BATCH_BYTES // self._threads // batch[0].h0[0].nbytes - rows * steps
-        work = batch[0].work
-        while queue.waiting and (rows < FULL_ROWS or work < FULL_WORK):
-            n, t, _ = queue.waiting[0].xs.shape
-            rows, room = rows + n, room - n * t
-            if rows > self._max_rows or room < 0:
+    def _take_batch(self, queue: _Queue) -> _Batch:
+        """Take as many of the oldest chunks as may be computed together, at least one."""
+        first = queue.waiting.popleft()
+        rows, steps, _ = first.xs.shape
+        batch = _Batch([first], rows, first.work)
+        room = MAX_BATCH_BYTES // self._threads // first.h0[0].nbytes - rows * steps
+        while queue.waiting and (batch.rows < FULL_ROWS or batch.work < FULL_WORK):
+            chunk = queue.waiting[0]
+            n, t, _ = chunk.xs.shape
+            room -= n * t
+            if batch.rows + n > self._max_rows or room < 0:
                 break
-            work += queue.waiting[0].work
-            batch.append(queue.waiting.popleft())
-        return batch, work
+            batch.rows += n
+            batch.work += chunk.work
+            batch.chunks.append(queue.waiting.popleft())
+        return batch
 
-    def _finish(self, queue: _Queue, batch: Sequence[Chunk]) -> None:
-        self._go_on(queue)
+    def _finish(self, queue: _Queue, batch: _Batch, began_at: float) -> None:
+        """Report a batch that was computed, start the next one and deliver the results."""
+        chunks = batch.chunks
+        self._observer.batch_computed(
+            chunks=len(chunks),
+            rows=batch.rows,
+            work=batch.work,
+            wait_s=began_at - chunks[0].queued_at,
+            duration_s=perf_counter() - began_at,
+        )
+        self._start_batch(queue)
         if not (queue.is_gathering or queue.computing):
-            del self._queues[id(batch[0].params)]
-        for chunk in batch:
+            del self._queues[id(chunks[0].params)]
+        for chunk in chunks:
             chunk.deliver(chunk)
 
 
 def _quietly(function: Callable[..., Result], *arguments: Any) -> Result:
-    """Run arithmetic without warnings of overflow: whoever asked looks at the result."""
+    """Run arithmetic without warnings of overflow: whoever asked for it checks the result."""
     with np.errstate(over="ignore", invalid="ignore"):
         return function(*arguments)
 
@@ -198,7 +259,7 @@ def _compute(batch: Sequence[Chunk]) -> None:
             _compute_joined(joined)
         else:
             _compute_each(joined)
-    except Exception:  # noqa: BLE001 - whatever one chunk brought on, the others must not pay for it
+    except Exception:  # noqa: BLE001 - one chunk's failure must not fail the others
         _compute_each(joined)
     _compute_each([chunk for chunk in batch if chunk.alone])
 

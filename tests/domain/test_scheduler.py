@@ -71,7 +71,7 @@ async def test_a_lone_chunk_does_not_wait(
 ) -> None:
     """It is computed after a few turns of the loop."""
     done = submit(scheduler, params)
-    for _ in range(module.TURNS + 1):
+    for _ in range(module.IDLE_ITERATIONS + 1):
         await asyncio.sleep(0)
     assert done.done()
     assert [len(batch) for batch in batches] == [1]
