@@ -41,6 +41,7 @@ from service.rpc.stream import StreamRules
 from service.store.addresses import parse_store_url
 from service.store.connect import UnfitStoreError, open_store
 from service.store.embedded import EmbeddedStore, EmbeddedStoreError
+from service.telemetry import NULL_OBSERVER
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from service.rpc.auth import Authenticator
     from service.settings import Settings
     from service.store.connect import Store
+    from service.telemetry import Observer
 
 CHECK_S: Final = 1.0  # between two looks at the store
 
@@ -83,8 +85,9 @@ async def serve(settings: Settings, on_ready: Callable[[str], None]) -> int:
         # Results must not depend on how many cores there are.
         stack.enter_context(threadpool_limits(1, "blas"))
         embedded = await _start_embedded(settings, stack)
-        store = await _open_store(settings, embedded, stack)
-        server = build_server(settings, store, stack, points=points)
+        observer = NULL_OBSERVER
+        store = await _open_store(settings, embedded, stack, observer)
+        server = build_server(settings, store, stack, points=points, observer=observer)
         if signals.is_stopping:
             return 0
         address = await _listen(server, settings)
@@ -164,12 +167,15 @@ async def _start_embedded(
 
 
 async def _open_store(
-    settings: Settings, embedded: EmbeddedStore | None, stack: contextlib.AsyncExitStack
+    settings: Settings,
+    embedded: EmbeddedStore | None,
+    stack: contextlib.AsyncExitStack,
+    observer: Observer,
 ) -> Store:
     url = embedded.url if embedded else settings.redis_url
     try:
         shown = f"the store at {parse_store_url(url)}"
-        store = await open_store(url, settings)
+        store = await open_store(url, settings, observer)
         stack.push_async_callback(store.close)
         with _quiet():
             await store.check()
@@ -188,10 +194,11 @@ def build_server(
     stack: contextlib.AsyncExitStack,
     authenticator: Authenticator | None = None,
     points: Failpoints | None = None,
+    observer: Observer = NULL_OBSERVER,
 ) -> RpcServer:
     """Wire every layer over an open store; what holds work is closed by the stack."""
     limits = settings.limits
-    scheduler = Scheduler(settings.max_batch_rows, settings.threads)
+    scheduler = Scheduler(settings.max_batch_rows, settings.threads, observer)
     if points:
         scheduler = points.wrap_scheduler(scheduler)
         store = replace(
@@ -200,18 +207,37 @@ def build_server(
             models=points.wrap_store(store.models),
         )
     stack.push_async_callback(asyncio.to_thread, scheduler.close)
-    model_cache = ModelCache(store.models, limits.head_max_age_ms, settings.weights_cache_bytes)
+    model_cache = ModelCache(
+        store.models, limits.head_max_age_ms, settings.weights_cache_bytes, observer=observer
+    )
     session_cache = SessionCache(settings.session_cache_bytes)
     tapes = TapeCache(settings.session_cache_bytes)
-    publisher = VersionPublisher(store.models, model_cache, scheduler)
-    recurrence = Recurrence(store.sessions, model_cache, session_cache, tapes, scheduler, limits)
+    observer.cache_added("sessions", session_cache.counts)
+    observer.cache_added("tapes", tapes.counts)
+    publisher = VersionPublisher(store.models, model_cache, scheduler, observer=observer)
+    recurrence = Recurrence(
+        store.sessions,
+        model_cache,
+        session_cache,
+        tapes,
+        scheduler,
+        limits,
+        observer=observer,
+    )
     stack.push_async_callback(_finish, recurrence, model_cache, settings.drain_s)
     domain = Domain(
         models=Models(store.models, model_cache, publisher, scheduler, limits),
         sessions=Sessions(store.sessions, model_cache, session_cache, limits),
         recurrence=recurrence,
         training=Training(
-            store.sessions, store.models, model_cache, tapes, publisher, scheduler, limits
+            store.sessions,
+            store.models,
+            model_cache,
+            tapes,
+            publisher,
+            scheduler,
+            limits,
+            observer=observer,
         ),
     )
     info = ServerInfo(

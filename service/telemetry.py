@@ -15,25 +15,27 @@ reads when it is asked for figures.
 
 from __future__ import annotations
 
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Final
 
-OK = "OK"
 
-
-class CacheCounts(Protocol):
+@dataclass(slots=True)
+class CacheCounts:
     """What a cache counts of itself, from the start of the process.
 
     Attributes:
         hits: Lookups that found what they looked for.
         misses: Lookups that did not.
+        size_bytes: What its values weigh now; 0 where a cache is not bounded in bytes.
     """
 
-    hits: int
-    misses: int
+    hits: int = 0
+    misses: int = 0
+    size_bytes: int = 0
 
 
-class Observer(Protocol):
-    """Sees what happens; nothing that it does may raise or block."""
+class Observer:
+    """Sees what happens, and ignores it: a subclass takes what it is interested in. No method may raise or block."""
 
     def rpc_started(self, method: str) -> None:
         """See a call begin, as gRPC counts calls: a Stream is one, however many operations it carries.
@@ -132,7 +134,4 @@ class Observer(Protocol):
         """
 
 
-class NullObserver(Observer):
-    """Sees nothing."""
-
-    __slots__ = ()
+NULL_OBSERVER: Final = Observer()

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from rnn_engine import Tape, rnn_forward, rnn_forward_many
-from service.telemetry import NullObserver
+from service.telemetry import NULL_OBSERVER
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -125,7 +125,7 @@ class Scheduler:
     """Runs arithmetic for one event loop."""
 
     def __init__(
-        self, max_batch_rows: int, threads: int = 1, observer: Observer | None = None
+        self, max_batch_rows: int, threads: int = 1, observer: Observer = NULL_OBSERVER
     ) -> None:
         """Start idle.
 
@@ -136,7 +136,7 @@ class Scheduler:
         """
         self._max_rows = max_batch_rows
         self._threads = threads
-        self._observer = observer or NullObserver()
+        self._observer = observer
         self._queues: dict[int, _Queue] = {}
         # Twice as many, so that one model's batches do not take all of them.
         self._pool = ThreadPoolExecutor(2 * threads, thread_name_prefix="compute")

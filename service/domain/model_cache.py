@@ -19,6 +19,7 @@ from service.domain.weights import (
     params_from_bytes,
     spec_from_bytes,
 )
+from service.telemetry import NULL_OBSERVER, CacheCounts
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from rnn_engine import Moments, Params
     from service.domain.ports import ModelRecord, ModelStore
     from service.domain.types import ModelKey, ModelSpec, Version
+    from service.telemetry import Observer
 
     WeightsName = tuple[bytes, Version]
 
@@ -51,6 +53,8 @@ class ModelCache:
         head_max_age_ms: int,
         weights_limit_bytes: int,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        observer: Observer = NULL_OBSERVER,
     ) -> None:
         """Keep weights up to the limit and heads up to their age."""
         self._store = store
@@ -63,6 +67,10 @@ class ModelCache:
         self._moments: LruCache[ModelKey, tuple[Version, Moments]] = LruCache(
             weights_limit_bytes, _moments_bytes
         )
+        self._head_counts = CacheCounts()
+        observer.cache_added("heads", self._head_counts)
+        observer.cache_added("weights", self._weights.counts)
+        observer.cache_added("moments", self._moments.counts)
 
     def now(self) -> float:
         """Return the time by which a head's age is told."""
@@ -72,10 +80,13 @@ class ModelCache:
         """Return a model whose head is fresh enough to serve; read ahead when it is half worn."""
         model = self._models.get(key)
         if model is None:
+            self._head_counts.misses += 1
             return None
         age_s = self._clock() - model.read_at
         if age_s > self._max_age_s:
+            self._head_counts.misses += 1
             return None
+        self._head_counts.hits += 1
         if age_s > self._max_age_s / 2:
             self.start_reading(key)
         return model

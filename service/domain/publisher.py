@@ -31,6 +31,7 @@ from service.domain.refusals import (
 )
 from service.domain.types import Version
 from service.domain.weights import spec_from_bytes
+from service.telemetry import NULL_OBSERVER
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from service.domain.model_cache import KnownModel, ModelCache
     from service.domain.ports import ModelStore, UpdateInputs
     from service.domain.types import ModelKey
+    from service.telemetry import Observer
 
     MakeCandidate = Callable[[KnownModel, UpdateInputs], Awaitable["CandidateVersion | None"]]
     Look = Callable[[bytes], Awaitable[UpdateInputs | None]]  # given the request's name
@@ -117,8 +119,16 @@ class StepRequest:
 class VersionPublisher:
     """Makes next versions; steps of one model in this process go one after another."""
 
-    def __init__(self, store: ModelStore, model_cache: ModelCache, scheduler: Scheduler) -> None:
+    def __init__(
+        self,
+        store: ModelStore,
+        model_cache: ModelCache,
+        scheduler: Scheduler,
+        *,
+        observer: Observer = NULL_OBSERVER,
+    ) -> None:
         """Keep the parts that a step uses."""
+        self._observer = observer
         self._store = store
         self._model_cache = model_cache
         self._scheduler = scheduler
@@ -235,6 +245,9 @@ class VersionPublisher:
         outcome, known = await self._store.publish_version(request.model_key, publication)
         if outcome is PublishOutcome.PUBLISHED:
             self._model_cache.note_head(model, version, made.params, made.moments, asked_at)
+            self._observer.version_published(
+                contributions=len(made.names), version_bytes=data.nbytes + moments.nbytes
+            )
             return answer
         if outcome is PublishOutcome.REPLAYED:
             return _remembered(request.content_digest + known, request.content_digest)

@@ -56,6 +56,7 @@ from service.domain.refusals import (
 from service.domain.session_cache import cached_from_snapshot, state_from_bytes
 from service.domain.tapes import StoredTape, tape_to_bytes
 from service.domain.types import ForwardResult, ModelKey, ReturnHs, SessionKey
+from service.telemetry import NULL_OBSERVER
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -71,6 +72,7 @@ if TYPE_CHECKING:
     from service.domain.tapes import TapeCache
     from service.domain.types import Forward, ModelSpec, Version
     from service.settings import Limits
+    from service.telemetry import Observer
 
     Told = Callable[[ForwardResult | Exception], None]
 
@@ -106,6 +108,8 @@ class Recurrence:
         tapes: TapeCache,
         scheduler: Scheduler,
         limits: Limits,
+        *,
+        observer: Observer = NULL_OBSERVER,
     ) -> None:
         """Keep the parts that a chunk passes through."""
         self._store = store
@@ -114,6 +118,7 @@ class Recurrence:
         self._tapes = tapes
         self._scheduler = scheduler
         self._limits = limits
+        self._observer = observer
         self._committer = Committer(store)
         self._lanes: dict[SessionKey, deque[_Call] | None] = {}  # in work; behind it, what waits
         self._tasks: set[asyncio.Task[None]] = set()
@@ -311,9 +316,12 @@ class Recurrence:
         assert base is not None and call.h is not None and call.tape is not None  # noqa: S101, PT018
         assert call.version is not None  # noqa: S101
         base.advance(op.chunk_seq, call.token, call.h)
+        tape_bytes = 0
         if op.train:
             xs, h0, hs = call.tape.xs, call.tape.h0, call.tape.hs
             self._tapes.put(call.token, StoredTape(call.version, xs, h0, hs, base.incarnation))
+            tape_bytes = xs.nbytes + h0.nbytes
+        self._observer.chunk_applied(tape_bytes=tape_bytes)
         if is_touch_due or not base.is_listed:
             self._touch(call.key, base)
         result = self._result(op, call.tape.hs, call.h, call.version, call.token, replayed=False)
@@ -353,6 +361,7 @@ class Recurrence:
             hs[:, -1] = h
         await self._extend(call.key, live)
         shown = h[:, None] if hs is None else hs
+        self._observer.chunk_replayed()
         self._end(call, self._result(op, shown, h, at.version, at.token, replayed=True))
 
     async def _recompute(

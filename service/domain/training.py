@@ -66,6 +66,7 @@ from service.domain.types import (
     Waiting,
 )
 from service.domain.weights import grads_from_bytes, grads_to_blob, spec_bytes, spec_from_bytes
+from service.telemetry import NULL_OBSERVER
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -83,6 +84,7 @@ if TYPE_CHECKING:
         Version,
     )
     from service.settings import Limits
+    from service.telemetry import Observer
 
 _ANSWER_OVERHEAD = 2048
 _NAME_BYTES = 32  # of a contribution; what names many is shorter
@@ -110,8 +112,11 @@ class Training:
         publisher: VersionPublisher,
         scheduler: Scheduler,
         limits: Limits,
+        *,
+        observer: Observer = NULL_OBSERVER,
     ) -> None:
         """Keep the parts that the operations use."""
+        self._observer = observer
         self._sessions = sessions
         self._models = models
         self._model_cache = model_cache
@@ -123,6 +128,7 @@ class Training:
         self._recent_grads: LruCache[tuple[bytes, bytes], Grads] = LruCache(
             limits.contribution_bytes_per_model // 4, _grads_bytes
         )
+        observer.cache_added("gradients", self._recent_grads.counts)
 
     async def backward(self, tenant: str, op: Backward) -> BackwardResult:
         """Compute a chunk's gradients and count them once; make a step right after if asked."""
@@ -384,6 +390,10 @@ class Training:
         self._refuse_contribution(op, model, outcome)
         counting.is_replayed = outcome is not RecordOutcome.COUNTED
         counting.is_waiting = outcome is not RecordOutcome.CONSUMED
+        if not counting.is_replayed:
+            self._observer.contribution_recorded(
+                gradient_bytes=counting.contribution.gradient.nbytes
+            )
         self._recent_grads.put((model.incarnation, counting.contribution.entry), counting.grads)
         self._tapes.drop(op.token)  # what comes next finds its memory warm; a retry reads the store
 

@@ -12,6 +12,7 @@ import asyncio
 import itertools
 import random
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from redis import exceptions as redis_errors
@@ -20,7 +21,7 @@ from redis.crc import key_slot
 from service.store.failures import is_lost_connection
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Awaitable, Callable, Iterable, Sequence
 
     from service.store.links import Command, StoreClient
 
@@ -59,8 +60,16 @@ class ClusterRouter:
         """Return the node that serves a key, as far as is known."""
         return self._slots.get(key_slot(key))
 
-    async def send(self, commands: Sequence[Command], answer_bytes: int = 0) -> list[Any]:
-        """Send commands, each to the node of its key; a failure stands in its command's place."""
+    async def send(
+        self, commands: Sequence[Command], answer_bytes: int = 0, name: str = ""
+    ) -> list[Any]:
+        """Send commands, each to the node of its key; a failure stands in its command's place.
+
+        Args:
+            commands: What to send.
+            answer_bytes: How much the answers may bring.
+            name: What the observer of the nodes' clients is to call the round trips.
+        """
         answers: list[Any] = [_NO_NODE] * len(commands)
         slots = [_slot_of(command) for command in commands]
         if self._is_stale:
@@ -76,7 +85,8 @@ class ClusterRouter:
         asking: dict[int, Node] = {}
         pending = list(range(len(commands)))
         for _ in range(REDIRECTS):
-            await self._send_some(commands, slots, pending, asking, answers, answer_bytes)
+            trip = partial(self._trip, answer_bytes=answer_bytes, name=name)
+            await self._send_some(commands, slots, pending, asking, answers, trip)
             asking = {i: answers[i].node_addr for i in pending if _is_ask(answers[i])}
             pending = [i for i in pending if self._is_redirected(answers[i])]
             if not pending:
@@ -137,9 +147,9 @@ class ClusterRouter:
         pending: Sequence[int],
         asking: dict[int, Node],
         answers: list[Any],
-        answer_bytes: int,
+        send: Callable[[Node, list[tuple[Command, bool]]], Awaitable[list[Any]]],
     ) -> None:
-        """Send those that are pending, one pipeline a node, all at once."""
+        """Send those that are pending, one round trip a node, all at once."""
         by_node: dict[Node, list[int]] = {}
         for i in pending:
             node = asking.get(i) or self._slots.get(slots[i])
@@ -150,19 +160,19 @@ class ClusterRouter:
 
         async def trip(node: Node, some: list[int]) -> None:
             sent = [(commands[i], i in asking) for i in some]
-            for i, answer in zip(some, await self._trip(node, sent, answer_bytes), strict=True):
+            for i, answer in zip(some, await send(node, sent), strict=True):
                 answers[i] = answer
 
         await asyncio.gather(*(trip(node, some) for node, some in by_node.items()))
 
     async def _trip(
-        self, node: Node, sent: list[tuple[Command, bool]], answer_bytes: int
+        self, node: Node, sent: list[tuple[Command, bool]], *, answer_bytes: int, name: str
     ) -> list[Any]:
         on_wire: list[Command] = []
         for command, is_asking in sent:
             on_wire += (("ASKING",), command) if is_asking else (command,)
         try:
-            told = iter(await self._client(node).round_trip(on_wire, answer_bytes))
+            told = iter(await self._client(node).round_trip(on_wire, answer_bytes, name))
         except Exception as error:  # noqa: BLE001 - it becomes the answer of each command
             self._is_stale = True  # it may not be the one to ask any more
             self._suspects.add(node)

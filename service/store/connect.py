@@ -16,11 +16,13 @@ from service.store.permissions import commands_for, keys_for
 from service.store.scripts import ScriptRunner, load_script
 from service.store.sessions import RedisSessionStore
 from service.store.urls import OneMasterPool, connect
+from service.telemetry import NULL_OBSERVER
 
 if TYPE_CHECKING:
     from service.settings import Settings
     from service.store.addresses import StoreAddress
     from service.store.links import StoreClient
+    from service.telemetry import Observer
 
 
 CHECK_KEY_MS = 10_000
@@ -88,13 +90,18 @@ class Store:
             raise UnfitStoreError("durability is 'replica' and no replica is connected")
 
 
-async def open_store(url: str, settings: Settings) -> Store:
+async def open_store(url: str, settings: Settings, observer: Observer = NULL_OBSERVER) -> Store:
     """Open the store that a URL names, as service.store.addresses tells; nothing is sent yet.
+
+    Args:
+        url: Which store.
+        settings: Connections, time limits, durability, limits.
+        observer: Sees each round trip.
 
     Raises:
         ValueError: If the URL has another form, or the durability cannot be had with it.
     """
-    client = connect(url, settings)
+    client = connect(url, settings, observer)
     if settings.durability == "replica" and isinstance(client, ClusterRouter):
         raise ValueError("durability 'replica' needs one server or Sentinel, not a cluster")
     runner = ScriptRunner(

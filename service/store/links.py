@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import hiredis
@@ -21,11 +22,14 @@ from redis.asyncio import Redis
 from redis.maint_notifications import MaintNotificationsConfig
 
 from service.deadlines import Deadlines
+from service.telemetry import NULL_OBSERVER
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
 
     from redis.asyncio import ConnectionPool
+
+    from service.telemetry import Observer
 
     Command = tuple[Any, ...]  # of bytes, memoryviews, texts and numbers
 
@@ -84,14 +88,14 @@ class _WatchedLink:
         except RuntimeError as error:  # uvloop's word for it
             raise redis_errors.ConnectionError("the connection was closed") from error
 
-    async def round_trip(self, commands: Sequence[Command]) -> list[Any]:
-        """Send commands and return their answers; whoever calls keeps the time."""
+    async def round_trip(self, commands: Sequence[Command]) -> tuple[list[Any], int]:
+        """Send commands; return their answers and the bytes sent. Whoever calls keeps the time."""
         link: Any = self
         try:
             # Not waiting for the buffer to drain: when the answers are there it has.
             pieces = [piece for each in commands for piece in _pieces(each)]
             link._writer.writelines(pieces)  # noqa: SLF001
-            return [await self._answer() for _ in commands]
+            return [await self._answer() for _ in commands], sum(map(len, pieces))
         except RuntimeError as error:  # uvloop's word for a connection closed a moment ago
             raise redis_errors.ConnectionError("the connection was closed") from error
 
@@ -104,7 +108,13 @@ class _WatchedLink:
 
 
 class StoreClient(Redis):
-    """redis-py's client, with a cheaper way to send many commands in one round trip."""
+    """redis-py's client, with a cheaper way to send many commands in one round trip.
+
+    Attributes:
+        observer: Sees each of these round trips; set by whoever makes the client.
+    """
+
+    observer: Observer = NULL_OBSERVER
 
     def __init__(self, *args: Any, **options: Any) -> None:
         """Take what redis-py's client takes."""
@@ -112,19 +122,42 @@ class StoreClient(Redis):
         self._kept: list[Any] = []
         self._deadlines = Deadlines(self.connection_pool.connection_kwargs["socket_timeout"])
 
-    async def round_trip(self, commands: Sequence[Command], answer_bytes: int = 0) -> list[Any]:
+    async def round_trip(
+        self, commands: Sequence[Command], answer_bytes: int = 0, name: str = ""
+    ) -> list[Any]:
         """Send commands and return their answers; an error the server gave stands in its place.
 
         Args:
             commands: What to send.
             answer_bytes: How much the answers may bring.
+            name: What the observer is to call it; otherwise the first command's name.
 
         Raises:
             RedisError, OSError: If the connection broke or nothing came in time.
         """
+        began_at = perf_counter()
+        answers: list[Any] | None = None
+        sent_bytes = 0
+        try:
+            answers, sent_bytes = await self._round_trip(commands, answer_bytes)
+            return answers
+        finally:
+            self.observer.round_trip_ended(
+                name or commands[0][0],
+                commands=len(commands),
+                duration_s=perf_counter() - began_at,
+                sent_bytes=sent_bytes,
+                received_bytes=0 if answers is None else _value_bytes(answers),
+                is_lost=answers is None,
+            )
+
+    async def _round_trip(
+        self, commands: Sequence[Command], answer_bytes: int
+    ) -> tuple[list[Any], int]:
+        """Make a round trip over a link that is kept, or one of the pool."""
         link = await self._take()
         try:
-            answers: list[Any] = await self._bound(
+            answers: tuple[list[Any], int] = await self._bound(
                 link.round_trip(commands), commands, answer_bytes
             )
         except BaseException as error:
@@ -170,6 +203,17 @@ class StoreClient(Redis):
     async def _give_up(self, link: Any) -> None:
         await link.disconnect(nowait=True)
         await self.connection_pool.release(link)
+
+
+def _value_bytes(answers: Sequence[Any]) -> int:
+    """Return the bytes of the values in answers, lists of them included."""
+    size = 0
+    for answer in answers:
+        if isinstance(answer, bytes):
+            size += len(answer)
+        elif isinstance(answer, list):
+            size += _value_bytes(answer)
+    return size
 
 
 def watch_links(pool: ConnectionPool) -> None:

@@ -195,7 +195,7 @@ class ScriptRunner:
             for call, form in zip(calls, forms, strict=True)
             for command in (*call.first, form)
         ]
-        told = await self._send(commands)
+        told = await self._send(calls[0].script.name, commands)
         # A script decides by what it finds: it says what was done, whatever became of what was sent
         # before it.
         ends = itertools.accumulate(len(call.first) + 1 for call in calls)
@@ -216,10 +216,11 @@ class ScriptRunner:
         Raises:
             Unavailable, ResourceExhausted: The first failure.
         """
-        answers = await self._send(commands, answer_bytes)
+        name = commands[0][0]
+        answers = await self._send(name, commands, answer_bytes)
         for _ in range(self._resends):
             if any(is_lost_connection(answer) for answer in answers):
-                answers = await self._send(commands, answer_bytes)
+                answers = await self._send(name, commands, answer_bytes)
         for answer in answers:
             if isinstance(answer, Exception):
                 raise as_domain_error(answer)
@@ -228,9 +229,11 @@ class ScriptRunner:
     def _is_worth_resending(self, answer: object, attempt: int) -> bool:
         return is_missing_script(answer) or (is_lost_connection(answer) and attempt < self._resends)
 
-    async def _send(self, commands: Sequence[Command], answer_bytes: int = 0) -> list[Any]:
+    async def _send(
+        self, name: str, commands: Sequence[Command], answer_bytes: int = 0
+    ) -> list[Any]:
         if isinstance(self._client, ClusterRouter):
-            return await self._client.send(commands, answer_bytes)
+            return await self._client.send(commands, answer_bytes, name)
         try:
             if self._trips.locked():
                 async with asyncio.timeout(self._patience_s):
@@ -240,19 +243,19 @@ class ScriptRunner:
         except TimeoutError as error:
             return [error] * len(commands)
         try:
-            return await self._send_to(self._client, commands, answer_bytes)
+            return await self._send_to(self._client, name, commands, answer_bytes)
         finally:
             self._trips.release()
 
     async def _send_to(
-        self, client: StoreClient, commands: Sequence[Command], answer_bytes: int
+        self, client: StoreClient, name: str, commands: Sequence[Command], answer_bytes: int
     ) -> list[Any]:
         if self._wait_replicas:
             mark = ("EVAL", _WRITE_MARK, 1, WAIT_MARK)
             waiting = (mark, ("WAIT", self._wait_replicas, self._wait_ms))
             commands = (*commands, *waiting)
         try:
-            answers = await client.round_trip(commands, answer_bytes)
+            answers = await client.round_trip(commands, answer_bytes, name)
         except Exception as error:  # noqa: BLE001 - every failure becomes the answer of each command
             return [error] * len(commands)
         return self._acknowledged(answers) if self._wait_replicas else answers

@@ -15,10 +15,12 @@ from redis.backoff import NoBackoff
 from service.store.addresses import join_host, parse_store_url
 from service.store.cluster import ClusterRouter
 from service.store.links import WITHOUT_NOTICES, StoreClient, watch_links
+from service.telemetry import NULL_OBSERVER
 
 if TYPE_CHECKING:
     from service.settings import Settings
     from service.store.addresses import StoreAddress
+    from service.telemetry import Observer
 
 _SPARE_CONNECTIONS = 4
 
@@ -86,22 +88,32 @@ class Sentinels(Sentinel):
         raise MasterNotFoundError("; ".join(told))
 
 
-def connect(url: str, settings: Settings) -> StoreClient | ClusterRouter:
+def connect(
+    url: str, settings: Settings, observer: Observer = NULL_OBSERVER
+) -> StoreClient | ClusterRouter:
     """Make the client of the store that a URL names; nothing is sent yet.
 
     The client's own retries are off: a commit is sent again by its number, never blindly.
+
+    Args:
+        url: Which store.
+        settings: Connections and time limits.
+        observer: Sees each round trip.
 
     Raises:
         ValueError: If the URL has another form.
     """
     address = parse_store_url(url)
-    if address.form.endswith("sentinel"):
-        return _connect_sentinel(address, settings)
     if address.form.endswith("cluster"):
-        return _connect_cluster(address, settings)
-    if address.form == "unix":
-        return _connect_one(address, settings, UnixDomainSocketConnection, path=address.path)
-    return _connect_host(address, settings, *address.hosts[0])
+        return _connect_cluster(address, settings, observer)
+    if address.form.endswith("sentinel"):
+        client = _connect_sentinel(address, settings)
+    elif address.form == "unix":
+        client = _connect_one(address, settings, UnixDomainSocketConnection, path=address.path)
+    else:
+        client = _connect_host(address, settings, *address.hosts[0])
+    client.observer = observer
+    return client
 
 
 def _connect_host(address: StoreAddress, settings: Settings, host: str, port: int) -> StoreClient:
@@ -152,9 +164,13 @@ def _connect_sentinel(address: StoreAddress, settings: Settings) -> StoreClient:
     return client
 
 
-def _connect_cluster(address: StoreAddress, settings: Settings) -> ClusterRouter:
+def _connect_cluster(
+    address: StoreAddress, settings: Settings, observer: Observer
+) -> ClusterRouter:
     def make_client(host: str, port: int) -> StoreClient:
-        return _connect_host(address, settings, host, port)
+        client = _connect_host(address, settings, host, port)
+        client.observer = observer
+        return client
 
     return ClusterRouter(address.hosts, make_client)
 
