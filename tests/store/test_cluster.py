@@ -12,6 +12,7 @@ import pytest_asyncio
 
 from instruments.redis_servers import Cluster
 from instruments.replicas import INPUTS, Client, draw, open_on, refusal, start_replica
+from recorder import Recorder
 from rnn_engine import SGD
 from service.domain.types import InitialWeights, ModelSpec, SessionKey
 from service.settings import Limits, Settings
@@ -53,6 +54,18 @@ async def test_commands_go_to_the_nodes_of_their_keys(router: ClusterRouter) -> 
     names = [f"key-{k}" for k in range(50)]
     await router.send([("SET", name, name) for name in names])
     assert await router.send([("GET", name) for name in names]) == [n.encode() for n in names]
+
+
+async def test_each_nodes_round_trip_is_reported(cluster: Cluster) -> None:
+    """What goes to several nodes is a round trip to each, under the name that it was given."""
+    recorder = Recorder()
+    router = connect(f"redis+cluster://{cluster.nodes[0].address}", Settings(), recorder)
+    assert isinstance(router, ClusterRouter)
+    await router.send([("SET", f"key-{k}", "v") for k in range(50)], name="fill")
+    trips = [trip for trip in recorder.seen["round_trip_ended"] if trip["name"] == "fill"]
+    assert len(trips) == len(cluster.masters)
+    assert sum(trip["commands"] for trip in trips) == 50
+    await router.aclose()
 
 
 async def test_keys_on_their_way_are_found_on_whichever_connection(

@@ -12,6 +12,7 @@ import redis
 from redis.asyncio import Redis
 
 from instruments.replicas import Client, draw, open_on, refusal, start_replica
+from recorder import Recorder
 from rnn_engine import SGD
 from service.domain.errors import Unavailable
 from service.domain.types import InitialWeights, ModelKey, ModelSpec, SessionKey
@@ -170,6 +171,35 @@ async def test_a_script_that_fails_does_not_take_its_neighbours(
         assert (first, last) == (b"OK", b"OK")
         assert failed.reason == "UNKNOWN_OUTCOME"
         await client.aclose()
+
+
+async def test_each_round_trip_is_reported_with_its_name_and_bytes(
+    store_url: str, tenant: str
+) -> None:
+    """By its script, else by its first command; the bytes are those on the wire and of the values."""
+    recorder = Recorder()
+    client = connect(store_url, Settings(), recorder)
+    runner = ScriptRunner(client)
+    await runner.run(ScriptCall(load_script("reserve_model"), (tenant.encode(),), ("m", 10)))
+    await runner.run_commands([("SET", f"{tenant}k", b"v" * 100_000), ("GET", f"{tenant}k")])
+    last = recorder.seen["round_trip_ended"][-1]
+    assert (last["name"], last["commands"], last["is_lost"]) == ("SET", 2, False)
+    assert 100_000 < last["sent_bytes"] < 101_000
+    assert last["received_bytes"] == 100_000 + len(b"OK")
+    assert recorder.seen["round_trip_ended"][0]["name"] == "reserve_model"
+    await client.aclose()
+
+
+async def test_a_round_trip_without_an_answer_is_reported_as_lost(own: EmbeddedStore) -> None:
+    """Each try is reported: the first, and the one over another connection."""
+    recorder = Recorder()
+    client = connect(own.url, Settings(), recorder)
+    await asyncio.to_thread(own.stop)
+    with pytest.raises(Unavailable):
+        await ScriptRunner(client).run_commands([("GET", "k")])
+    lost = [(trip["name"], trip["is_lost"]) for trip in recorder.seen["round_trip_ended"]]
+    assert set(lost) == {("GET", True)}
+    await client.aclose()
 
 
 async def test_a_script_that_was_carried_out_is_told_as_such(store_url: str, tenant: str) -> None:

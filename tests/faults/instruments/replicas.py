@@ -37,6 +37,7 @@ from service.domain.weights import params_from_bytes
 from service.settings import MIB, Settings
 from service.store import keys
 from service.store.connect import open_store
+from service.telemetry import NULL_OBSERVER
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     )
     from service.settings import Limits
     from service.store.connect import Store
+    from service.telemetry import Observer
 
 T = TypeVar("T")
 INPUTS, HIDDEN, ROWS = 3, 4, 2
@@ -94,24 +96,36 @@ async def start_replica(
     head_max_age_ms: int = 0,
     clock: Callable[[], float] = time.monotonic,
     disturb: Callable[[Any], object] = lambda client: client,
+    observer: Observer = NULL_OBSERVER,
 ) -> Replica:
     """Wire a replica as the service does; by default it asks for the head each time."""
-    store = await open_store(url, patient(limits))
+    store = await open_store(url, patient(limits), observer)
     disturb(store._client)
-    catalog = ModelCache(store.models, head_max_age_ms, 64 * MIB, clock)
+    catalog = ModelCache(store.models, head_max_age_ms, 64 * MIB, clock, observer=observer)
     live, tapes = SessionCache(16 * MIB), TapeCache(16 * MIB)
-    scheduler = Scheduler(1024)
-    heads = VersionPublisher(store.models, catalog, scheduler)
+    observer.cache_added("sessions", live.counts)
+    observer.cache_added("tapes", tapes.counts)
+    scheduler = Scheduler(1024, observer=observer)
+    heads = VersionPublisher(store.models, catalog, scheduler, observer=observer)
     return Replica(
         store,
         catalog,
         live,
         tapes,
         scheduler,
-        Recurrence(store.sessions, catalog, live, tapes, scheduler, limits),
+        Recurrence(store.sessions, catalog, live, tapes, scheduler, limits, observer=observer),
         Sessions(store.sessions, catalog, live, limits),
         Models(store.models, catalog, heads, scheduler, limits),
-        Training(store.sessions, store.models, catalog, tapes, heads, scheduler, limits),
+        Training(
+            store.sessions,
+            store.models,
+            catalog,
+            tapes,
+            heads,
+            scheduler,
+            limits,
+            observer=observer,
+        ),
         limits,
     )
 
