@@ -21,6 +21,7 @@ from service.domain.ports import (
     AbsentSession,
     ChunkCommit,
     ChunkOutcome,
+    EpochMode,
     EpochStart,
     SessionHead,
     StoredState,
@@ -93,12 +94,12 @@ class Trips:
     async def open(self) -> None:
         """Begin the sessions."""
         first = StoredState(0, bytes(16), _token(0), VERSION, STATE)
-        start = EpochStart("fail", HEAD, first, b"")
+        start = EpochStart(EpochMode.FAIL, HEAD, first, b"")
         for name in self._names:
             begun = await self._stores[0].begin_epoch(SessionKey(TENANT, name), start)
             if isinstance(begun, AbsentSession):
                 raise TypeError(f"session {name} could not be begun: {begun}")
-            self._epochs.append(begun[1])
+            self._epochs.append(begun.epoch)
 
     async def close(self) -> None:
         """Give the connections back."""

@@ -73,29 +73,83 @@ class AbsentSession:
     expired_at_ms: int = 0
 
 
+class EpochMode(Enum):
+    """What beginning an epoch does with a session that is live, or is not.
+
+    All but LIVE are the OnExists of an Open. LIVE gives a live session its next epoch.
+    """
+
+    FAIL = "fail"
+    RESUME = "resume"
+    RESET = "reset"
+    MUST_EXIST = "must_exist"
+    LIVE = "live"
+
+
 class EpochOutcome(Enum):
     """What came of beginning an epoch."""
 
     BEGUN = "BEGUN"
-    REPLAYED = "REPLAYED"
-    REUSED = "REUSED"
+    REPLAYED = "REPLAYED"  # this request began it before
+    REUSED = "REUSED"  # the request id was used before, for other content
     RESUMED = "RESUMED"
     EXISTS = "EXISTS"
-    FENCED = "FENCED"
-    GAP = "GAP"
+    FENCED = "FENCED"  # the epoch is not the expected one
+    GAP = "GAP"  # the last chunk is not the expected one
 
 
 @dataclass(frozen=True, slots=True)
 class EpochStart:
-    """An epoch to begin; `mode` is a value of OnExists, or "live": a live session gets a new epoch."""
+    """An epoch to begin.
 
-    mode: str
-    head: SessionHead  # epoch and chunk_seq are not used
+    Attributes:
+        mode: What to do with a session that is live, or is not.
+        head: What the session is like; its epoch and chunk_seq are not used.
+        first: The state before the first chunk.
+        request: 8 bytes that stand for the request id and 8 for its content, or empty.
+        expected_epoch: The epoch that LIVE may replace; 0 if it may be any.
+        expected_chunk_seq: The last chunk of that epoch; None if it may be any.
+        restored_epoch: The number that the client knows as the session's last epoch, to begin it again
+            after the store has lost it; 0 if the number is the store's to choose.
+    """
+
+    mode: EpochMode
+    head: SessionHead
     first: StoredState
-    request: bytes  # 8 bytes that name the request and 8 of its content, or empty
+    request: bytes
     expected_epoch: int = 0
-    expected_chunk_seq: int = -1
+    expected_chunk_seq: int | None = None
     restored_epoch: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EpochDecision:
+    """What the store decided about the beginning of an epoch.
+
+    Attributes:
+        outcome: What came of it.
+        epoch: The epoch in force, or the last one of a session that is not live; 0 with GAP.
+        chunk_seq: With GAP the last chunk of the epoch in force, else 0.
+    """
+
+    outcome: EpochOutcome
+    epoch: int = 0
+    chunk_seq: int = 0
+
+
+class CloseOutcome(Enum):
+    """What came of closing a session that was live."""
+
+    CLOSED = "CLOSED"
+    FENCED = "FENCED"  # the epoch is not the expected one
+
+
+@dataclass(frozen=True, slots=True)
+class CloseDecision:
+    """What came of closing a live session, and its epoch."""
+
+    outcome: CloseOutcome
+    epoch: int
 
 
 class ChunkOutcome(Enum):
@@ -223,10 +277,10 @@ class RecordOutcome(Enum):
 
 
 class ContributionState(Enum):
-    """What has become of a contribution that was counted."""
+    """What has become of a contribution that was recorded."""
 
-    WAITING = b"W"
-    CONSUMED = b"C"
+    WAITING = "WAITING"
+    CONSUMED = "CONSUMED"  # an Update took it, or it was discarded
 
 
 class CreateOutcome(Enum):
@@ -262,8 +316,8 @@ class SessionStore(Protocol):
 
     async def begin_epoch(
         self, key: SessionKey, start: EpochStart
-    ) -> tuple[EpochOutcome, int] | AbsentSession:
-        """Begin an epoch; the number is the epoch in force, or for GAP the last chunk."""
+    ) -> EpochDecision | AbsentSession:
+        """Begin an epoch; AbsentSession if the mode needs a live session and there is none."""
 
     def node_of(self, key: SessionKey) -> object:
         """Return the node that serves a session as far as is known, None where the store is one server."""
@@ -274,8 +328,10 @@ class SessionStore(Protocol):
     async def extend_session(self, key: SessionKey, epoch: int) -> ChunkOutcome:
         """Let the time to live start again; STALE when the epoch is not there any more."""
 
-    async def close_session(self, key: SessionKey, expected_epoch: int) -> tuple[str, int, Absence]:
-        """End a session: CLOSED, ABSENT (and why) or FENCED, with the epoch."""
+    async def close_session(
+        self, key: SessionKey, expected_epoch: int
+    ) -> CloseDecision | AbsentSession:
+        """End a session, unless an epoch is expected (not 0) and it has another."""
 
     async def read_tape(
         self, key: SessionKey, epoch: int, chunk_seq: int, *, with_data: bool = True
@@ -295,11 +351,11 @@ class SessionStore(Protocol):
     ) -> tuple[SessionHead | AbsentSession, list[WaitingTape]]:
         """Read which tapes wait for their Backward, in order, with where the session stands."""
 
-    async def reserve_session(self, key: SessionKey, ttl_ms: int) -> int:
-        """List a session among its tenant's; return the end of its entry, 0 if the list is full."""
+    async def reserve_session(self, key: SessionKey, ttl_ms: int) -> int | None:
+        """List a session among its tenant's; return the end of its entry in ms, None if the list is full."""
 
-    async def find_listing(self, key: SessionKey) -> int:
-        """Return the end that the tenant's list gives a session; 0 if it is not listed."""
+    async def find_listing(self, key: SessionKey) -> int | None:
+        """Return the end in ms of a session's entry in the tenant's list; None if it is not listed."""
 
     async def release_listing(
         self, key: SessionKey, listed_end: int, live: SessionSnapshot | None

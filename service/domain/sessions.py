@@ -27,6 +27,8 @@ from service.domain.ports import (
     Absence,
     AbsentSession,
     ChunkOutcome,
+    CloseOutcome,
+    EpochMode,
     EpochOutcome,
     EpochStart,
     SessionHead,
@@ -55,7 +57,10 @@ from service.domain.types import (
 if TYPE_CHECKING:
     from rnn_engine import Array
     from service.domain.model_cache import ModelCache
-    from service.domain.ports import SessionStore
+    from service.domain.ports import (
+        EpochDecision,
+        SessionStore,
+    )
     from service.domain.session_cache import SessionCache
     from service.domain.types import (
         ForkSession,
@@ -98,7 +103,7 @@ class Sessions:
         state = self._first_state(model.spec, op.batch_size, op.initial_state, "initial_state")
         ttl_ms = op.ttl_ms or self._limits.default_ttl_ms
         start = EpochStart(
-            mode=op.on_exists.value,
+            mode=EpochMode(op.on_exists.value),
             head=SessionHead(
                 op.model_id, model.incarnation, model.spec.dtype, op.batch_size, 0, 0, ttl_ms
             ),
@@ -154,20 +159,20 @@ class Sessions:
             )
             state = self._first_state(model.spec, head.batch_size, op.state, "state")
             start = EpochStart(
-                mode="live",
+                mode=EpochMode.LIVE,
                 head=head,
                 first=_first(state),
                 request=epoch_request_name(op.request_id, b"state", state.tobytes()),
                 # What was read may belong to a session that has been closed and opened otherwise since.
                 expected_epoch=op.expected_epoch or head.epoch,
-                expected_chunk_seq=-1 if op.expected_chunk_seq is None else op.expected_chunk_seq,
+                expected_chunk_seq=op.expected_chunk_seq,
                 restored_epoch=op.restored_epoch,
             )
-            outcome, number = await self._begin_epoch(key, start)
-            is_overtaken = outcome is EpochOutcome.FENCED and number != head.epoch
+            decision = await self._begin_epoch(key, start)
+            is_overtaken = decision.outcome is EpochOutcome.FENCED and decision.epoch != head.epoch
             if is_overtaken and not op.expected_epoch:
                 continue
-            opened = await self._began(key, start, outcome, number)
+            opened = await self._began(key, start, decision)
             return opened.session, opened.replayed
         raise contended()
 
@@ -181,7 +186,7 @@ class Sessions:
         new_id = op.new_session_id or new_session_id()
         ttl_ms = op.ttl_ms or head.ttl_ms
         start = EpochStart(
-            mode=OnExists.FAIL.value,
+            mode=EpochMode.FAIL,
             head=SessionHead(
                 head.model_id, model.incarnation, head.dtype, head.batch_size, 0, 0, ttl_ms
             ),
@@ -194,17 +199,18 @@ class Sessions:
 
     async def close(self, key: SessionKey, expected_epoch: int) -> bool:
         """End a session; tell whether this call ended it."""
-        outcome, epoch, why = await self._store.close_session(key, expected_epoch)
+        decision = await self._store.close_session(key, expected_epoch)
         self._session_cache.drop(key)
-        if outcome == "FENCED":
-            text = f"expected epoch {expected_epoch}, the present is {epoch}"
-            raise Aborted("EPOCH_FENCED", text, epoch=epoch)
-        if outcome == "ABSENT" and why is Absence.NEVER:
-            raise session_absent(key.session_id, AbsentSession(why))
+        if isinstance(decision, AbsentSession):
+            if decision.why is Absence.NEVER:
+                raise session_absent(key.session_id, decision)
+        elif decision.outcome is CloseOutcome.FENCED:
+            text = f"expected epoch {expected_epoch}, the present is {decision.epoch}"
+            raise Aborted("EPOCH_FENCED", text, epoch=decision.epoch)
         # Else its entry in the tenant's list lapses in time. Another release may have begun a session there meanwhile.
         with suppress(*STORE_FAILURES, UnsupportedLayout):
             await self._release_listing(key, await self._store.find_listing(key))
-        return outcome == "CLOSED"
+        return not isinstance(decision, AbsentSession)
 
     async def _create(self, key: SessionKey, start: EpochStart) -> OpenedSession:
         """Reserve an entry in the tenant's list and begin an epoch, even if the caller gives up waiting.
@@ -224,20 +230,21 @@ class Sessions:
                 await self._release_listing(key, reserved)
             raise
 
-    async def _release_listing(self, key: SessionKey, listed_end: int) -> None:
+    async def _release_listing(self, key: SessionKey, listed_end: int | None) -> None:
         """Release an entry that was read before this began; a session that lives now keeps its own.
 
         One that begins meanwhile changes the entry, or makes it again once it has begun.
         """
+        if listed_end is None:
+            return
         found = await self._store.read_session(key)
         live = found if isinstance(found, SessionSnapshot) else None
         await self._store.release_listing(key, listed_end, live)
 
     async def _begin(self, key: SessionKey, start: EpochStart) -> OpenedSession:
-        outcome, number = await self._begin_epoch(key, start)
-        return await self._began(key, start, outcome, number)
+        return await self._began(key, start, await self._begin_epoch(key, start))
 
-    async def _begin_epoch(self, key: SessionKey, start: EpochStart) -> tuple[EpochOutcome, int]:
+    async def _begin_epoch(self, key: SessionKey, start: EpochStart) -> EpochDecision:
         """Have the store decide; raise where there must be a session and is none."""
         decided = await self._store.begin_epoch(key, start)
         if isinstance(decided, AbsentSession):
@@ -246,45 +253,46 @@ class Sessions:
         return decided
 
     async def _began(
-        self, key: SessionKey, start: EpochStart, outcome: EpochOutcome, number: int
+        self, key: SessionKey, start: EpochStart, decision: EpochDecision
     ) -> OpenedSession:
         """Refuse what did not begin, and return the session as it now is."""
         self._session_cache.drop(key)
-        self._refuse(key.session_id, start, outcome, number)
+        self._refuse(key, start, decision)
         with after_decision():
             snapshot = await self._read(key)
-        resumed = outcome is EpochOutcome.RESUMED
+        resumed = decision.outcome is EpochOutcome.RESUMED
         if resumed:
             _check_resumable(snapshot.head, start.head)
             with suppress(*STORE_FAILURES):  # it goes on all the same, for as long as it says
-                await self._store.extend_session(key, number)
+                await self._store.extend_session(key, decision.epoch)
                 snapshot = await self._read(key)
-        elif snapshot.head.epoch != number:
-            return _overtaken(key.session_id, snapshot, start, outcome, number)
+        elif snapshot.head.epoch != decision.epoch:
+            ended = _ended_epoch(start, decision, snapshot)
+            return _opened(key.session_id, ended, resumed=False, replayed=False)
         live = cached_from_snapshot(key.tenant, snapshot)
         # This Open has listed the session already, but perhaps with another end than it now has, and another
         # Open that was refused may have released the entry since.
         live.is_listed = await self._touch(key, snapshot.head.ttl_ms)
         self._session_cache.put(key, live)
-        replayed = outcome is EpochOutcome.REPLAYED
+        replayed = decision.outcome is EpochOutcome.REPLAYED
         return _opened(key.session_id, snapshot, resumed=resumed, replayed=replayed)
 
-    def _refuse(
-        self, session_id: str, start: EpochStart, outcome: EpochOutcome, number: int
-    ) -> None:
+    def _refuse(self, key: SessionKey, start: EpochStart, decision: EpochDecision) -> None:
         """Raise unless an epoch has begun, or goes on."""
+        outcome, epoch = decision.outcome, decision.epoch
         if outcome is EpochOutcome.EXISTS:
-            text = f"session {quoted(session_id)} is live: use RESUME or RESET, or another name"
-            raise AlreadyExists("SESSION_EXISTS", text, session_id=session_id, epoch=number)
+            text = f"session {quoted(key.session_id)} is live: use RESUME or RESET, or another name"
+            raise AlreadyExists("SESSION_EXISTS", text, session_id=key.session_id, epoch=epoch)
         if outcome is EpochOutcome.REUSED:
             raise request_id_reused()
         if outcome is EpochOutcome.FENCED:
             asked = start.restored_epoch or start.expected_epoch
-            text = f"expected epoch {asked}, the present or last one is {number}"
-            raise Aborted("EPOCH_FENCED", text, epoch=number)
+            text = f"expected epoch {asked}, the present or last one is {epoch}"
+            raise Aborted("EPOCH_FENCED", text, epoch=epoch)
         if outcome is EpochOutcome.GAP:
-            text = f"expected the last chunk to be {start.expected_chunk_seq}, it is {number}"
-            raise Aborted("SEQ_GAP", text, expected_seq=number + 1)
+            last = decision.chunk_seq
+            text = f"expected the last chunk to be {start.expected_chunk_seq}, it is {last}"
+            raise Aborted("SEQ_GAP", text, expected_seq=last + 1)
 
     async def _read(self, key: SessionKey) -> SessionSnapshot:
         found = await self._store.read_session(key)
@@ -300,8 +308,8 @@ class Sessions:
             return True
         return False
 
-    async def _reserve(self, key: SessionKey, ttl_ms: int) -> int:
-        """Reserve an entry in the tenant's list; return the end that it has there, or 0 for none."""
+    async def _reserve(self, key: SessionKey, ttl_ms: int) -> int | None:
+        """Reserve an entry in the tenant's list; return the end that it has there, None without one."""
         try:
             reserved = await self._store.reserve_session(key, ttl_ms)
         except STORE_FAILURES as error:
@@ -309,8 +317,8 @@ class Sessions:
                 raise
             # No session can begin either where the store takes no writes, so none needs an entry; but
             # one that is live can go on, and what was begun before be told.
-            return 0
-        if reserved:
+            return None
+        if reserved is not None:
             return reserved
         limit = self._limits.sessions_per_tenant
         text = f"{limit} sessions are open, the most there may be; close some or let them expire"
@@ -380,20 +388,18 @@ def _opened(
     return OpenedSession(_view(session_id, snapshot), state, resumed, replayed)
 
 
-def _overtaken(
-    session_id: str,
-    snapshot: SessionSnapshot,
-    start: EpochStart,
-    outcome: EpochOutcome,
-    number: int,
-) -> OpenedSession:
-    """Answer with the beginning of an epoch that another writer has ended since.
+def _ended_epoch(
+    start: EpochStart, decision: EpochDecision, now: SessionSnapshot
+) -> SessionSnapshot:
+    """Return the beginning of an epoch that another writer has ended since.
 
     It did begin, so this is no refusal; whoever goes on from it is fenced.
+
+    Raises:
+        Aborted: EPOCH_FENCED if an earlier call began it: chunks may have followed.
     """
-    if outcome is not EpochOutcome.BEGUN:  # an earlier call began it, and chunks may have followed
-        text = f"epoch {number} began and was ended by another writer"
-        raise Aborted("EPOCH_FENCED", text, epoch=snapshot.head.epoch)
-    head = replace(start.head, epoch=number, chunk_seq=0)
-    begun = replace(snapshot, head=head, last=start.first)
-    return _opened(session_id, begun, resumed=False, replayed=False)
+    if decision.outcome is not EpochOutcome.BEGUN:
+        text = f"epoch {decision.epoch} began and was ended by another writer"
+        raise Aborted("EPOCH_FENCED", text, epoch=now.head.epoch)
+    head = replace(start.head, epoch=decision.epoch, chunk_seq=0)
+    return replace(now, head=head, last=start.first)

@@ -241,7 +241,7 @@ def checkpoint_from_bytes(name: str, data: bytes) -> Checkpoint:
 
 def contribution_state_from_bytes(entry: bytes) -> ContributionState:
     """Read from its entry what has become of a contribution."""
-    is_waiting = entry[:1] == ContributionState.WAITING.value
+    is_waiting = entry[:1] == b"W"
     layout = WAITING_CONTRIBUTION if is_waiting else CONSUMED_CONTRIBUTION
     _unpacked("contribution", layout, entry)
     return ContributionState.WAITING if is_waiting else ContributionState.CONSUMED

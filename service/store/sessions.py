@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 from service.domain.ports import (
     Absence,
     ChunkOutcome,
+    CloseDecision,
+    CloseOutcome,
+    EpochDecision,
     EpochOutcome,
     SessionSnapshot,
     TapeSnapshot,
@@ -51,6 +54,9 @@ _LIST_SESSIONS = load_script("list_sessions")
 _CHUNK_OUTCOMES = {outcome.value.encode(): outcome for outcome in ChunkOutcome}
 
 
+_ANY_CHUNK = -1  # begin_epoch.lua: the last chunk may be any
+
+
 class CorruptRecordError(Exception):
     """A session's record does not hold its own last state."""
 
@@ -86,13 +92,13 @@ class RedisSessionStore:
 
     async def begin_epoch(
         self, key: SessionKey, start: EpochStart
-    ) -> tuple[EpochOutcome, int] | AbsentSession:
-        """Begin an epoch; the number is the epoch in force, or for GAP the last chunk."""
+    ) -> EpochDecision | AbsentSession:
+        """Begin an epoch; AbsentSession if the mode needs a live session and there is none."""
         tag = keys.session_tag(key)
         arguments = (
-            start.mode,
+            start.mode.value,
             start.expected_epoch,
-            start.expected_chunk_seq,
+            _ANY_CHUNK if start.expected_chunk_seq is None else start.expected_chunk_seq,
             start.restored_epoch,
             start.request or bytes(16),
             start.head.ttl_ms,
@@ -102,10 +108,13 @@ class RedisSessionStore:
             len(start.head.model_id.encode()),
         )
         slot = (keys.record_key(tag), keys.marker_key(tag), keys.tape_index_key(tag))
-        outcome, told = await self._runner.run(ScriptCall(_BEGIN_EPOCH, slot, arguments))
+        outcome, detail = await self._runner.run(ScriptCall(_BEGIN_EPOCH, slot, arguments))
         if outcome == b"ABSENT":
-            return await self._absent(tag, told)
-        return EpochOutcome(outcome.decode()), int(told)
+            return await self._absent(tag, detail)
+        decided = EpochOutcome(outcome.decode())
+        if decided is EpochOutcome.GAP:
+            return EpochDecision(decided, chunk_seq=int(detail))
+        return EpochDecision(decided, epoch=int(detail))
 
     def node_of(self, key: SessionKey) -> object:
         """Return the node that serves a session as far as is known, None where the store is one server."""
@@ -138,14 +147,18 @@ class RedisSessionStore:
         answer = await self._runner.run(ScriptCall(_EXTEND_SESSION, slot, (epoch, MARKER_MS)))
         return ChunkOutcome.STALE if answer == b"ABSENT" else _CHUNK_OUTCOMES[answer]
 
-    async def close_session(self, key: SessionKey, expected_epoch: int) -> tuple[str, int, Absence]:
-        """End a session: CLOSED, ABSENT (and why) or FENCED, with the epoch."""
+    async def close_session(
+        self, key: SessionKey, expected_epoch: int
+    ) -> CloseDecision | AbsentSession:
+        """End a session, unless an epoch is expected (not 0) and it has another."""
         tag = keys.session_tag(key)
         slot = (keys.record_key(tag), keys.marker_key(tag), keys.tape_index_key(tag))
         outcome, epoch, marker = await self._runner.run(
             ScriptCall(_CLOSE_SESSION, slot, (expected_epoch, MARKER_MS))
         )
-        return outcome.decode(), int(epoch), layouts.absence_from_marker(marker).why
+        if outcome == b"ABSENT":
+            return layouts.absence_from_marker(marker)
+        return CloseDecision(CloseOutcome(outcome.decode()), int(epoch))
 
     async def read_tape(
         self, key: SessionKey, epoch: int, chunk_seq: int, *, with_data: bool = True
@@ -200,18 +213,18 @@ class RedisSessionStore:
             layouts.waiting_tape_from_bytes(tape) for tape in sorted(tapes)
         ]
 
-    async def reserve_session(self, key: SessionKey, ttl_ms: int) -> int:
-        """List a session among its tenant's; return the end of its entry, 0 if the list is full."""
+    async def reserve_session(self, key: SessionKey, ttl_ms: int) -> int | None:
+        """List a session among its tenant's; return the end of its entry in ms, None if the list is full."""
         arguments = (key.session_id, ttl_ms + ttl_ms // 4, self._limits.sessions_per_tenant, "GT")
         call = ScriptCall(_RESERVE_SESSION, (keys.tenant_sessions_key(key.tenant),), arguments)
         answer = await self._runner.run(call)
-        return 0 if answer == b"FULL" else int(answer)
+        return None if answer == b"FULL" else int(answer)
 
-    async def find_listing(self, key: SessionKey) -> int:
-        """Return the end that the tenant's list gives a session; 0 if it is not listed."""
+    async def find_listing(self, key: SessionKey) -> int | None:
+        """Return the end in ms of a session's entry in the tenant's list; None if it is not listed."""
         score = ("ZSCORE", keys.tenant_sessions_key(key.tenant), key.session_id)
         (end,) = await self._runner.run_commands([score])
-        return int(float(end or 0))
+        return int(float(end)) if end else None
 
     async def release_listing(
         self, key: SessionKey, listed_end: int, live: SessionSnapshot | None

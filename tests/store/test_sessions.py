@@ -13,6 +13,9 @@ from service.domain.ports import (
     AbsentSession,
     ChunkCommit,
     ChunkOutcome,
+    CloseDecision,
+    CloseOutcome,
+    EpochMode,
     EpochOutcome,
     EpochStart,
     SessionHead,
@@ -39,7 +42,7 @@ def token(number: int) -> bytes:
     return b"token" + number.to_bytes(11, "big")
 
 
-def start(mode: str = "fail", **facts: object) -> EpochStart:
+def start(mode: EpochMode = EpochMode.FAIL, **facts: object) -> EpochStart:
     """Lay out the beginning of an epoch."""
     first = StoredState(0, bytes(16), token(0), Version(0, bytes(16)), STATE)
     made = EpochStart(mode, HEAD, first, b"")
@@ -53,16 +56,15 @@ class Writer:
         self.store, self.key = store.sessions, SessionKey(tenant, session_id)
         self.epoch = 0
 
-    async def begin(self, mode: str = "fail", **facts: object) -> EpochOutcome:
+    async def begin(self, mode: EpochMode = EpochMode.FAIL, **facts: object) -> EpochOutcome:
         """Begin an epoch."""
         decided = await self.store.begin_epoch(self.key, start(mode, **facts))
         assert not isinstance(decided, AbsentSession)
-        outcome, number = decided
-        if outcome is EpochOutcome.BEGUN:
-            self.epoch = number
-        return outcome
+        if decided.outcome is EpochOutcome.BEGUN:
+            self.epoch = decided.epoch
+        return decided.outcome
 
-    async def absent(self, mode: str, **facts: object) -> Absence:
+    async def absent(self, mode: EpochMode, **facts: object) -> Absence:
         """Ask for an epoch of a session that must be there, and is not."""
         decided = await self.store.begin_epoch(self.key, start(mode, **facts))
         assert isinstance(decided, AbsentSession), decided
@@ -225,7 +227,7 @@ async def test_an_epoch_is_greater_than_any_before_and_than_the_clock(
     await raw.set(
         keys.marker_key(keys.session_tag(SessionKey(tenant, "s"))), layouts.MARKER.pack(far, b"L")
     )
-    await writer.begin("reset")
+    await writer.begin(EpochMode.RESET)
     assert writer.epoch == far + 1
 
 
@@ -234,36 +236,36 @@ async def test_a_live_session_is_left_resumed_or_begun_anew(writer: Writer) -> N
     await writer.begin()
     await writer.commit(1)
     first = writer.epoch
-    assert await writer.begin("fail") is EpochOutcome.EXISTS
-    assert await writer.begin("resume") is EpochOutcome.RESUMED
-    assert await writer.begin("must_exist") is EpochOutcome.RESUMED
+    assert await writer.begin(EpochMode.FAIL) is EpochOutcome.EXISTS
+    assert await writer.begin(EpochMode.RESUME) is EpochOutcome.RESUMED
+    assert await writer.begin(EpochMode.MUST_EXIST) is EpochOutcome.RESUMED
     assert (await writer.look()).head.chunk_seq == 1
-    assert await writer.begin("reset") is EpochOutcome.BEGUN
+    assert await writer.begin(EpochMode.RESET) is EpochOutcome.BEGUN
     assert writer.epoch > first
     assert (await writer.look()).head.chunk_seq == 0
 
 
 async def test_only_a_live_session_gets_a_new_state(writer: Writer) -> None:
     """The mode of SetState and ResetState needs a session, at the place expected."""
-    assert await writer.absent("live") is Absence.NEVER
+    assert await writer.absent(EpochMode.LIVE) is Absence.NEVER
     await writer.begin()
     await writer.commit(1)
-    assert await writer.begin("live", expected_epoch=1) is EpochOutcome.FENCED
-    assert await writer.begin("live", expected_chunk_seq=0) is EpochOutcome.GAP
+    assert await writer.begin(EpochMode.LIVE, expected_epoch=1) is EpochOutcome.FENCED
+    assert await writer.begin(EpochMode.LIVE, expected_chunk_seq=0) is EpochOutcome.GAP
     here = {"expected_epoch": writer.epoch, "expected_chunk_seq": 1}
-    assert await writer.begin("live", **here) is EpochOutcome.BEGUN
+    assert await writer.begin(EpochMode.LIVE, **here) is EpochOutcome.BEGUN
 
 
 async def test_a_session_that_must_exist_is_never_begun(writer: Writer, raw: Redis) -> None:
     """Never opened, expired and closed are told apart, and nothing is written."""
-    assert await writer.absent("must_exist") is Absence.NEVER
-    assert await writer.absent("must_exist", restored_epoch=1) is Absence.NEVER
+    assert await writer.absent(EpochMode.MUST_EXIST) is Absence.NEVER
+    assert await writer.absent(EpochMode.MUST_EXIST, restored_epoch=1) is Absence.NEVER
     await writer.begin()
     await raw.pexpireat(keys.session_tag(writer.key), 1)
-    assert await writer.absent("must_exist") is Absence.EXPIRED
+    assert await writer.absent(EpochMode.MUST_EXIST) is Absence.EXPIRED
     await writer.begin()
     await writer.store.close_session(writer.key, 0)
-    assert await writer.absent("must_exist") is Absence.CLOSED
+    assert await writer.absent(EpochMode.MUST_EXIST) is Absence.CLOSED
 
 
 async def test_a_request_is_known_by_its_name_and_its_content(writer: Writer) -> None:
@@ -272,19 +274,19 @@ async def test_a_request_is_known_by_its_name_and_its_content(writer: Writer) ->
     assert await writer.begin(request=name + content) is EpochOutcome.BEGUN
     assert await writer.begin(request=name + content) is EpochOutcome.REPLAYED
     assert await writer.begin(request=name + b"another.") is EpochOutcome.REUSED
-    assert await writer.begin("reset", request=b"") is EpochOutcome.BEGUN
-    assert await writer.begin("fail", request=b"") is EpochOutcome.EXISTS
+    assert await writer.begin(EpochMode.RESET, request=b"") is EpochOutcome.BEGUN
+    assert await writer.begin(EpochMode.FAIL, request=b"") is EpochOutcome.EXISTS
 
 
 async def test_a_restored_epoch_must_be_newer_than_what_is_there(writer: Writer) -> None:
     """It may be ahead of the clock by a day, no more, and never again one that was."""
     await writer.begin()
     first = writer.epoch
-    assert await writer.begin("reset", restored_epoch=first) is EpochOutcome.FENCED
-    assert await writer.begin("reset", restored_epoch=first - 1) is EpochOutcome.FENCED
+    assert await writer.begin(EpochMode.RESET, restored_epoch=first) is EpochOutcome.FENCED
+    assert await writer.begin(EpochMode.RESET, restored_epoch=first - 1) is EpochOutcome.FENCED
     too_far = first + DAY_MS + HOUR_MS
-    assert await writer.begin("reset", restored_epoch=too_far) is EpochOutcome.FENCED
-    assert await writer.begin("reset", restored_epoch=first + 5) is EpochOutcome.BEGUN
+    assert await writer.begin(EpochMode.RESET, restored_epoch=too_far) is EpochOutcome.FENCED
+    assert await writer.begin(EpochMode.RESET, restored_epoch=first + 5) is EpochOutcome.BEGUN
     assert writer.epoch == first + 5
 
 
@@ -300,17 +302,11 @@ async def test_never_expired_and_closed_are_told_apart(
     assert expired.expired_at_ms > 0
     assert replace(expired, expired_at_ms=0) == AbsentSession(Absence.EXPIRED, writer.epoch)
     await writer.begin()
-    assert await writer.store.close_session(SessionKey(tenant, "s"), 0) == (
-        "CLOSED",
-        writer.epoch,
-        Absence.NEVER,
-    )
-    assert await writer.absence() == AbsentSession(Absence.CLOSED, writer.epoch)
-    assert await writer.store.close_session(SessionKey(tenant, "s"), 0) == (
-        "ABSENT",
-        0,
-        Absence.CLOSED,
-    )
+    closed = CloseDecision(CloseOutcome.CLOSED, writer.epoch)
+    assert await writer.store.close_session(writer.key, 0) == closed
+    was_closed = AbsentSession(Absence.CLOSED, writer.epoch)
+    assert await writer.absence() == was_closed
+    assert await writer.store.close_session(writer.key, 0) == was_closed
     await raw.pexpireat(keys.marker_key(tag), 1)
     assert (await writer.absence()).why is Absence.NEVER
 
@@ -334,9 +330,9 @@ async def test_a_marker_outlives_every_life_that_was_promised(
     if ends == "closed":
         await writer.store.close_session(SessionKey(tenant, "s"), 0)
     else:
-        await writer.begin("reset", head=replace(HEAD, ttl_ms=1))
+        await writer.begin(EpochMode.RESET, head=replace(HEAD, ttl_ms=1))
     if ends == "extended":
-        await writer.begin("reset", head=replace(HEAD, ttl_ms=1000))
+        await writer.begin(EpochMode.RESET, head=replace(HEAD, ttl_ms=1000))
         await writer.store.extend_session(SessionKey(tenant, "s"), writer.epoch)
     marker = keys.marker_key(keys.session_tag(SessionKey(tenant, "s")))
     assert await raw.pttl(marker) > week_ms + DAY_MS - 1000
@@ -345,8 +341,8 @@ async def test_a_marker_outlives_every_life_that_was_promised(
 async def test_a_close_minds_the_epoch_expected(writer: Writer, tenant: str) -> None:
     """Another epoch is FENCED and closes nothing."""
     await writer.begin()
-    outcome, epoch, _ = await writer.store.close_session(SessionKey(tenant, "s"), writer.epoch + 1)
-    assert (outcome, epoch) == ("FENCED", writer.epoch)
+    decision = await writer.store.close_session(writer.key, writer.epoch + 1)
+    assert decision == CloseDecision(CloseOutcome.FENCED, writer.epoch)
     assert (await writer.look()).head.epoch == writer.epoch
 
 
@@ -431,10 +427,10 @@ async def test_the_list_has_a_place_for_each_session_but_no_more(
     assert await sessions.reserve_session(SessionKey(tenant, "a"), HOUR_MS)
     await raw.zadd(keys.tenant_sessions_key(tenant), {"b": 1})
     assert await sessions.reserve_session(SessionKey(tenant, "c"), HOUR_MS)
-    await sessions.release_listing(
-        SessionKey(tenant, "a"), await sessions.find_listing(SessionKey(tenant, "a")), None
-    )
-    assert await sessions.find_listing(SessionKey(tenant, "a")) == 0
+    end = await sessions.find_listing(SessionKey(tenant, "a"))
+    assert end is not None
+    await sessions.release_listing(SessionKey(tenant, "a"), end, None)
+    assert await sessions.find_listing(SessionKey(tenant, "a")) is None
     assert [name for name, _ in await sessions.list_sessions(tenant, None, 10)] == ["c"]
     await store.close()
 
