@@ -23,19 +23,24 @@ import numpy as np
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # has no stubs
 
 from service.compute.scheduler import Scheduler
+from service.domain.backward import Backpropagation
+from service.domain.contributions import Contributions
 from service.domain.errors import Unavailable
 from service.domain.model_cache import ModelCache
 from service.domain.models import Models
 from service.domain.publisher import VersionPublisher
 from service.domain.recurrence import Recurrence
 from service.domain.session_cache import SessionCache
+from service.domain.session_tapes import SessionTapes
 from service.domain.sessions import Sessions
 from service.domain.tapes import TapeCache
-from service.domain.training import Training
+from service.domain.updates import Updates
+from service.domain.use_cases import UseCases
+from service.domain.waiting import WaitingWork
 from service.failpoints import FailpointError, Failpoints
 from service.logs import log_to_stderr
 from service.ports import try_to_bind
-from service.rpc.server import Domain, RpcServer
+from service.rpc.server import RpcServer
 from service.rpc.server_info import ServerInfo
 from service.rpc.stream import StreamRules
 from service.store.addresses import parse_store_url
@@ -215,6 +220,11 @@ def build_server(
     observer.cache_added("sessions", session_cache.counts)
     observer.cache_added("tapes", tapes.counts)
     publisher = VersionPublisher(store.models, model_cache, scheduler, observer=observer)
+    contributions = Contributions(store.models, limits, observer=observer)
+    session_tapes = SessionTapes(
+        store.sessions, tapes, model_cache=model_cache, contributions=contributions
+    )
+    updates = Updates(contributions, publisher, model_cache=model_cache, scheduler=scheduler)
     recurrence = Recurrence(
         store.sessions,
         model_cache,
@@ -225,20 +235,20 @@ def build_server(
         observer=observer,
     )
     stack.push_async_callback(_finish, recurrence, model_cache, settings.drain_s)
-    domain = Domain(
+    use_cases = UseCases(
         models=Models(store.models, model_cache, publisher, scheduler, limits),
         sessions=Sessions(store.sessions, model_cache, session_cache, limits),
         recurrence=recurrence,
-        training=Training(
-            store.sessions,
-            store.models,
-            model_cache,
-            tapes,
-            publisher,
-            scheduler,
-            limits,
-            observer=observer,
+        backpropagation=Backpropagation(
+            session_tapes,
+            contributions,
+            updates,
+            model_cache=model_cache,
+            scheduler=scheduler,
+            limits=limits,
         ),
+        updates=updates,
+        waiting=WaitingWork(store.sessions, model_cache, contributions),
     )
     info = ServerInfo(
         server_version=version("timernn"),
@@ -251,7 +261,7 @@ def build_server(
         deadline_s=limits.default_deadline_ms / 1000, age_s=settings.connection_age_ms / 1000
     )
     return RpcServer(
-        domain, info, authenticator=authenticator, rules=rules, reuse_port=settings.supervised
+        use_cases, info, authenticator=authenticator, rules=rules, reuse_port=settings.supervised
     )
 
 

@@ -1,4 +1,4 @@
-"""Arrays as one long value, without a copy of them: weights may have hundreds of megabytes."""
+"""Arrays as one long byte string without a copy: weights may have hundreds of megabytes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Blob:
         return sum(map(len, self.pieces))
 
     def part(self, start: int, size: int) -> bytes | memoryview:
-        """Return a stretch, at most to the end; copied only where it lies in more than one piece."""
+        """Return up to `size` bytes from `start`; copied only if they lie in more than one piece."""
         stop, found = min(start + size, self.nbytes), []
         at = 0
         for piece in self.pieces:
@@ -37,11 +37,11 @@ class Blob:
         return found[0] if len(found) == 1 else b"".join(found)
 
     def joined(self) -> bytes:
-        """Return all of it in one, copied."""
+        """Return a copy of all pieces as one byte string."""
         return b"".join(self.pieces)
 
 
 def blob_of_arrays(arrays: Iterable[Array], *, head: bytes = b"") -> Blob:
-    """Return arrays one after another in C order, read where they lie, after some bytes of a head."""
+    """Return a head and the arrays in C order, one after another, without copying contiguous ones."""
     pieces = (np.ascontiguousarray(array).reshape(-1).data.cast("B") for array in arrays)
     return Blob((head, *pieces) if head else tuple(pieces))

@@ -1,4 +1,4 @@
-"""Work that goes on to its end though whoever asked for it goes away."""
+"""Work that runs to its end although its caller is cancelled."""
 
 from __future__ import annotations
 
@@ -12,20 +12,27 @@ T = TypeVar("T")
 
 
 class Carrier:
-    """Carries steps to their end: what they have begun is not left half done, and a retry finds it."""
+    """Runs coroutines as tasks of their own, which no caller's cancellation reaches.
+
+    What a request has begun is then not left half done, and its retry finds it done.
+    """
 
     def __init__(self) -> None:
         """Start idle."""
-        self._under_way: set[asyncio.Task[Any]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
 
     async def carry(self, steps: Coroutine[Any, Any, T]) -> T:
-        """Return what the steps return; a cancellation ends the wait and not the steps."""
-        task = asyncio.create_task(steps)
-        self._under_way.add(task)
-        task.add_done_callback(self._ended)
-        return await asyncio.shield(task)
+        """Return what the coroutine returns; a cancellation ends the wait and not the coroutine."""
+        return await asyncio.shield(self.start(steps))
 
-    def _ended(self, task: asyncio.Task[Any]) -> None:
-        self._under_way.discard(task)
+    def start(self, steps: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Start the coroutine, and keep its task referenced: the event loop does not."""
+        task = asyncio.create_task(steps)
+        self._tasks.add(task)
+        task.add_done_callback(self._on_done)
+        return task
+
+    def _on_done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
         if not task.cancelled():
-            task.exception()  # told to whoever still waits
+            task.exception()  # retrieved, so that asyncio does not log it if nobody waits any more

@@ -1,4 +1,4 @@
-"""Names made from content: equal content has equal names, on any replica and after any loss."""
+"""Digests that name content: equal content has the same digest on every replica."""
 
 from __future__ import annotations
 
@@ -31,20 +31,21 @@ def chunk_digest(xs: Array, *, train: bool) -> bytes:
 
 
 def next_token(before: bytes, digest: bytes, version: Version) -> bytes:
-    """Return the state token after a chunk: a chain over all that made the state."""
+    """Return the state token after a chunk: a hash chain over all that led to the state."""
     link = before + digest + _NUMBER.pack(version.number) + version.digest
     return hashlib.sha256(link).digest()[:DIGEST_BYTES]
 
 
 def first_token(state: bytes) -> bytes:
-    """Return the token with which an epoch's chain begins."""
+    """Return the first token of an epoch's hash chain."""
     return hashlib.sha256(b"state" + state).digest()[:DIGEST_BYTES]
 
 
 def request_name(request_id: str) -> bytes:
-    """Return the 16 bytes that stand for a request id; without one, bytes that nobody else has.
+    """Return the 16 bytes that stand for a request id; without an id, 16 random bytes.
 
-    A name of its own lets even a request without an id be sent to the store twice safely.
+    With random bytes even a request without an id may be sent to the store twice: the store recognizes
+    the second try.
     """
     if not request_id:
         return secrets.token_bytes(DIGEST_BYTES)
@@ -54,7 +55,7 @@ def request_name(request_id: str) -> bytes:
 def epoch_request_name(request_id: str, *content: bytes) -> bytes:
     """Return 8 bytes that stand for a request id and 8 for what the request asks for.
 
-    Without an id, bytes that nobody else has.
+    Without an id, 16 random bytes.
     """
     name = request_name(request_id)
     half = DIGEST_BYTES // 2
@@ -73,7 +74,7 @@ def content_digest(*parts: bytes | memoryview | Blob) -> bytes:
 
 
 def gradient_digest(op: Backward) -> bytes:
-    """Return the 16 bytes that stand for what a Backward was given, its chunk included."""
+    """Return the 16 bytes that stand for the gradients that a Backward was given, and their chunk."""
     arriving = b"" if op.dh_next is None else op.dh_next.tobytes()
     return content_digest(op.token, np.ascontiguousarray(op.dhs).data.cast("B"), arriving)
 

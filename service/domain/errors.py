@@ -18,7 +18,7 @@ from __future__ import annotations
 
 
 class DomainError(Exception):
-    """A refusal that the caller is told of.
+    """A refusal that the caller gets as a typed error.
 
     Attributes:
         reason: The stable name of the situation, for programs.
@@ -59,7 +59,7 @@ class AlreadyExists(DomainError):
 
 
 class Aborted(DomainError):
-    """Somebody else was first, or the store lost writes: read again and decide."""
+    """Another writer was first, or the store lost writes: read again and decide."""
 
 
 class FailedPrecondition(DomainError):
@@ -67,7 +67,7 @@ class FailedPrecondition(DomainError):
 
 
 class UnsupportedLayout(FailedPrecondition):
-    """Another release laid out what was met in the store: nothing may be concluded from it."""
+    """Something in the store has a layout of another release: nothing may be concluded from it."""
 
 
 class ResourceExhausted(DomainError):

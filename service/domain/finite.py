@@ -1,4 +1,4 @@
-"""Whether arrays hold NaN or infinity, of what comes in and of what is computed."""
+"""Checks for NaN and infinity, in arrays that come in and in arrays that were computed."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 def is_finite(array: Array) -> bool:
-    """Tell whether no value is NaN or infinite."""
-    # A dot product with itself costs less than half of isfinite; large finite values overflow it, and
-    # only then each element is looked at. vdot, because dot warns of the overflow.
+    """Return whether no element is NaN or infinite."""
+    # A dot product of the array with itself costs less than half of isfinite. Large finite values
+    # overflow it, and only then each element is tested. vdot, because dot warns of the overflow.
     flat = array.ravel("K")
     return math.isfinite(np.vdot(flat, flat)) or bool(np.isfinite(flat).all())
 

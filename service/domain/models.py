@@ -32,10 +32,12 @@ from service.domain.ports import (
 from service.domain.publisher import CandidateVersion, StepRequest
 from service.domain.refusals import (
     after_decision,
+    checkpoint_not_found,
     model_not_found,
     version_gone,
     weights_forked,
 )
+from service.domain.replacements import RestoreStep, UploadStep
 from service.domain.types import (
     DIGEST_BYTES,
     InitialWeights,
@@ -50,7 +52,7 @@ if TYPE_CHECKING:
     from rnn_engine import Params
     from service.compute.scheduler import Scheduler
     from service.domain.model_cache import KnownModel, ModelCache
-    from service.domain.ports import ModelStore, UpdateInputs
+    from service.domain.ports import ModelStore
     from service.domain.publisher import VersionPublisher
     from service.domain.types import (
         Checkpoint,
@@ -85,7 +87,7 @@ class Models:
     async def create(
         self, tenant: str, spec: ModelSpec, first: InitialWeights, request_id: str
     ) -> tuple[ModelView, bool]:
-        """Create a model; tell whether an earlier try of this request had created it."""
+        """Create a model; return whether an earlier try of this request had created it."""
         self.check_size(spec)
         return await self._carrier.carry(self._create_in_turn(tenant, spec, first, request_id))
 
@@ -161,7 +163,7 @@ class Models:
         return views, pages.token_from_position((names[-1], "")) if len(names) == page_size else ""
 
     async def delete(self, key: ModelKey, *, allow_missing: bool) -> bool:
-        """Delete a model; tell whether this call did."""
+        """Delete a model; return whether this call did."""
         try:
             model = await self._model_cache.get(key, fresh=True)
         except NotFound:
@@ -215,9 +217,13 @@ class Models:
         params, moments = await self._scheduler.run(
             len(data), weights.from_safetensors, model.spec, data
         )
-        made = CandidateVersion(params, moments)
         digest = content_digest(b"put", data, _expected_bytes(expected))
-        return await self._publisher.install(model, expected, request_id, digest, made)
+        request = StepRequest(key, request_name(request_id), digest, expected)
+        uploaded = CandidateVersion(params, moments)
+        answer = await self._publisher.publish(
+            UploadStep(request, self._store, model.incarnation, uploaded)
+        )
+        return answer.version, answer.replayed
 
     async def create_checkpoint(
         self, key: ModelKey, checkpoint_id: str, version: Version | None
@@ -249,29 +255,21 @@ class Models:
         request_id: str,
     ) -> tuple[Version, bool]:
         """Make a checkpoint's weights and moments the model's next version."""
-
-        async def take(model: KnownModel, _inputs: UpdateInputs) -> CandidateVersion:
-            # Only when the step is still to be made: a retry may come after the checkpoint has gone.
-            kept = await self._store.list_checkpoints(key)
-            named = [one.version for one in kept if one.checkpoint_id == checkpoint_id]
-            if not named:
-                raise _checkpoint_not_found(checkpoint_id)
-            version, params = await self._model_cache.params(model, named[0])
-            return CandidateVersion(params, await self._model_cache.moments(model, version, params))
-
         digest = content_digest(b"restore", checkpoint_id.encode(), _expected_bytes(expected))
-        request = StepRequest(key, request_id, digest, expected)
-        answer = await self._publisher.advance(request, take)
+        request = StepRequest(key, request_name(request_id), digest, expected)
+        answer = await self._publisher.publish(
+            RestoreStep(request, self._store, self._model_cache, checkpoint_id)
+        )
         return answer.version, answer.replayed
 
     async def delete_checkpoint(
         self, key: ModelKey, checkpoint_id: str, *, allow_missing: bool
     ) -> bool:
-        """Take a checkpoint's name away; tell whether this call did."""
+        """Take a checkpoint's name away; return whether this call did."""
         model = await self._model_cache.get(key, fresh=True)
         deleted = await self._store.delete_checkpoint(key, model.incarnation, checkpoint_id)
         if not deleted and not allow_missing:
-            raise _checkpoint_not_found(checkpoint_id)
+            raise checkpoint_not_found(checkpoint_id)
         return deleted
 
     def _least_sizes(self, spec: ModelSpec) -> list[tuple[str, int, int]]:
@@ -373,11 +371,6 @@ def _view(model: KnownModel) -> ModelView:
 
 def _expected_bytes(expected: Version | None) -> bytes:
     return b"" if expected is None else expected.number.to_bytes(8, "big") + expected.digest
-
-
-def _checkpoint_not_found(checkpoint_id: str) -> NotFound:
-    text = f"checkpoint {quoted(checkpoint_id)}: no such checkpoint"
-    return NotFound("CHECKPOINT_NOT_FOUND", text, checkpoint_id=checkpoint_id)
 
 
 def _overtaken() -> Exception:

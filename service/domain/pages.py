@@ -1,4 +1,4 @@
-"""Page tokens: where the next page begins, in a form that nobody need read."""
+"""Page tokens: where the next page of a listing begins, in a form opaque to the client."""
 
 from __future__ import annotations
 

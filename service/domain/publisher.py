@@ -1,8 +1,12 @@
-"""Makes a model's next version: one decision, once, whatever is sent again.
+"""Publishes the next version of a model, once for each request.
 
-The request id, the head and the contributions are read in one look; the version is computed and written
-under its own name; one script then flips the head if all is still as it was looked at. A request that
-was carried out is answered from what is remembered of it.
+Publishing is optimistic: nothing is locked in the store. One atomic read returns the head, the waiting
+contributions and what is remembered of the request id. The next version is computed from them. Then one
+script compares and swaps: it writes the version and makes it the head only if the head is still the one
+that was read and the contributions still wait. If not, all is read and computed again.
+
+It is idempotent by request id: the swap remembers the answer with the id, and a request that comes again
+gets that answer.
 """
 
 from __future__ import annotations
@@ -11,19 +15,19 @@ import asyncio
 import struct
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 from weakref import WeakValueDictionary
 
 from rnn_engine import moments_to_arrays
 from service.compute.scheduler import hash_work
 from service.domain import weights
 from service.domain.carrying import Carrier
-from service.domain.digests import request_name
-from service.domain.errors import FailedPrecondition, Unavailable
+from service.domain.errors import FailedPrecondition
 from service.domain.finite import is_finite
 from service.domain.ports import NewVersion, Publication, PublishOutcome
 from service.domain.refusals import (
     UNCHANGED,
+    contended,
     model_not_found,
     request_id_reused,
     unsupported_layout,
@@ -34,7 +38,7 @@ from service.domain.weights import spec_from_bytes
 from service.telemetry import NULL_OBSERVER
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Sequence
 
     from rnn_engine import Moments, Params
     from service.compute.scheduler import Scheduler
@@ -44,16 +48,21 @@ if TYPE_CHECKING:
     from service.domain.types import ModelKey
     from service.telemetry import Observer
 
-    MakeCandidate = Callable[[KnownModel, UpdateInputs], Awaitable["CandidateVersion | None"]]
-    Look = Callable[[bytes], Awaitable[UpdateInputs | None]]  # given the request's name
-
 _TRIES = 16
 _ANSWER = struct.Struct(">Q16sd?I")
 
 
 @dataclass(frozen=True)
 class CandidateVersion:
-    """What the next version holds and how it was made."""
+    """A version that was computed and is not published yet.
+
+    Attributes:
+        params: Its weights.
+        moments: Its optimizer's state.
+        names: The contributions that it was made from.
+        gradient_norm: The norm of their joined gradient, before clipping.
+        clipped: Whether the gradient was clipped.
+    """
 
     params: Params
     moments: Moments
@@ -63,7 +72,7 @@ class CandidateVersion:
 
     @cached_property
     def stored(self) -> tuple[Blob, Blob, bytes]:
-        """Weights and moments laid out for the store, and the digest that names them.
+        """Weights and moments as the store keeps them, and the digest that names both.
 
         Raises:
             FailedPrecondition: NON_FINITE_RESULT.
@@ -85,7 +94,7 @@ class CandidateVersion:
 
 @dataclass(frozen=True, slots=True)
 class StepAnswer:
-    """What is answered, and remembered, of a step."""
+    """What a step answers, and what is remembered of it with its request id."""
 
     version: Version
     gradient_norm: float
@@ -94,7 +103,7 @@ class StepAnswer:
     replayed: bool = False
 
     def to_bytes(self) -> bytes:
-        """Lay out the answer for the store."""
+        """Return the answer as the store keeps it."""
         version = self.version
         return _ANSWER.pack(
             version.number,
@@ -107,17 +116,46 @@ class StepAnswer:
 
 @dataclass(frozen=True, slots=True)
 class StepRequest:
-    """Who asks for a next version, and under which condition."""
+    """Which model shall have a next version, for which request, and under which condition.
+
+    Attributes:
+        model_key: The model.
+        name: 16 bytes that stand for the request id; the same on every attempt.
+        content_digest: 16 bytes that stand for all else that was asked for. The same id with another
+            digest is refused.
+        expected: The head that the step must start from; None if any will do.
+    """
 
     model_key: ModelKey
-    request_id: str
+    name: bytes
     content_digest: bytes
     expected: Version | None
-    selectors: Sequence[bytes] = ()
+
+
+class VersionStep(Protocol):
+    """A step from a model's head to its next version.
+
+    The publisher calls both methods on each attempt, in this order, until it can swap the head.
+    """
+
+    @property
+    def request(self) -> StepRequest:
+        """What was asked for; the same on every attempt."""
+
+    async def read_inputs(self) -> UpdateInputs | None:
+        """Read in one atomic read what the step starts from; None if there is no such model."""
+
+    async def make_step(self, model: KnownModel, inputs: UpdateInputs) -> CandidateVersion | None:
+        """Compute the next version; None if what it needs is gone from the store meanwhile.
+
+        Args:
+            model: The model, in the incarnation of the inputs.
+            inputs: What `read_inputs` returned. Their head is the version to start from.
+        """
 
 
 class VersionPublisher:
-    """Makes next versions; steps of one model in this process go one after another."""
+    """Publishes versions; within this process the steps of one model run one after another."""
 
     def __init__(
         self,
@@ -127,7 +165,7 @@ class VersionPublisher:
         *,
         observer: Observer = NULL_OBSERVER,
     ) -> None:
-        """Keep the parts that a step uses."""
+        """Start idle."""
         self._observer = observer
         self._store = store
         self._model_cache = model_cache
@@ -135,134 +173,112 @@ class VersionPublisher:
         self._carrier = Carrier()
         self._turns: WeakValueDictionary[ModelKey, asyncio.Lock] = WeakValueDictionary()
 
-    async def install(
-        self,
-        model: KnownModel,
-        expected: Version | None,
-        request_id: str,
-        content_digest: bytes,
-        made: CandidateVersion,
-    ) -> tuple[Version, bool]:
-        """Make given weights the next version; tell whether an earlier try had done so."""
-
-        async def give(now: KnownModel, _inputs: UpdateInputs) -> CandidateVersion:
-            if now.incarnation != model.incarnation:  # made for another specification, perhaps
-                raise model_not_found(model.key.model_id)
-            return made
-
-        request = StepRequest(model.key, request_id, content_digest, expected)
-        answer = await self.advance(request, give)
-        return answer.version, answer.replayed
-
-    def is_busy(self, request: StepRequest) -> bool:
-        """Tell whether a step of the request's model is being made in this process."""
-        turn = self._turns.get(request.model_key)
+    def is_busy(self, model: ModelKey) -> bool:
+        """Return whether a step of the model is running in this process."""
+        turn = self._turns.get(model)
         return turn is not None and turn.locked()
 
-    async def advance(
-        self, request: StepRequest, make: MakeCandidate, first_read: Look | None = None
-    ) -> StepAnswer:
-        """Make the next version by `make`, which returns None when what it needs went away.
-
-        Args:
-            request: Who asks, and under which condition.
-            make: Given the model and what was looked at.
-            first_read: Looks in place of the store the first time.
+    async def publish(self, step: VersionStep) -> StepAnswer:
+        """Make a step's version the head of its model, or return the answer of an earlier try.
 
         Raises:
             DomainError: MODEL_NOT_FOUND, REQUEST_ID_REUSED, VERSION_CONFLICT, NON_FINITE_RESULT,
-                UNSUPPORTED_LAYOUT.
+                UNSUPPORTED_LAYOUT, UNKNOWN_OUTCOME.
         """
-        # Carried on: a large step may take longer than a caller waits for one answer, and its retry,
-        # whose turn comes after, is to find it made.
-        return await self._carrier.carry(self._advance_in_turn(request, make, first_read))
+        # A large step may take longer than its caller waits. It goes on, and the retry, whose turn comes
+        # after it, finds the remembered answer.
+        return await self._carrier.carry(self._publish_in_turn(step))
 
-    async def _advance_in_turn(
-        self, request: StepRequest, make: MakeCandidate, first_read: Look | None
-    ) -> StepAnswer:
-        # Only to spare work: two steps from one head would make one of them compute again.
-        turn = self._turns.setdefault(request.model_key, asyncio.Lock())
+    async def _publish_in_turn(self, step: VersionStep) -> StepAnswer:
+        # The lock saves work only: of two steps from the same head one would have to compute again.
+        turn = self._turns.setdefault(step.request.model_key, asyncio.Lock())
         async with turn:
-            return await self._advance(request, make, first_read)
+            for _ in range(_TRIES):
+                answer = await self._try_step(step)
+                if answer is not None:
+                    return answer
+        raise contended()
 
-    async def _advance(
-        self, request: StepRequest, make: MakeCandidate, first_read: Look | None
-    ) -> StepAnswer:
-        name = request_name(request.request_id)
-        for attempt in range(_TRIES):
-            if first_read and not attempt:
-                inputs = await first_read(name)
-            else:
-                inputs = await self._store.read_update_inputs(
-                    request.model_key, name, request.selectors
-                )
-            if inputs is None:
-                self._model_cache.forget(request.model_key)
-                raise model_not_found(request.model_key.model_id)
-            spec_from_bytes(inputs.spec)  # one that is not known governs what is remembered too
-            if inputs.remembered:
-                return _remembered(inputs.remembered, request.content_digest)
-            if request.expected is not None and not request.expected.names(inputs.head):
-                raise version_conflict(request.expected, inputs.head)
-            model = await self._model_at(request, inputs)
-            made = None if model is None else await make(model, inputs)
-            if model is None or made is None:
-                continue
-            answer = await self._publish(request, name, model, inputs, made)
-            if answer is not None:
-                return answer
-        text = "other writers were faster each time; send the same call again"
-        raise Unavailable("UNKNOWN_OUTCOME", text, retry_after_s=0.05)
+    async def _try_step(self, step: VersionStep) -> StepAnswer | None:
+        """Read, compute, and swap the head; return None if another writer was faster."""
+        request = step.request
+        inputs = await step.read_inputs()
+        if inputs is None:
+            raise self._model_gone(request.model_key)
+        spec_from_bytes(inputs.spec)  # an unknown layout also governs what is remembered
+        if inputs.remembered:
+            return _remembered_answer(inputs.remembered, request.content_digest)
+        if request.expected is not None and not request.expected.names(inputs.head):
+            raise version_conflict(request.expected, inputs.head)
+        model = await self._model_of(request.model_key, inputs.incarnation)
+        candidate = None if model is None else await step.make_step(model, inputs)
+        if model is None or candidate is None:
+            return None
+        publication = await self._prepare(request, inputs, candidate)
+        return await self._swap_head(model, publication, candidate)
 
-    async def _model_at(self, request: StepRequest, inputs: UpdateInputs) -> KnownModel | None:
-        model = await self._model_cache.get(request.model_key)
-        if model.incarnation != inputs.incarnation:
-            model = await self._model_cache.get(request.model_key, fresh=True)
-        return model if model.incarnation == inputs.incarnation else None
+    async def _model_of(self, key: ModelKey, incarnation: bytes) -> KnownModel | None:
+        model = await self._model_cache.get(key)
+        if model.incarnation != incarnation:
+            model = await self._model_cache.get(key, fresh=True)
+        return model if model.incarnation == incarnation else None
 
-    async def _publish(
-        self,
-        request: StepRequest,
-        name: bytes,
-        model: KnownModel,
-        inputs: UpdateInputs,
-        made: CandidateVersion,
-    ) -> StepAnswer | None:
-        size = weights.spec_bytes(model.spec)
-        data, moments, digest = await self._scheduler.run(hash_work(size), lambda: made.stored)
+    async def _prepare(
+        self, request: StepRequest, inputs: UpdateInputs, candidate: CandidateVersion
+    ) -> Publication:
+        """Name the version by its content and lay out what is published."""
+        work = hash_work(weights.spec_bytes(spec_from_bytes(inputs.spec)))
+        data, moments, digest = await self._scheduler.run(work, lambda: candidate.stored)
         version = Version(inputs.head.number + 1, digest)
-        answer = StepAnswer(version, made.gradient_norm, made.clipped, len(made.names))
-        publication = Publication(
+        return Publication(
             incarnation=inputs.incarnation,
             base=inputs.head,
             new=NewVersion(version, data, moments),
-            request=name,
+            request=request.name,
             content_digest=request.content_digest,
-            answer=answer.to_bytes(),
-            names=made.names,
+            answer=_answer_of(version, candidate).to_bytes(),
+            names=candidate.names,
         )
+
+    async def _swap_head(
+        self, model: KnownModel, publication: Publication, candidate: CandidateVersion
+    ) -> StepAnswer | None:
+        """Make the version the head if all is as it was read; else return None."""
         asked_at = self._model_cache.now()
-        outcome, known = await self._store.publish_version(request.model_key, publication)
+        outcome, remembered = await self._store.publish_version(model.key, publication)
+        content_digest, version = publication.content_digest, publication.new.version
         if outcome is PublishOutcome.PUBLISHED:
-            self._model_cache.note_head(model, version, made.params, made.moments, asked_at)
-            self._observer.version_published(
-                contributions=len(made.names), version_bytes=data.nbytes + moments.nbytes
+            self._model_cache.note_head(
+                model, version, candidate.params, candidate.moments, asked_at
             )
-            return answer
+            new = publication.new
+            self._observer.version_published(
+                contributions=len(candidate.names),
+                version_bytes=new.weights.nbytes + new.moments.nbytes,
+            )
+            return _answer_of(version, candidate)
         if outcome is PublishOutcome.REPLAYED:
-            return _remembered(request.content_digest + known, request.content_digest)
+            return _remembered_answer(content_digest + remembered, content_digest)
         if outcome is PublishOutcome.REUSED:
             raise request_id_reused()
         if outcome is PublishOutcome.GONE:
-            self._model_cache.forget(request.model_key)
-            raise model_not_found(request.model_key.model_id)
+            raise self._model_gone(model.key)
         return None
 
+    def _model_gone(self, key: ModelKey) -> Exception:
+        self._model_cache.forget(key)
+        return model_not_found(key.model_id)
 
-def _remembered(known: bytes, content_digest: bytes) -> StepAnswer:
-    if known[: len(content_digest)] != content_digest:
+
+def _answer_of(version: Version, candidate: CandidateVersion) -> StepAnswer:
+    return StepAnswer(version, candidate.gradient_norm, candidate.clipped, len(candidate.names))
+
+
+def _remembered_answer(remembered: bytes, content_digest: bytes) -> StepAnswer:
+    """Return the answer that is remembered with a request id, if it was the same request."""
+    if remembered[: len(content_digest)] != content_digest:
         raise request_id_reused()
-    answer = known[len(content_digest) :]
+    answer = remembered[len(content_digest) :]
     if not answer:  # the id was used to create the model
         raise request_id_reused()
     if len(answer) != _ANSWER.size:

@@ -1,10 +1,10 @@
-"""The refusals that several operations share: one sentence a situation, said the same everywhere."""
+"""The refusals that several operations share, so that one situation has one text everywhere."""
 
 from __future__ import annotations
 
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from service.domain.errors import (
     quoted,
 )
 from service.domain.finite import is_finite
-from service.domain.ports import Absence
+from service.domain.ports import Absence, ContributionState
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,11 +31,10 @@ if TYPE_CHECKING:
     from service.domain.types import Version
 
 
-UNCHANGED = "nothing was changed"  # what a refusal says that left all as it was
-STORE_FAILURES = (
-    ResourceExhausted,
-    Unavailable,
-)  # what a store's port raises; see service.domain.ports
+# In the text of each refusal that changed nothing.
+UNCHANGED = "nothing was changed"
+# What a store's port raises; see service.domain.ports.
+STORE_FAILURES = (ResourceExhausted, Unavailable)
 
 
 def check_tensor(field: str, array: Array, shape: tuple[int, ...], dtype: str) -> None:
@@ -50,7 +49,7 @@ def check_epoch(named: int, present: int, chunk_seq: int) -> None:
     """Raise unless a request names the present epoch.
 
     Raises:
-        Aborted: EPOCH_FENCED for an older one; SEQ_GAP for a newer one: its beginning was lost.
+        Aborted: EPOCH_FENCED for an older epoch; SEQ_GAP for a newer one, whose beginning the store lost.
     """
     if named < present:
         text = (
@@ -79,7 +78,7 @@ def session_absent(session_id: str, absent: AbsentSession) -> NotFound:
 
 
 def seq_gap(last: int, epoch: int) -> Aborted:
-    """Make the refusal of a chunk that leaves a hole."""
+    """Make the refusal of a chunk that leaves a gap after the last one."""
     return Aborted(
         "SEQ_GAP",
         f"the last chunk is {last}: expected chunk_seq {last + 1}",
@@ -89,7 +88,7 @@ def seq_gap(last: int, epoch: int) -> Aborted:
 
 
 def seq_reused(chunk_seq: int) -> AlreadyExists:
-    """Make the refusal of other content under a number that was used."""
+    """Make the refusal of a chunk whose number was used for other content."""
     return AlreadyExists(
         "SEQ_REUSED",
         f"chunk {chunk_seq} was already applied with different content: "
@@ -99,7 +98,7 @@ def seq_reused(chunk_seq: int) -> AlreadyExists:
 
 
 def history_forked(chunk_seq: int) -> Aborted:
-    """Make the refusal of a request that follows another history."""
+    """Make the refusal of a request whose token belongs to another history of the session."""
     text = (
         f"the state after chunk {chunk_seq} is not the one that the token names: "
         "another writer uses this session, or writes were lost"
@@ -108,7 +107,7 @@ def history_forked(chunk_seq: int) -> Aborted:
 
 
 def replay_window_passed(chunk_seq: int, last_seq: int) -> FailedPrecondition:
-    """Make the refusal to answer again a chunk that was applied long ago."""
+    """Make the refusal to replay a chunk that was applied too long ago."""
     text = (
         f"chunk {chunk_seq} was applied, but what its answer needs is not kept any more; "
         f"the last chunk is {last_seq}"
@@ -121,7 +120,7 @@ def replay_window_passed(chunk_seq: int, last_seq: int) -> FailedPrecondition:
 
 
 def tape_quota(limit: int) -> ResourceExhausted:
-    """Make the refusal of a TRAIN chunk beside too many that wait for their Backward."""
+    """Make the refusal of a TRAIN chunk of a session with too many tapes that wait."""
     text = (
         f"{limit} tapes of this session wait for their Backward, the most there may be; "
         "send Backward or DiscardGradients, or use INFER"
@@ -129,11 +128,36 @@ def tape_quota(limit: int) -> ResourceExhausted:
     return ResourceExhausted("TAPE_QUOTA", text, quota="tapes_per_session", limit=limit)
 
 
+def tape_missing(chunk_seq: int, state: ContributionState | None) -> FailedPrecondition:
+    """Make the refusal of a Backward whose tape is not there.
+
+    Args:
+        chunk_seq: The chunk of the Backward.
+        state: What has become of its contribution; None if it was never recorded.
+    """
+    if state:
+        text = f"the gradient of chunk {chunk_seq} was counted; its tape is not kept any more"
+    else:
+        text = (
+            f"chunk {chunk_seq} has no tape: it ran in INFER mode, or its tape has expired, "
+            "was discarded or pushed out"
+        )
+    return FailedPrecondition("TAPE_MISSING", text, **recorded_metadata(chunk_seq, state))
+
+
+def recorded_metadata(chunk_seq: int, state: ContributionState | None) -> dict[str, Any]:
+    """Return the metadata that say whether a gradient was recorded, and whether it still waits."""
+    facts: dict[str, Any] = {"counted": state is not None, "chunk_seq": chunk_seq}
+    if state is ContributionState.WAITING:
+        facts["recorded"] = True
+    return facts
+
+
 def check_state(h: Array) -> None:
     """Raise NON_FINITE_RESULT if a computed state, (N, H), holds NaN.
 
-    Of finite weights only sums that overflow to both sides make NaN, and a row that has one keeps it: to
-    see the last state is to see all of hs.
+    With finite weights NaN arises only from sums that overflow in both directions, and a row keeps it in
+    all later steps. So a NaN anywhere in hs shows in the last state.
     """
     if is_finite(h):
         return
@@ -156,6 +180,12 @@ def model_not_found(model_id: str, why: str = "no such model") -> NotFound:
     return NotFound("MODEL_NOT_FOUND", f"model {quoted(model_id)}: {why}", model_id=model_id)
 
 
+def checkpoint_not_found(checkpoint_id: str) -> NotFound:
+    """Make the refusal of an unknown checkpoint."""
+    text = f"checkpoint {quoted(checkpoint_id)}: no such checkpoint"
+    return NotFound("CHECKPOINT_NOT_FOUND", text, checkpoint_id=checkpoint_id)
+
+
 def version_gone(version: Version, head: Version) -> NotFound:
     """Make the refusal of a version that is not there."""
     text = f"weights version {version.number} is not there; the head is {head.number}"
@@ -165,7 +195,7 @@ def version_gone(version: Version, head: Version) -> NotFound:
 
 
 def weights_forked(version: Version, found: Version) -> FailedPrecondition:
-    """Make the refusal of a version whose number has other content."""
+    """Make the refusal of a version whose digest is not that of its number."""
     text = (
         f"weights version {version.number} has other content than the one named "
         f"({version.digest.hex()} was named, {found.digest.hex()} is there)"
@@ -182,12 +212,12 @@ def version_conflict(expected: Version, head: Version) -> Aborted:
 
 
 def unsupported_layout(what: str, found: str, known: str) -> UnsupportedLayout:
-    """Make the refusal of something in the store that another release laid out.
+    """Make the refusal of a record in the store whose layout is of another release.
 
     Args:
-        what: What it is, such as "the session's record".
-        found: What it holds, such as "layout 77".
-        known: What this release knows in its place, such as "layout 1".
+        what: The record, such as "the session's record".
+        found: What is in it, such as "layout 77".
+        known: What this release expects there, such as "layout 1".
     """
     text = (
         f"{what}: found {found}, this server knows {known}: another release wrote it; "
@@ -204,10 +234,10 @@ def request_id_reused() -> AlreadyExists:
 
 @contextmanager
 def after_decision() -> Iterator[None]:
-    """Let no failure of the store say that nothing was done, once something was.
+    """Turn failures of the store into UNKNOWN_OUTCOME, once a part of a request was carried out.
 
     Raises:
-        Unavailable: UNKNOWN_OUTCOME in its place; the same call, sent again, finds what was done.
+        Unavailable: UNKNOWN_OUTCOME. The same call, sent again, finds what was done.
     """
     try:
         yield
@@ -217,7 +247,7 @@ def after_decision() -> Iterator[None]:
 
 
 def recorded(error: DomainError, chunk_seq: int) -> DomainError:
-    """Add to the failure of an inline Update that the Backward before it was carried out.
+    """Add to the failure of a Backward's Update that the Backward itself was carried out.
 
     Its contribution waits, so the caller may name it in an Update of its own.
     """
@@ -233,12 +263,12 @@ def recorded(error: DomainError, chunk_seq: int) -> DomainError:
 
 
 def cancelled_midway() -> Unavailable:
-    """Make the answer to work that was cut off: it may or may not have been carried out."""
+    """Make the answer to cancelled work: it may or may not have been carried out."""
     text = "the call was cut off midway: it may or may not be applied; send it again as it is"
     return Unavailable("UNKNOWN_OUTCOME", text, retry_after_s=0.05)
 
 
 def contended() -> Unavailable:
-    """Make the refusal of a chunk that others overtook too often."""
+    """Make the refusal of a request that lost the race against other writers too often."""
     text = "other writers were faster each time; send the same call again"
     return Unavailable("UNKNOWN_OUTCOME", text, retry_after_s=0.05)

@@ -1,8 +1,8 @@
-"""Tapes as bytes: what a TRAIN Forward leaves for its Backward, on whichever replica.
+"""Tapes: what a TRAIN Forward stores for its Backward, which may run on another replica.
 
-Layout 1: the number of the layout in the first byte, N, T, D, H, weights version; then h0 and xs, one after another, in C order. The
-hidden states are not stored: the replica that made them has them still, and any other makes the same
-again, bit for bit, for a fraction of what it costs to keep them.
+Layout 1 is: the number of the layout in the first byte, then N, T, D, H and the weights version, then h0
+and xs in C order. The hidden states are not stored. The replica that computed them has them cached, and
+any other computes them again, bit for bit, for a fraction of what it costs to store them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,15 @@ _HEAD = struct.Struct(">BxxxIIIIQ16s")
 
 @dataclass(frozen=True, slots=True)
 class StoredTape:
-    """What a Backward starts from: xs (N, T, D), h0 (N, H); hs (N, T, H) and the model's life if at hand."""
+    """What a Backward starts from.
+
+    Attributes:
+        version: The weights that the chunk was computed with.
+        xs: Its inputs, (N, T, D).
+        h0: The state before it, (N, H).
+        hs: Its hidden states, (N, T, H), if this process computed them.
+        incarnation: The incarnation of its model, if this process computed them.
+    """
 
     version: Version
     xs: Array
@@ -37,21 +45,21 @@ class StoredTape:
     incarnation: bytes = b""
 
     def complete(self, params: Params) -> Tape:
-        """Return the tape, its hidden states computed again where they are not at hand."""
+        """Return the engine's tape; hidden states that are missing are computed again."""
         if self.hs is None:
             return rnn_forward(params, self.xs, self.h0)
         return Tape(self.xs, self.h0, self.hs)
 
 
 def tape_to_bytes(version: Version, xs: Array, h0: Array) -> bytes:
-    """Lay out a tape for the store."""
+    """Return a tape as the store keeps it."""
     n, t, d = xs.shape
     head = _HEAD.pack(_LAYOUT, n, t, d, h0.shape[1], version.number, version.digest)
     return b"".join((head, np.ascontiguousarray(h0).data, np.ascontiguousarray(xs).data))
 
 
 def check_tape(data: bytes) -> None:
-    """Raise UnsupportedLayout if a tape, of which the first byte is enough, is laid out otherwise."""
+    """Raise UnsupportedLayout unless a tape has the known layout; its first byte is enough."""
     if data[0] != _LAYOUT:
         raise _unsupported(f"layout {data[0]}", f"layout {_LAYOUT}")
 
@@ -60,7 +68,7 @@ def tape_from_bytes(data: bytes, dtype: str) -> StoredTape:
     """Read a tape from the store; the arrays are read-only views.
 
     Raises:
-        UnsupportedLayout: If another release laid it out.
+        UnsupportedLayout: If another release wrote it in another layout.
     """
     check_tape(data)
     if len(data) < _HEAD.size:
@@ -75,10 +83,10 @@ def tape_from_bytes(data: bytes, dtype: str) -> StoredTape:
 
 
 class TapeCache(LruCache[bytes, StoredTape]):
-    """The tapes that this process wrote last, so that they need not be read back.
+    """The tapes that this process wrote last, by the state token after their chunk.
 
-    A tape is found by its chunk's token, which stands for everything that made it; whether it may
-    still be used is for the store to say.
+    The token stands for everything that led to the tape. Whether it may still be used only the store
+    knows.
     """
 
     def __init__(self, limit_bytes: int) -> None:

@@ -56,7 +56,7 @@ _OPTIMIZERS = {kind.__name__: kind for kind in OPTIMIZERS}
 
 
 def spec_to_bytes(spec: ModelSpec) -> bytes:
-    """Lay out a specification for the store."""
+    """Return a specification as the store keeps it."""
     optimizer = {"kind": type(spec.optimizer).__name__, **asdict(cast("Any", spec.optimizer))}
     facts = {
         "layout": SPEC_LAYOUT,
@@ -130,7 +130,7 @@ def draw_params(spec: ModelSpec, seed: int) -> Params:
 
 
 def params_to_blob(params: Params) -> Blob:
-    """Lay out weights for the store."""
+    """Return weights as the store keeps them."""
     return blob_of_arrays((params.Wx, params.Wh, params.b))
 
 
@@ -140,7 +140,7 @@ def params_from_bytes(spec: ModelSpec, data: Bytes) -> Params:
 
 
 def grads_to_blob(grads: Grads) -> Blob:
-    """Lay out gradients for the store."""
+    """Return gradients as the store keeps them."""
     return blob_of_arrays(grads.arrays)
 
 
@@ -150,12 +150,12 @@ def grads_from_bytes(spec: ModelSpec, data: Bytes) -> Grads:
 
 
 def moments_to_blob(moments: Moments) -> Blob:
-    """Lay out moments for the store."""
+    """Return moments as the store keeps them."""
     return blob_of_arrays(moments_to_arrays(moments).values(), head=_STEP.pack(moments.step))
 
 
 def moments_from_bytes(spec: ModelSpec, params: Params, data: Bytes | None) -> Moments:
-    """Read moments from the store; where they were not kept the optimizer starts anew."""
+    """Read moments from the store; the initial ones if the store did not keep them."""
     if not data:
         return init_moments(spec.optimizer, params)
     slots = spec.optimizer.slot_names

@@ -12,9 +12,8 @@ from service.domain.types import NO_TOKEN
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
-    from service.domain.recurrence import Recurrence
-    from service.domain.training import Training
     from service.domain.types import Forward
+    from service.domain.use_cases import UseCases
     from service.rpc.answers import AnswerSizes
     from service.rpc.histories import Histories
     from service.rpc.lanes import StreamOperation
@@ -27,21 +26,19 @@ if TYPE_CHECKING:
 class Operations:
     """Starts operations of one tenant."""
 
-    __slots__ = ("_reader", "_recurrence", "_sizes", "_tenant", "_training")
+    __slots__ = ("_reader", "_sizes", "_tenant", "_use_cases")
 
     def __init__(
         self,
         tenant: str,
         reader: OperationReader,
         sizes: AnswerSizes,
-        recurrence: Recurrence,
-        training: Training,
+        use_cases: UseCases,
     ) -> None:
         self._tenant = tenant
         self._reader = reader
         self._sizes = sizes
-        self._recurrence = recurrence
-        self._training = training
+        self._use_cases = use_cases
 
     def submit(
         self, operation: StreamOperation, histories: Histories, admit: Admit, told: Told
@@ -58,22 +55,22 @@ class Operations:
         if operation.kind == "forward":
             chunk = self._forward(operation, histories)
             admit(operation, self._sizes.forward(self._tenant, chunk))
-            self._recurrence.begin_forward(self._tenant, chunk, partial(told, operation))
+            self._use_cases.recurrence.begin_forward(self._tenant, chunk, partial(told, operation))
             return
         steps: Coroutine[Any, Any, Any]
         match operation.kind:
             case "backward":
                 wanted = self._reader.backward(request)
                 admit(operation, self._sizes.backward(self._tenant, wanted))
-                steps = self._training.backward(self._tenant, wanted)
+                steps = self._use_cases.backpropagation.backward(self._tenant, wanted)
             case "update":
                 update = self._reader.update(request)
                 admit(operation, 0)
-                steps = self._training.update(self._tenant, update)
+                steps = self._use_cases.updates.update(self._tenant, update)
             case "discard_gradients":
                 discard = self._reader.discard(request)
                 admit(operation, 0)
-                steps = self._training.discard(self._tenant, discard)
+                steps = self._use_cases.waiting.discard(self._tenant, discard)
             case _:
                 raise bad_field("operation", "required")
         operation.task = asyncio.get_running_loop().create_task(steps)

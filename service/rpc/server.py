@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import grpc.aio
@@ -23,10 +22,7 @@ from service.rpc.time_rnn_service import TimeRnnService
 from timernn.v1 import model_service_pb2, session_service_pb2, time_rnn_service_pb2
 
 if TYPE_CHECKING:
-    from service.domain.models import Models
-    from service.domain.recurrence import Recurrence
-    from service.domain.sessions import Sessions
-    from service.domain.training import Training
+    from service.domain.use_cases import UseCases
     from service.rpc.auth import Authenticator
     from service.rpc.server_info import ServerInfo
 
@@ -47,16 +43,6 @@ _SERVICES: Final = {
 SERVICE_NAMES: Final = tuple(service.full_name for service in _SERVICES.values())
 
 
-@dataclass(frozen=True, slots=True)
-class Domain:
-    """What the services call."""
-
-    models: Models
-    sessions: Sessions
-    recurrence: Recurrence
-    training: Training
-
-
 class RpcServer:
     """Serves the contract on one port.
 
@@ -67,7 +53,7 @@ class RpcServer:
 
     def __init__(
         self,
-        domain: Domain,
+        use_cases: UseCases,
         info: ServerInfo,
         *,
         authenticator: Authenticator | None = None,
@@ -88,13 +74,11 @@ class RpcServer:
             message_bytes=limits.message_bytes,
             default_deadline_s=deadline_s,
         )
-        self._streams = TimeRnnService(
-            domain.recurrence, domain.training, self._gate, limits, rules
-        )
+        self._streams = TimeRnnService(use_cases, self._gate, limits, rules)
         self._server = grpc.aio.server(
             options=_options(limits.message_bytes, rules, reuse_port=reuse_port)
         )
-        self._add_services(domain, info)
+        self._add_services(use_cases, info)
 
     async def start(self, listen: str) -> str:
         """Open the port and begin to serve; return the address with the port that was taken.
@@ -126,12 +110,12 @@ class RpcServer:
             await asyncio.sleep(_HANDOVER_S)
         await self._server.stop(grace_s)
 
-    def _add_services(self, domain: Domain, info: ServerInfo) -> None:
+    def _add_services(self, use_cases: UseCases, info: ServerInfo) -> None:
         gate = self._gate
         names = ("ModelService", "SessionService", "TimeRnnService")
         servicers = (
-            ModelService(domain.models, info),
-            SessionService(domain.sessions, info.limits),
+            ModelService(use_cases.models, info),
+            SessionService(use_cases.sessions, info.limits),
             self._streams,
         )
         handlers = [

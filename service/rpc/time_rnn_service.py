@@ -20,30 +20,27 @@ from service.rpc.time_rnn_messages import (
 from timernn.v1 import time_rnn_service_pb2 as pb
 
 if TYPE_CHECKING:
-    from service.domain.recurrence import Recurrence
-    from service.domain.training import Training
+    from service.domain.use_cases import UseCases
     from service.rpc.gate import Call, Gate
     from service.settings import Limits
 
 
 class TimeRnnService:
-    """Decodes, checks, calls `Recurrence` and `Training`, encodes."""
+    """Decodes, checks, calls the domain, encodes."""
 
     def __init__(
         self,
-        recurrence: Recurrence,
-        training: Training,
+        use_cases: UseCases,
         gate: Gate,
         limits: Limits,
         rules: StreamRules | None = None,
     ) -> None:
-        self._recurrence = recurrence
-        self._training = training
+        self._use_cases = use_cases
         self._gate = gate
         self._limits = limits
         self._rules = rules or StreamRules(deadline_s=limits.default_deadline_ms / 1000)
         self._reader = OperationReader(limits)
-        self._sizes = AnswerSizes(recurrence, limits.message_bytes)
+        self._sizes = AnswerSizes(use_cases.recurrence, limits.message_bytes)
         self._streams: set[OperationStream] = set()
 
     async def forward(self, call: Call, request: pb.ForwardRequest) -> pb.ForwardResponse:
@@ -51,7 +48,7 @@ class TimeRnnService:
         wanted = self._reader.forward(request)
         call.ticket.reserve(self._sizes.forward(call.tenant, wanted))
         response = pb.ForwardResponse()
-        fill_forward(response, await self._recurrence.forward(call.tenant, wanted))
+        fill_forward(response, await self._use_cases.recurrence.forward(call.tenant, wanted))
         return response
 
     async def backward(self, call: Call, request: pb.BackwardRequest) -> pb.BackwardResponse:
@@ -59,14 +56,14 @@ class TimeRnnService:
         wanted = self._reader.backward(request)
         call.ticket.reserve(self._sizes.backward(call.tenant, wanted))
         response = pb.BackwardResponse()
-        fill_backward(response, await self._training.backward(call.tenant, wanted))
+        fill_backward(response, await self._use_cases.backpropagation.backward(call.tenant, wanted))
         return response
 
     async def update(self, call: Call, request: pb.UpdateRequest) -> pb.UpdateResponse:
         """Make one optimizer step."""
         wanted = self._reader.update(request)
         response = pb.UpdateResponse()
-        fill_update(response, await self._training.update(call.tenant, wanted))
+        fill_update(response, await self._use_cases.updates.update(call.tenant, wanted))
         return response
 
     async def discard_gradients(
@@ -75,7 +72,7 @@ class TimeRnnService:
         """Drop contributions and tapes."""
         wanted = self._reader.discard(request)
         response = pb.DiscardGradientsResponse()
-        fill_discard(response, await self._training.discard(call.tenant, wanted))
+        fill_discard(response, await self._use_cases.waiting.discard(call.tenant, wanted))
         return response
 
     async def list_waiting(
@@ -84,14 +81,12 @@ class TimeRnnService:
         """List the tapes and contributions of a session that wait."""
         session_id = check_id("session_id", request.session_id)
         return waiting_to_proto(
-            await self._training.list_waiting(SessionKey(call.tenant, session_id))
+            await self._use_cases.waiting.list_waiting(SessionKey(call.tenant, session_id))
         )
 
     async def stream(self, call: Call) -> None:
         """Serve one stream of operations."""
-        operations = Operations(
-            call.tenant, self._reader, self._sizes, self._recurrence, self._training
-        )
+        operations = Operations(call.tenant, self._reader, self._sizes, self._use_cases)
         stream = OperationStream(call.context, operations, self._gate, self._limits, self._rules)
         self._streams.add(stream)
         try:

@@ -657,7 +657,7 @@ async def test_updates_from_one_head_conflict(
         await client.backward(draw(rng, size=HIDDEN))
     ends = await asyncio.gather(
         *(
-            replica.training.update(
+            replica.updates.update(
                 tenant,
                 step("m", name, Selector(name, client.epoch, (1,)), expected=head),
             )

@@ -224,11 +224,11 @@ async def test_a_lost_step_made_again_has_the_digest_it_had(
         "VERSION_GONE"
     )
     fresh = await make_replica()
-    gone = await refusal(fresh.training.backward(tenant, client.gradient(dhs)))
+    gone = await refusal(fresh.backpropagation.backward(tenant, client.gradient(dhs)))
     assert gone.reason == "VERSION_GONE"
     again = await client.update("m", "u", 1, expected=head)
     assert (again.version, again.replayed) == (made.version, False)
-    await fresh.training.backward(tenant, client.gradient(dhs))
+    await fresh.backpropagation.backward(tenant, client.gradient(dhs))
 
 
 async def test_another_version_under_a_number_is_never_taken_for_it(
@@ -284,10 +284,10 @@ async def test_lost_contributions_are_told_and_counted_again(
     await replicas[0].sessions.begin_epoch(tenant, NewEpoch("s", None, 0, None, "", 0))
     await backup.restore(raw)
     op = step("m", "u", Selector("s", client.epoch, (1,)))
-    assert (await refusal(replicas[1].training.update(tenant, op))).reason == "NO_GRADIENTS"
+    assert (await refusal(replicas[1].updates.update(tenant, op))).reason == "NO_GRADIENTS"
     assert not (await client.backward(dhs, resent=True)).replayed
     assert (await client.backward(dhs, resent=True)).replayed
-    assert (await replicas[1].training.update(tenant, op)).contribution_count == 1
+    assert (await replicas[1].updates.update(tenant, op)).contribution_count == 1
 
 
 async def test_a_head_that_vanishes_under_a_chunk_still_answers_its_minimum(
@@ -483,7 +483,7 @@ async def test_a_step_never_starts_an_optimizer_anew_that_has_moments(
             await client.update("m", request)
     backup = await Backup.take(raw, keys.model_tag(ModelKey(tenant, "m")))
     named = Selector("s", client.epoch, (2,))
-    made = await replicas[0].training.update(tenant, step("m", "u2", named))
+    made = await replicas[0].updates.update(tenant, step("m", "u2", named))
     ahead = await Backup.take(raw, keys.model_tag(ModelKey(tenant, "m")))
     await backup.restore(raw)
     models = replicas[1].store.models
@@ -498,5 +498,5 @@ async def test_a_step_never_starts_an_optimizer_anew_that_has_moments(
 
     monkeypatch.setattr(models, "read_moments", read_ahead)
     replicas[1].catalog.forget(ModelKey(tenant, "m"))
-    again = await replicas[1].training.update(tenant, step("m", "u2", named))
+    again = await replicas[1].updates.update(tenant, step("m", "u2", named))
     assert (again.version, again.replayed) == (made.version, False)

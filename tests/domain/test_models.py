@@ -390,7 +390,7 @@ async def test_an_update_after_a_model_was_made_again_finds_nothing(
     await client.forward(draw(rng), train=True)
     await replicas[0].models.delete(ModelKey(tenant, "m"), allow_missing=False)
     await make_model()
-    assert (await refusal(replicas[1].training.update(tenant, step("m", "u")))).reason == (
+    assert (await refusal(replicas[1].updates.update(tenant, step("m", "u")))).reason == (
         "NO_GRADIENTS"
     )
     late = await refusal(client.backward(draw(rng, size=HIDDEN)))
@@ -449,13 +449,13 @@ async def test_a_step_whose_caller_went_away_is_made_and_found(
 
     monkeypatch.setattr(store, "publish_version", slow)
     op = step("m", "u", Selector("s", client.epoch, (1,)))
-    waiting = asyncio.create_task(replicas[0].training.update(tenant, op))
+    waiting = asyncio.create_task(replicas[0].updates.update(tenant, op))
     await reached.wait()
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting
     go_on.set()
-    again = await replicas[0].training.update(tenant, op)
+    again = await replicas[0].updates.update(tenant, op)
     assert (again.replayed, again.version.number) == (True, 2)
 
 

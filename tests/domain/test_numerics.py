@@ -223,7 +223,7 @@ async def test_several_contributions_make_one_step_of_their_sum_or_mean(
         made = await client.backward(draw(rng, size=HIDDEN, dtype="float64"), return_gradients=True)
         sent.append(present(made.grads))
     op = step("m", "u", reduction=reduction)
-    done = await replicas[1].training.update(tenant, op)
+    done = await replicas[1].updates.update(tenant, op)
     scale = 1 if reduction is Reduction.SUM else 1 / 3
     joined = np.sum([one.dWh for one in sent], axis=0) * scale
     after = await head_params(replicas[0], tenant, spec)
@@ -290,7 +290,7 @@ async def test_a_learning_rate_given_counts_for_its_step_alone(
     client = await open_session()
     await client.forward(draw(rng), train=True)
     await client.backward(draw(rng, size=HIDDEN))
-    await replicas[0].training.update(tenant, step("m", "u", learning_rate=0.0))
+    await replicas[0].updates.update(tenant, step("m", "u", learning_rate=0.0))
     after = await head_params(replicas[1], tenant, spec)
     np.testing.assert_array_equal(after.Wh, before.Wh)
 
@@ -417,7 +417,7 @@ async def test_an_update_that_overflows_changes_nothing(
     await client.backward(np.full((ROWS, 3, HIDDEN), 1e36, np.float32))
     op = step("m", "u", Selector("s", client.epoch, (1,)))
     with np.errstate(all="ignore"):
-        refused = await refusal(replicas[0].training.update(tenant, op))
+        refused = await refusal(replicas[0].updates.update(tenant, op))
     assert refused.reason == "NON_FINITE_RESULT"
     assert await head_of(replicas[1], tenant) == head
     view = await replicas[0].models.get(ModelKey(tenant, "m"))

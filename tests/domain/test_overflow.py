@@ -273,7 +273,7 @@ async def test_contributions_whose_sum_overflows_make_no_step(
         await client.forward(np.zeros((ROWS, 1, INPUTS), dtype), train=True)
         await client.backward(dhs)
     op = step("m", "u1", Selector("s", client.epoch, (1, 2)), clip_norm=clip_norm)
-    refused = await refusal(replicas[0].training.update(tenant, op))
+    refused = await refusal(replicas[0].updates.update(tenant, op))
     assert refused.reason == "NON_FINITE_RESULT"
     assert "take fewer of them, or discard them" in refused.message
     assert (await replicas[0].models.get(ModelKey(tenant, "m"))).waiting_count == 2

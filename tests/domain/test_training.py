@@ -126,7 +126,9 @@ async def test_racing_backwards_count_once(
     client = await open_session()
     await client.forward(draw(rng), train=True)
     op = client.gradient(draw(rng, size=HIDDEN), return_dxs=True)
-    made = await asyncio.gather(*(replicas[i % 2].training.backward(tenant, op) for i in range(20)))
+    made = await asyncio.gather(
+        *(replicas[i % 2].backpropagation.backward(tenant, op) for i in range(20))
+    )
     assert sum(not one.replayed for one in made) == 1
     assert len({present(one.dxs).tobytes() for one in made}) == 1
 
@@ -144,14 +146,14 @@ async def test_an_update_sent_again_makes_one_step(
     await client.forward(draw(rng), train=True)
     await client.backward(draw(rng, size=HIDDEN))
     op = step("m", "u", Selector("s", client.epoch, (1,)))
-    done = await asyncio.gather(*(replicas[i % 2].training.update(tenant, op) for i in range(20)))
+    done = await asyncio.gather(*(replicas[i % 2].updates.update(tenant, op) for i in range(20)))
     assert sum(not one.replayed for one in done) == 1
     assert {(one.version, one.gradient_norm, one.contribution_count) for one in done} == {
         (done[0].version, done[0].gradient_norm, 1)
     }
     assert done[0].version.number == 2
     other = step("m", "u", Selector("s", client.epoch, (1,)), clip_norm=1.0)
-    refused = await refusal(replicas[0].training.update(tenant, other))
+    refused = await refusal(replicas[0].updates.update(tenant, other))
     assert refused.reason == "REQUEST_ID_REUSED"
 
 
@@ -195,7 +197,9 @@ async def test_a_tape_whose_version_is_gone_says_so(
         await other.backward(draw(rng, size=HIDDEN))
         await other.update("m", f"u{k}")
     for chunk_seq, counted in ((1, "false"), (2, "true")):
-        refused = await refusal(fresh.training.backward(tenant, client.gradient(dhs, chunk_seq)))
+        refused = await refusal(
+            fresh.backpropagation.backward(tenant, client.gradient(dhs, chunk_seq))
+        )
         assert refused.reason == "VERSION_GONE"
         assert refused.metadata["counted"] == counted
 
@@ -216,7 +220,7 @@ async def test_without_a_tape_there_is_no_backward(
     await client.forward(draw(rng), train=problem != "infer")
     if problem == "discarded":
         op = DiscardGradients("m", (Selector("s", client.epoch, (1,)),))
-        assert (await replicas[1].training.discard(tenant, op)).tape_count == 1
+        assert (await replicas[1].waiting.discard(tenant, op)).tape_count == 1
     if problem == "expired":
         for key in await session_keys(raw, tenant):
             if len(key) > 1:
@@ -319,7 +323,7 @@ async def test_an_update_of_what_is_not_there_changes_nothing(
     await make_model()
     client = await open_session()
     head = await head_of(replicas[0], tenant)
-    empty = await refusal(replicas[0].training.update(tenant, step("m", "u0")))
+    empty = await refusal(replicas[0].updates.update(tenant, step("m", "u0")))
     assert (empty.reason, empty.metadata["found"]) == ("NO_GRADIENTS", "0")
     await client.forward(draw(rng), train=True)
     await client.backward(draw(rng, size=HIDDEN))
@@ -344,9 +348,9 @@ async def test_an_exact_name_counts_beside_a_whole_session(
             await client.forward(draw(rng), train=True)
             await client.backward(draw(rng, size=HIDDEN))
     missing = step("m", "u1", Selector("a", one.epoch, (1, 2)), Selector("b"))
-    assert (await refusal(replicas[0].training.update(tenant, missing))).reason == "NO_GRADIENTS"
+    assert (await refusal(replicas[0].updates.update(tenant, missing))).reason == "NO_GRADIENTS"
     there = step("m", "u2", Selector("a", one.epoch, (1,)), Selector("b", other.epoch))
-    assert (await replicas[1].training.update(tenant, there)).contribution_count == 4
+    assert (await replicas[1].updates.update(tenant, there)).contribution_count == 4
 
 
 async def test_contributions_survive_a_reset_and_a_replica(
@@ -364,7 +368,7 @@ async def test_contributions_survive_a_reset_and_a_replica(
     await client.backward(draw(rng, size=HIDDEN))
     await replicas[0].sessions.begin_epoch(tenant, RESET)
     later = await make_replica()
-    assert (await later.training.update(tenant, step("m", "u"))).contribution_count == 1
+    assert (await later.updates.update(tenant, step("m", "u"))).contribution_count == 1
 
 
 async def test_the_order_of_arrival_changes_no_bit(
@@ -385,7 +389,7 @@ async def test_the_order_of_arrival_changes_no_bit(
             client = Client(replicas, tenant, name, opened.session.epoch)
             await client.forward(chunks[name][0], train=True)
             await client.backward(chunks[name][1])
-        await replicas[model_id == "a"].training.update(tenant, step(model_id, "u"))
+        await replicas[model_id == "a"].updates.update(tenant, step(model_id, "u"))
         heads.append(await head_of(replicas[0], tenant, model_id))
         for name in order:
             await replicas[0].sessions.close(SessionKey(tenant, name), 0)
@@ -409,7 +413,7 @@ async def test_what_waits_of_a_session_is_listed(
         await client.forward(draw(rng), train=True)
     await client.backward(draw(rng, size=HIDDEN))
     await client.backward(draw(rng, size=HIDDEN), 2)
-    waiting = await replicas[0].training.list_waiting(SessionKey(tenant, "s"))
+    waiting = await replicas[0].waiting.list_waiting(SessionKey(tenant, "s"))
     assert waiting.tapes == (WaitingTape(client.epoch, 1, client.tokens[1]),)
     assert waiting.contributions == (Selector("s", client.epoch, (2, 3)),)
     await client.update("m", "u", 3)
@@ -417,7 +421,7 @@ async def test_what_waits_of_a_session_is_listed(
     later = Client(replicas, tenant, "s", view.epoch)
     await later.forward(draw(rng), train=True)
     await later.backward(draw(rng, size=HIDDEN))
-    waiting = await replicas[1].training.list_waiting(SessionKey(tenant, "s"))
+    waiting = await replicas[1].waiting.list_waiting(SessionKey(tenant, "s"))
     assert waiting.tapes == ()
     named = (Selector("s", client.epoch, (2,)), Selector("s", later.epoch, (1,)))
     assert waiting.contributions == named
@@ -444,7 +448,7 @@ async def test_a_tape_whose_gradient_was_counted_does_not_wait(
         await client.forward(draw(rng), train=True)
         await client.backward(draw(rng, size=HIDDEN))
     await client.update("m", "u", 1)
-    waiting = await replicas[0].training.list_waiting(SessionKey(tenant, "s"))
+    waiting = await replicas[0].waiting.list_waiting(SessionKey(tenant, "s"))
     assert waiting == Waiting((), (Selector("s", client.epoch, (2,)),))
 
 
@@ -453,7 +457,7 @@ async def test_nothing_waits_of_a_session_that_is_gone(
 ) -> None:
     """Never opened, expired, closed, and of a model that was made anew: each has its own answer."""
     await make_model()
-    list_waiting = replicas[0].training.list_waiting
+    list_waiting = replicas[0].waiting.list_waiting
     assert (await refusal(list_waiting(SessionKey(tenant, "never")))).reason == "SESSION_NOT_FOUND"
     await open_session()
     assert await list_waiting(SessionKey(tenant, "s")) == Waiting((), ())
@@ -483,11 +487,11 @@ async def test_discarded_contributions_cannot_come_back(
         await client.forward(draw(rng), train=True)
         await client.backward(dhs)
     named = DiscardGradients("m", (Selector("s", client.epoch, (1, 2)),))
-    assert (await replicas[0].training.discard(tenant, named)).contribution_count == 2
+    assert (await replicas[0].waiting.discard(tenant, named)).contribution_count == 2
     assert (await client.backward(dhs, 1)).replayed
     assert (await replicas[1].models.get(ModelKey(tenant, "m"))).waiting_count == 1
     everything = DiscardGradients("m", ())
-    assert (await replicas[1].training.discard(tenant, everything)).contribution_count == 1
+    assert (await replicas[1].waiting.discard(tenant, everything)).contribution_count == 1
     view = await replicas[0].models.get(ModelKey(tenant, "m"))
     assert (view.waiting_count, view.waiting_bytes) == (0, 0)
 
@@ -632,9 +636,9 @@ async def test_tenants_contributions_are_their_own(
     await client.backward(draw(rng, size=HIDDEN))
     other = f"{tenant}x"
     for call in (
-        replicas[0].training.backward(other, client.gradient(draw(rng, size=HIDDEN))),
-        replicas[0].training.update(other, step("m", "u")),
-        replicas[0].training.discard(other, DiscardGradients("m", ())),
+        replicas[0].backpropagation.backward(other, client.gradient(draw(rng, size=HIDDEN))),
+        replicas[0].updates.update(other, step("m", "u")),
+        replicas[0].waiting.discard(other, DiscardGradients("m", ())),
     ):
         assert (await refusal(call)).reason in ("SESSION_NOT_FOUND", "MODEL_NOT_FOUND")
     assert (await replicas[0].models.get(ModelKey(tenant, "m"))).waiting_count == 1

@@ -117,7 +117,7 @@ async def _run(
         named = [Selector(c.session_id, c.epoch, (c.chunk_seq,)) for c in clients]
         update = step("m", f"u{number}", *named, expected=version, clip_norm=1.0)
         made = await persist(
-            lambda u=update: clients[0].next_replica.training.update(tenant, u)  # type: ignore[misc]
+            lambda u=update: clients[0].next_replica.updates.update(tenant, u)  # type: ignore[misc]
         )
         proof.require(made.contribution_count == SESSIONS, f"{made.contribution_count} taken")
         version = made.version
@@ -145,4 +145,4 @@ async def _contribute(client: Client, xs: Array, dhs: Array) -> None:
     client.chunk_seq, client.token = done.chunk_seq, done.token
     client.tokens[done.chunk_seq] = done.token
     gradient = client.gradient(dhs)
-    await persist(lambda: client.next_replica.training.backward(client.tenant, gradient))
+    await persist(lambda: client.next_replica.backpropagation.backward(client.tenant, gradient))

@@ -152,7 +152,7 @@ async def _replay_behind(scene: Scene) -> Act:
 
 async def _backward(scene: Scene, **options: Any) -> Act:
     op = scene.client.gradient(draw(scene.rng, size=HIDDEN), 2, **options)
-    return lambda: scene.replica.training.backward(scene.tenant, op)
+    return lambda: scene.replica.backpropagation.backward(scene.tenant, op)
 
 
 async def _backward_and_step(scene: Scene) -> Act:
@@ -165,12 +165,12 @@ async def _backward_and_step_over_all(scene: Scene) -> Act:
 
 async def _update(scene: Scene) -> Act:
     op = step("m", "u", Selector("s", scene.client.epoch, (1,)))
-    return lambda: scene.replica.training.update(scene.tenant, op)
+    return lambda: scene.replica.updates.update(scene.tenant, op)
 
 
 async def _discard(scene: Scene) -> Act:
     op = DiscardGradients("m", (Selector("s"),))
-    return lambda: scene.replica.training.discard(scene.tenant, op)
+    return lambda: scene.replica.waiting.discard(scene.tenant, op)
 
 
 def _open(session_id: str, on_exists: OnExists) -> Callable[[Scene], Awaitable[Act]]:
@@ -202,7 +202,7 @@ async def _close(scene: Scene) -> Act:
 
 
 async def _list_waiting(scene: Scene) -> Act:
-    return lambda: scene.replica.training.list_waiting(SessionKey(scene.tenant, "s"))
+    return lambda: scene.replica.waiting.list_waiting(SessionKey(scene.tenant, "s"))
 
 
 async def _import_model(scene: Scene) -> Act:

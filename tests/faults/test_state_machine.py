@@ -359,7 +359,7 @@ class Machine(RuleBasedStateMachine):
         dhs = draw(self.rng, chunk.xs.shape[1], size=HIDDEN)
         op = Backward(name, local.epoch, seq, chunk.token, dhs, return_dxs=True)
         key = (name, local.epoch, seq)
-        call = self.replica.training.backward
+        call = self.replica.backpropagation.backward
         if key in self.counted:  # counted before the store lost the session's last chunks
             if self.counted[key][0].token == chunk.token:
                 self.again(key)
@@ -402,12 +402,12 @@ class Machine(RuleBasedStateMachine):
             return
         # The store lost that chunk, and another one has its number now.
         reason = "HISTORY_FORKED" if chunk.is_train else "TAPE_MISSING"
-        self.expect(self.replica.training.backward(self.tenant, op), reason)
+        self.expect(self.replica.backpropagation.backward(self.tenant, op), reason)
 
     def again(self, key: tuple[str, int, int]) -> None:
         """Send a Backward again and compare."""
         op, made = self.counted[key]
-        done = self.answer(self.replica.training.backward(self.tenant, op))
+        done = self.answer(self.replica.backpropagation.backward(self.tenant, op))
         assert done.replayed
         assert np.array_equal(done.dxs, made.dxs)
         # Its tape may wait once more where the store has lost that it was counted.
@@ -421,13 +421,13 @@ class Machine(RuleBasedStateMachine):
         if local.state == "live" and local.chunks and not local.chunks[-1].is_train:
             dhs = draw(self.rng, local.chunks[-1].xs.shape[1], size=HIDDEN)
             op = Backward(name, local.epoch, local.seq, local.token, dhs)
-            self.expect(self.replica.training.backward(self.tenant, op), "TAPE_MISSING")
+            self.expect(self.replica.backpropagation.backward(self.tenant, op), "TAPE_MISSING")
 
     @rule()
     def update(self) -> None:
         """Make a step from all that waits."""
         op = step("m", f"r{len(self.updates)}", expected=self.head)
-        call = self.replica.training.update(self.tenant, op)
+        call = self.replica.updates.update(self.tenant, op)
         if not self.grads:
             self.expect(call, "NO_GRADIENTS")
             return
@@ -450,7 +450,7 @@ class Machine(RuleBasedStateMachine):
         if self.updates:
             self.fault("duplicate")
             op, first = self.updates[-1]
-            done = self.answer(self.replica.training.update(self.tenant, op))
+            done = self.answer(self.replica.updates.update(self.tenant, op))
             assert (done.version, done.replayed) == (first.version, True)
 
     # -- lives --------------------------------------------------------------------------------------

@@ -19,7 +19,8 @@ from service.domain.types import (
     UpdateResult,
     Version,
 )
-from service.rpc.server import Domain, RpcServer
+from service.domain.use_cases import UseCases
+from service.rpc.server import RpcServer
 from service.rpc.server_info import ServerInfo
 from service.settings import Limits
 from timernn.v1 import tensor_pb2
@@ -254,7 +255,7 @@ async def serve(domain: StandIn) -> AsyncIterator[Callable[..., Awaitable[Served
         info = ServerInfo("1.2.3", "replica", 1_700_000_000_123, limits or Limits(), "primary")
         stand_in: Any = domain
         server = RpcServer(
-            Domain(stand_in, stand_in, stand_in, stand_in),
+            UseCases(*6 * (stand_in,)),
             info,
             rules=rules,
             authenticator=authenticator,

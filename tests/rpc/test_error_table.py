@@ -537,7 +537,7 @@ async def bug(lab: Lab) -> None:
     def broken(*_arguments: Any) -> None:
         raise ZeroDivisionError('File "/usr/lib/secret" in redis')
 
-    lab.server._streams._recurrence.begin_forward = broken
+    lab.server._streams._use_cases.recurrence.begin_forward = broken
     await lab.forward(1, epoch=1)
 
 

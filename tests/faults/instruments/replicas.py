@@ -13,15 +13,17 @@ import pytest
 
 from rnn_engine import TimeRNN
 from service.compute.scheduler import Scheduler
+from service.domain.backward import Backpropagation
+from service.domain.contributions import Contributions
 from service.domain.errors import DomainError
 from service.domain.model_cache import ModelCache
 from service.domain.models import Models
 from service.domain.publisher import VersionPublisher
 from service.domain.recurrence import Recurrence
 from service.domain.session_cache import SessionCache
+from service.domain.session_tapes import SessionTapes
 from service.domain.sessions import Sessions
 from service.domain.tapes import TapeCache
-from service.domain.training import Training
 from service.domain.types import (
     Backward,
     Forward,
@@ -33,6 +35,8 @@ from service.domain.types import (
     SessionKey,
     Update,
 )
+from service.domain.updates import Updates
+from service.domain.waiting import WaitingWork
 from service.domain.weights import params_from_bytes
 from service.settings import MIB, Settings
 from service.store import keys
@@ -74,7 +78,9 @@ class Replica:
     recurrence: Recurrence
     sessions: Sessions
     models: Models
-    training: Training
+    backpropagation: Backpropagation
+    updates: Updates
+    waiting: WaitingWork
     limits: Limits
 
     async def close(self) -> None:
@@ -107,6 +113,11 @@ async def start_replica(
     observer.cache_added("tapes", tapes.counts)
     scheduler = Scheduler(1024, observer=observer)
     heads = VersionPublisher(store.models, catalog, scheduler, observer=observer)
+    contributions = Contributions(store.models, limits, observer=observer)
+    session_tapes = SessionTapes(
+        store.sessions, tapes, model_cache=catalog, contributions=contributions
+    )
+    updates = Updates(contributions, heads, model_cache=catalog, scheduler=scheduler)
     return Replica(
         store,
         catalog,
@@ -116,16 +127,16 @@ async def start_replica(
         Recurrence(store.sessions, catalog, live, tapes, scheduler, limits, observer=observer),
         Sessions(store.sessions, catalog, live, limits),
         Models(store.models, catalog, heads, scheduler, limits),
-        Training(
-            store.sessions,
-            store.models,
-            catalog,
-            tapes,
-            heads,
-            scheduler,
-            limits,
-            observer=observer,
+        Backpropagation(
+            session_tapes,
+            contributions,
+            updates,
+            model_cache=catalog,
+            scheduler=scheduler,
+            limits=limits,
         ),
+        updates,
+        WaitingWork(store.sessions, catalog, contributions),
         limits,
     )
 
@@ -177,7 +188,7 @@ class Client:
     async def backward(self, dhs: Array, chunk_seq: int = 0, **options: Any) -> BackwardResult:
         """Leave the contribution of a chunk."""
         op = self.gradient(dhs, chunk_seq, **options)
-        return await self.next_replica.training.backward(self.tenant, op)
+        return await self.next_replica.backpropagation.backward(self.tenant, op)
 
     async def update(
         self,
@@ -190,7 +201,7 @@ class Client:
         """Make a step from chunks of this session."""
         named = Selector(self.session_id, self.epoch, chunk_seqs or (self.chunk_seq,))
         op = step(model_id, request_id, named, expected=expected, clip_norm=clip_norm)
-        return await self.next_replica.training.update(self.tenant, op)
+        return await self.next_replica.updates.update(self.tenant, op)
 
 
 def step(

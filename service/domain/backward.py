@@ -1,0 +1,238 @@
+"""Backward: the gradients of a chunk from its tape, recorded once as a contribution.
+
+What only computes may run before the store has answered; what has an effect waits for the answer. So the
+gradients are computed from a cached tape while the store is asked whether that tape may still be used,
+and nothing is recorded before it has said so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+from rnn_engine import global_norm, rnn_backward
+from service.compute.scheduler import hash_work
+from service.domain.contributions import Recording
+from service.domain.digests import gradient_digest
+from service.domain.errors import DomainError, FailedPrecondition, NotFound
+from service.domain.finite import is_finite
+from service.domain.overlap import OverlappedStep
+from service.domain.ports import Contribution
+from service.domain.refusals import (
+    answer_too_large,
+    check_tensor,
+    recorded,
+    recorded_metadata,
+)
+from service.domain.types import BackwardResult, ModelKey, Selector, SessionKey
+from service.domain.weights import grads_to_blob
+
+if TYPE_CHECKING:
+    from rnn_engine import ChunkGradients, Params
+    from service.compute.scheduler import Scheduler
+    from service.domain.contributions import Contributions
+    from service.domain.model_cache import KnownModel, ModelCache
+    from service.domain.session_tapes import SessionTapes
+    from service.domain.tapes import StoredTape
+    from service.domain.types import Backward, Update, UpdateResult
+    from service.domain.updates import OptimizerStep, Updates
+    from service.settings import Limits
+
+_ANSWER_OVERHEAD = 2048  # bytes of an answer beside its tensors, at most
+
+
+@dataclass(frozen=True, slots=True)
+class _Computed:
+    """Gradients, and the digest of what they were computed from."""
+
+    gradients: ChunkGradients
+    digest: bytes
+
+
+class Backpropagation:
+    """The Backward operation."""
+
+    def __init__(
+        self,
+        tapes: SessionTapes,
+        contributions: Contributions,
+        updates: Updates,
+        *,
+        model_cache: ModelCache,
+        scheduler: Scheduler,
+        limits: Limits,
+    ) -> None:
+        """Keep the parts that a Backward passes through."""
+        self._tapes = tapes
+        self._contributions = contributions
+        self._updates = updates
+        self._model_cache = model_cache
+        self._scheduler = scheduler
+        self._limits = limits
+
+    async def backward(self, tenant: str, op: Backward) -> BackwardResult:
+        """Compute a chunk's gradients and record them once; then make a step, if one is asked for."""
+        cached = self._tapes.get_cached(op)
+        found, early = await asyncio.gather(
+            self._tapes.read(tenant, op, cached), self._compute_early(op, cached)
+        )
+        session, tape = found.session, found.tape
+        model = await self._model_cache.get_incarnation(
+            ModelKey(tenant, session.model_id), session.incarnation
+        )
+        self._check(op, tape, model)
+        if early is None or tape.incarnation != model.incarnation:
+            early = await self._compute(op, tape, await self._params_of(op, tape, model))
+        gradients = early.gradients
+        norm = _finite_norm(gradients)
+        contribution = Contribution(
+            model.incarnation,
+            self._contributions.name(SessionKey(tenant, op.session_id), op.epoch, op.chunk_seq),
+            early.digest,
+            grads_to_blob(gradients.grads),
+            found.expires_ms,
+        )
+        recording = Recording(model, contribution, gradients.grads, op.chunk_seq)
+        update = await self._record_and_update(tenant, op, recording)
+        return BackwardResult(
+            session_id=op.session_id,
+            epoch=op.epoch,
+            chunk_seq=op.chunk_seq,
+            dxs=gradients.dxs if op.return_dxs else None,
+            dh0=gradients.dh0,
+            grads=gradients.grads if op.return_gradients else None,
+            gradient_norm=norm,
+            version=tape.version,
+            replayed=recording.is_replayed,
+            update=update,
+        )
+
+    # --- gradients --------------------------------------------------------------------------------
+
+    async def _compute_early(self, op: Backward, cached: StoredTape | None) -> _Computed | None:
+        """Compute gradients from cached tape and weights; None if one is missing or does not fit."""
+        if cached is None or not _fits(op, cached):
+            return None
+        params = self._model_cache.cached_params(cached.incarnation, cached.version)
+        return None if params is None else await self._compute(op, cached, params)
+
+    async def _compute(self, op: Backward, tape: StoredTape, params: Params) -> _Computed:
+        gradients, digest = await asyncio.gather(
+            self._scheduler.run(_work(tape), _differentiate, params, tape, op),
+            self._scheduler.run(hash_work(op.dhs.nbytes), gradient_digest, op),
+        )
+        return _Computed(gradients, digest)
+
+    async def _params_of(self, op: Backward, tape: StoredTape, model: KnownModel) -> Params:
+        """Return the weights that the tape was made with."""
+        try:
+            _, params = await self._model_cache.params(model, tape.version)
+        except NotFound as error:
+            key = SessionKey(model.key.tenant, op.session_id)
+            name = self._contributions.name(key, op.epoch, op.chunk_seq)
+            state = await self._contributions.find(model.key, name)
+            text = f"{error.message}: the tape's version is not kept any more"
+            facts = recorded_metadata(op.chunk_seq, state)
+            raise FailedPrecondition(
+                error.reason, text, version=tape.version.number, **facts
+            ) from error
+        return params
+
+    def _check(self, op: Backward, tape: StoredTape, model: KnownModel) -> None:
+        """Refuse gradients that do not fit the tape, and a request whose answer would be too large."""
+        dtype, (n, t, d), (_, h) = model.spec.dtype, tape.xs.shape, tape.h0.shape
+        check_tensor("dhs", op.dhs, (n, t, h), dtype)
+        if op.dh_next is not None:
+            check_tensor("dh_next", op.dh_next, (n, h), dtype)
+        size = tape.h0.nbytes + _ANSWER_OVERHEAD
+        size += tape.xs.nbytes if op.return_dxs else 0
+        size += (d * h + h * h + h) * tape.h0.itemsize if op.return_gradients else 0
+        if size > self._limits.message_bytes:
+            raise answer_too_large(size, self._limits.message_bytes)
+
+    # --- recording, and the step after it ---------------------------------------------------------
+
+    async def _record_and_update(
+        self, tenant: str, op: Backward, recording: Recording
+    ) -> UpdateResult | None:
+        """Record the contribution; then make the step that the Backward asks for, if any."""
+        if op.update is None:
+            await self._record(tenant, op, recording)
+            return None
+        step = self._updates.step(tenant, _own_update(op, op.update, recording.model))
+        try:
+            if self._may_overlap(step, recording):
+                return await self._update_overlapped(op, step, recording)
+            await self._record(tenant, op, recording)
+            return await self._updates.publish(step)
+        except DomainError as error:
+            if recording.is_waiting:
+                raise recorded(error, op.chunk_seq) from error
+            raise
+
+    async def _record(self, tenant: str, op: Backward, recording: Recording) -> None:
+        await self._contributions.record(recording)
+        await self._tapes.consume(tenant, op)
+
+    def _may_overlap(self, step: OptimizerStep, recording: Recording) -> bool:
+        """Return whether recording may be part of the step.
+
+        The step must take this contribution alone. And no other step of the model may be running here:
+        the recording would wait for it.
+        """
+        model, name = recording.model.key, recording.contribution.name
+        is_own = step.request.model_key == model and step.selectors == [name]
+        return is_own and not self._updates.is_busy(model)
+
+    async def _update_overlapped(
+        self, op: Backward, step: OptimizerStep, recording: Recording
+    ) -> UpdateResult:
+        """Record and step at once; the tape is marked as consumed while the version is published."""
+        consume_tape = partial(self._tapes.consume, recording.model.key.tenant, op)
+        overlapped = OverlappedStep(step, recording, self._contributions, consume_tape=consume_tape)
+        try:
+            result = await self._updates.publish(overlapped)
+        finally:
+            await overlapped.wait_for_tape()
+        self._contributions.forget_gradient(recording)  # the step took it
+        return result
+
+
+def _own_update(op: Backward, update: Update, model: KnownModel) -> Update:
+    """Return the Update of a Backward, which stands for the Backward's model and chunk by default."""
+    own = (Selector(op.session_id, op.epoch, (op.chunk_seq,)),)
+    return replace(
+        update,
+        model_id=update.model_id or model.key.model_id,
+        selectors=update.selectors or own,
+    )
+
+
+def _finite_norm(gradients: ChunkGradients) -> float:
+    norm = global_norm(gradients.grads)
+    if not (math.isfinite(norm) and is_finite(gradients.dxs) and is_finite(gradients.dh0)):
+        text = "the gradients are not finite; nothing was counted"
+        raise FailedPrecondition("NON_FINITE_RESULT", text)
+    return norm
+
+
+def _fits(op: Backward, tape: StoredTape) -> bool:
+    """Return whether the gradients that came have the shape and type of the tape."""
+    (n, t, _), (_, h), dtype = tape.xs.shape, tape.h0.shape, tape.xs.dtype
+    fits = op.dhs.shape == (n, t, h) and op.dhs.dtype == dtype
+    arriving = op.dh_next
+    return fits and (arriving is None or (arriving.shape == (n, h) and arriving.dtype == dtype))
+
+
+def _differentiate(params: Params, tape: StoredTape, op: Backward) -> ChunkGradients:
+    return rnn_backward(params, tape.complete(params), op.dhs, op.dh_next)
+
+
+def _work(tape: StoredTape) -> int:
+    """Return the multiply-adds of a Backward: twice those of its Forward."""
+    n, t, d = tape.xs.shape
+    h = tape.h0.shape[1]
+    return int(2 * n * t * h * (d + h))

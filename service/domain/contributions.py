@@ -1,0 +1,249 @@
+"""Contributions: the gradients of chunks that wait in their model's slot until an Update takes them.
+
+A contribution is named by session, epoch and chunk, and recorded once: whoever sends its gradient again
+finds it recorded. Names sort by session, epoch and chunk, and gradients are summed in the order of their
+names, so that the same contributions give the same weights bit for bit on whichever replica.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from service.domain.errors import AlreadyExists, ResourceExhausted
+from service.domain.lru import LruCache
+from service.domain.ports import RecordOutcome
+from service.domain.refusals import model_not_found, tape_missing
+from service.domain.types import Selector, SessionKey
+from service.domain.weights import grads_from_bytes, spec_bytes, spec_from_bytes
+from service.telemetry import NULL_OBSERVER
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rnn_engine import Grads
+    from service.domain.model_cache import KnownModel
+    from service.domain.ports import (
+        Contribution,
+        ContributionState,
+        ModelStore,
+        UpdateInputs,
+    )
+    from service.domain.publisher import StepRequest
+    from service.domain.types import ModelKey, WaitingTape
+    from service.settings import Limits
+    from service.telemetry import Observer
+
+NAME_BYTES = 32  # of a full name; a prefix, which selects many, is shorter
+
+
+@dataclass(slots=True)
+class Recording:
+    """A contribution on its way into the model's slot, and what came of it.
+
+    Attributes:
+        model: The model that the gradient is of.
+        contribution: What is recorded.
+        grads: The same gradient as arrays.
+        chunk_seq: The chunk that it was computed for.
+        outcome: None until the store has decided, or if it refused.
+    """
+
+    model: KnownModel
+    contribution: Contribution
+    grads: Grads
+    chunk_seq: int
+    outcome: RecordOutcome | None = None
+
+    @property
+    def is_replayed(self) -> bool:
+        """Whether it had been recorded before."""
+        return self.outcome in (RecordOutcome.REPLAYED, RecordOutcome.CONSUMED)
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether it waits for an Update."""
+        return self.outcome in (RecordOutcome.COUNTED, RecordOutcome.REPLAYED)
+
+
+class Contributions:
+    """Records contributions and reads those that wait; caches the gradients recorded last."""
+
+    def __init__(
+        self, store: ModelStore, limits: Limits, *, observer: Observer = NULL_OBSERVER
+    ) -> None:
+        """Start with an empty cache."""
+        self._observer = observer
+        self._store = store
+        self._limits = limits
+        self._grads: LruCache[tuple[bytes, bytes], Grads] = LruCache(
+            limits.contribution_bytes_per_model // 4, _grads_bytes
+        )
+        observer.cache_added("gradients", self._grads.counts)
+
+    # --- names ------------------------------------------------------------------------------------
+
+    def name(self, key: SessionKey, epoch: int, chunk_seq: int) -> bytes:
+        """Return the name of a chunk's contribution."""
+        return self._store.contribution_name(key, epoch, chunk_seq)
+
+    def names(self, tenant: str, selectors: Sequence[Selector]) -> list[bytes]:
+        """Return the names and prefixes that selectors stand for; without any, the prefix of all."""
+        names: list[bytes] = []
+        for one in selectors:
+            key = SessionKey(tenant, one.session_id)
+            if one.chunk_seqs:
+                names += [self.name(key, one.epoch, chunk_seq) for chunk_seq in one.chunk_seqs]
+            else:
+                names.append(self._store.contribution_prefix(key, one.epoch))
+        return names or [b""]
+
+    # --- recording --------------------------------------------------------------------------------
+
+    async def record(self, recording: Recording) -> None:
+        """Record a contribution once.
+
+        Raises:
+            DomainError: SEQ_REUSED, MODEL_NOT_FOUND, TAPE_MISSING, TAPE_QUOTA.
+        """
+        key = recording.model.key
+        outcome = await self._store.record_contribution(key, recording.contribution)
+        self._settle(recording, outcome)
+
+    async def record_and_read(
+        self, recording: Recording, request: StepRequest, selectors: Sequence[bytes]
+    ) -> UpdateInputs | Exception | None:
+        """Record a contribution once and, in the same round trip, read the inputs of a step.
+
+        Returns:
+            The inputs, or what went wrong with reading them; they may have been read before the
+            contribution was recorded, if one of the two scripts had to be sent again.
+
+        Raises:
+            DomainError: As `record`.
+        """
+        outcome, inputs = await self._store.record_and_read(
+            request.model_key, recording.contribution, request.name, selectors
+        )
+        self._settle(recording, outcome)
+        return inputs
+
+    def forget_gradient(self, recording: Recording) -> None:
+        """Drop a gradient from the cache that no step can need any more."""
+        contribution = recording.contribution
+        self._grads.drop((contribution.incarnation, contribution.entry))
+
+    def _settle(self, recording: Recording, outcome: RecordOutcome) -> None:
+        """Note what came of a recording, or refuse it."""
+        self._refuse(recording, outcome)
+        recording.outcome = outcome
+        contribution = recording.contribution
+        if not recording.is_replayed:
+            self._observer.contribution_recorded(gradient_bytes=contribution.gradient.nbytes)
+        self._grads.put((contribution.incarnation, contribution.entry), recording.grads)
+
+    def _refuse(self, recording: Recording, outcome: RecordOutcome) -> None:
+        chunk_seq = recording.chunk_seq
+        if outcome is RecordOutcome.REUSED:
+            text = (
+                f"a gradient of chunk {chunk_seq} was counted with different content: "
+                "another writer uses this session, or other data was sent for the same chunk"
+            )
+            raise AlreadyExists("SEQ_REUSED", text, chunk_seq=chunk_seq)
+        if outcome is RecordOutcome.GONE:
+            raise model_not_found(recording.model.key.model_id)
+        if outcome is RecordOutcome.EXPIRED:
+            raise tape_missing(chunk_seq, None)
+        if outcome is RecordOutcome.QUOTA:
+            limits = self._limits
+            text = (
+                f"the contributions that wait for an Update have reached {limits.contributions_per_model} "
+                f"or {limits.contribution_bytes_per_model} bytes; send Update or DiscardGradients"
+            )
+            raise ResourceExhausted("TAPE_QUOTA", text, quota="contributions_per_model")
+        if outcome is RecordOutcome.FULL:
+            text = (
+                "too many contributions were counted lately to remember one more; try again later"
+            )
+            raise ResourceExhausted(
+                "TAPE_QUOTA", text, retry_after_s=30.0, quota="remembered_contributions_per_model"
+            )
+
+    # --- reading ----------------------------------------------------------------------------------
+
+    async def find(self, model: ModelKey, name: bytes) -> ContributionState | None:
+        """Return what has become of a contribution; None if it was never recorded."""
+        return await self._store.find_contribution(model, name)
+
+    async def read_inputs(
+        self, request: StepRequest, selectors: Sequence[bytes]
+    ) -> UpdateInputs | None:
+        """Read what a step starts from, with the waiting contributions that the selectors choose."""
+        return await self._store.read_update_inputs(request.model_key, request.name, selectors)
+
+    async def read_gradients(
+        self, model: KnownModel, entries: Sequence[bytes]
+    ) -> dict[bytes, Grads] | None:
+        """Return the gradients of contributions, in their order; None if one does not wait any more.
+
+        Args:
+            model: Their model.
+            entries: Name and digest of each.
+        """
+        cached = {one: self._grads.get((model.incarnation, one)) for one in entries}
+        missing = [one for one, grads in cached.items() if grads is None]
+        if missing:
+            found = await self._store.read_gradients(model.key, missing, spec_bytes(model.spec))
+            if found is None:
+                return None
+            for one, data in zip(missing, found, strict=True):
+                cached[one] = grads_from_bytes(model.spec, data)
+        return {one: grads for one, grads in cached.items() if grads is not None}
+
+    # --- what waits -------------------------------------------------------------------------------
+
+    async def list_of_session(
+        self, model: ModelKey, key: SessionKey, incarnation: bytes
+    ) -> list[Selector]:
+        """Return which contributions of a session wait, by epoch.
+
+        Raises:
+            DomainError: MODEL_NOT_FOUND, also if the model is of another incarnation;
+                UNSUPPORTED_LAYOUT.
+        """
+        prefix = self._store.contribution_prefix(key, 0)
+        inputs = await self._store.read_update_inputs(model, b"", [prefix])
+        if inputs is not None:
+            spec_from_bytes(inputs.spec)  # an unknown layout also governs the contributions
+        if inputs is None or inputs.incarnation != incarnation:
+            raise model_not_found(model.model_id)
+        by_epoch: dict[int, list[int]] = {}
+        for entry in inputs.waiting:
+            epoch, chunk_seq = self._store.contribution_place(entry[:NAME_BYTES])
+            by_epoch.setdefault(epoch, []).append(chunk_seq)
+        return [Selector(key.session_id, epoch, tuple(seqs)) for epoch, seqs in by_epoch.items()]
+
+    async def without_recorded(
+        self, model: ModelKey, key: SessionKey, tapes: Sequence[WaitingTape]
+    ) -> list[WaitingTape]:
+        """Return those of the tapes of a session whose contribution was never recorded."""
+        names = [self.name(key, tape.epoch, tape.chunk_seq) for tape in tapes]
+        states = await asyncio.gather(*(self.find(model, name) for name in names))
+        return [tape for tape, state in zip(tapes, states, strict=True) if state is None]
+
+    async def discard(self, model: KnownModel, selectors: Sequence[Selector]) -> int:
+        """Drop waiting contributions and return how many there were.
+
+        Raises:
+            NotFound: MODEL_NOT_FOUND.
+        """
+        names = self.names(model.key.tenant, selectors)
+        dropped = await self._store.discard_contributions(model.key, model.incarnation, names)
+        if dropped is None:
+            raise model_not_found(model.key.model_id)
+        return dropped
+
+
+def _grads_bytes(grads: Grads) -> int:
+    return sum(array.nbytes for array in grads.arrays) + 512

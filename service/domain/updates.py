@@ -1,0 +1,211 @@
+"""Updates: optimizer steps from the contributions that wait.
+
+A step reads the head and the waiting contributions in one atomic read, and is a function of them: the
+same inputs give the same version, bit for bit, whoever computes it and however often.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from rnn_engine import apply_update, clip_by_global_norm, scale_grads, sum_grads
+from service.compute.scheduler import hash_work
+from service.domain.contributions import NAME_BYTES
+from service.domain.digests import request_name, update_digest
+from service.domain.errors import DomainError, FailedPrecondition, UnsupportedLayout
+from service.domain.publisher import CandidateVersion, StepRequest
+from service.domain.refusals import UNCHANGED
+from service.domain.types import ModelKey, Reduction, UpdateResult
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rnn_engine import Grads, Moments, Params
+    from rnn_engine.optimizers import Optimizer
+    from service.compute.scheduler import Scheduler
+    from service.domain.contributions import Contributions, Recording
+    from service.domain.model_cache import KnownModel, ModelCache
+    from service.domain.ports import UpdateInputs
+    from service.domain.publisher import VersionPublisher, VersionStep
+    from service.domain.types import Update, Version
+
+
+class Updates:
+    """The Update operation."""
+
+    def __init__(
+        self,
+        contributions: Contributions,
+        publisher: VersionPublisher,
+        *,
+        model_cache: ModelCache,
+        scheduler: Scheduler,
+    ) -> None:
+        """Keep the parts that a step uses."""
+        self._contributions = contributions
+        self._publisher = publisher
+        self._model_cache = model_cache
+        self._scheduler = scheduler
+
+    async def update(self, tenant: str, op: Update) -> UpdateResult:
+        """Make one optimizer step from waiting contributions."""
+        return await self.publish(self.step(tenant, op))
+
+    def step(self, tenant: str, op: Update) -> OptimizerStep:
+        """Return the step that an Update asks for."""
+        request = StepRequest(
+            ModelKey(tenant, op.model_id),
+            request_name(op.request_id),
+            update_digest(op),
+            op.expected,
+        )
+        return OptimizerStep(
+            request=request,
+            op=op,
+            selectors=self._contributions.names(tenant, op.selectors),
+            contributions=self._contributions,
+            model_cache=self._model_cache,
+            scheduler=self._scheduler,
+        )
+
+    def is_busy(self, model: ModelKey) -> bool:
+        """Return whether a step of the model is running in this process."""
+        return self._publisher.is_busy(model)
+
+    async def publish(self, step: VersionStep) -> UpdateResult:
+        """Publish what a step makes, or return the answer of an earlier try."""
+        answer = await self._publisher.publish(step)
+        return UpdateResult(
+            step.request.model_key.model_id,
+            answer.version,
+            answer.gradient_norm,
+            answer.clipped,
+            answer.contribution_count,
+            answer.replayed,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class EarlyStep:
+    """A step that was computed before its inputs were read; valid only if they are these.
+
+    Attributes:
+        head: The version that it starts from.
+        waiting: Name and digest of the contributions that it takes.
+        candidate: What it makes.
+    """
+
+    head: Version
+    waiting: tuple[bytes, ...]
+    candidate: CandidateVersion
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerStep:
+    """A step of a model's optimizer from waiting contributions; a `VersionStep`.
+
+    Attributes:
+        request: What was asked for.
+        op: How the contributions are joined, and the learning rate.
+        selectors: The names and prefixes of the contributions to take.
+        contributions: Where they wait.
+        model_cache: Gives weights and moments of the head.
+        scheduler: Runs the arithmetic.
+    """
+
+    request: StepRequest
+    op: Update
+    selectors: Sequence[bytes]
+    contributions: Contributions
+    model_cache: ModelCache
+    scheduler: Scheduler
+
+    async def read_inputs(self) -> UpdateInputs | None:
+        """Read the head, the remembered request and the contributions that wait."""
+        return await self.contributions.read_inputs(self.request, self.selectors)
+
+    async def make_step(self, model: KnownModel, inputs: UpdateInputs) -> CandidateVersion | None:
+        """Apply the optimizer to the head and the sum of the gradients.
+
+        Raises:
+            FailedPrecondition: NO_GRADIENTS; NON_FINITE_RESULT.
+        """
+        _check_all_wait(self.selectors, inputs)
+        waiting = await self.contributions.read_gradients(model, inputs.waiting)
+        if waiting is None:
+            return None
+        try:
+            _, params = await self.model_cache.params(model, inputs.head)
+        except UnsupportedLayout:
+            raise
+        except DomainError:  # the head was superseded, and its weights dropped
+            return None
+        moments = await self.model_cache.kept_moments(model, inputs.head, params)
+        if moments is None:  # only a superseded version has none
+            return None
+        return await self._compute(_Start(model.spec.optimizer, params, moments), waiting)
+
+    async def make_early(self, recording: Recording) -> EarlyStep | None:
+        """Compute the step from one contribution and the cached head, before any inputs are read.
+
+        Returns:
+            None if the head is not cached, or if the step fails: then `make_step` will say why.
+        """
+        model, entry = recording.model, recording.contribution.entry
+        params = self.model_cache.cached_params(model.incarnation, model.head)
+        moments = self.model_cache.cached_moments(model)
+        if params is None or moments is None:
+            return None
+        start = _Start(model.spec.optimizer, params, moments)
+        with suppress(DomainError):
+            candidate = await self._compute(start, {entry: recording.grads})
+            # Cached with the candidate, for the publisher.
+            await self.scheduler.run(hash_work(params.Wh.nbytes), lambda: candidate.stored)
+            return EarlyStep(model.head, (entry,), candidate)
+        return None
+
+    async def _compute(self, start: _Start, waiting: dict[bytes, Grads]) -> CandidateVersion:
+        work = 4 * len(waiting) * start.params.Wh.size
+        return await self.scheduler.run(work, _apply_optimizer, self.op, start, waiting)
+
+
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """What an optimizer starts from."""
+
+    optimizer: Optimizer
+    params: Params
+    moments: Moments
+
+
+def _apply_optimizer(op: Update, start: _Start, waiting: dict[bytes, Grads]) -> CandidateVersion:
+    joined = sum_grads(list(waiting.values()))
+    if op.reduction is Reduction.MEAN:
+        joined = scale_grads(joined, 1.0 / len(waiting))
+    joined, norm, clipped = clip_by_global_norm(joined, op.clip_norm)
+    if not math.isfinite(norm):  # clipping would turn it into a step of zero or of NaN
+        text = (
+            f"the sum of the {len(waiting)} contributions is not finite; {UNCHANGED} and they "
+            "still wait: take fewer of them, or discard them"
+        )
+        raise FailedPrecondition("NON_FINITE_RESULT", text, contributions=len(waiting))
+    optimizer = start.optimizer
+    if op.learning_rate is not None:
+        optimizer = replace(optimizer, lr=op.learning_rate)
+    params, moments = apply_update(optimizer, start.params, joined, start.moments)
+    names = tuple(entry[:NAME_BYTES] for entry in waiting)
+    return CandidateVersion(params, moments, names, norm, clipped)
+
+
+def _check_all_wait(selectors: Sequence[bytes], inputs: UpdateInputs) -> None:
+    """Raise NO_GRADIENTS unless something waits, and each contribution that was named in full."""
+    waiting = {entry[:NAME_BYTES] for entry in inputs.waiting}
+    names = [selector for selector in selectors if len(selector) == NAME_BYTES]
+    found = sum(name in waiting for name in names) if names else len(waiting)
+    expected = len(names) or 1
+    if not waiting or found < expected:
+        text = f"expected {'' if names else 'at least '}{expected} waiting contributions, found {found}"
+        raise FailedPrecondition("NO_GRADIENTS", text, found=found, expected=expected)
