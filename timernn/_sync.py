@@ -1,4 +1,4 @@
-"""The blocking face: each method drives one of the core's generators over a plain gRPC channel."""
+"""The blocking frontend: each method drives one of the core's generators over a plain gRPC channel."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ from timernn._core.convert import copy_of_caller
 from timernn._core.effects import (
     END,
     NOT_YET,
-    Call,
     Download,
     OpenStream,
     Pull,
     Read,
+    RpcCall,
     Sleep,
     Upload,
     Write,
 )
-from timernn._core.faces import drives, shortened
+from timernn._core.frontends import drives, shortened
+from timernn._core.models import ModelsCore
 from timernn._core.options import Options
 from timernn._core.retry import RetryPolicy
 from timernn._core.session import SessionCore
@@ -92,9 +93,9 @@ def connect(
         timeout: Seconds for one call with all its attempts; then the last error is raised.
         connect_timeout: The same until something has answered for the first time.
         retry: How failed calls are tried again.
-        log_limit: Answered operations kept a session, to heal a store that lost them.
-        log_bytes: Bytes of them, a session; the training sessions of one model share it.
-        log_total_bytes: Bytes of all logs together; those written longest ago give way.
+        log_limit: Answered operations kept for each session, to heal a store that lost them.
+        log_bytes: Bytes of them for each session; the training sessions of one model share it.
+        log_total_bytes: Bytes of them for all sessions; those written longest ago give way.
         max_message_bytes: Largest message either way; the server's own limit counts too.
         proxy: "http://HOST:PORT" of an HTTP proxy to connect through, or "environment" to use what
             http_proxy, https_proxy and no_proxy say; None connects directly. A loopback address and
@@ -288,7 +289,7 @@ def _read(link: Link, effect: Read) -> Any:
 
 def _call(link: Link, effect: Effect) -> Any:
     match effect:
-        case Call(rpc, request, _, timeout_s):
+        case RpcCall(rpc, request, _, timeout_s):
             answer = link.method("unary_unary", rpc)(rpc.serialize(request), timeout=timeout_s)
             answered: Any = rpc.read(answer)
         case Download(rpc, request, _, timeout_s):
@@ -317,6 +318,18 @@ def _of_client(
     return method
 
 
+def _of_models(
+    op: Callable[Concatenate[ModelsCore, P], Op[R]],
+) -> Callable[Concatenate[Client, P], R]:
+    """Make a blocking method of a generator about models."""
+
+    @drives(op, "Client")
+    def method(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        return self._transport.run(op(self._core.models, *args, **kwargs))
+
+    return method
+
+
 def _of_session(
     op: Callable[Concatenate[SessionCore, P], Op[R]],
 ) -> Callable[Concatenate[Session, P], R]:
@@ -338,17 +351,17 @@ class Client:
         self._transport = _Transport(addresses, options)
         self._frame_lock = threading.RLock()
 
-    create_model = _of_client(ClientCore.create_model)
-    get_model = _of_client(ClientCore.get_model)
-    delete_model = _of_client(ClientCore.delete_model)
-    get_weights = _of_client(ClientCore.get_weights)
-    put_weights = _of_client(ClientCore.put_weights)
-    export_weights = _of_client(ClientCore.export_weights)
-    import_weights = _of_client(ClientCore.import_weights)
-    create_checkpoint = _of_client(ClientCore.create_checkpoint)
-    list_checkpoints = _of_client(ClientCore.list_checkpoints)
-    restore_checkpoint = _of_client(ClientCore.restore_checkpoint)
-    delete_checkpoint = _of_client(ClientCore.delete_checkpoint)
+    create_model = _of_models(ModelsCore.create_model)
+    get_model = _of_models(ModelsCore.get_model)
+    delete_model = _of_models(ModelsCore.delete_model)
+    get_weights = _of_models(ModelsCore.get_weights)
+    put_weights = _of_models(ModelsCore.put_weights)
+    export_weights = _of_models(ModelsCore.export_weights)
+    import_weights = _of_models(ModelsCore.import_weights)
+    create_checkpoint = _of_models(ModelsCore.create_checkpoint)
+    list_checkpoints = _of_models(ModelsCore.list_checkpoints)
+    restore_checkpoint = _of_models(ModelsCore.restore_checkpoint)
+    delete_checkpoint = _of_models(ModelsCore.delete_checkpoint)
     get_session = _of_client(ClientCore.get_session)
     close_session = _of_client(ClientCore.close_session)
     discard_gradients = _of_client(ClientCore.discard_gradients)
@@ -368,7 +381,7 @@ class Client:
         on_exists: OnExists = "resume",
         must_exist: bool = False,
     ) -> Session:
-        """Open a session, or go on with a live one; `resumed` tells which it was.
+        """Open a session, or go on with a live one; `resumed` says which it was.
 
         Args:
             model_id: The model to run.
@@ -478,7 +491,7 @@ class Client:
         """Go through all models by name, a page at a time."""
         token = ""
         while True:
-            models, token = self._transport.run(self._core.models_page(page_size, token))
+            models, token = self._transport.run(self._core.models.models_page(page_size, token))
             yield from models
             if not token:
                 return
@@ -507,7 +520,7 @@ class Client:
         self._transport.close(self._core.frames)
 
     def __repr__(self) -> str:
-        return f"<timernn.Client {', '.join(self._core.caller.addresses)}>"
+        return f"<timernn.Client {', '.join(self._core.context.caller.addresses)}>"
 
     def __enter__(self) -> Self:
         return self
@@ -590,8 +603,7 @@ class Session(SessionView):
             train: Leave a tape for `backward` with each chunk, as many as the server keeps.
         """
         source = _source(chunks, in_flight)
-        client = self._client._core  # noqa: SLF001
-        core = StreamCore(client, self._core, source, in_flight, return_hs, train=train)
+        core = StreamCore(self._core, source, in_flight=in_flight, return_hs=return_hs, train=train)
         try:
             with self._lock:
                 self._transport.run(core.open())

@@ -1,4 +1,4 @@
-"""The asyncio face: the same names as `timernn`, to be awaited.
+"""The asyncio frontend: the same names as `timernn`, to be awaited.
 
 async with timernn.aio.connect("localhost:50051") as client:
     async with client.session("weather", session_id="device-7") as session:
@@ -28,16 +28,17 @@ from timernn._core.client import ClientCore
 from timernn._core.effects import (
     END,
     NOT_YET,
-    Call,
     Download,
     OpenStream,
     Pull,
     Read,
+    RpcCall,
     Sleep,
     Upload,
     Write,
 )
-from timernn._core.faces import drives, shortened
+from timernn._core.frontends import drives, shortened
+from timernn._core.models import ModelsCore
 from timernn._core.options import Options
 from timernn._core.retry import RetryPolicy
 from timernn._core.session import SessionCore
@@ -116,7 +117,7 @@ class _Stream:
     async def write(self, message: Any) -> None:
         if not self._has_begun:
             await self._wait_until_begun()
-        # It has ended: the read that follows tells why.
+        # It has ended: the read that follows says why.
         with contextlib.suppress(asyncio.InvalidStateError):
             await self._call.write(self.rpc.serialize(message))
 
@@ -217,7 +218,7 @@ class _Transport:
 async def _over(link: Link, effect: Effect) -> Any:
     """Carry out an effect over a channel."""
     match effect:
-        case Call(rpc, request, _, timeout_s):
+        case RpcCall(rpc, request, _, timeout_s):
             call = link.method("unary_unary", rpc)(rpc.serialize(request), timeout=timeout_s)
             answered: Any = rpc.read(await call)
         case Write(stream, message):
@@ -251,6 +252,18 @@ def _of_client(
     return method
 
 
+def _of_models(
+    op: Callable[Concatenate[ModelsCore, P], Op[R]],
+) -> Callable[Concatenate[Client, P], Coroutine[Any, Any, R]]:
+    """Make a coroutine method of a generator about models."""
+
+    @drives(op, "Client")
+    async def method(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        return await self._transport.run(op(self._core.models, *args, **kwargs))
+
+    return method
+
+
 def _of_session(
     op: Callable[Concatenate[SessionCore, P], Op[R]],
 ) -> Callable[Concatenate[Session, P], Coroutine[Any, Any, R]]:
@@ -272,17 +285,17 @@ class Client:
         self._transport = _Transport(addresses, options)
         self._frame_lock = asyncio.Lock()
 
-    create_model = _of_client(ClientCore.create_model)
-    get_model = _of_client(ClientCore.get_model)
-    delete_model = _of_client(ClientCore.delete_model)
-    get_weights = _of_client(ClientCore.get_weights)
-    put_weights = _of_client(ClientCore.put_weights)
-    export_weights = _of_client(ClientCore.export_weights)
-    import_weights = _of_client(ClientCore.import_weights)
-    create_checkpoint = _of_client(ClientCore.create_checkpoint)
-    list_checkpoints = _of_client(ClientCore.list_checkpoints)
-    restore_checkpoint = _of_client(ClientCore.restore_checkpoint)
-    delete_checkpoint = _of_client(ClientCore.delete_checkpoint)
+    create_model = _of_models(ModelsCore.create_model)
+    get_model = _of_models(ModelsCore.get_model)
+    delete_model = _of_models(ModelsCore.delete_model)
+    get_weights = _of_models(ModelsCore.get_weights)
+    put_weights = _of_models(ModelsCore.put_weights)
+    export_weights = _of_models(ModelsCore.export_weights)
+    import_weights = _of_models(ModelsCore.import_weights)
+    create_checkpoint = _of_models(ModelsCore.create_checkpoint)
+    list_checkpoints = _of_models(ModelsCore.list_checkpoints)
+    restore_checkpoint = _of_models(ModelsCore.restore_checkpoint)
+    delete_checkpoint = _of_models(ModelsCore.delete_checkpoint)
     get_session = _of_client(ClientCore.get_session)
     close_session = _of_client(ClientCore.close_session)
     discard_gradients = _of_client(ClientCore.discard_gradients)
@@ -302,7 +315,7 @@ class Client:
         on_exists: OnExists = "resume",
         must_exist: bool = False,
     ) -> Session:
-        """Open a session, or go on with a live one; `resumed` tells which it was.
+        """Open a session, or go on with a live one; `resumed` says which it was.
 
         Args:
             model_id: The model to run.
@@ -416,7 +429,9 @@ class Client:
         """Go through all models by name, a page at a time."""
         token = ""
         while True:
-            models, token = await self._transport.run(self._core.models_page(page_size, token))
+            models, token = await self._transport.run(
+                self._core.models.models_page(page_size, token)
+            )
             for model in models:
                 yield model
             if not token:
@@ -447,7 +462,7 @@ class Client:
         await self._transport.close(self._core.frames)
 
     def __repr__(self) -> str:
-        return f"<timernn.aio.Client {', '.join(self._core.caller.addresses)}>"
+        return f"<timernn.aio.Client {', '.join(self._core.context.caller.addresses)}>"
 
     async def __aenter__(self) -> Self:
         return self
@@ -534,12 +549,11 @@ class Session(SessionView):
             train: Leave a tape for `backward` with each chunk, as many as the server keeps.
         """
         source = _AsyncSource(chunks) if isinstance(chunks, AsyncIterable) else _Source(chunks)
-        client = self._client._core  # noqa: SLF001
-        core = StreamCore(client, self._core, source, in_flight, return_hs, train=train)
+        core = StreamCore(self._core, source, in_flight=in_flight, return_hs=return_hs, train=train)
         return _Answers(self._transport, self._lock, core, source)
 
     def __getattr__(self, name: str) -> Any:
-        """Tell what was forgotten, where `_core` is not there yet."""
+        """Name what was forgotten, where `_core` is not there yet."""
         if name != "_core":
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         raise errors.SessionNotOpen(
@@ -554,7 +568,7 @@ class Session(SessionView):
         if self._opening is not None:
             opening, self._opening = self._opening, None
             self._core = await self._transport.run(opening)
-        self._core  # noqa: B018  # tells of an opening that has failed before
+        self._core  # noqa: B018  # raises after an opening that failed
         return self
 
     def __await__(self) -> Generator[Any, None, Session]:

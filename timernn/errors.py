@@ -16,7 +16,7 @@ Error:
     ├── FailedPrecondition
     │   ├── TapeMissing, WeightsForked, NoGradients, ReplayWindowPassed, NonFiniteResult
     │   ├── SessionMismatch, UnsupportedLayout
-    │   ├── HistoryLost      (the client's own: its log does not reach back to what was lost)
+    │   ├── HistoryLost      (the client's own: its journal does not reach back to what was lost)
     │   ├── OutcomeLost      (the client's own: too late to find out whether a step was made)
     │   ├── SessionBusy      (the client's own: a stream is using the session)
     │   ├── SessionNotOpen   (the client's own, with asyncio: nobody has awaited its opening)
@@ -371,7 +371,7 @@ class UnsupportedLayout(FailedPrecondition):
 
 
 class HistoryLost(FailedPrecondition):
-    """The store lost writes from before this client's log begins; the log cannot heal them."""
+    """The store lost writes from before this client's journal begins, which cannot heal them."""
 
     REASON = "HISTORY_LOST"
 

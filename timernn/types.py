@@ -124,7 +124,7 @@ class Waiting:
         epoch: The chunk's epoch.
         chunk_seq: The chunk's number.
         kind: "tape": its forward was applied, and its backward is to come; "contribution": its
-            backward was counted, and its update is to come.
+            backward was recorded, and its update is to come.
         token: Of a tape, 16 bytes that stand for the session's history up to this chunk.
     """
 
@@ -237,7 +237,7 @@ class CheckpointInfo:
 
 @dataclass(frozen=True, slots=True)
 class ServerInfo:
-    """What a server tells of itself.
+    """A server's description of itself.
 
     Attributes:
         server_version: Version of the server.

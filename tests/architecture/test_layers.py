@@ -40,6 +40,16 @@ VIOLATIONS = [
         "service.domain.types -> service.store.keys",
     ),
     Violation("service/store/keys.py", "import service.rpc", "service.store.keys -> service.rpc"),
+    Violation(
+        "timernn/_core/session_state.py",
+        "import timernn._core.intents",
+        "timernn._core.session_state -> timernn._core.intents",
+    ),
+    Violation(
+        "timernn/_core/doubts.py",
+        "import timernn._core.client",
+        "timernn._core.doubts -> timernn._core.client",
+    ),
     # Not forbidden itself, but it leads to what is.
     Violation(
         "service/domain/errors.py",

@@ -198,7 +198,7 @@ async def test_a_chunk_has_its_whole_patience_after_a_pause_of_the_source(
     client: timernn.aio.Client, stand_in: Any, refusal: Any
 ) -> None:
     """However long the source pauses, a stream that broke meanwhile is opened again."""
-    caller, ahead_s = client._core.caller, 0.0
+    caller, ahead_s = client._core.context.caller, 0.0
     caller.clock = lambda: time.monotonic() + ahead_s
 
     async def source() -> AsyncIterator[Any]:

@@ -53,7 +53,7 @@ async def test_so_it_is_with_asyncio(
     live: timernn.Client, model_id: str, weights: dict[str, Any]
 ) -> None:
     """The other face sends the same."""
-    addresses = await asyncio.to_thread(lambda: live._core.caller.addresses)
+    addresses = await asyncio.to_thread(lambda: live._core.context.caller.addresses)
     async with timernn.aio.connect(addresses) as client:
         await client.create_model(model_id, input_size=D, hidden_size=H, **weights)
         check(await client.get_weights(model_id), weights)
@@ -69,7 +69,7 @@ def test_a_model_is_not_there_before_all_of_it_has_come(
     spec = pb.ModelSpec(model_id=model_id, input_size=3, hidden_size=5)
     header = pb.ImportModelHeader(spec=spec, request_id="r", total_bytes=len(file))
     sent: queue.Queue[pb.ImportModelRequest | None] = queue.Queue()
-    with grpc.insecure_channel(live._core.caller.addresses[0]) as channel:
+    with grpc.insecure_channel(live._core.context.caller.addresses[0]) as channel:
         stub = ModelServiceStub(channel)
         sent.put(pb.ImportModelRequest(header=header))
         sent.put(pb.ImportModelRequest(data=file[:100]))
@@ -106,7 +106,7 @@ def test_an_upload_that_breaks_off_leaves_nothing(live: timernn.Client, model_id
     file = weights_to_file(*arrays)
     spec = pb.ModelSpec(model_id=model_id, input_size=3, hidden_size=5)
     header = pb.ImportModelHeader(spec=spec, request_id="r", total_bytes=len(file))
-    address = live._core.caller.addresses[0]
+    address = live._core.context.caller.addresses[0]
     with (
         grpc.insecure_channel(address) as channel,
         pytest.raises(grpc.RpcError, match="total_bytes"),

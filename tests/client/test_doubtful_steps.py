@@ -27,7 +27,7 @@ def trainer(client: timernn.Client) -> timernn.Session:
 
 def sleep(session: timernn.Session, seconds: float) -> None:
     """Let the clock of a session's client run on."""
-    ages = session._core.client.ages
+    ages = session._core.context.ages
     now = ages.read
     ages.read = lambda: tuple(each + seconds for each in now())
 
@@ -101,7 +101,7 @@ def test_a_sleep_between_two_attempts_of_one_call_is_noticed(
     trainer.backward(DHS)
     stand_in.fail_next("Update", refusal(CODE.UNAVAILABLE, "UNKNOWN_OUTCOME"), after_applying=True)
     stand_in.fail_next("Update", refusal(CODE.ABORTED, "VERSION_CONFLICT", head="2"))
-    ages = trainer._core.client.ages
+    ages = trainer._core.context.ages
     now = ages.read
     slept = [0.0, 0.0, MEMORY_S + 1]  # by the number of attempts
     ages.read = lambda: tuple(each + slept[len(stand_in.requests["Update"])] for each in now())
@@ -193,7 +193,11 @@ def test_a_servers_bug_behind_a_counted_gradient_leaves_its_backward_in_doubt(
     ask(trainer, inline=True) if again else trainer.update()
     assert trainer.last_update is not None
     assert trainer.last_update.contribution_count == 1
-    assert (stand_in.version, trainer.in_doubt, trainer._core.waiting()) == (2, False, [])
+    assert (stand_in.version, trainer.in_doubt, trainer._core.state.contributions()) == (
+        2,
+        False,
+        [],
+    )
 
 
 async def test_the_asyncio_face_tells_it_too(
@@ -213,7 +217,7 @@ async def test_the_asyncio_face_tells_it_too(
         stand_in.fail_next("Update", lost, after_applying=True)
         with pytest.raises(timernn.UnknownOutcome):
             await session.update()
-        now = client._core.ages.read
-        client._core.ages.read = lambda: tuple(each + MEMORY_S + 1 for each in now())
+        now = client._core.context.ages.read
+        client._core.context.ages.read = lambda: tuple(each + MEMORY_S + 1 for each in now())
         with pytest.raises(timernn.OutcomeLost):
             await session.update()

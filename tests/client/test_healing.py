@@ -230,7 +230,7 @@ def test_random_losses_change_nothing(
 
     def disturb(_: str) -> None:
         nonlocal losses
-        live._core.caller.address = chance.randrange(2)
+        live._core.context.caller.address = chance.randrange(2)
         for slot in kept:
             if chance.random() < 0.15:
                 slot.keep()
@@ -304,7 +304,7 @@ def test_another_trainer_is_told_apart_from_a_loss(
 ) -> None:
     """A head that went on without loss is a conflict, and the next update may go on from it."""
     one, two = (live.session(model_id, train=True) for _ in range(2))
-    with timernn.connect(live._core.caller.addresses) as elsewhere:
+    with timernn.connect(live._core.context.caller.addresses) as elsewhere:
         two = elsewhere.session(model_id, train=True)
         xs = rng.normal(size=(1, 3, D))
         one.backward(one.forward(xs))
@@ -386,7 +386,9 @@ def test_a_version_that_is_gone_is_told_once(
         session.forward(xs)
         assert session.version == made
         slot.lose()
-        reader._core.caller.address = 1  # the other one may still serve the head it has read last
+        reader._core.context.caller.address = (
+            1  # the other one may still serve the head it has read last
+        )
         with pytest.raises((timernn.VersionGone, timernn.WeightsForked)):
             session.forward(xs)
         session.forward(xs)

@@ -17,10 +17,10 @@ import pytest
 
 import timernn
 from timernn._core import stream as streams
-from timernn._core.ages import Lifetime
+from timernn._core.ages import Ages, Lifetime
 from timernn._core.client import ClientCore
-from timernn._core.effects import END, Call, OpenStream, Pull, Read, Sleep, Write
-from timernn._core.journal import forward_entry
+from timernn._core.effects import END, OpenStream, Pull, Read, RpcCall, Sleep, Write
+from timernn._core.journal import LogBudget, forward_entry
 from timernn._core.options import Options
 from timernn._core.status import error_from_status
 from timernn._core.stream import StreamCore
@@ -121,7 +121,7 @@ class Local:
 
     def _perform(self, effect: Effect) -> Any:
         match effect:
-            case Call(rpc, request, _, _):
+            case RpcCall(rpc, request, _, _):
                 result = self._answer(rpc.path.rpartition("/")[2], request)
                 if isinstance(result, rnn_pb.OperationResult):
                     raise error_from_status(result.error)
@@ -197,44 +197,46 @@ class Case:
         """Demand that exactly these chunks are applied, and that the next one follows them."""
         hs = self.run(self.session.forward(CHUNKS[applied], train=False))
         assert hs[0, -1, 0] == ENDS[applied]
-        assert self.stand_in.steps_of(self.session.session_id) == list(range(1, applied + 2))
-        assert self.session.chunk_seq == len(self.stand_in.steps_of(self.session.session_id))
-        assert not self.session.in_doubt
+        assert self.stand_in.steps_of(self.session.state.session_id) == list(range(1, applied + 2))
+        assert self.session.state.chunk_seq == len(
+            self.stand_in.steps_of(self.session.state.session_id)
+        )
+        assert not self.session.doubts.is_any
 
 
 def check_forward(case: Case, steps: Steps) -> None:
     """Go on as the documentation says; the output is right, or known to be lost."""
-    session, before = case.session, case.session.chunk_seq
+    session, before = case.session, case.session.state.chunk_seq
     hs = case.interrupted(steps, lambda: session.forward(CHUNKS[1]))
-    if steps.has_hit and (session.in_doubt or session.chunk_seq == before):
+    if steps.has_hit and (session.doubts.is_any or session.state.chunk_seq == before):
         hs = case.run(session.forward(CHUNKS[1]))
-    assert hs is not None or session.h[0, 0] == ENDS[1]
+    assert hs is not None or session.state.h[0, 0] == ENDS[1]
     assert hs is None or hs[0, :, 0].tolist() == [2, 3]
-    assert len(session.tapes) == 1
+    assert len(session.state.tapes) == 1
     case.ends_right(2)
 
 
 def check_cut_forward(case: Case, steps: Steps) -> None:
     """The same of a sequence in three pieces."""
-    object.__setattr__(case.session.bounds, "chunk_steps", 1)
-    session, before = case.session, case.session.chunk_seq
+    object.__setattr__(case.session.state.bounds, "chunk_steps", 1)
+    session, before = case.session, case.session.state.chunk_seq
     hs = case.interrupted(steps, lambda: session.forward(CHUNKS[2]))
-    if steps.has_hit and (session.in_doubt or session.chunk_seq == before):
+    if steps.has_hit and (session.doubts.is_any or session.state.chunk_seq == before):
         hs = case.run(session.forward(CHUNKS[2]))
     assert hs is None or hs[0, :, 0].tolist() == [2, 3, 4]
-    assert (session.chunk_seq, session.h[0, 0]) == (4, 4)
-    assert case.stand_in.steps_of(session.session_id) == [1, 1, 1, 1]
-    assert [taped.steps for taped in session.tapes] == [3]
+    assert (session.state.chunk_seq, session.state.h[0, 0]) == (4, 4)
+    assert case.stand_in.steps_of(session.state.session_id) == [1, 1, 1, 1]
+    assert [taped.steps for taped in session.state.tapes] == [3]
 
 
 def check_other_data(case: Case, steps: Steps) -> None:
     """Whoever goes on with other data finds the interrupted chunk applied once, or not at all."""
-    session, before = case.session, case.session.chunk_seq
+    session, before = case.session, case.session.state.chunk_seq
     case.interrupted(steps, lambda: session.forward(CHUNKS[1]))
-    counts = session.in_doubt or session.chunk_seq > before
+    counts = session.doubts.is_any or session.state.chunk_seq > before
     hs = case.run(session.forward(CHUNKS[2]))
     expected = [1, 2, 3] if counts else [1, 3]
-    assert case.stand_in.steps_of(session.session_id) == expected
+    assert case.stand_in.steps_of(session.state.session_id) == expected
     assert hs[0, -1, 0] == sum(expected)
 
 
@@ -244,18 +246,22 @@ def check_backward(case: Case, steps: Steps, step: timernn.Step | None = None) -
     for position in (1, 2):
         case.run(session.forward(CHUNKS[position]))
     dhs = np.full((1, 3, 2), 7.0)
-    before = session.dh
+    before = session.state.dh
     dxs = case.interrupted(steps, lambda: session.backward(dhs, update=step))
-    if steps.has_hit and (session.in_doubt or session.dh is before):
+    if steps.has_hit and (session.doubts.is_any or session.state.dh is before):
         dxs = case.run(session.backward(dhs, update=step))
     assert dxs is None or dxs.shape == (1, 3, 3)
-    assert session.dh is not None
-    assert session.dh[0, 0] == 7
-    assert [taped.steps for taped in session.tapes] == [2]
+    assert session.state.dh is not None
+    assert session.state.dh[0, 0] == 7
+    assert [taped.steps for taped in session.state.tapes] == [2]
     assert {r.chunk_seq for r in case.stand_in.requests["Backward"]} == {3}
-    assert [list(named.chunk_seqs) for named in session.waiting()] == ([] if step else [[3]])
+    assert [list(named.chunk_seqs) for named in session.state.contributions()] == (
+        [] if step else [[3]]
+    )
     assert case.stand_in.version == (2 if step else 1)
-    assert session.version == timernn.Version(case.stand_in.version, b"w%d" % case.stand_in.version)
+    assert session.state.version == timernn.Version(
+        case.stand_in.version, b"w%d" % case.stand_in.version
+    )
     case.ends_right(3)
 
 
@@ -268,24 +274,28 @@ def check_update(case: Case, steps: Steps) -> None:
     """A step is made once."""
     session = case.session
     case.run(session.backward(case.run(session.forward(CHUNKS[1]))))
-    before = session.version
+    before = session.state.version
     version = case.interrupted(steps, session.update)
-    if steps.has_hit and session.version == before:
+    if steps.has_hit and session.state.version == before:
         version = case.run(session.update())
     assert case.stand_in.version == 2
-    assert session.version == timernn.Version(2, b"w2")
-    assert version in {None, session.version}
-    assert session.waiting() == []
+    assert session.state.version == timernn.Version(2, b"w2")
+    assert version in {None, session.state.version}
+    assert session.state.contributions() == []
     case.ends_right(2)
 
 
 def check_set_state(case: Case, steps: Steps) -> None:
     """One epoch ends, one begins, and its chunks are numbered from 1."""
-    session, before, h = case.session, case.session.epoch, np.full((1, 2), 5.0)
+    session, before, h = case.session, case.session.state.epoch, np.full((1, 2), 5.0)
     case.interrupted(steps, lambda: session.set_state(h))
-    if steps.has_hit and (session.in_doubt or session.epoch == before):
+    if steps.has_hit and (session.doubts.is_any or session.state.epoch == before):
         case.run(session.set_state(h))
-    assert (session.epoch, session.chunk_seq, session.h[0, 0]) == (before + 1, 0, 5)
+    assert (session.state.epoch, session.state.chunk_seq, session.state.h[0, 0]) == (
+        before + 1,
+        0,
+        5,
+    )
     case.run(session.forward(CHUNKS[1]))
     last = case.stand_in.requests["Forward"][-1]
     assert (last.epoch, last.chunk_seq) == (before + 1, 1)
@@ -304,13 +314,13 @@ def check_frame(case: Case, steps: Steps) -> None:
     if steps.has_hit:
         again = []
         for session, xs in items:
-            if session.in_doubt or session.chunk_seq <= places[session]:
+            if session.doubts.is_any or session.state.chunk_seq <= places[session]:
                 again.append((session, xs))
             places[session] += 1
         outputs = case.run(frame(again))
     assert outputs is not None
     assert not [each for each in outputs if isinstance(each, timernn.Error)]
-    assert case.stand_in.steps_of(other.session_id) == [1]
+    assert case.stand_in.steps_of(other.state.session_id) == [1]
     case.ends_right(3)
 
 
@@ -324,7 +334,7 @@ def check_frame_after_doubt(case: Case, steps: Steps) -> None:
     case.interrupted(Steps("effect ended", 2), lambda: frame(wanted[:1]))  # it has been sent
     assert len(session.doubts) == 1
     outputs = case.interrupted(steps, lambda: frame(wanted))
-    if steps.has_hit and (session.in_doubt or session.chunk_seq == 1):
+    if steps.has_hit and (session.doubts.is_any or session.state.chunk_seq == 1):
         outputs = case.run(frame(wanted))
     assert outputs is None or [hs[0, -1, 0] for hs in outputs] == ENDS[1:3]
     case.ends_right(3)
@@ -338,12 +348,12 @@ def check_frame_before_others(case: Case, steps: Steps) -> None:
         return case.client.frames.forward(((session, xs) for xs in chunks), "all", train=False)
 
     case.interrupted(Steps("effect ended", 4), lambda: frame(CHUNKS[1:3]))  # both have been sent
-    assert (session.chunk_seq, len(session.doubts)) == (2, 2)
+    assert (session.state.chunk_seq, len(session.doubts)) == (2, 2)
     outputs = case.interrupted(steps, lambda: frame(wanted))
-    if steps.has_hit and (session.in_doubt or session.chunk_seq <= 3):
+    if steps.has_hit and (session.doubts.is_any or session.state.chunk_seq <= 3):
         outputs = case.run(frame(wanted))
     assert outputs is None or [hs[0, -1, 0] for hs in outputs] == [3, 10]
-    assert case.stand_in.steps_of(session.session_id) == [1, 2, 3, 4]
+    assert case.stand_in.steps_of(session.state.session_id) == [1, 2, 3, 4]
 
 
 def check_stream(case: Case, steps: Steps) -> None:
@@ -351,7 +361,7 @@ def check_stream(case: Case, steps: Steps) -> None:
     got: list[float] = []
     while len(got) < 3:
         data = iter(CHUNKS[1 + len(got) : 4])
-        core = StreamCore(case.client, case.session, data, 2, "all", train=False)
+        core = StreamCore(case.session, data, in_flight=2, return_hs="all", train=False)
         case.local.steps = steps
         try:
             case.run(core.open())
@@ -417,29 +427,29 @@ def test_an_interrupt_anywhere_loses_and_doubles_nothing(
         CHECKS[name](case, steps)
 
 
-def test_a_log_agrees_with_its_size_after_an_interrupt_anywhere() -> None:
+def test_a_journal_agrees_with_its_size_after_an_interrupt_anywhere() -> None:
     """What it holds and what it counts stay the same thing, of one log and of all together."""
     for left in range(1, 10_000):
-        client, steps = ClientCore(["here"], OPTIONS), Steps("instruction", left)
-        one, two = client.shelf.new_journal(3, 1 << 20), client.shelf.new_journal(3, 1 << 20)
+        budget, steps = LogBudget(1 << 20), Steps("instruction", left)
+        one, two = budget.new_journal(3, 1 << 20), budget.new_journal(3, 1 << 20)
         for journal in (one, two, two, one):
-            journal.append(entry(client))
+            journal.append(entry())
         try:
             with steps:
-                one.append(entry(client))
+                one.append(entry())
         except Interrupt:
             pass
         for journal in (one, two, one, two):
-            journal.append(entry(client))
+            journal.append(entry())
         assert [journal.bytes for journal in (one, two)] == [
             sum(each.size for each in journal.entries()) for journal in (one, two)
         ]
-        assert client.shelf._bytes == one.bytes + two.bytes
+        assert budget._bytes == one.bytes + two.bytes
         if not steps.has_hit:
             return
 
 
-def entry(client: ClientCore) -> Any:
+def entry() -> Any:
     """Make an entry of a log."""
     request = rnn_pb.ForwardRequest(session_id="s", chunk_seq=1)
-    return forward_entry(request, rnn_pb.ForwardResponse(), Lifetime(client.ages))
+    return forward_entry(request, rnn_pb.ForwardResponse(), Lifetime(Ages()))

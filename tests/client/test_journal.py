@@ -1,4 +1,4 @@
-"""What a client's logs hold, and what they let go."""
+"""What a client's journals hold, and what they let go."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import gc
 from typing import TYPE_CHECKING
 
 from timernn._core.ages import Ages, Lifetime
-from timernn._core.journal import Shelf, begin_entry
+from timernn._core.journal import LogBudget, begin_entry
 from timernn.v1.session_service_pb2 import OpenSessionRequest
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ def epochs(journal: Journal) -> list[int]:
 
 def test_the_oldest_entries_go_first() -> None:
     """A journal keeps the last ones, by number and by bytes."""
-    shelf = Shelf(1 << 20)
-    by_number, by_bytes = shelf.new_journal(3, 1 << 20), shelf.new_journal(100, 2 * entry(1).size)
+    budget = LogBudget(1 << 20)
+    by_number, by_bytes = budget.new_journal(3, 1 << 20), budget.new_journal(100, 2 * entry(1).size)
     for epoch in range(1, 6):
         by_number.append(entry(epoch))
         by_bytes.append(entry(epoch))
@@ -36,17 +36,17 @@ def test_the_oldest_entries_go_first() -> None:
 
 def test_a_shared_journal_keeps_as_many_for_each_writer() -> None:
     """Two sessions that train together have twice the room."""
-    journal = Shelf(1 << 20).new_journal(2, 1 << 20)
-    journal.writer_count = 2
+    journal = LogBudget(1 << 20).new_journal(2, 1 << 20)
+    journal.share_between(2)
     for epoch in range(1, 6):
         journal.append(entry(epoch))
     assert epochs(journal) == [2, 3, 4, 5]
 
 
 def test_journals_written_longest_ago_give_way() -> None:
-    """All logs of a client are bounded together."""
-    shelf = Shelf(4 * entry(1).size)
-    idle, busy = shelf.new_journal(64, 1 << 20), shelf.new_journal(64, 1 << 20)
+    """All journals of a client are bounded together."""
+    budget = LogBudget(4 * entry(1).size)
+    idle, busy = budget.new_journal(64, 1 << 20), budget.new_journal(64, 1 << 20)
     for epoch in (1, 2, 3):
         idle.append(entry(epoch))
     for epoch in (4, 5, 6):
@@ -55,10 +55,10 @@ def test_journals_written_longest_ago_give_way() -> None:
     assert epochs(busy) == [4, 5, 6]
 
 
-def test_a_session_that_is_let_go_takes_its_log_along() -> None:
+def test_a_session_that_is_let_go_takes_its_journal_along() -> None:
     """Its bytes do not count any more."""
-    shelf = Shelf(2 * entry(1).size)
-    gone, kept = shelf.new_journal(64, 1 << 20), shelf.new_journal(64, 1 << 20)
+    budget = LogBudget(2 * entry(1).size)
+    gone, kept = budget.new_journal(64, 1 << 20), budget.new_journal(64, 1 << 20)
     kept.append(entry(1))
     gone.append(entry(2))
     del gone

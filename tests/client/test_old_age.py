@@ -41,8 +41,8 @@ def raw(store: EmbeddedStore) -> Iterator[Any]:
 
 def sleep(client: timernn.Client, seconds: float) -> None:
     """Let the clock of a client run on, as it does while the machine is suspended."""
-    now = client._core.ages.read
-    client._core.ages.read = lambda: tuple(each + seconds for each in now())
+    now = client._core.context.ages.read
+    client._core.context.ages.read = lambda: tuple(each + seconds for each in now())
 
 
 def forget_session(raw: Any, session: timernn.Session) -> None:
@@ -166,7 +166,7 @@ def test_a_gradient_that_another_took_is_not_counted_again(
     """Its step is not in this client's log: once its tape's time is over it is not sent."""
     session = live.session(model, train=True, ttl=TTL_S)
     session.backward(session.forward(rng.normal(size=(1, 3, D))))
-    with timernn.connect(live._core.caller.addresses) as other:
+    with timernn.connect(live._core.context.caller.addresses) as other:
         other.update(model)
     sleep(live, TAPE_TTL_S + 1)
     forget_session(raw, session)
@@ -226,11 +226,11 @@ def test_a_backward_is_not_finished_on_a_tape_made_again(
     """Beyond the first tape's time the server may have forgotten that the gradient was counted."""
     session = live.session(model, train=True, ttl=TTL_S)
     hs = session.forward(rng.normal(size=(1, 3, D)))
-    (taped,) = session._core.tapes
+    (taped,) = session._core.state.tapes
     session.backward(hs)
-    with timernn.connect(live._core.caller.addresses) as other:
+    with timernn.connect(live._core.context.caller.addresses) as other:
         other.update(model)
-    session._core.tapes = [taped]  # as if the answer had been lost
+    vars(session._core.state)["tapes"] = (taped,)  # as if the answer had been lost
     forget_session(raw, session)
     forget_counted(raw, model)
     sleep(live, TAPE_TTL_S + 1)

@@ -36,7 +36,7 @@ def test_forward_equals_a_local_network(
     """Chunk by chunk, over both replicas in turn."""
     session = live.session(model_id)
     for position, xs in enumerate(chunks(rng, 10)):
-        live._core.caller.address = position % 2
+        live._core.context.caller.address = position % 2
         np.testing.assert_allclose(session.forward(xs), local.forward(xs), atol=1e-6)
     assert np.array_equal(session.state, session.h)
 
@@ -77,12 +77,12 @@ def test_a_split_backward_is_exact(
     """Cut along T or not, the gradients are those of the one long chunk."""
     xs, dhs = rng.normal(size=(2, 10, D)), rng.normal(size=(2, 10, H))
     session = live.session(model_id, batch_size=2, train=True)
-    object.__setattr__(session._core.bounds, "chunk_steps", steps * 2)
+    object.__setattr__(session._core.state.bounds, "chunk_steps", steps * 2)
     try:
         session.forward(xs)
         dxs = session.backward(dhs, return_gradients=True)
     finally:
-        object.__setattr__(session._core.bounds, "chunk_steps", 4096)
+        object.__setattr__(session._core.state.bounds, "chunk_steps", 4096)
     local.forward(xs.astype("f4"))
     np.testing.assert_allclose(dxs, local.backward(dhs.astype("f4")), atol=1e-5)
     assert session.gradients is not None
@@ -385,7 +385,7 @@ def test_a_step_sent_again_by_a_program_started_again_is_made_once(
     with timernn.connect(replicas) as restarted:
         again = restarted.session(model_id, f"{model_id}-7", train=True)
         # The program had read the head before the step of the killed one came through.
-        restarted._core.set_known(model_id, before)
+        restarted._core.context.known.set_version(model_id, before)
         np.testing.assert_array_equal(again.forward(steps[1], chunk_seq=2), hs)
         np.testing.assert_array_equal(again.backward(hs), dxs)
         assert again.update() == made

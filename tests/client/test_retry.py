@@ -10,7 +10,7 @@ import pytest
 
 import timernn
 from timernn._core.contract import GET_MODEL
-from timernn._core.effects import Call, Sleep
+from timernn._core.effects import RpcCall, Sleep
 from timernn._core.retry import Budget, Caller, RetryPolicy
 from timernn.v1.model_service_pb2 import GetModelRequest
 
@@ -70,9 +70,14 @@ def test_lasting_failures_are_told_at_once(
     assert len(stand_in.requests["OpenSession"]) == 1
 
 
+def caller(addresses: list[str], policy: RetryPolicy) -> Caller:
+    """Make a caller that has a minute for everything."""
+    return Caller(addresses, policy, timeout_s=60.0, connect_timeout_s=60.0)
+
+
 def test_the_servers_advice_is_kept() -> None:
     """A retry does not come before the time that the server names."""
-    op = Caller(["here"], 60.0, 60.0, RetryPolicy()).call(GET_MODEL, GetModelRequest())
+    op = caller(["here"], RetryPolicy()).call(GET_MODEL, GetModelRequest())
     next(op)
     wait = op.throw(timernn.Overloaded("full", retry_after_s=0.7))
     assert wait == Sleep(0.7)
@@ -81,12 +86,12 @@ def test_the_servers_advice_is_kept() -> None:
 def test_each_attempt_leaves_time_for_the_next_address() -> None:
     """A replica that hangs is left after the attempt's time, which doubles with each that hung."""
     policy = RetryPolicy(attempt_timeout_s=5.0)
-    op = Caller(["one", "two"], 60.0, 60.0, policy).call(GET_MODEL, GetModelRequest())
+    op = caller(["one", "two"], policy).call(GET_MODEL, GetModelRequest())
     first = next(op)
     assert isinstance(op.throw(timernn.DeadlineExceeded()), Sleep)
     second = op.send(None)
-    assert isinstance(first, Call)
-    assert isinstance(second, Call)
+    assert isinstance(first, RpcCall)
+    assert isinstance(second, RpcCall)
     assert (first.address, first.timeout_s) == (0, 5.0)
     assert (second.address, second.timeout_s) == (1, 10.0)
 

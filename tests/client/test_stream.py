@@ -298,7 +298,7 @@ def test_answers_that_are_there_do_not_wait_for_a_retry(
     """What came before a failure is given out before the failure is waited for."""
     later = refusal(UNAVAILABLE, "STORE_DOWN", 2.0)
     stream = session.stream(list(fail_third(stand_in, later)))
-    clock = session._core.client.caller.clock
+    clock = session._core.context.caller.clock
     began = clock()
     assert ends([next(stream), next(stream)]) == ENDS[:2]
     assert clock() - began < 1.9  # the retry alone would have waited longer
@@ -440,7 +440,7 @@ class Clock:
 def clock(client: timernn.Client) -> Clock:
     """The client's clock."""
     made = Clock()
-    client._core.caller.clock = made.now
+    client._core.context.caller.clock = made.now
     return made
 
 

@@ -45,8 +45,8 @@ def replicas(store: RedisServer) -> Iterator[list[ServiceProcess]]:
 
 def sleep(client: timernn.Client, seconds: float) -> None:
     """Let a client's clock run on, as it does while the machine is suspended."""
-    now = client._core.ages.read
-    client._core.ages.read = lambda: tuple(each + seconds for each in now())
+    now = client._core.context.ages.read
+    client._core.context.ages.read = lambda: tuple(each + seconds for each in now())
 
 
 def forget_session(raw: Any, session_id: str) -> None:
@@ -178,7 +178,7 @@ def expect_expired(
 @contextmanager
 def counted_calls(client: timernn.Client) -> Iterator[list[Any]]:
     """Give the methods that a client calls meanwhile."""
-    caller, calls = client._core.caller, list[Any]()
+    caller, calls = client._core.context.caller, list[Any]()
     call = caller.call
 
     def counted(rpc: Any, *arguments: Any) -> Any:

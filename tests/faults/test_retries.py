@@ -27,7 +27,7 @@ from scenes.wire import (
     steady_traffic,
     told,
 )
-from timernn._core.place import SessionPlace
+from timernn._core.session_state import SessionState
 from timernn.v1 import time_rnn_service_pb2 as rnn_pb
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from instruments.report import Proof
     from rnn_engine import TimeRNN
-    from timernn._core.intents import Forwarded
+    from timernn._core.session_state import Forwarded
 
 D, H = 4, 8
 FIRST_CHUNKS = 4  # of each session, before the first fault
@@ -59,13 +59,13 @@ def _healed(fleet: Fleet) -> Iterator[None]:
 @pytest.fixture
 def replays(monkeypatch: pytest.MonkeyPatch) -> Counter[bool]:
     """How many answers that the client library took were replayed, and how many not."""
-    taken, advance = Counter[bool](), SessionPlace.advance
+    taken, advance = Counter[bool](), SessionState.advance
 
-    def count(self: SessionPlace, answer: Forwarded) -> None:
+    def count(self: SessionState, answer: Forwarded) -> None:
         taken[answer.message.replayed] += 1
         advance(self, answer)
 
-    monkeypatch.setattr(SessionPlace, "advance", count)
+    monkeypatch.setattr(SessionState, "advance", count)
     return taken
 
 

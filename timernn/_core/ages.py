@@ -13,7 +13,7 @@ _BOOTTIME: int | None = getattr(time, "CLOCK_BOOTTIME", None)
 
 
 def read_clocks() -> Moment:
-    """Read what can tell an age, in seconds.
+    """Read the clocks by which an age is known, in seconds.
 
     A monotonic clock stands still while a laptop or a virtual machine is suspended, and a store's
     time does not. Where no clock of the system counts that time, the wall clock, which may be set, is
@@ -25,7 +25,7 @@ def read_clocks() -> Moment:
 
 
 class Ages:
-    """Tells ages.
+    """Reads how long ago something was.
 
     Args:
         read: Reads the clocks; a test sets it forward.
@@ -45,7 +45,7 @@ class Lifetime:
     It begins when the answer came, which is later than on the server: what is over here is over there.
 
     Args:
-        ages: Tells the time that has passed.
+        ages: Reads how much time has passed.
         ttl_s: Its time to live in seconds; 0: not known, never over.
 
     Attributes:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from timernn import errors
 from timernn._core import arguments, contract
-from timernn._core.ages import Lifetime
 from timernn._core.arguments import checked, checked_with
+from timernn._core.context import ClientContext
 from timernn._core.convert import (
     array_from_caller,
     duration_to_proto,
@@ -21,17 +21,16 @@ from timernn._core.convert import (
     update_from_proto,
     version_to_proto,
 )
-from timernn._core.effects import Call
+from timernn._core.effects import RpcCall
 from timernn._core.frame import Frames
 from timernn._core.healing import Healing, Scope
 from timernn._core.ids import new_request_id, new_session_id
-from timernn._core.intents import Memory, wants_less
-from timernn._core.journal import Shelf
-from timernn._core.models import ModelsCore, given, optional
-from timernn._core.refusals import Proof, proof_of
-from timernn._core.session import RETURN_HS, SessionCore
-from timernn._core.splitting import Bounds, split_steps
-from timernn._core.training import Training
+from timernn._core.models import ModelsCore, given, note_made, optional
+from timernn._core.recovery import Recovery
+from timernn._core.requests import RETURN_HS
+from timernn._core.session import SessionCore
+from timernn._core.splitting import split_steps
+from timernn._core.updates import Updates
 from timernn.types import (
     Contributions,
     Discarded,
@@ -43,13 +42,12 @@ from timernn.v1 import session_service_pb2 as session_pb
 from timernn.v1 import time_rnn_service_pb2 as rnn_pb
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Iterable, Sequence
     from datetime import timedelta
 
     import numpy.typing as npt
 
     from timernn._core.effects import Op
-    from timernn._core.intents import Intent
     from timernn._core.options import Options
     from timernn._core.views import SessionView
     from timernn.types import (
@@ -63,8 +61,6 @@ if TYPE_CHECKING:
         Version,
     )
 
-MEMORY_OF_STEPS = 2  # a request id and a counted name are remembered for so many times tape_ttl
-
 _ON_EXISTS = {
     "resume": session_pb.ON_EXISTS_RESUME,
     "fail": session_pb.ON_EXISTS_FAIL,
@@ -73,122 +69,43 @@ _ON_EXISTS = {
 }
 
 
-class ClientCore(ModelsCore):
-    """One client: its sessions, what they share, and every call that is not one session's."""
+class ClientCore:
+    """One client: every call that is not one session's, and the making of sessions.
+
+    Args:
+        addresses: Targets by name.
+        options: The arguments of `connect`.
+
+    Attributes:
+        context: What its sessions and calls share.
+        models: The calls about models.
+        frames: Chunks of many sessions in one message.
+    """
 
     def __init__(self, addresses: list[str], options: Options) -> None:
-        super().__init__(addresses, options)
-        self.frames = Frames(self)
-        self.shelf = Shelf(options.log_total_bytes)
-        self._trainings: dict[str, Training] = {}
-        self._bounds: Bounds | None = None
-
-    # -- what sessions share -----------------------------------------------------------------------
-
-    def training(self, model_id: str) -> Training:
-        """Return what the training sessions of a model share."""
-        if model_id not in self._trainings:
-            self._trainings[model_id] = Training(self, model_id)
-        return self._trainings[model_id]
-
-    def bounds(self) -> Op[Bounds]:
-        """Return the server's limits; asked for once."""
-        if self._bounds is None:
-            answer = yield from self.caller.call(
-                contract.GET_SERVER_INFO, model_pb.GetServerInfoRequest()
-            )
-            self._bounds = Bounds.from_limits(answer.limits, self.options.max_message_bytes)
-        return self._bounds
+        self.context = context = ClientContext(addresses, options)
+        self.models = ModelsCore(context)
+        self._recovery = Recovery(context)
+        self.frames = Frames(context, self._recovery)
+        self._updates: dict[str, Updates] = {}
 
     def own(self, name: str, sessions: Iterable[SessionView]) -> list[Any]:
-        """Return sessions as a list; before their locks are taken, which differ from face to face.
+        """Return sessions as a list; before their locks are taken, which differ between frontends.
 
         Raises:
             BadField: If one is no session, or of another client: two would use its numbers.
         """
         items = arguments.sessions(name, sessions)
         for index, session in enumerate(items):
-            if session._core.client is not self:  # noqa: SLF001  # one package
+            if session._core.context is not self.context:  # noqa: SLF001  # one package
                 raise arguments.refusal(f"{name}[{index}]", "a session of this client", session)
         return items
 
-    def carry_out(
-        self, intent: Intent[Any, Any], scope_of: Callable[[], Scope], deadline: float
-    ) -> Op[None]:
-        """Send an intent's requests in order, healing what was lost on the way.
-
-        Args:
-            intent: What to send.
-            scope_of: Returns what it depends on; asked only where something went wrong.
-            deadline: When all has to be over, on the caller's clock.
-        """
-        healing: Healing | None = None
-        intent.apply()  # of an answer that was noted when an interrupt came
-        while not intent.is_done:
-            if intent.step() is not None:
-                yield from self._require_remembered(intent)
-            request = intent.prepare()
-            try:
-                answer = yield from self.caller.call(intent.rpc, request, deadline)
-            except errors.Error as error:
-                # An attempt before the loss may have written to the other slot, and still count there.
-                intent.may_be_applied |= error._had_unknown_attempt  # noqa: SLF001  # one package
-                if proof_of(error) is Proof.REQUEST:
-                    yield from self._require_remembered(intent)
-                scope = scope_of()
-                healing = healing or Healing(self.caller, scope)
-                yield from self.heal(healing, error, scope, deadline, request)
-            else:
-                intent.accept(answer)
-
-    def _require_remembered(self, intent: Intent[Any, Any]) -> Op[None]:
-        """Refuse to ask for a step again of which the server may have forgotten that it was made.
-
-        It would be refused, and taken for not made. While the head is the one from before it was first
-        sent, it was not made, and asking is safe.
-
-        Raises:
-            OutcomeLost: If it is too late to find out.
-        """
-        step = intent.step()
-        if step is None:
-            return
-        if intent.memory is None:
-            bounds = yield from self.bounds()
-            lifetime = Lifetime(self.ages, MEMORY_OF_STEPS * bounds.tape_ttl_s)
-            intent.memory = Memory(lifetime, self.known(step.model_id))
-        elif intent.may_be_applied and intent.memory.lifetime.is_over:
-            head = (yield from self.get_model(step.model_id)).head
-            if intent.memory.may_have_missed(head):
-                raise errors.OutcomeLost(
-                    f"model {step.model_id!r}: a step was sent {intent.memory.lifetime.age_s:.0f} s ago, its "
-                    f"answer was lost, and the head is version {head.number} by now; whether this step is "
-                    "one of those that led to it is not remembered any more. What still waits stands in "
-                    "session.waiting",
-                    metadata={"head": str(head.number)},
-                )
-
-    def heal(
-        self,
-        healing: Healing,
-        error: errors.Error,
-        scope: Scope,
-        deadline: float,
-        request: Any = None,
-    ) -> Op[None]:
-        """Make a request ready to be sent again: heal what an error is a sign of, or ask for less.
-
-        Raises:
-            Error: The given one, or what healing ended with, if nothing helps.
-        """
-        if wants_less(request, error):
-            return
-        try:
-            yield from healing.after(error, deadline, request)
-        except (errors.VersionGone, errors.WeightsForked):
-            # Told once. Asking for a version that nobody can bring back would fail for ever.
-            self._known.pop(scope.model_id, None)
-            raise
+    def _updates_of(self, model_id: str) -> Updates:
+        """Return what makes a model's steps; its sessions share one."""
+        if model_id not in self._updates:
+            self._updates[model_id] = Updates(self.context, self._recovery, model_id)
+        return self._updates[model_id]
 
     # -- sessions ----------------------------------------------------------------------------------
 
@@ -205,10 +122,11 @@ class ClientCore(ModelsCore):
         on_exists: OnExists = "resume",
         must_exist: bool = False,
     ) -> Op[SessionCore]:
-        """Open a session, or go on with a live one; `resumed` tells which it was. See `timernn.Client.session`."""
+        """Open a session, or go on with a live one; `resumed` says which it was. See `timernn.Client.session`."""
         wanted = _wanted(on_exists, session_id, must_exist=must_exist)
-        bounds = yield from self.bounds()
-        model = yield from self.model(model_id)
+        context = self.context
+        bounds = yield from context.bounds()
+        model = yield from context.model(model_id)
         request = session_pb.OpenSessionRequest(
             model_id=model_id,
             session_id=new_session_id() if session_id is None else session_id,
@@ -223,20 +141,20 @@ class ClientCore(ModelsCore):
                 given(initial_state, "initial_state", model.dtype, shape)
             )
         try:
-            answer = yield from self.caller.call(contract.OPEN_SESSION, request)
+            answer = yield from context.caller.call(contract.OPEN_SESSION, request)
         except errors.NotFound:
-            self.forget(model_id)
+            context.known.forget(model_id)
             raise
-        session = SessionCore(self, model, bounds, train=train)
-        session.begin(answer.session, answer.state)
-        session.resumed = answer.resumed
-        return session
+        updates = self._updates_of(model_id)
+        state = updates.model.new_session(model, bounds, train=train)
+        state.begin(answer.session, answer.state, resumed=answer.resumed)
+        return SessionCore(context, self._recovery, updates=updates, state=state)
 
     @checked
     def get_session(self, session_id: str) -> Op[SessionInfo]:
         """Return one session as it stands, without opening it."""
         request = session_pb.GetSessionRequest(session_id=session_id)
-        answer = yield from self.caller.call(contract.GET_SESSION, request)
+        answer = yield from self.context.caller.call(contract.GET_SESSION, request)
         return session_from_proto(answer.session)
 
     @checked_with(model_id=arguments.optional(arguments.CHECKS["model_id"]))
@@ -247,14 +165,14 @@ class ClientCore(ModelsCore):
         request = session_pb.ListSessionsRequest(
             model_id=model_id or "", page_size=page_size, page_token=page_token
         )
-        answer = yield from self.caller.call(contract.LIST_SESSIONS, request)
+        answer = yield from self.context.caller.call(contract.LIST_SESSIONS, request)
         return [session_from_proto(session) for session in answer.sessions], answer.next_page_token
 
     @checked
     def close_session(self, session_id: str) -> Op[bool]:
         """End a session by name; returns whether this call ended it."""
         request = session_pb.CloseSessionRequest(session_id=session_id)
-        answer = yield from self.caller.call(contract.CLOSE_SESSION, request)
+        answer = yield from self.context.caller.call(contract.CLOSE_SESSION, request)
         return answer.closed
 
     # -- training over several sessions ------------------------------------------------------------
@@ -280,14 +198,16 @@ class ClientCore(ModelsCore):
             )
         cores = [session._core for session in sessions]  # noqa: SLF001  # one package
         for core in cores:
-            core.require_idle()
-            if core.model.model_id != model_id:
-                raise errors.BadField(f"sessions: {core.session_id!r} runs another model")
+            core.state.require_idle()
+            if core.state.model.model_id != model_id:
+                raise errors.BadField(f"sessions: {core.state.session_id!r} runs another model")
         if expected_version is not None:
-            self.set_known(model_id, expected_version)
-        training = self.training(model_id)
+            self.context.known.set_version(model_id, expected_version)
+        doubts = [core.doubts for core in cores]
         return (
-            yield from training.update(cores, step, expect_known=True, take_waiting=take_waiting)
+            yield from self._updates_of(model_id).update(
+                doubts, step, expect_known=True, take_waiting=take_waiting
+            )
         )
 
     def _update_waiting(
@@ -309,9 +229,9 @@ class ClientCore(ModelsCore):
             expected_version=optional(expected_version),
             request_id=new_request_id(),
         )
-        answer = yield from self.caller.call(contract.UPDATE, request)
-        self.training(model_id).consumed(named)
-        self.made(model_id, answer.version)
+        answer = yield from self.context.caller.call(contract.UPDATE, request)
+        self._updates_of(model_id).model.consume(named)
+        note_made(self.context.known, model_id, answer.version)
         return update_from_proto(answer)
 
     @checked
@@ -330,8 +250,8 @@ class ClientCore(ModelsCore):
         request = rnn_pb.DiscardGradientsRequest(
             model_id=model_id, contributions=selectors_to_proto(named or ())
         )
-        answer = yield from self.caller.call(contract.DISCARD_GRADIENTS, request)
-        self.training(model_id).consumed(named)
+        answer = yield from self.context.caller.call(contract.DISCARD_GRADIENTS, request)
+        self._updates_of(model_id).model.consume(named)
         return Discarded(answer.contribution_count, answer.tape_count)
 
     def frame(
@@ -369,14 +289,18 @@ class ClientCore(ModelsCore):
         Returns:
             The hidden states, shape (N, T, H), (N, 1, H) or (N, 0, H).
         """
-        bounds = yield from self.bounds()
-        model = yield from self.model(model_id)
+        context = self.context
+        bounds = yield from context.bounds()
+        model = yield from context.model(model_id)
         array = array_from_caller(xs, "xs", model.dtype, (None, None, model.input_size))
         rows, H = array.shape[0], model.hidden_size
         first = None if h0 is None else given(h0, "h0", model.dtype, (rows, H))
         row_bytes = rows * array.itemsize
         pieces = split_steps(
-            array.shape[1], row_bytes * max(model.input_size, H), row_bytes * H, bounds
+            array.shape[1],
+            bounds,
+            step_bytes=row_bytes * max(model.input_size, H),
+            state_bytes=row_bytes * H,
         )
         hs, state, pinned = [], first, optional(version)
         for cut in pieces:
@@ -388,7 +312,7 @@ class ClientCore(ModelsCore):
                 pinned_version=pinned,
                 return_hs=RETURN_HS[return_hs if is_kept else "none"],
             )
-            known = self.known(model_id)
+            known = self.context.known.version(model_id)
             if pinned is None and known is not None:
                 request.minimum_version.CopyFrom(version_to_proto(known))
             answer = yield from self._stateless(request)
@@ -400,34 +324,36 @@ class ClientCore(ModelsCore):
 
     def _stateless(self, request: rnn_pb.ForwardRequest) -> Op[rnn_pb.ForwardResponse]:
         model_id = request.model_id
-        scope = Scope(model_id, (self.training(model_id).journal,))
-        healing, deadline = Healing(self.caller, scope), self.caller.deadline()
+        caller = self.context.caller
+        scope = Scope(model_id, (self._updates_of(model_id).model.journal,))
+        healing, deadline = Healing(caller, scope), caller.deadline()
         while True:
             try:
-                return (yield from self.caller.call(contract.FORWARD, request, deadline))
+                return (yield from caller.call(contract.FORWARD, request, deadline))
             except errors.Error as error:
-                yield from self.heal(healing, error, scope, deadline)
+                yield from self._recovery.heal(healing, error, deadline=deadline)
 
     # -- the server --------------------------------------------------------------------------------
 
     def server_info(self) -> Op[ServerInfo]:
         """Return limits, build and replica of the server in use."""
-        answer = yield from self.caller.call(
+        answer = yield from self.context.caller.call(
             contract.GET_SERVER_INFO, model_pb.GetServerInfoRequest()
         )
         return server_info_from_proto(answer)
 
     def ping(self) -> Op[Ping]:
         """Ask the server in use for its health, and measure how long it takes."""
-        clock, started = self.caller.clock, 0.0
+        caller, started = self.context.caller, 0.0
+        clock = caller.clock
 
-        def timed(address: int, timeout_s: float) -> Call:
+        def timed(address: int, timeout_s: float) -> RpcCall:
             nonlocal started
             started = clock()
-            return Call(contract.HEALTH, None, address, timeout_s)
+            return RpcCall(contract.HEALTH, None, address, timeout_s)
 
-        serving = yield from self.caller.attempts(timed)
-        address = self.caller.addresses[self.caller.address]
+        serving = yield from caller.attempts(timed)
+        address = caller.addresses[caller.address]
         return Ping(serving=serving, latency_s=clock() - started, address=address)
 
 

@@ -249,7 +249,7 @@ def checkpoint_from_proto(message: model_pb.Checkpoint) -> CheckpointInfo:
 
 
 def server_info_from_proto(message: model_pb.GetServerInfoResponse) -> ServerInfo:
-    """Read what a server tells of itself."""
+    """Read a server's description of itself."""
     limits: dict[str, int | timedelta] = {}
     for field in message.limits.DESCRIPTOR.fields:
         value = getattr(message.limits, field.name)

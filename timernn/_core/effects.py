@@ -15,7 +15,7 @@ R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class RpcCall:
     """Send one request, wait for one response; an `Error` is thrown in when it fails."""
 
     rpc: Rpc[Any, Any]
@@ -100,6 +100,6 @@ class Mark(Generic[R]):
 END: Mark[Any] = Mark()
 NOT_YET: Mark[Any] = Mark()
 
-Effect = Call | Download | Upload | OpenStream | Write | Read | Pull | Sleep
+Effect = RpcCall | Download | Upload | OpenStream | Write | Read | Pull | Sleep
 Op: TypeAlias = Generator[Effect, Any, R]
 """A piece of the client's logic that ends in an R."""

@@ -12,9 +12,9 @@ from timernn._core.contract import STREAM
 from timernn._core.effects import OpenStream, Read, Write
 from timernn._core.healing import Healing
 from timernn._core.refusals import Proof, proof_of
-from timernn._core.retry import Patience, is_worth_retrying
+from timernn._core.requests import forward_intent
+from timernn._core.retry import STREAM_TIMEOUT_S, Patience, is_worth_retrying
 from timernn._core.status import error_from_status
-from timernn._core.stream import LIFE_S
 from timernn.v1 import time_rnn_service_pb2 as rnn_pb
 
 if TYPE_CHECKING:
@@ -22,10 +22,12 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from timernn._core.client import ClientCore
+    from timernn._core.context import ClientContext
     from timernn._core.effects import Op, StreamHandle
     from timernn._core.intents import ForwardIntent, Intent
+    from timernn._core.recovery import Recovery
     from timernn._core.session import SessionCore
+    from timernn._core.session_state import SessionState
     from timernn.types import Array, ReturnHs
 
 _MESSAGE_OVERHEAD_BYTES = 4096
@@ -57,9 +59,9 @@ class _Item:
 
     def fail(self, error: errors.Error) -> None:
         """End with an error; what may be applied all the same stays in doubt."""
-        self.error = error.at_chunk(self.session.chunk_seq + 1)
+        self.error = error.at_chunk(self.session.state.chunk_seq + 1)
         if self.intent is not None:
-            self.session.failed(self.intent, error)
+            self.session.doubts.failed(self.intent, error)
 
     def outcome(self) -> Array | errors.Error:
         """Return the hidden states, or the error in their place."""
@@ -72,10 +74,15 @@ class _Item:
 
 
 class Frames:
-    """The stream for frames: kept between calls, left when it is old or breaks."""
+    """The stream for frames: kept between calls, left when it is old or breaks.
 
-    def __init__(self, client: ClientCore) -> None:
-        self._client = client
+    Args:
+        context: How calls are made.
+        recovery: Heals what a store has lost.
+    """
+
+    def __init__(self, context: ClientContext, recovery: Recovery) -> None:
+        self._caller, self._recovery = context.caller, recovery
         self._handle: StreamHandle | None = None
         self._is_quiet = True  # no answer is still to come
         self._address = 0
@@ -95,13 +102,14 @@ class Frames:
         train: bool,
     ) -> Op[list[Array | errors.Error]]:
         """Apply one sequence to each session; a failure stands in its own place alone."""
-        deadline, items = self._client.caller.deadline(), list[_Item]()
+        deadline, items = self._caller.deadline(), list[_Item]()
         positions = Counter[int]()
         for session, xs in chunks:
-            make = partial(session.forward_intent, xs, return_hs, train=train)
-            items.append((yield from self._item(session, make, positions[id(session)], deadline)))
+            make = partial(forward_intent, session.state, xs, return_hs, train=train)
+            before = positions[id(session)]
+            items.append((yield from self._item(session, make, before=before, deadline=deadline)))
             positions[id(session)] += 1
-        patience = Patience(self._client.caller, deadline)
+        patience = Patience(self._caller, deadline)
         try:
             while waiting := _next_of_each_session(items):
                 yield from self._round(waiting, patience, deadline)
@@ -111,22 +119,28 @@ class Frames:
             _next_of_each_session(items)  # what stands behind a failed one fails too
         outcomes = [item.outcome() for item in items]
         for session, intents in _answered(items):
-            session.delivered(intents)
+            session.doubts.deliver(intents)
         return outcomes
 
     def _item(
-        self, session: SessionCore, make: Callable[[], ForwardIntent], before: int, deadline: float
+        self,
+        session: SessionCore,
+        make: Callable[[], ForwardIntent],
+        *,
+        before: int,
+        deadline: float,
     ) -> Op[_Item]:
         """Make an item, or take what is in doubt since before if it is the same again."""
+        doubts, updates = session.doubts, session.updates
         try:
-            session.require_idle()
+            session.state.require_idle()
             intent = make()
-            again = session.again(intent, before)
-            if again is None and (session.doubts or session.training.doubt is not None):
-                yield from session.settle_own(deadline, kept=before)
-                yield from session.training.settle(deadline)
+            again = doubts.again(intent, before)
+            if again is None and (doubts or updates.in_doubt.intent is not None):
+                yield from doubts.settle(deadline, kept=before)
+                yield from updates.settle(deadline)
         except errors.Error as error:
-            refused = error.at_chunk(session.chunk_seq + before + 1)
+            refused = error.at_chunk(session.state.chunk_seq + before + 1)
             return _Item(session, None, refused)
         return _Item(session, again or intent, None)
 
@@ -146,10 +160,12 @@ class Frames:
             if is_worth_retrying(failure):
                 retry = failure
                 continue
-            scope = item.session.scope()
-            item.healing = item.healing or Healing(self._client.caller, scope)
+            if item.healing is None:
+                item.healing = Healing(self._caller, item.session.doubts.scope())
             try:
-                yield from self._client.heal(item.healing, failure, scope, deadline, item.request)
+                yield from self._recovery.heal(
+                    item.healing, failure, deadline=deadline, request=item.request
+                )
             except errors.Error as final:
                 item.fail(final)
         if retry is not None:
@@ -178,16 +194,16 @@ class Frames:
         return failures
 
     def _stream(self) -> Op[StreamHandle]:
-        caller = self._client.caller
+        caller = self._caller
         is_fresh = self._is_quiet and caller.clock() < self._fresh_until
         if self._handle is not None and is_fresh:
             return self._handle
         self.close()
         self._address = caller.address
         # Half of its time is kept for the answers of a frame that begins at the last moment.
-        life_s = min(LIFE_S, caller.timeout_s)
-        self._fresh_until = caller.clock() + life_s / 2
-        self._handle = yield OpenStream(STREAM, self._address, life_s)
+        open_s = min(STREAM_TIMEOUT_S, caller.timeout_s)
+        self._fresh_until = caller.clock() + open_s / 2
+        self._handle = yield OpenStream(STREAM, self._address, open_s)
         return self._handle
 
     def _messages(self, items: list[_Item]) -> Iterator[rnn_pb.StreamRequest]:
@@ -196,9 +212,10 @@ class Frames:
         for tag, item in enumerate(items):
             if item.intent is None:
                 continue
-            item.session.doubted(item.intent)
+            session = item.session.state
+            item.session.doubts.keep(item.intent)
             request = item.intent.prepare()
-            bounds, item_size = item.session.bounds, _size(request, item.session)
+            bounds, item_size = session.bounds, _size(request, session)
             is_full = len(message.operations) >= bounds.operations_per_message
             if message.operations and (is_full or size + item_size > bounds.message_bytes):
                 yield message
@@ -244,7 +261,7 @@ def _take(item: _Item, result: rnn_pb.OperationResult) -> list[tuple[_Item, erro
     return []
 
 
-def _size(request: rnn_pb.ForwardRequest, session: SessionCore) -> int:
+def _size(request: rnn_pb.ForwardRequest, session: SessionState) -> int:
     """Return the larger of a chunk's two sides, in bytes, about."""
     model = session.model
     itemsize = 8 if model.dtype == "float64" else 4

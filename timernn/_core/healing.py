@@ -1,13 +1,13 @@
-"""The healing of a store that lost acknowledged writes, from the log of what was answered.
+"""The healing of a store that lost acknowledged writes, from the journal of what was answered.
 
 After a failover the store may have lost writes in one hash slot and not in another. Each operation
 is a function of its content, its numbers and the weights version it used, and is guarded by them on
 the server: what is there answers `replayed`, what was lost is applied again and becomes what it was,
 and what another writer has put in its place answers otherwise, which is raised and never mixed in.
 
-The server's memory of what was closed, expired or counted ends some time after the thing itself. So
+The server's memory of what was closed, expired or recorded ends some time after the thing itself. So
 two things are not sent again blindly: a session whose time to live is over, which has expired and was
-not lost; and a gradient whose step stands, which would be counted a second time.
+not lost; and a gradient whose step stands, which would be recorded a second time.
 """
 
 from __future__ import annotations
@@ -73,16 +73,21 @@ class Scope:
     beginning: Entry | None = None
 
     def entries(self) -> list[Entry]:
-        """Return the log as it is now."""
+        """Return the entries as they are now."""
         logged = [entry for journal in self.journals for entry in journal.entries()]
         return logged if self.beginning is None else [self.beginning, *logged]
 
 
 class Healing:
-    """What one operation does about signs of lost writes: the memory of a healing loop."""
+    """What one operation does about signs of lost writes: the memory of a healing loop.
+
+    Args:
+        caller: Makes the calls.
+        scope: What the operation depends on.
+    """
 
     def __init__(self, caller: Caller, scope: Scope) -> None:
-        self._caller, self._scope = caller, scope
+        self._caller, self.scope = caller, scope
         self._rounds = 0
         self._rounds_in_vain = 0
 
@@ -96,7 +101,7 @@ class Healing:
 
         Raises:
             HistoryForked: If another writer used the gap.
-            HistoryLost: If the log does not hold what was lost.
+            HistoryLost: If the journal does not hold what was lost.
             SessionExpired: If the session is gone because it was not used for its time to live.
             Error: The given one, if it is no sign of loss or if healing changes nothing about it.
         """
@@ -119,12 +124,12 @@ class Healing:
     def _is_loss(self, error: errors.Error) -> bool:
         if isinstance(error, errors.EpochFenced):  # the store is at an epoch before ours
             stored = error.metadata.get("epoch", "")
-            return stored.isdecimal() and int(stored) < self._scope.epoch
+            return stored.isdecimal() and int(stored) < self.scope.epoch
         return isinstance(error, _LOSS)
 
     def _refuse_the_expired(self, error: errors.Error) -> None:
-        """Tell an end by age from a loss: the store may have forgotten the session by now."""
-        lifetime = self._scope.lifetime
+        """Distinguish an end by age from a loss: the store may have forgotten the session by now."""
+        lifetime = self.scope.lifetime
         if isinstance(error, errors.SessionNotFound) and lifetime is not None and lifetime.is_over:
             text = (
                 f"the session has expired: its last answer came {lifetime.age_s:.0f} s ago, its "
@@ -153,7 +158,7 @@ class Healing:
     # -- a round -----------------------------------------------------------------------------------
 
     def _send_again(self, deadline: float) -> Op[int]:
-        """Send the logs once; return how many operations were applied anew."""
+        """Send the journals once; return how many operations were applied anew."""
         applied, stuck = 0, set[str]()
         for entry in (yield from self._due(deadline)):
             if entry.session_id in stuck:
@@ -163,7 +168,7 @@ class Healing:
             except _PASSED:
                 continue
             except _LOSS:
-                # What it waits for may stand later in the log, by another session: next round.
+                # What it waits for may stand later in the journal, by another session: next round.
                 if entry.session_id:
                     stuck.add(entry.session_id)
                 continue
@@ -176,10 +181,10 @@ class Healing:
 
     def _due(self, deadline: float) -> Op[list[Entry]]:
         """Return what may have been lost, without what must not be carried out a second time."""
-        entries = [e for e in self._scope.entries() if e.lifetime is None or not e.lifetime.is_over]
+        entries = [e for e in self.scope.entries() if e.lifetime is None or not e.lifetime.is_over]
         if not any(entry.rpc in (BACKWARD, UPDATE) for entry in entries):
             return entries
-        request = model_pb.GetModelRequest(model_id=self._scope.model_id)
+        request = model_pb.GetModelRequest(model_id=self.scope.model_id)
         answer = yield from self._caller.call(GET_MODEL, request, deadline)
         head = version_from_proto(answer.model.head)
         steps = [entry for entry in entries if entry.rpc is UPDATE]
@@ -198,9 +203,9 @@ class Healing:
         return [entry for entry in entries if is_due(entry)]
 
     def _is_kept(self, version: Version, deadline: float) -> Op[bool]:
-        """Tell whether the model has a version with the content that we know; False if unknown."""
+        """Return whether the model has a version with the content that we know; False if unknown."""
         request = model_pb.FindVersionsRequest(
-            model_id=self._scope.model_id, numbers=[version.number]
+            model_id=self.scope.model_id, numbers=[version.number]
         )
         try:
             answer = yield from self._caller.call(FIND_VERSIONS, request, deadline)
@@ -212,14 +217,14 @@ class Healing:
 def _steps_to_make(steps: list[Entry], head: Version) -> set[Entry]:
     """Return the steps that the model has lost and that can be made again from its head.
 
-    The gradients of any other step must not be sent: it stands, and they would count twice; or it
-    cannot be made, and they would wait for whoever updates next.
+    The gradients of any other step must not be sent: either it stands, and they would be recorded
+    twice; or it cannot be made, and they would wait for whoever updates next.
     """
     there, lost = {head}, set()
     for step in steps:
         expected = _expected(step.request)
-        if step.told.number > head.number and (expected is None or expected in there):
-            there.add(step.told)
+        if step.expected.number > head.number and (expected is None or expected in there):
+            there.add(step.expected)
             lost.add(step)
     return lost
 

@@ -1,9 +1,9 @@
-"""What a caller asked for, as operations on the wire: kept until the outcome is known.
+"""What a caller asked for, as operations on the wire: an intent is kept until its outcome is known.
 
 A call may end without an answer: time over, cancelled, no replica reachable. Its operations may
-have been applied or not. The intent then stays "in doubt", and before anything else is sent, the
-same operations are sent again with the same numbers and content; asked for once more by the
-caller, the same intent is finished and answered.
+have been applied or not: the intent is "in doubt". Before anything else is sent, the same operations
+are sent again with the same numbers and content; asked for once more by the caller, the same intent
+is finished and answered (`doubts`).
 
 An exception may come between any two steps of this code: a signal's, a time limit's. So an answer
 is taken in two halves. The first decodes and checks all of it and ends by noting it in one
@@ -28,7 +28,7 @@ from timernn._core.convert import (
     update_from_proto,
     version_from_proto,
 )
-from timernn._core.moves import Move
+from timernn._core.session_state import BackwardResult, Forwarded, Taped, TapedChunk
 from timernn.types import Gradients
 from timernn.v1 import session_service_pb2 as session_pb
 from timernn.v1 import time_rnn_service_pb2 as rnn_pb
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
     from timernn._core.ages import Lifetime
     from timernn._core.contract import Rpc
-    from timernn._core.session import SessionCore
-    from timernn._core.training import Training
+    from timernn._core.model_state import ModelState
+    from timernn._core.session_state import Position, SessionState
     from timernn.types import Array, Step, UpdateResult, Version
     from timernn.v1.tensor_pb2 import Tensor
 
@@ -71,7 +71,7 @@ class Intent(ABC, Generic[Q, A]):
         self.requests = requests
         self.answers: tuple[A, ...] = ()
         self.is_wanted, self.is_refused, self.may_be_applied = True, False, False
-        self.came_from: Move | None = None
+        self.came_from: Position | None = None
         self.memory: Memory | None = None
         self._applied = 0
 
@@ -83,7 +83,7 @@ class Intent(ABC, Generic[Q, A]):
     @property
     def is_done(self) -> bool:
         """Whether every request is answered."""
-        return self.done == len(self.requests)
+        return len(self.answers) == len(self.requests)
 
     def accept(self, answer: Any) -> None:
         """Take the answer of the request that was prepared."""
@@ -92,9 +92,10 @@ class Intent(ABC, Generic[Q, A]):
 
     def apply(self) -> None:
         """Bring the session to where the last answer puts it; nothing if it is there already."""
-        if self._applied < self.done:
+        done = len(self.answers)
+        if self._applied < done:
             self.carry_over(self.answers[-1])
-            self._applied = self.done
+            self._applied = done
 
     @abstractmethod
     def prepare(self) -> Q:
@@ -110,16 +111,20 @@ class Intent(ABC, Generic[Q, A]):
 
     @abstractmethod
     def is_same(self, other: Intent[Any, Any]) -> bool:
-        """Tell whether the other, not sent yet, asks for the same."""
+        """Return whether the other, not sent yet, asks for the same."""
 
-    def refused(self, error: errors.Error) -> None:
-        """Take over what was done of the request that was refused; mostly nothing."""
+    def refused(self, error: errors.Error) -> UpdateIntent | None:
+        """Take over what was done of the request that was refused; mostly nothing.
+
+        Returns:
+            A step which may have been made all the same, to be asked for by itself.
+        """
 
     def step(self) -> rnn_pb.UpdateRequest | None:
         """Return the step that the next request makes, if it makes one."""
         return None
 
-    def stepped(self) -> tuple[Step, UpdateResult] | None:
+    def step_made(self) -> tuple[Step, UpdateResult] | None:
         """Return the step that it has made: what was asked for, and what came of it."""
         return None
 
@@ -137,85 +142,31 @@ class Memory:
     head: Version | None
 
     def may_have_missed(self, head: Version) -> bool:
-        """Tell whether the step may be one of those that have led to this head."""
+        """Return whether the step may be one of those that have led to this head."""
         known = self.head
         return known is None or (head != known and head.number >= known.number)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class TapedChunk:
-    """A training chunk whose Backward may come: its name, its token, its T, its tape's time."""
-
-    epoch: int
-    chunk_seq: int
-    token: bytes
-    steps: int
-    tape: Lifetime
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Taped:
-    """What one `forward` in training mode left for its `backward`.
-
-    Attributes:
-        chunks: Its pieces in order of time.
-        has_last_only: Whether it returned the last step alone, so that dhs may be of that step.
-    """
-
-    chunks: tuple[TapedChunk, ...]
-    has_last_only: bool
-
-    @property
-    def steps(self) -> int:
-        """T of the whole."""
-        return sum(chunk.steps for chunk in self.chunks)
-
-
-@dataclass(slots=True, eq=False)  # not frozen: that costs a call a field, for every chunk
-class Forwarded:
-    """A Forward's answer.
-
-    Attributes:
-        request: The request, with its numbers.
-        message: The answer as it came.
-        version: The weights version it names.
-        hs: The hidden states it brought, shape (N, T, H) or (N, 1, H); None if it brought none.
-        taped: What it left for a Backward; None in inference.
-        move: Where it puts the session.
-    """
-
-    request: rnn_pb.ForwardRequest
-    message: rnn_pb.ForwardResponse
-    version: Version
-    hs: Array | None
-    taped: TapedChunk | None
-    move: Move
 
 
 class ForwardIntent(Intent[rnn_pb.ForwardRequest, Forwarded]):
     """One `forward`: the pieces of its sequence, as consecutive chunks.
 
     Args:
-        session: Whose.
+        session: The session that it moves on.
         requests: The pieces with everything but their numbers.
     """
 
     rpc = FORWARD
 
-    def __init__(self, session: SessionCore, requests: list[rnn_pb.ForwardRequest]) -> None:
+    def __init__(self, session: SessionState, requests: list[rnn_pb.ForwardRequest]) -> None:
         super().__init__(requests)
         self._session = session
+        self._is_training = requests[0].mode == rnn_pb.FORWARD_MODE_TRAIN
         self._returns = [request.return_hs for request in requests]
         self._outputs = len(requests) - self._returns.count(rnn_pb.RETURN_HS_NONE)
 
-    @property
-    def is_training(self) -> bool:
-        """Whether a Backward may follow."""
-        return self.requests[0].mode == rnn_pb.FORWARD_MODE_TRAIN
-
     def prepare(self) -> rnn_pb.ForwardRequest:
         """Number the next piece after the last answered one."""
-        request = self.requests[self.done]
+        request = self.requests[len(self.answers)]
         if not request.chunk_seq:
             self._session.number(request)
         # Also for one that was sent behind others in flight and could not name it then.
@@ -223,29 +174,31 @@ class ForwardIntent(Intent[rnn_pb.ForwardRequest, Forwarded]):
         return request
 
     def read(self, answer: rnn_pb.ForwardResponse) -> Forwarded:
-        """Decode what was asked for; find out where it puts the session."""
-        session, request = self._session, self.requests[self.done]
+        """Decode what was asked for, and find out what is left for a Backward."""
+        request = self.requests[len(self.answers)]
         sent = (request.session_id, request.epoch, request.chunk_seq)
         if (answer.session_id, answer.epoch, answer.chunk_seq) != sent:
             raise errors.Internal(f"chunk {request.chunk_seq} got the answer of {answer.chunk_seq}")
-        version, taped = version_from_proto(answer.weights_version), None
-        move = Move(
-            chunk_seq=answer.chunk_seq, state_token=answer.state_token, _h=answer.h, version=version
-        )
-        if self.is_training:
-            steps = request.xs.shape[1]
-            tape = session.new_tape()
-            taped = TapedChunk(answer.epoch, answer.chunk_seq, answer.state_token, steps, tape)
+        version = version_from_proto(answer.weights_version)
         hs = tensor_from_proto(answer.hs) if answer.HasField("hs") else None
-        piece = Forwarded(request, answer, version, hs, taped, move)
-        if taped is not None and self.done == len(self.requests) - 1:
-            pieces = (*self.answers, piece)
-            # Where outputs are missing, no gradient of them can come.
-            if not self._without_output(pieces):
-                chunks = tuple(each.taped for each in pieces if each.taped)
-                has_last_only = self._returns[-1] == rnn_pb.RETURN_HS_LAST
-                move["tapes"] = [*session.tapes, Taped(chunks, has_last_only)]
+        piece = Forwarded(request, answer, version, hs, None, None)
+        if self._is_training:
+            piece.taped = TapedChunk(
+                answer.epoch,
+                answer.chunk_seq,
+                answer.state_token,
+                steps=request.xs.shape[1],
+                tape=self._session.new_tape(),
+            )
+            piece.whole = self._whole_tape((*self.answers, piece))
         return piece
+
+    def _whole_tape(self, pieces: Sequence[Forwarded]) -> Taped | None:
+        """Join the pieces' tapes once all are there; without all outputs no gradient can come."""
+        if len(pieces) < len(self.requests) or self._without_output(pieces):
+            return None
+        chunks = tuple(piece.taped for piece in pieces if piece.taped)
+        return Taped(chunks, has_last_only=self._returns[-1] == rnn_pb.RETURN_HS_LAST)
 
     def carry_over(self, answer: Forwarded) -> None:
         """Advance the session."""
@@ -313,30 +266,29 @@ class Backwarded:
 
     Attributes:
         request: The request.
-        dh0: The gradient of the state before the chunk.
-        norm: The global norm of the weights' gradients.
+        message: The answer as it came.
         dxs: The gradient of the inputs, shape (N, T, D); None if not asked for.
         gradients: The weights' gradients, if they were asked for.
-        stepped: The step made in the same call: what was asked, what was answered.
-        move: What it changes of the session; nothing before the last piece.
+        update: The request of the step made in the same call; None if none was made.
+        result: What the pieces gave together, with the last of them.
     """
 
     request: rnn_pb.BackwardRequest
-    dh0: Tensor
-    norm: float
+    message: rnn_pb.BackwardResponse
     dxs: Array | None
     gradients: Gradients | None
-    stepped: tuple[rnn_pb.UpdateRequest, rnn_pb.UpdateResponse] | None
-    move: Move
+    update: rnn_pb.UpdateRequest | None
+    result: BackwardResult | None
 
 
 class BackwardIntent(Intent[rnn_pb.BackwardRequest, Backwarded]):
     """One `backward`: the pieces of its Forward in reverse, chained by dh0 and dh_next.
 
     Args:
-        session: Whose.
+        session: The session that it contributes for.
         taped: What the Forward left.
         requests: The pieces, the last in time first; a step to make stands in the last of them.
+        model: The model's shared state.
         step: That step, as the caller asked for it.
     """
 
@@ -344,13 +296,15 @@ class BackwardIntent(Intent[rnn_pb.BackwardRequest, Backwarded]):
 
     def __init__(
         self,
-        session: SessionCore,
+        session: SessionState,
         taped: Taped,
         requests: list[rnn_pb.BackwardRequest],
+        *,
+        model: ModelState,
         step: Step | None,
     ) -> None:
         super().__init__(requests)
-        self._session, self.taped = session, taped
+        self._session, self._model, self.taped = session, model, taped
         first = requests[0]
         self._asked = (step, first.return_dxs, first.return_gradients, first.dh_next)
 
@@ -359,7 +313,7 @@ class BackwardIntent(Intent[rnn_pb.BackwardRequest, Backwarded]):
 
         Raises:
             TapeMissing: If the tape's time is over and healing has made tapes of the session again:
-                the server may have forgotten that the gradient was counted, and would take it twice.
+                the server may have forgotten that the gradient was recorded, and would take it twice.
         """
         request = self.requests[self.done]
         tape = self.taped.chunks[-1 - self.done].tape
@@ -370,70 +324,82 @@ class BackwardIntent(Intent[rnn_pb.BackwardRequest, Backwarded]):
                 metadata={"chunk_seq": str(request.chunk_seq)},
             )
         if self.answers:
-            request.dh_next.CopyFrom(self.answers[-1].dh0)
+            request.dh_next.CopyFrom(self.answers[-1].message.dh0)
         return request
 
     def read(self, answer: rnn_pb.BackwardResponse) -> Backwarded:
         """Decode the gradients, and the step where one was made."""
-        request, stepped = self.requests[self.done], None
+        request, update = self.requests[self.done], None
         if answer.HasField("update"):
             update = rnn_pb.UpdateRequest()
-            update.CopyFrom(request.update)  # the log's copy of the request goes without
-            stepped = (update, answer.update)
-        piece = Backwarded(
+            update.CopyFrom(request.update)  # the journal's copy of the request goes without
+        gradients = None
+        if answer.HasField("gradients"):
+            gradients = gradients_from_proto(answer.gradients)
+        is_last = self.done == len(self.requests) - 1
+        return Backwarded(
             request=request,
-            dh0=answer.dh0,
-            norm=answer.gradient_norm,
+            message=answer,
             dxs=tensor_from_proto(answer.dxs) if answer.HasField("dxs") else None,
-            gradients=gradients_from_proto(answer.gradients)
-            if answer.HasField("gradients")
-            else None,
-            stepped=stepped,
-            move=Move(),
+            gradients=gradients,
+            update=update,
+            result=self._joined(answer, gradients) if is_last else None,
         )
-        if self.done == len(self.requests) - 1:
-            piece.move.update(self._result([*self.answers, piece]))
-        return piece
 
-    def refused(self, error: errors.Error) -> None:
+    def _joined(self, last: rnn_pb.BackwardResponse, gradients: Gradients | None) -> BackwardResult:
+        """Return what all the pieces gave together, with the last answer and its gradients."""
+        found = (*(piece.gradients for piece in self.answers), gradients)
+        whole = _sum([each for each in found if each is not None])
+        norm = None if whole is None else whole.norm
+        return BackwardResult(
+            taped=self.taped,
+            dh=tensor_from_proto(last.dh0),
+            gradients=whole,
+            gradient_norm=norm if self.answers else last.gradient_norm,
+            update=update_from_proto(last.update) if last.HasField("update") else None,
+        )
+
+    def carry_over(self, answer: Backwarded) -> None:
+        """Note the contribution, and the step where one was made."""
+        self._session.record_contribution(answer.request)
+        if answer.update is not None:
+            self._model.note_step(answer.update, answer.message.update)
+        if answer.result is not None:
+            self._session.finish_backward(answer.result)
+
+    def refused(self, error: errors.Error) -> UpdateIntent | None:
         """Note the contribution that is recorded all the same: the next update takes it.
 
-        The step alone was refused, or an earlier attempt had counted it and its tape is gone since. A
+        The step alone was refused, or an earlier attempt had recorded it and its tape is gone since. A
         tape stays until the update, so that the same backward may be asked for once more.
         """
-        step, training = self.step(), self._session.training
-        if error.metadata.get("recorded") == "true":
+        update, step = self.step(), self._asked[0]
+        if isinstance(error, errors.OutcomeLost):
+            self._model.abandon_step(self.requests[-1].update)
+            self._session.drop_tape(self.taped)
+        elif error.metadata.get("recorded") == "true":
             request = rnn_pb.BackwardRequest()
             request.CopyFrom(self.requests[self.done])
-            self._session.contributed(request)
-        elif error.metadata.get("counted") == "true" and step and self._asked[0]:
-            # Counted, and taken by a step since: by its own, it may be, which the server remembers.
-            training.doubted(step, self._session, self._asked[0], self.memory)
-        if isinstance(error, errors.OutcomeLost):
-            training.given_up(self.requests[-1].update)
-            self._session.move(Move(tapes=self._tapes_left()))
+            self._session.record_contribution(request)
+        elif error.metadata.get("counted") == "true" and update is not None and step is not None:
+            # Recorded, and taken by a step since: by its own, it may be, which the server remembers.
+            asked = AskedUpdate((self._session,), step)
+            intent = UpdateIntent(self._model, update, asked)
+            intent.may_be_applied, intent.memory = True, self.memory
+            return intent
+        return None
 
     def step(self) -> rnn_pb.UpdateRequest | None:
         """Return the step that stands in the last piece."""
         request = self.requests[self.done]
         return request.update if request.HasField("update") else None
 
-    def stepped(self) -> tuple[Step, UpdateResult] | None:
+    def step_made(self) -> tuple[Step, UpdateResult] | None:
         """Return the step made in the same call."""
-        made = self.answers[-1].stepped if self.is_done else None
-        step = self._asked[0]
-        return None if made is None or step is None else (step, update_from_proto(made[1]))
-
-    def _tapes_left(self) -> list[Taped]:
-        return [taped for taped in self._session.tapes if taped is not self.taped]
-
-    def carry_over(self, answer: Backwarded) -> None:
-        """Note the contribution, and the step where one was made."""
-        session = self._session
-        session.contributed(answer.request)
-        if answer.stepped is not None:
-            session.training.stepped(*answer.stepped)
-        session.move(answer.move)
+        result, step = self.answers[-1].result if self.answers else None, self._asked[0]
+        if result is None or result.update is None or step is None:
+            return None
+        return step, result.update
 
     def is_same(self, other: Intent[Any, Any]) -> bool:
         """Compare the tape, every gradient bit and the options."""
@@ -451,23 +417,6 @@ class BackwardIntent(Intent[rnn_pb.BackwardRequest, Backwarded]):
         pieces = [answer.dxs for answer in reversed(self.answers) if answer.dxs is not None]
         return join_steps(pieces, none, session.model.dtype)
 
-    def _result(self, pieces: list[Backwarded]) -> Move:
-        """Return what all the pieces together change of the session."""
-        gradients = _sum([piece.gradients for piece in pieces if piece.gradients])
-        norm = None if gradients is None else gradients.norm
-        if len(pieces) == 1:
-            norm = pieces[0].norm
-        move = Move(
-            tapes=self._tapes_left(),
-            dh=tensor_from_proto(pieces[-1].dh0),
-            gradients=gradients,
-            gradient_norm=norm,
-        )
-        if (stepped := pieces[-1].stepped) is not None:
-            result = update_from_proto(stepped[1])
-            move.update(Move(last_update=result, version=result.version))
-        return move
-
 
 def _sum(gradients: list[Gradients]) -> Gradients | None:
     if not gradients:
@@ -479,26 +428,39 @@ def _sum(gradients: list[Gradients]) -> Gradients | None:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class AskedUpdate:
+    """What the caller of an `update` asked for, by which it is known when asked for again.
+
+    Attributes:
+        sessions: Whose contributions; a session equals itself alone.
+        step: The learning rate, clipping and reduction.
+        expect_known: Whether the head has to be the version that this client has seen last.
+        take_waiting: Whether what the server lists of the sessions is taken too.
+    """
+
+    sessions: tuple[SessionState, ...]
+    step: Step
+    expect_known: bool = True
+    take_waiting: bool = False
+
+
 class UpdateIntent(Intent[rnn_pb.UpdateRequest, "Updated"]):
     """One exact `update`: named contributions on an expected head.
 
     Args:
-        training: The model's.
+        model: The model's shared state.
         request: Complete from the beginning.
-        asked: What the caller asked for: the sessions, the step, whether a head is expected, whether
-            what the server lists is taken too.
+        asked: What the caller asked for.
     """
 
     rpc = UPDATE
 
     def __init__(
-        self,
-        training: Training,
-        request: rnn_pb.UpdateRequest,
-        asked: tuple[tuple[SessionCore, ...], Step, bool, bool],
+        self, model: ModelState, request: rnn_pb.UpdateRequest, asked: AskedUpdate
     ) -> None:
         super().__init__([request])
-        self._training, self.asked = training, asked
+        self._model, self.asked = model, asked
 
     def prepare(self) -> rnn_pb.UpdateRequest:
         """Return the request; it is complete from the beginning."""
@@ -510,23 +472,23 @@ class UpdateIntent(Intent[rnn_pb.UpdateRequest, "Updated"]):
 
     def carry_over(self, answer: Updated) -> None:
         """Note the new head and that the contributions are consumed."""
-        result = answer.result
-        self._training.stepped(self.requests[0], answer.message)
-        for session in self.asked[0]:
-            session.move(Move(last_update=result, version=result.version))
+        self._model.note_step(self.requests[0], answer.message)
+        for session in self.asked.sessions:
+            session.note_update(answer.result)
 
-    def refused(self, error: errors.Error) -> None:
+    def refused(self, error: errors.Error) -> UpdateIntent | None:
         """Forget contributions of which nobody knows whether they wait."""
         if isinstance(error, errors.OutcomeLost):
-            self._training.given_up(self.requests[0])
+            self._model.abandon_step(self.requests[0])
+        return None
 
     def step(self) -> rnn_pb.UpdateRequest | None:
         """Return the request: it is the step."""
         return self.requests[0]
 
-    def stepped(self) -> tuple[Step, UpdateResult] | None:
+    def step_made(self) -> tuple[Step, UpdateResult] | None:
         """Return the step."""
-        return (self.asked[1], self.answers[0].result) if self.is_done else None
+        return (self.asked.step, self.answers[0].result) if self.is_done else None
 
     def is_same(self, other: Intent[Any, Any]) -> bool:
         """Compare what was asked for: what waited then may be consumed by now."""
@@ -543,7 +505,7 @@ class Updated:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Begun:
-    """An epoch's beginning: the session as the server told it, and its hidden state; None: zero."""
+    """An epoch's beginning: the session as the server describes it, and its hidden state; None: zero."""
 
     session: session_pb.Session
     state: Tensor | None
@@ -553,13 +515,13 @@ class EpochIntent(Intent[EpochRequest, Begun]):
     """One `set_state` or `reset_state`.
 
     Args:
-        session: Whose.
+        session: The session that begins anew.
         request: Without the epoch that it ends.
         is_strict: Demand that the epoch ends with the last chunk that this client was answered.
     """
 
     def __init__(
-        self, session: SessionCore, request: EpochRequest, *, is_strict: bool = False
+        self, session: SessionState, request: EpochRequest, *, is_strict: bool = False
     ) -> None:
         super().__init__([request])
         self._session, self._is_strict = session, is_strict
@@ -593,15 +555,3 @@ class EpochIntent(Intent[EpochRequest, Begun]):
         if isinstance(mine, session_pb.ResetStateRequest):
             return True
         return isinstance(theirs, session_pb.SetStateRequest) and mine.state == theirs.state
-
-
-def require_finite(array: Array, name: str) -> None:
-    """Refuse NaN and infinity here, where the server would see only a piece of the array.
-
-    Raises:
-        NonFinite: If there is any; the first index is named.
-    """
-    finite = np.isfinite(array)
-    if not finite.all():
-        index = ",".join(map(str, np.argwhere(~finite)[0]))
-        raise errors.NonFinite(f"{name}[{index}] is {array[tuple(np.argwhere(~finite)[0])]}")

@@ -1,4 +1,4 @@
-"""The log of answered operations, from which a store that lost them is healed."""
+"""The journal of answered operations, from which a store that lost them is healed."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ class Entry:
     """One answered operation, ready to be sent again.
 
     Attributes:
-        session_id: Whose it is; empty for an Update, which may join several.
+        session_id: The session's; empty for an Update, which may join several.
         rpc: The method.
         request: The same numbers and content as the first time; a Forward pins the version that
             its answer named.
-        told: What the first answer said and a later one must say again.
+        expected: What the first answer said and a later one must say again.
         read: Takes the same out of an answer.
         size: Bytes held, about.
-        lifetime: Of its session, which it shares with the session's other entries; None: of none.
-        tape: Of a Backward's tape. While it lasts the server surely remembers whether the
-            contribution was counted; later, a tape that healing has made again would let it be
-            counted once more.
+        lifetime: The session's, one object in all its entries; None in an Update's.
+        tape: The lifetime of a Backward's tape. While it lasts the server surely remembers whether
+            the contribution was recorded; later, a tape that healing has made again would let it be
+            recorded once more.
         head: Of a Backward, the highest version known when it was answered. A step that takes its
             contribution makes a higher one.
     """
@@ -50,7 +50,7 @@ class Entry:
     session_id: str
     rpc: Rpc[Any, Any]
     request: Any
-    told: Any
+    expected: Any
     read: Callable[[Any], object]
     size: int
     lifetime: Lifetime | None = None
@@ -68,7 +68,7 @@ class Entry:
 
     def confirm(self, answer: Any) -> None:
         """Compare a later answer with the first one."""
-        if self.read(answer) != self.told:
+        if self.read(answer) != self.expected:
             raise errors.HistoryForked(
                 f"{self.rpc.path} was answered otherwise before: another writer used a time in "
                 "which the store had lost writes",
@@ -83,7 +83,7 @@ def begin_entry(request: session_pb.OpenSessionRequest, lifetime: Lifetime) -> E
         session_id=request.session_id,
         rpc=OPEN_SESSION,
         request=request,
-        told=request.restored_epoch,
+        expected=request.restored_epoch,
         read=lambda answer: answer.session.epoch,
         size=size,
         lifetime=lifetime,
@@ -103,7 +103,7 @@ def forward_entry(
         session_id=request.session_id,
         rpc=FORWARD,
         request=request,
-        told=answer.state_token,
+        expected=answer.state_token,
         read=lambda again: again.state_token,
         size=len(request.xs.data) + _ENTRY_OVERHEAD_BYTES,
         lifetime=lifetime,
@@ -111,9 +111,16 @@ def forward_entry(
 
 
 def backward_entry(
-    request: rnn_pb.BackwardRequest, lifetime: Lifetime, tape: Lifetime, head: int
+    request: rnn_pb.BackwardRequest, lifetime: Lifetime, *, tape: Lifetime, head: int
 ) -> Entry:
-    """Log a Backward, of which only the contribution is wanted again."""
+    """Log a Backward, of which only the contribution is wanted again.
+
+    Args:
+        request: As it was answered.
+        lifetime: The session's.
+        tape: Its tape's.
+        head: The highest version known.
+    """
     request.ClearField("update")
     request.return_dxs = request.return_gradients = False
     # Its epoch may have ended since; its contribution may still be due.
@@ -123,7 +130,7 @@ def backward_entry(
         session_id=request.session_id,
         rpc=BACKWARD,
         request=request,
-        told=request.chunk_seq,
+        expected=request.chunk_seq,
         read=lambda again: again.chunk_seq,
         size=size,
         lifetime=lifetime,
@@ -138,27 +145,27 @@ def update_entry(request: rnn_pb.UpdateRequest, answer: rnn_pb.UpdateResponse) -
         session_id="",
         rpc=UPDATE,
         request=request,
-        told=Version(answer.version.number, answer.version.digest),
+        expected=Version(answer.version.number, answer.version.digest),
         read=lambda again: Version(again.version.number, again.version.digest),
         size=request.ByteSize() + _ENTRY_OVERHEAD_BYTES,
     )
 
 
 class Journal:
-    """The last answered operations, in the order of their answers. Made by a `Shelf`.
+    """The last answered operations, in the order of their answers. Made by a `LogBudget`.
 
     Args:
-        shelf: Bounds all journals of a client together.
+        budget: Bounds all journals of a client together.
         max_entries: Kept for each session that writes here.
         max_bytes: Kept altogether.
     """
 
-    def __init__(self, shelf: Shelf, max_entries: int, max_bytes: int) -> None:
-        self._shelf, self._max_entries, self._max_bytes = shelf, max_entries, max_bytes
-        # Each with the bytes of all up to it since the log began: whenever an interrupt comes, the
+    def __init__(self, budget: LogBudget, *, max_entries: int, max_bytes: int) -> None:
+        self._budget, self._max_entries, self._max_bytes = budget, max_entries, max_bytes
+        # Each with the bytes of all up to it since the journal began: whenever an interrupt comes, the
         # entries and their size agree.
         self._entries: deque[tuple[Entry, int]] = deque()
-        self.writer_count = 1
+        self._writers = 1
 
     @property
     def bytes(self) -> int:
@@ -168,15 +175,19 @@ class Journal:
         first, end = self._entries[0]
         return self._entries[-1][1] - end + first.size
 
+    def share_between(self, sessions: int) -> None:
+        """Keep as many entries for each of so many sessions."""
+        self._writers = max(1, sessions)
+
     def append(self, entry: Entry) -> None:
         """Add an entry and let the oldest go where the bounds ask for it."""
-        with self._shelf.lock:
+        with self._budget.lock:
             end = self._entries[-1][1] if self._entries else 0
             self._entries.append((entry, end + entry.size))
-            most = self._max_entries * max(1, self.writer_count)
+            most = self._max_entries * self._writers
             while self._entries and (len(self._entries) > most or self.bytes > self._max_bytes):
                 self.drop_oldest()
-            self._shelf.note(self)
+            self._budget.note(self)
 
     def drop_oldest(self) -> None:
         """Let the oldest entry go."""
@@ -184,7 +195,7 @@ class Journal:
 
     def drop_contributions(self, session_id: str, named: Container[tuple[int, int]]) -> None:
         """Take out the Backwards of these (epoch, chunk_seq): they were discarded."""
-        with self._shelf.lock:
+        with self._budget.lock:
             kept = [
                 entry
                 for entry in self.entries()
@@ -194,17 +205,17 @@ class Journal:
             ]
             ends = accumulate(entry.size for entry in kept)
             self._entries = deque(zip(kept, ends, strict=True))
-            self._shelf.note(self)
+            self._budget.note(self)
 
     def entries(self) -> list[Entry]:
         """Return the entries as they are now."""
         return [entry for entry, _ in self._entries]
 
 
-class Shelf:
+class LogBudget:
     """All journals of one client, bounded together: those written longest ago give way.
 
-    A gateway of many sessions would else hold as many full logs.
+    A gateway of many sessions would else hold as many full journals.
 
     Args:
         max_bytes: Kept in all journals together.
@@ -214,14 +225,14 @@ class Shelf:
         self.lock = threading.RLock()
         self._max_bytes = max_bytes
         self._bytes = 0
-        # By the time of their last entry; weak, so that a session that is let go takes its log along.
+        # By the time of their last entry; weak, so that a session that is let go takes its journal along.
         self._journals: dict[int, weakref.ref[Journal]] = {}
         self._sizes: dict[int, int] = {}
         self._is_counting = False  # still, when an interrupt has left the sum wrong
 
     def new_journal(self, max_entries: int, max_bytes: int) -> Journal:
         """Make a journal of this client."""
-        journal = Journal(self, max_entries, max_bytes)
+        journal = Journal(self, max_entries=max_entries, max_bytes=max_bytes)
         weakref.finalize(journal, self._forget, id(journal)).atexit = False
         return journal
 

@@ -1,4 +1,4 @@
-"""Models, their weights and their checkpoints; and what a client knows of their versions."""
+"""Models, their weights and their checkpoints."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 from timernn import errors
 from timernn._core import arguments, contract
-from timernn._core.ages import Ages
 from timernn._core.arguments import checked, checked_with
 from timernn._core.convert import (
     array_from_caller,
@@ -18,7 +17,6 @@ from timernn._core.convert import (
 )
 from timernn._core.effects import Download, Upload
 from timernn._core.ids import new_request_id
-from timernn._core.retry import Caller
 from timernn._core.weights import (
     parts,
     read_file,
@@ -33,14 +31,11 @@ from timernn.v1 import tensor_pb2 as tensor_pb
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from timernn._core.convert import (
-        DTypeName,
-    )
+    from timernn._core.context import ClientContext
+    from timernn._core.convert import DTypeName
     from timernn._core.effects import Op
-    from timernn._core.options import Options
-    from timernn._core.weights import (
-        WeightsFile,
-    )
+    from timernn._core.known import KnownModels
+    from timernn._core.weights import WeightsFile
     from timernn.optimizers import Optimizer
     from timernn.types import (
         CheckpointInfo,
@@ -54,34 +49,14 @@ _DTYPES = {"float32": tensor_pb.D_TYPE_FLOAT32, "float64": tensor_pb.D_TYPE_FLOA
 
 
 class ModelsCore:
-    """Every call about models, over the client's addresses.
+    """Every call about models.
 
-    Attributes:
-        options: The arguments of `connect`.
-        caller: Makes the calls.
-        ages: Tells how long ago an answer came.
+    Args:
+        context: How calls are made, and where what they answer is noted.
     """
 
-    def __init__(self, addresses: list[str], options: Options) -> None:
-        self.options = options
-        self.caller = Caller(addresses, options.timeout_s, options.connect_timeout_s, options.retry)
-        self.ages = Ages()
-        self._known: dict[str, Version] = {}
-        self._models: dict[str, ModelInfo] = {}
-
-    def known(self, model_id: str) -> Version | None:
-        """Return the highest version of a model that this client has seen."""
-        return self._known.get(model_id)
-
-    def note_version(self, model_id: str, version: Version) -> None:
-        """Note a version that an answer named."""
-        known = self._known.get(model_id)
-        if known is None or version.number > known.number:
-            self._known[model_id] = version
-
-    def set_known(self, model_id: str, version: Version) -> None:
-        """Note a version that this client has just made."""
-        self._known[model_id] = version
+    def __init__(self, context: ClientContext) -> None:
+        self._context, self._caller, self._known = context, context.caller, context.known
 
     # -- models ------------------------------------------------------------------------------------
 
@@ -116,7 +91,7 @@ class ModelsCore:
                 whatever its weights are by now.
 
         Raises:
-            ModelExists: If the name is taken; it tells what is otherwise there.
+            ModelExists: If the name is taken; its message says what is different there.
         """
         spec = model_pb.ModelSpec(
             model_id=model_id,
@@ -126,7 +101,7 @@ class ModelsCore:
             optimizer=None if optimizer is None else optimizer_to_proto(optimizer),
         )
         request = model_pb.CreateModelRequest(spec=spec, request_id=new_request_id())
-        creating: Op[Any] = self.caller.call(contract.CREATE_MODEL, request)
+        creating: Op[Any] = self._caller.call(contract.CREATE_MODEL, request)
         if Wx is None and Wh is None and b is None:
             request.seed = 0 if seed is None else seed
         elif Wx is None or Wh is None or b is None or seed is not None:
@@ -146,29 +121,29 @@ class ModelsCore:
                     message.CopyFrom(tensor_to_proto(array))
         if hidden_size * (input_size + hidden_size) * 4 > _UNARY_BYTES:
             # What answers this is there: the time to make a large model is not the time to connect.
-            yield from self.caller.call(contract.GET_SERVER_INFO, model_pb.GetServerInfoRequest())
+            yield from self._caller.call(contract.GET_SERVER_INFO, model_pb.GetServerInfoRequest())
         try:
             answer = yield from creating
         except errors.ModelExists as error:
             # A server that does not compare says nothing of a difference: then the error stands.
             if not exist_ok or error.metadata.get("difference") != "":
                 raise
-            return (yield from self.get_model(model_id))
-        self.forget(model_id)
-        return self._noted(answer.model)
+            return (yield from self._context.read_model(model_id))
+        self._known.forget(model_id)
+        model = model_from_proto(answer.model)
+        self._known.note_model(model)
+        return model
 
     @checked
     def get_model(self, model_id: str) -> Op[ModelInfo]:
         """Return one model as it stands."""
-        request = model_pb.GetModelRequest(model_id=model_id)
-        answer = yield from self.caller.call(contract.GET_MODEL, request)
-        return self._noted(answer.model)
+        return (yield from self._context.read_model(model_id))
 
     @checked
     def models_page(self, page_size: int, page_token: str) -> Op[tuple[list[ModelInfo], str]]:
         """Return a page of models and the token of the next."""
         request = model_pb.ListModelsRequest(page_size=page_size, page_token=page_token)
-        answer = yield from self.caller.call(contract.LIST_MODELS, request)
+        answer = yield from self._caller.call(contract.LIST_MODELS, request)
         return [model_from_proto(model) for model in answer.models], answer.next_page_token
 
     @checked
@@ -184,13 +159,13 @@ class ModelsCore:
         """
         request = model_pb.DeleteModelRequest(model_id=model_id, allow_missing=missing_ok)
         try:
-            answer = yield from self.caller.call(contract.DELETE_MODEL, request)
+            answer = yield from self._caller.call(contract.DELETE_MODEL, request)
         except errors.ModelNotFound as error:
             if not error.is_outcome_unknown:
                 raise
-            self.forget(model_id)
+            self._known.forget(model_id)
             return True  # an attempt whose answer was lost has done it
-        self.forget(model_id)
+        self._known.forget(model_id)
         return answer.deleted
 
     # -- weights -----------------------------------------------------------------------------------
@@ -228,7 +203,7 @@ class ModelsCore:
             b: Bias, shape (H,).
             expected_version: Refuse with VersionConflict unless the head is this one.
         """
-        model = yield from self.model(model_id)
+        model = yield from self._context.model(model_id)
         D, H, dtype = model.input_size, model.hidden_size, model.dtype
         data = weights_to_file(
             array_from_caller(Wx, "Wx", dtype, (D, H)),
@@ -279,14 +254,14 @@ class ModelsCore:
         request = model_pb.CreateCheckpointRequest(
             model_id=model_id, checkpoint_id=checkpoint_id, version=optional(version)
         )
-        answer = yield from self.caller.call(contract.CREATE_CHECKPOINT, request)
+        answer = yield from self._caller.call(contract.CREATE_CHECKPOINT, request)
         return checkpoint_from_proto(answer.checkpoint)
 
     @checked
     def list_checkpoints(self, model_id: str) -> Op[list[CheckpointInfo]]:
         """Return a model's checkpoints by name."""
         request = model_pb.ListCheckpointsRequest(model_id=model_id)
-        answer = yield from self.caller.call(contract.LIST_CHECKPOINTS, request)
+        answer = yield from self._caller.call(contract.LIST_CHECKPOINTS, request)
         return [checkpoint_from_proto(checkpoint) for checkpoint in answer.checkpoints]
 
     @checked
@@ -300,8 +275,8 @@ class ModelsCore:
             expected_version=optional(expected_version),
             request_id=new_request_id(),
         )
-        answer = yield from self.caller.call(contract.RESTORE_CHECKPOINT, request)
-        return self.made(model_id, answer.version)
+        answer = yield from self._caller.call(contract.RESTORE_CHECKPOINT, request)
+        return note_made(self._known, model_id, answer.version)
 
     @checked
     def delete_checkpoint(
@@ -312,7 +287,7 @@ class ModelsCore:
             model_id=model_id, checkpoint_id=checkpoint_id, allow_missing=missing_ok
         )
         try:
-            answer = yield from self.caller.call(contract.DELETE_CHECKPOINT, request)
+            answer = yield from self._caller.call(contract.DELETE_CHECKPOINT, request)
         except errors.NotFound as error:
             if isinstance(error, errors.ModelNotFound) or not error.is_outcome_unknown:
                 raise
@@ -321,39 +296,13 @@ class ModelsCore:
 
     # -- inner parts -------------------------------------------------------------------------------
 
-    def model(self, model_id: str) -> Op[ModelInfo]:
-        """Return a model's sizes and dtype; asked for once."""
-        if model_id not in self._models:
-            yield from self.get_model(model_id)
-        return self._models[model_id]
-
-    def _noted(self, message: model_pb.Model) -> ModelInfo:
-        model = model_from_proto(message)
-        before = self._models.get(model.model_id)
-        if before is not None and before.incarnation != model.incarnation:
-            self.forget(model.model_id)
-        self._models[model.model_id] = model
-        self.note_version(model.model_id, model.head)
-        return model
-
-    def forget(self, model_id: str) -> None:
-        """Forget what is known of a model that may be another one now."""
-        self._models.pop(model_id, None)
-        self._known.pop(model_id, None)
-
-    def made(self, model_id: str, message: tensor_pb.WeightsVersion) -> Version:
-        """Note a version that this client has just made."""
-        version = version_from_proto(message)
-        self.set_known(model_id, version)
-        return version
-
     def _download(
         self, model_id: str, version: Version | None, *, include_moments: bool
     ) -> Op[tuple[bytes, Version]]:
         request = model_pb.GetWeightsRequest(
             model_id=model_id, version=optional(version), include_moments=include_moments
         )
-        got = yield from self.caller.attempts(
+        got = yield from self._caller.attempts(
             lambda address, timeout: Download(contract.GET_WEIGHTS, request, address, timeout)
         )
         data = b"".join(part.data for part in got)
@@ -361,7 +310,7 @@ class ModelsCore:
             raise errors.Internal(f"the weights came incomplete: {len(data)} bytes")
         found = version_from_proto(got[0].version)
         if version is None:
-            self.note_version(model_id, found)
+            self._known.note_version(model_id, found)
         return data, found
 
     def _import(self, spec: model_pb.ModelSpec, data: bytes, request_id: str) -> Op[Any]:
@@ -369,7 +318,7 @@ class ModelsCore:
         header = model_pb.ImportModelHeader(spec=spec, request_id=request_id, total_bytes=len(data))
         requests = [model_pb.ImportModelRequest(header=header)]
         requests += [model_pb.ImportModelRequest(data=part) for part in parts(data)]
-        answer = yield from self.caller.attempts(
+        answer = yield from self._caller.attempts(
             lambda address, timeout: Upload(contract.IMPORT_MODEL, requests, address, timeout)
         )
         return answer
@@ -383,10 +332,17 @@ class ModelsCore:
         )
         requests = [model_pb.PutWeightsRequest(header=header)]
         requests += [model_pb.PutWeightsRequest(data=part) for part in parts(data)]
-        answer: Any = yield from self.caller.attempts(
+        answer: Any = yield from self._caller.attempts(
             lambda address, timeout: Upload(contract.PUT_WEIGHTS, requests, address, timeout)
         )
-        return self.made(model_id, answer.version)
+        return note_made(self._known, model_id, answer.version)
+
+
+def note_made(known: KnownModels, model_id: str, message: tensor_pb.WeightsVersion) -> Version:
+    """Note a version that this client has just made."""
+    version = version_from_proto(message)
+    known.set_version(model_id, version)
+    return version
 
 
 def given(

@@ -1,4 +1,4 @@
-"""The arguments of `connect`, as both faces hand them to the core."""
+"""The arguments of `connect`, as both frontends hand them to the core."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Options:
         timeout_s: For one call with all its attempts.
         connect_timeout_s: The same until something has answered for the first time.
         retry: How failed calls are tried again.
-        log_limit: Answered operations kept for healing, a session.
-        log_bytes: Their bytes, a session; for training sessions, all of one model together.
-        log_total_bytes: Bytes of all logs together; those written longest ago give way.
+        log_limit: Entries of a journal for each session that writes it.
+        log_bytes: Bytes of a journal.
+        log_total_bytes: Bytes of all journals together; those written longest ago give way.
         max_message_bytes: Largest message either way.
         proxy: An HTTP proxy's URL, "environment", or None for direct connections.
     """

@@ -70,7 +70,7 @@ def proof_of(error: BaseException) -> Proof:
 
 
 def leaves_in_doubt(error: BaseException, *, before: bool) -> bool:
-    """Tell whether a request may have been carried out all the same, or still may be.
+    """Return whether a request may have been carried out all the same, or still may be.
 
     Args:
         error: What its last attempt ended with.

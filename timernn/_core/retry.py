@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from timernn import errors
 from timernn._core.arguments import positive_number, rate, refusal
-from timernn._core.effects import Call, Sleep
+from timernn._core.effects import RpcCall, Sleep
 from timernn._core.refusals import Proof, proof_of
 
 if TYPE_CHECKING:
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 Q = TypeVar("Q")
 A = TypeVar("A")
+# A stream is left for a new one after this time at the latest, so that a replica that hangs is
+# noticed without a watcher for each stream: reopening costs one round trip.
+STREAM_TIMEOUT_S = 60.0
 _ABOVE_ZERO = ("attempt_timeout_s", "budget_per_s")
 
 
@@ -67,7 +70,7 @@ class RetryPolicy:
 
 
 def is_worth_retrying(error: errors.Error) -> bool:
-    """Tell whether the same request may succeed when it is simply sent again."""
+    """Return whether the same request may succeed when it is simply sent again."""
     if isinstance(error, errors.Unavailable | errors.DeadlineExceeded | errors.Cancelled):
         return True
     # An ABORTED without a reason of ours asks for the same again; with one, it decides.
@@ -99,19 +102,20 @@ class Caller:
 
     Args:
         addresses: Targets by name; effects name them by index.
-        timeout_s: For a whole call with all its attempts.
-        connect_timeout_s: The same until something has answered for the first time, so that a
-            mistyped address is told soon.
         policy: How to retry.
+        timeout_s: Seconds for a whole call with all its attempts.
+        connect_timeout_s: The same until something has answered for the first time, so that a
+            mistyped address is reported soon.
         clock: Monotonic seconds.
     """
 
     def __init__(
         self,
         addresses: list[str],
+        policy: RetryPolicy,
+        *,
         timeout_s: float,
         connect_timeout_s: float,
-        policy: RetryPolicy,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.addresses, self.policy, self.clock = addresses, policy, clock
@@ -130,7 +134,7 @@ class Caller:
     def call(self, rpc: Rpc[Q, A], request: Q, deadline: float | None = None) -> Op[A]:
         """Make a unary call; raises the last attempt's error."""
         return self.attempts(
-            lambda address, timeout: Call(rpc, request, address, timeout), deadline
+            lambda address, timeout: RpcCall(rpc, request, address, timeout), deadline
         )
 
     def attempts(
@@ -190,7 +194,7 @@ class Patience:
         self.may_be_carried_out = False
         self._failures = 0
         self._retries = 0
-        self._told: errors.Error | None = None
+        self._last_informative: errors.Error | None = None
         self._refused: set[int] | None = set()
 
     def attempt_timeout_s(self) -> float:
@@ -213,20 +217,20 @@ class Patience:
         if isinstance(error, errors.DeadlineExceeded):
             self._attempt_s *= 2
         else:
-            self._told = error
+            self._last_informative = error
         wait = caller.delay_s(self._retries, error)
         is_nobody_there = self._is_nobody_there(error, address)
         latest = caller.latest(self._deadline, self._started, is_nobody_there=is_nobody_there)
         if caller.clock() + wait >= latest:
             if is_nobody_there:
                 error.message = self._no_server()
-            raise self._most_telling(error)
+            raise self._most_informative(error)
         caller.move_on(address)
         self._retries += 1
         yield Sleep(wait)
 
     def _is_nobody_there(self, error: errors.Error, address: int) -> bool:
-        """Tell whether every address has been tried and nothing but refused connections came."""
+        """Return whether every address has been tried and nothing but refused connections came."""
         if not isinstance(error, errors.NoServer):
             self._refused = None
         elif self._refused is not None:
@@ -238,9 +242,10 @@ class Patience:
         addresses = ", ".join(self._caller.addresses)
         return f"no server at {addresses} after {tries}; is `timernn serve` running?"
 
-    def _most_telling(self, last: errors.Error) -> errors.Error:
+    def _most_informative(self, last: errors.Error) -> errors.Error:
         """Return the last error, or the one before when the last only says that time is over."""
-        if last.reason or not isinstance(last, errors.DeadlineExceeded) or self._told is None:
+        before = self._last_informative
+        if last.reason or not isinstance(last, errors.DeadlineExceeded) or before is None:
             return last
-        self._told.attempts, self._told.is_outcome_unknown = last.attempts, True
-        return self._told
+        before.attempts, before.is_outcome_unknown = last.attempts, True
+        return before

@@ -50,21 +50,21 @@ class Bounds:
 
     @classmethod
     def from_limits(cls, limits: model_pb.Limits, max_message_bytes: int) -> Bounds:
-        """Read the limits that a server tells; the client's own message limit counts as well."""
-        told = {name: getattr(limits, name) or default for name, default in _DEFAULTS.items()}
-        told["message_bytes"] = min(told["message_bytes"], max_message_bytes)
+        """Read a server's limits; the client's own message limit counts as well."""
+        given = {name: getattr(limits, name) or default for name, default in _DEFAULTS.items()}
+        given["message_bytes"] = min(given["message_bytes"], max_message_bytes)
         tape_ttl_s = limits.tape_ttl.ToNanoseconds() / 1e9 or _DEFAULT_TAPE_TTL_S
-        return cls(**told, tape_ttl_s=tape_ttl_s)
+        return cls(**given, tape_ttl_s=tape_ttl_s)
 
 
-def split_steps(steps: int, step_bytes: int, state_bytes: int, bounds: Bounds) -> list[slice]:
+def split_steps(steps: int, bounds: Bounds, *, step_bytes: int, state_bytes: int) -> list[slice]:
     """Cut T steps into as few chunks of about equal length as the bounds allow.
 
     Args:
         steps: T.
+        bounds: The server's limits.
         step_bytes: Bytes of one step in the larger of the two messages.
         state_bytes: Bytes of one hidden state; a message carries up to two.
-        bounds: The server's limits.
 
     Raises:
         MessageTooLarge: If not even one step fits.
@@ -76,6 +76,8 @@ def split_steps(steps: int, step_bytes: int, state_bytes: int, bounds: Bounds) -
             f"one time step takes {step_bytes} bytes beside {2 * state_bytes} for states; a "
             f"message may hold {bounds.message_bytes}: use fewer batch rows"
         )
+    if steps <= longest:
+        return [slice(0, steps)]
     pieces = -(-steps // longest)
     cuts = [steps * i // pieces for i in range(pieces + 1)]
     return [slice(a, b) for a, b in pairwise(cuts)]

@@ -18,14 +18,13 @@ from timernn._core.effects import (
 )
 from timernn._core.healing import Healing
 from timernn._core.intents import ForwardIntent
-from timernn._core.place import no_stream
 from timernn._core.refusals import Proof, proof_of
-from timernn._core.retry import Patience, is_worth_retrying
+from timernn._core.requests import forward_intent
+from timernn._core.retry import STREAM_TIMEOUT_S, Patience, is_worth_retrying
 from timernn._core.status import error_from_status
 from timernn.v1 import time_rnn_service_pb2 as rnn_pb
 
 if TYPE_CHECKING:
-    from timernn._core.client import ClientCore
     from timernn._core.effects import (
         Mark,
         Op,
@@ -34,9 +33,6 @@ if TYPE_CHECKING:
     from timernn._core.session import SessionCore
     from timernn.types import Array, ReturnHs
 
-# A stream is left for a new one after this time at the latest, so that a replica that hangs is
-# noticed without a watcher for each stream: reopening costs one round trip.
-LIFE_S = 60.0
 Chunk: TypeAlias = "tuple[ForwardIntent, rnn_pb.ForwardRequest]"
 
 
@@ -48,9 +44,8 @@ class StreamCore:
     that begins with the same chunks goes on with these.
 
     Args:
-        client: Whose addresses and patience it uses.
-        session: Whose chunks; its other operations are refused meanwhile.
-        source: Where the faces pull the caller's chunks from.
+        session: The session whose chunks these are; its other operations are refused meanwhile.
+        source: Where the frontends pull the caller's chunks from.
         in_flight: Chunks sent and not answered, at most.
         return_hs: What each chunk returns.
         train: Whether each chunk leaves a tape for `backward`.
@@ -58,20 +53,21 @@ class StreamCore:
 
     def __init__(
         self,
-        client: ClientCore,
         session: SessionCore,
         source: Any,
+        *,
         in_flight: int,
         return_hs: ReturnHs,
-        *,
         train: bool,
     ) -> None:
-        self._client, self._session, self._source = client, session, source
-        self._in_flight = max(1, min(in_flight, session.bounds.replay_window))
+        self._session, self._source = session, source
+        self._state, self._doubts = session.state, session.doubts
+        self._caller = session.context.caller
+        self._in_flight = max(1, min(in_flight, session.state.bounds.replay_window))
         self._return_hs, self._train = return_hs, train
         self._may_go_on = True  # with what is in doubt since before
         self._intents: deque[ForwardIntent] = deque()
-        self._given: ForwardIntent | None = None  # whose output was returned by the last step
+        self._given: ForwardIntent | None = None  # its output was returned by the last step
         self._sent: deque[Chunk] = deque()
         self._to_send: deque[Chunk] = deque()
         self._handle: StreamHandle | None = None
@@ -88,24 +84,23 @@ class StreamCore:
         Raises:
             SessionBusy: If another stream has it.
         """
-        session = self._session
-        session.require_idle()
-        deadline = self._client.caller.deadline()
-        if any(not isinstance(doubt, ForwardIntent) for doubt in session.doubts):
-            yield from session.settle_own(deadline)
-        yield from session.training.settle(deadline)
-        session.stream = weakref.ref(self)
+        self._state.require_idle()
+        deadline = self._caller.deadline()
+        if any(not isinstance(doubt, ForwardIntent) for doubt in self._doubts):
+            yield from self._doubts.settle(deadline)
+        yield from self._session.updates.settle(deadline)
+        self._state.occupy(weakref.ref(self))
 
     def step(self) -> Op[Array | Mark[Any]]:
         """Return the hidden states of the next chunk, or END."""
-        self._take_leave_of_given()
+        self._forget_given()
         self._begin_waiting()
         while True:
             if self._intents and self._intents[0].is_done:
                 self._given = self._intents[0]
                 if self._given.is_wanted:
                     return self._output_of(self._given)
-                self._take_leave_of_given()
+                self._forget_given()
             elif self._failure is not None:
                 failure, self._failure = self._failure, None
                 yield from self._recover(failure)
@@ -125,14 +120,13 @@ class StreamCore:
             is_left: By a caller who wants no further output: asked for later, the same data are
                 new chunks.
         """
-        if self._session.stream() is self:
+        if self._state.is_used_by(self):
             if is_left:
-                self._take_leave_of_given()
+                self._forget_given()
                 for intent in self._intents:
                     intent.is_wanted = False
-                while self._session.doubts and self._session.doubts[0].is_done:
-                    self._session.doubts.popleft()
-            self._session.stream = no_stream
+                self._doubts.drop_answered()
+            self._state.vacate()
         self._leave()
 
     def _output_of(self, intent: ForwardIntent) -> Array:
@@ -140,19 +134,19 @@ class StreamCore:
         try:
             return intent.hs()
         except errors.Error:
-            self._take_leave_of_given()
+            self._forget_given()
             raise
 
-    def _take_leave_of_given(self) -> None:
+    def _forget_given(self) -> None:
         """Forget a chunk whose output has been taken."""
         if self._given is not None:
-            self._session.doubts.popleft()
+            self._doubts.deliver_first()
             self._intents.popleft()
             self._given = None
 
     def _begin_waiting(self) -> None:
         """Begin with full patience: the caller begins to wait, or a chunk or an answer has come."""
-        self._waiting_since = self._client.caller.clock()
+        self._waiting_since = self._caller.clock()
         self._patience: Patience | None = None
         self._healing: Healing | None = None
 
@@ -171,10 +165,10 @@ class StreamCore:
                 self._is_exhausted = True
                 return
             try:
-                intent = self._session.forward_intent(item, self._return_hs, train=self._train)
+                intent = forward_intent(self._state, item, self._return_hs, train=self._train)
             except errors.Error as error:
                 ahead = len(self._sent) + len(self._to_send)
-                self._refuse(error.at_chunk(self._session.chunk_seq + ahead + 1))
+                self._refuse(error.at_chunk(self._state.chunk_seq + ahead + 1))
                 return
             self._add(intent)
 
@@ -184,18 +178,15 @@ class StreamCore:
 
     def _add(self, intent: ForwardIntent) -> None:
         """Queue a chunk, or what is in doubt since before if it is the same."""
-        session, position = self._session, len(self._intents)
         if self._may_go_on:
-            again = session.again(intent, position)
+            position = len(self._intents)
+            again = self._doubts.again(intent, position)
             if again is not None:
                 self._queue(again)
                 return
             self._may_go_on = False
-            for earlier in list(session.doubts)[position:]:
-                if earlier.is_refused:
-                    session.doubts.remove(earlier)
-                elif isinstance(earlier, ForwardIntent):
-                    earlier.is_wanted = False  # other chunks follow: it counts, unasked
+            for earlier in self._doubts.unwanted_from(position):  # other chunks follow
+                if isinstance(earlier, ForwardIntent):
                     self._queue(earlier)
         self._queue(intent)
 
@@ -216,19 +207,19 @@ class StreamCore:
             self._failure = error
 
     def _converse(self) -> Op[rnn_pb.StreamResponse]:
-        caller = self._client.caller
+        caller = self._caller
         is_old = caller.clock() > self._fresh_until
         if is_old and not self._sent:
             self._leave()
         if self._handle is None:
             self._address, is_old = caller.address, False
             # Half of its time is kept for the answers of what is sent at the last moment.
-            life_s = min(LIFE_S, caller.timeout_s)
-            self._fresh_until = caller.clock() + life_s / 2
-            self._handle = yield OpenStream(STREAM, self._address, life_s)
+            open_s = min(STREAM_TIMEOUT_S, caller.timeout_s)
+            self._fresh_until = caller.clock() + open_s / 2
+            self._handle = yield OpenStream(STREAM, self._address, open_s)
         while self._to_send and len(self._sent) < self._in_flight and not is_old:
             intent, request = self._to_send[0]
-            self._session.doubted(intent)
+            self._doubts.keep(intent)
             self._number(request)
             yield Write(self._handle, _message(request))
             self._sent.append(self._to_send.popleft())
@@ -240,9 +231,9 @@ class StreamCore:
     def _number(self, request: rnn_pb.ForwardRequest) -> None:
         is_again = bool(request.chunk_seq)
         if not is_again:
-            self._session.number(request, ahead=len(self._sent))
+            self._state.number(request, ahead=len(self._sent))
         elif not self._sent:
-            request.previous_token = self._session.state_token
+            request.previous_token = self._state.state_token
         else:
             request.previous_token = b""
 
@@ -250,8 +241,8 @@ class StreamCore:
         if result.HasField("error"):
             raise error_from_status(result.error)
         intent, request = self._sent[0]
-        # A chunk in flight named no token; in the log it names the one it followed.
-        request.previous_token = self._session.state_token
+        # A chunk in flight named no token; in the journal it names the one it followed.
+        request.previous_token = self._state.state_token
         intent.accept(result.forward)
         self._sent.popleft()
         self._begin_waiting()
@@ -263,24 +254,24 @@ class StreamCore:
                 intent.may_be_applied = True
         self._to_send.extendleft(reversed(self._sent))
         self._sent.clear()
-        session, caller = self._session, self._client.caller
+        session, caller = self._session, self._caller
         deadline = self._waiting_since + caller.timeout_s
         if self._patience is None or self._healing is None:
             self._patience = Patience(caller, deadline)
-            self._healing = Healing(caller, session.scope())
+            self._healing = Healing(caller, self._doubts.scope())
         try:
             if is_worth_retrying(error):
                 yield from self._patience.after(error, self._address)
             else:
                 request = self._to_send[0][1] if self._to_send else None
-                yield from self._client.heal(
-                    self._healing, error, session.scope(), deadline, request
+                yield from session.recovery.heal(
+                    self._healing, error, deadline=deadline, request=request
                 )
         except errors.Error as final:
             if self._intents:
                 # Refused, those behind it are refused with it: the server tries none of them.
-                session.failed(self._intents[0], final)
-            raise final.at_chunk(session.chunk_seq + 1) from final.__cause__
+                self._doubts.failed(self._intents[0], final)
+            raise final.at_chunk(self._state.chunk_seq + 1) from final.__cause__
 
     def _leave(self) -> None:
         if self._handle is not None:

@@ -17,52 +17,52 @@ class SessionView:
     @property
     def session_id(self) -> str:
         """Its name."""
-        return self._core.session_id
+        return self._core.state.session_id
 
     @property
     def model_id(self) -> str:
         """The model it runs."""
-        return self._core.model.model_id
+        return self._core.state.model.model_id
 
     @property
     def batch_size(self) -> int:
         """N."""
-        return self._core.batch_size
+        return self._core.state.batch_size
 
     @property
     def epoch(self) -> int:
         """Grows at each reset_state and set_state."""
-        return self._core.epoch
+        return self._core.state.epoch
 
     @property
     def chunk_seq(self) -> int:
         """The last chunk answered in this epoch."""
-        return self._core.chunk_seq
+        return self._core.state.chunk_seq
 
     @property
     def resumed(self) -> bool:
         """Whether opening it went on with a live session; False: it began anew."""
-        return self._core.resumed
+        return self._core.state.resumed
 
     @property
     def version(self) -> Version | None:
         """The weights version that the last forward used or the last update made."""
-        return self._core.version
+        return self._core.state.version
 
     @property
     def h(self) -> Array:
         """The hidden state as of the last answer, shape (N, H); no call is made."""
-        return self._core.h
+        return self._core.state.h
 
     @property
     def dh(self) -> Array | None:
         """The gradient of the state before the last backward's chunk, shape (N, H)."""
-        return self._core.dh
+        return self._core.state.dh
 
     @property
     def gradients(self) -> Gradients | None:
         """The weights' gradients of the last backward, if it asked for them."""
-        return self._core.gradients
+        return self._core.state.gradients
 
     @property
     def gradient_norm(self) -> float | None:
@@ -70,17 +70,17 @@ class SessionView:
 
         None before the first, and after one that was split along T and did not ask for them.
         """
-        return self._core.gradient_norm
+        return self._core.state.gradient_norm
 
     @property
     def last_update(self) -> UpdateResult | None:
         """What the last step over this session did."""
-        return self._core.last_update
+        return self._core.state.last_update
 
     @property
     def in_doubt(self) -> bool:
         """Whether the outcome of the last call is unknown; the next call finds out first."""
-        return self._core.in_doubt
+        return self._core.doubts.is_any
 
     def __repr__(self) -> str:
         return (

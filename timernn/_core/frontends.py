@@ -1,4 +1,4 @@
-"""What both faces do alike: the core's generators shown as methods, and errors without its insides."""
+"""What both frontends do alike: the core's generators shown as methods, errors without its insides."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ F = TypeVar("F", bound="Callable[..., Any]")
 
 
 def drives(op: Callable[..., Any], owner: str) -> Callable[[F], F]:
-    """Show a method of a face as what it does: a generator of the core, driven to its end.
+    """Show a method of a frontend as what it does: a generator of the core, driven to its end.
 
     Args:
-        op: The generator function, whose name, documentation and parameters are the method's.
-        owner: The class of the face.
+        op: The generator function; the method takes over its name, documentation and parameters.
+        owner: The frontend's class.
     """
     signature = inspect.signature(op)
     result = str(signature.return_annotation).removeprefix("Op[").removesuffix("]")

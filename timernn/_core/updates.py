@@ -1,0 +1,128 @@
+"""The exact optimizer steps of one model over the sessions of this client."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from timernn import errors
+from timernn._core.contract import LIST_WAITING
+from timernn._core.convert import waiting_from_proto
+from timernn._core.doubts import StepInDoubt
+from timernn._core.healing import Scope
+from timernn._core.intents import AskedUpdate, UpdateIntent
+from timernn._core.model_state import ModelState
+from timernn._core.refusals import leaves_in_doubt
+from timernn.v1 import time_rnn_service_pb2 as rnn_pb
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from timernn._core.context import ClientContext
+    from timernn._core.doubts import Doubts
+    from timernn._core.effects import Op
+    from timernn._core.intents import Intent
+    from timernn._core.recovery import Recovery
+    from timernn.types import Step, UpdateResult, Waiting
+
+
+class Updates:
+    """Makes a model's steps, one at a time: one in doubt is asked for again before the next.
+
+    Args:
+        context: How calls are made.
+        recovery: Sends the steps.
+        model_id: The model.
+
+    Attributes:
+        model: What the model's training sessions share.
+        in_doubt: The step whose outcome is unknown.
+    """
+
+    def __init__(self, context: ClientContext, recovery: Recovery, model_id: str) -> None:
+        self._context, self._recovery = context, recovery
+        self.model = ModelState(context, model_id)
+        self.in_doubt = StepInDoubt()
+
+    def update(
+        self,
+        sessions: Sequence[Doubts],
+        step: Step,
+        *,
+        expect_known: bool,
+        take_waiting: bool,
+    ) -> Op[UpdateResult]:
+        """Take what these sessions contributed since their last update into one step.
+
+        With `take_waiting` also what the server lists of them: then both are named. Where the step was
+        in doubt and settling it has made it, this is its answer.
+
+        Raises:
+            NoGradients: If there are none; says which other step settling has made.
+        """
+        deadline = self._context.caller.deadline()
+        settled: list[Intent[Any, Any]] = []
+        for session in sessions:
+            settled += yield from session.settle(deadline)
+        states = tuple(each.session for each in sessions)
+        asked = AskedUpdate(states, step, expect_known, take_waiting)
+        intent = self.in_doubt.intent
+        if intent is None or intent.asked != asked:
+            if intent is not None and not set(states).isdisjoint(intent.asked.sessions):
+                settled.append(intent)
+            yield from self.settle(deadline)
+            if take_waiting:
+                yield from self._adopt_waiting(asked, deadline)
+            named = [names for state in states for names in state.contributions()]
+            made = next(filter(None, (one.step_made() for one in reversed(settled))), None)
+            if made is not None and not named:
+                return self._made_already(made, step)
+            request = self.model.update_request(named, step, expect_known=expect_known)
+            intent = UpdateIntent(self.model, request, asked)
+        yield from self._finish(intent, deadline)
+        return intent.answers[0].result
+
+    def settle(self, deadline: float) -> Op[None]:
+        """Send an update again whose outcome is not known."""
+        if self.in_doubt.intent is not None:
+            yield from self._finish(self.in_doubt.intent, deadline)
+
+    def _adopt_waiting(self, asked: AskedUpdate, deadline: float) -> Op[None]:
+        """Note the contributions that the server lists, as if this client had made them."""
+        for session in asked.sessions:
+            found = yield from list_waiting(self._context, session.session_id, deadline)
+            session.adopt_contributions(
+                (one.epoch, one.chunk_seq) for one in found if one.kind == "contribution"
+            )
+
+    def _made_already(self, made: tuple[Step, UpdateResult], step: Step) -> UpdateResult:
+        """Return what the step in doubt did, if it is the one that is asked for."""
+        asked, result = made
+        if asked == step:
+            return result
+        raise errors.NoGradients(
+            f"model {self.model.model_id!r}: the step that was in doubt, {asked}, is made and took all "
+            f"that waited: version {result.version.number}",
+            metadata={"version": str(result.version.number)},
+        )
+
+    def _finish(self, intent: UpdateIntent, deadline: float) -> Op[None]:
+        self.in_doubt.intent = intent
+        try:
+            yield from self._recovery.carry_out(intent, self._scope, deadline)
+        except errors.Error as error:
+            if not leaves_in_doubt(error, before=intent.may_be_applied):
+                intent.refused(error)
+                self.in_doubt.intent = None
+            intent.may_be_applied = True
+            raise
+        self.in_doubt.intent = None
+
+    def _scope(self) -> Scope:
+        return Scope(self.model.model_id, (self.model.journal,))
+
+
+def list_waiting(context: ClientContext, session_id: str, deadline: float) -> Op[list[Waiting]]:
+    """List what waits of a session on the server, in order of the chunks."""
+    request = rnn_pb.ListWaitingRequest(session_id=session_id)
+    answer = yield from context.caller.call(LIST_WAITING, request, deadline)
+    return waiting_from_proto(answer)
