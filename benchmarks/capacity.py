@@ -128,14 +128,14 @@ def _check_table(where: dict[str, Any], service: dict[str, Any]) -> str:
         used = min(cores, known.order["sessions"])
         each = [figures[f"{process}_us"] for process in ("server", "client", "store")]
         total = sum(each)
-        told = rates.get(known.title)
+        rate = rates.get(known.title)
         lines.append(
             (
                 known.title,
                 f"{total:,.0f}",
                 f"{min(used * 1e6 / total, 1e6 / max(each)):,.0f}",
                 f"{figures['rate']:,.0f}",
-                "" if told is None else f"{told:,.0f}",
+                "" if rate is None else f"{rate:,.0f}",
             )
         )
     header = (

@@ -70,7 +70,7 @@ def interleave(
         contestants: What to call, by name.
         budget_s: About how many seconds all of it may take; at least five rounds are made.
         rounds: How many samples of each to take where the budget allows.
-        clock: What tells the seconds. `time.process_time` counts the work of all threads of this
+        clock: Returns the seconds. `time.process_time` counts the work of all threads of this
             process: on one core the same as the time that passes, less what other processes take.
 
     Returns:

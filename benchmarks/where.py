@@ -59,7 +59,7 @@ def measure_processes(
     """Weigh each process in each scenario, ours and the peer's in turn.
 
     Returns:
-        For each scenario, as ``SHOWN`` names it, and server what `_weigh` tells.
+        For each scenario, as ``SHOWN`` names it, and server what `_weigh` returns.
     """
     samples = [Samples(name, server) for name in SHOWN for server in servers]
     for _ in range(repetitions):

@@ -48,7 +48,7 @@ def fill_sessions(lab: Lab, client: Child, count: int) -> None:
 
 
 def weigh_sessions(lab: Lab, client: Child, few: int, many: int) -> float:
-    """Return what a session costs the store in bytes, all told, where `few` are filled already."""
+    """Return what a session costs the store in bytes altogether, where `few` are filled already."""
     bytes_before = _store_bytes(lab)
     for count in range(few, many, OPENED_AT_ONCE):
         lab.prepare(client, mode="open", sessions=count)

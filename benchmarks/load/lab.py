@@ -54,7 +54,7 @@ class Samples:
     Attributes:
         scenario: For example "stream, 64 sessions".
         server: Its name.
-        results: One a repetition: rate, p50_us, p99_us, as the client told them.
+        results: One a repetition: rate, p50_us, p99_us, as the client reported them.
     """
 
     scenario: str
@@ -96,7 +96,7 @@ class Lab:
             pins: Which process runs on which core.
             mlserver: Interpreter of MLServer's environment; None where it is not installed.
             before: Another checkout of this project, whose server is `BEFORE`.
-            tick: Told after each measurement what was measured.
+            tick: Called after each measurement with its result.
         """
         self.plan = plan
         self.log: list[Samples] = []

@@ -1,4 +1,4 @@
-"""How a measuring process is told what to do: one JSON line in, one JSON line out.
+"""The orders that a measuring process gets: one JSON line in, one JSON line out.
 
 It stays alive between measurements, so that repetitions can alternate between servers without paying
 for a new process, new connections or new sessions each time.

@@ -15,7 +15,7 @@ from benchmarks.harness import one_thread_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 STOP_TIMEOUT_S = 20.0
-# Beyond the time it is told to measure: a million sessions take minutes.
+# Beyond the time that it has to measure: a million sessions take minutes.
 ANSWER_TIMEOUT_S = 900.0
 
 

@@ -19,7 +19,7 @@ class Bar:
     at_most: bool = False
 
     def holds(self, ratio: float) -> bool:
-        """Tell whether a ratio reaches it."""
+        """Return whether a ratio reaches it."""
         return ratio <= self.limit if self.at_most else ratio >= self.limit
 
     def __str__(self) -> str:

@@ -1,6 +1,6 @@
 """Train a character-level language model whose recurrent layer lives on a timernn server.
 
-Run it with `python -m examples.charlm`; `--help` tells the options. In this order it
+Run it with `python -m examples.charlm`; `--help` lists the options. In this order it
 
 1. starts a server, with the embedded store, as a process of its own;
 2. trains on the text of Python's help(): embedding and softmax here, the recurrent layer there;

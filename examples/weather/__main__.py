@@ -26,7 +26,7 @@ OUTPUT = Path(__file__).parents[1] / "output"
 
 
 def run(output: Path) -> None:
-    """Forecast and learn, then tell how well."""
+    """Forecast and learn, then print how well."""
     stations = load_stations()
     with (
         tempfile.TemporaryDirectory(prefix="timernn-demo-", ignore_cleanup_errors=True) as folder,

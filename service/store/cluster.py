@@ -172,7 +172,7 @@ class ClusterRouter:
         for command, is_asking in sent:
             on_wire += (("ASKING",), command) if is_asking else (command,)
         try:
-            told = iter(await self._client(node).round_trip(on_wire, answer_bytes, name))
+            answers_of_node = iter(await self._client(node).round_trip(on_wire, answer_bytes, name))
         except Exception as error:  # noqa: BLE001 - it becomes the answer of each command
             self._is_stale = True  # it may not be the one to ask any more
             self._suspects.add(node)
@@ -180,8 +180,8 @@ class ClusterRouter:
         answers = []
         for _, is_asking in sent:
             if is_asking:
-                next(told)
-            answers.append(next(told))
+                next(answers_of_node)
+            answers.append(next(answers_of_node))
         return answers
 
     def _is_redirected(self, answer: object) -> bool:
@@ -202,13 +202,13 @@ class ClusterRouter:
         error: Exception = _NO_NODE
         for node in dict.fromkeys([*known, *self._seeds]):
             try:
-                (told,) = await self._client(node).round_trip([("CLUSTER", "SLOTS")])
+                (answers_of_node,) = await self._client(node).round_trip([("CLUSTER", "SLOTS")])
             except (redis_errors.RedisError, OSError) as failure:
                 error = failure
             else:
-                if not isinstance(told, Exception):
-                    return _served(told, node[0])
-                error = told
+                if not isinstance(answers_of_node, Exception):
+                    return _served(answers_of_node, node[0])
+                error = answers_of_node
         raise error
 
     def _client(self, node: Node) -> StoreClient:

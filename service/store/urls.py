@@ -70,22 +70,22 @@ class Sentinels(Sentinel):
             MasterNotFoundError: If no sentinel names a master that is up, with what each said.
         """
         manager: Any = self
-        told = []
+        failures = []
         for sentinel in tuple(manager.sentinels):
             options = sentinel.connection_pool.connection_kwargs
             place = join_host(options["host"], options["port"])
             try:
                 masters = await sentinel.sentinel_masters()
             except (redis_errors.RedisError, OSError) as error:
-                told.append(f"the sentinel at {place} does not answer: {error}")
+                failures.append(f"the sentinel at {place} does not answer: {error}")
                 continue
             state = masters.get(service_name)
             if state and manager.check_master_state(state, service_name):
                 manager.sentinels.remove(sentinel)
                 manager.sentinels.insert(0, sentinel)  # the first to be asked next time
                 return state["ip"], state["port"]
-            told.append(f"the sentinel at {place} names no master {service_name!r} that is up")
-        raise MasterNotFoundError("; ".join(told))
+            failures.append(f"the sentinel at {place} names no master {service_name!r} that is up")
+        raise MasterNotFoundError("; ".join(failures))
 
 
 def connect(

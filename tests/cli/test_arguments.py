@@ -62,11 +62,11 @@ def test_a_wrong_value_is_one_line_that_names_the_option(
     safe = SAFE if option.command == ("serve",) and option.name != "listen" else ()
     for value in WRONG_ADDRESSES if option.name in {"server", "listen"} else WRONG:
         code = main([*option.command, *option.needed, *safe, option.flag, value])
-        told = capsys.readouterr()
-        assert code in (1, 2), (value, told)
-        assert told.out == ""
-        assert len(told.err.splitlines()) == 1, (value, told.err)
-        assert option.flag in told.err or option.name in told.err, (value, told.err)
+        captured = capsys.readouterr()
+        assert code in (1, 2), (value, captured)
+        assert captured.out == ""
+        assert len(captured.err.splitlines()) == 1, (value, captured.err)
+        assert option.flag in captured.err or option.name in captured.err, (value, captured.err)
 
 
 def test_a_variable_that_nobody_reads_is_warned_of(

@@ -54,10 +54,10 @@ def test_a_failed_command_is_a_failed_process(bare: Timernn, server: Any) -> Non
 
 def test_ping_as_json_tells_the_limits(timernn: Timernn) -> None:
     """Every bound is there, spans in seconds."""
-    told = json.loads(timernn("ping", "--json").out)
-    assert told["serving"] is True
-    assert told["limits"]["chunk_steps"] == 4096
-    assert told["limits"]["default_ttl"] == 3600.0
+    shown = json.loads(timernn("ping", "--json").out)
+    assert shown["serving"] is True
+    assert shown["limits"]["chunk_steps"] == 4096
+    assert shown["limits"]["default_ttl"] == 3600.0
 
 
 def test_ping_without_a_server_fails_in_one_line(timernn: Timernn, nobody: str) -> None:
@@ -73,9 +73,9 @@ def test_a_created_model_is_shown(timernn: Timernn) -> None:
         timernn, "shown", "--optimizer=adam", "--lr=0.002", "--set=beta2=0.95", "--dtype=float64"
     )
     assert one_line(made.out) == "created shown, weights version 1"
-    told = json.loads(timernn("models", "show", "shown", "--json").out)
-    assert (told["input_size"], told["hidden_size"], told["dtype"]) == (3, 4, "float64")
-    assert told["optimizer"] | {"kind": "adam", "lr": 0.002, "beta2": 0.95} == told["optimizer"]
+    shown = json.loads(timernn("models", "show", "shown", "--json").out)
+    assert (shown["input_size"], shown["hidden_size"], shown["dtype"]) == (3, 4, "float64")
+    assert shown["optimizer"] | {"kind": "adam", "lr": 0.002, "beta2": 0.95} == shown["optimizer"]
 
 
 def test_models_are_listed_by_name(timernn: Timernn) -> None:
@@ -97,7 +97,7 @@ def test_a_name_that_is_taken_is_one_line(timernn: Timernn) -> None:
 
 
 def test_a_script_may_create_its_model_again(timernn: Timernn) -> None:
-    """With --exist-ok the same model is fine, another under its name is an error that tells why."""
+    """With --exist-ok the same model is fine, another under its name is an error that says why."""
     create(timernn, "again")
     done = create(timernn, "again", "--exist-ok")
     assert (done.code, done.out) == (0, "there is again, weights version 1\n")
@@ -188,8 +188,8 @@ def test_sessions_are_listed_shown_and_closed(timernn: Timernn, server: Any) -> 
         client.session("with-session", session_id="device-7", batch_size=2) as session,
     ):
         session.forward(np.zeros((2, 5, 3), np.float32))
-    told = json.loads(timernn("sessions", "list", "--model=with-session", "--json").out)
-    assert [(s["session_id"], s["chunk_seq"]) for s in told] == [("device-7", 1)]
+    shown = json.loads(timernn("sessions", "list", "--model=with-session", "--json").out)
+    assert [(s["session_id"], s["chunk_seq"]) for s in shown] == [("device-7", 1)]
     assert json.loads(timernn("sessions", "show", "device-7", "--json").out)["batch_size"] == 2
     assert one_line(timernn("sessions", "close", "device-7").out) == "closed device-7"
     failed = timernn("sessions", "show", "device-7")
@@ -197,7 +197,7 @@ def test_sessions_are_listed_shown_and_closed(timernn: Timernn, server: Any) -> 
 
 
 def test_closing_an_unknown_session_is_one_line(timernn: Timernn) -> None:
-    """A name that never was is told apart from one that has ended."""
+    """A name that never existed is distinguished from one that has ended."""
     failed = timernn("sessions", "close", "never-was")
     assert failed.code == 1
     assert "SESSION_NOT_FOUND" in one_line(failed.err)
@@ -238,6 +238,6 @@ def test_every_command_explains_itself(
 ) -> None:
     """--help works everywhere, and commands show how they are used."""
     assert main([*words, "--help"]) == 0
-    told = capsys.readouterr().out
+    shown = capsys.readouterr().out
     is_group = words in {(), ("models",), ("sessions",)}
-    assert is_group or f"timernn {' '.join(words)}" in told.split("Example")[1]
+    assert is_group or f"timernn {' '.join(words)}" in shown.split("Example")[1]

@@ -36,8 +36,8 @@ def test_a_client_s_install_says_how_to_get_the_command(arguments: tuple[str, ..
     """One line on stderr, exit code 1, no traceback."""
     done = run_without(SERVER_PACKAGES, *arguments)
     assert (done.returncode, done.stdout) == (1, "")
-    told = "timernn: the command needs the package typer: pip install 'timernn[server]'\n"
-    assert done.stderr == told
+    expected = "timernn: the command needs the package typer: pip install 'timernn[server]'\n"
+    assert done.stderr == expected
 
 
 @pytest.mark.parametrize("package", [name for name in SERVER_PACKAGES if name != "typer"])
@@ -45,5 +45,5 @@ def test_half_an_install_names_what_is_missing(package: str) -> None:
     """A package that only a server needs is named once one is to be run."""
     done = run_without((package,), "serve", "--listen", "127.0.0.1:0")
     assert (done.returncode, done.stdout) == (1, "")
-    told = f"timernn: the command needs the package {package}: pip install 'timernn[server]'\n"
-    assert done.stderr == told
+    expected = f"timernn: the command needs the package {package}: pip install 'timernn[server]'\n"
+    assert done.stderr == expected

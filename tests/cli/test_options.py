@@ -39,7 +39,7 @@ def settings_of(*arguments: str, env: Mapping[str, str] | None = None) -> Settin
 
 
 def test_every_setting_is_explained() -> None:
-    """A setting without a help text, and a help text without a setting, are told here."""
+    """A setting without a help text, and a help text without a setting, are reported here."""
     assert set(SETTINGS_HELP) == {f.name for f in fields(Settings)} - {"limits"}
     assert set(LIMITS_HELP) == {f.name for f in fields(Limits)}
 
@@ -50,10 +50,10 @@ def test_no_option_s_name_is_cut_at_80_columns(
     """A name that ends in dots cannot be typed."""
     monkeypatch.setenv("COLUMNS", "80")
     assert main(["serve", "--help"]) == 0
-    told = capsys.readouterr().out.split()
+    shown = capsys.readouterr().out.split()
     names = {f.name for f in fields(Settings)} - {"limits", *HIDDEN}
     names |= {LIMIT_PREFIX + f.name for f in fields(Limits)}
-    assert {"--" + name.replace("_", "-") for name in names} <= set(told)
+    assert {"--" + name.replace("_", "-") for name in names} <= set(shown)
 
 
 def test_without_options_the_defaults_hold() -> None:

@@ -23,7 +23,7 @@ def one_line(text: str) -> str:
 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
-def test_a_server_told_to_stop_exits_with_0(
+def test_a_server_that_is_stopped_exits_with_0(
     serving: Serving, tmp_path: Path, sign: signal.Signals
 ) -> None:
     """SIGTERM and Ctrl-C end a server well, and stdout had the ready line alone."""
@@ -61,10 +61,10 @@ def test_a_killed_server_s_models_are_there_again(
 def test_settings_come_from_the_environment(
     serving: Serving, bare: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """A limit set by its variable is the limit that the server tells."""
+    """A limit set by its variable is the limit that the server reports."""
     with serving(tmp_path, TIMERNN_LIMIT_REPLAY_WINDOW="9") as server:
-        told = bare("ping", "--json", "--server", server.address).out
-    assert '"replay_window": 9' in told
+        shown = bare("ping", "--json", "--server", server.address).out
+    assert '"replay_window": 9' in shown
 
 
 def test_an_address_that_others_reach_is_warned_of(serving: Serving, tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_a_store_that_does_not_answer_is_one_line(bare: Callable[..., Any], nobo
 def test_a_folder_in_use_is_one_line(
     serving: Serving, bare: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """A second server on the same folder is told who has it."""
+    """A second server on the same folder gets an error that names the owner."""
     with serving(tmp_path):
         failed = bare("serve", "--listen", "127.0.0.1:0", "--data-dir", str(tmp_path / "store"))
     assert failed.code == 1

@@ -1,4 +1,4 @@
-"""A stand-in for the service that fails when it is told to, and real replicas on a real store."""
+"""A stand-in for the service that fails on demand, and real replicas on a real store."""
 
 from __future__ import annotations
 
@@ -76,8 +76,8 @@ class StandIn:
 
     Attributes:
         requests: What came, by method, in order.
-        limits: What GetServerInfo tells.
-        kept: The numbers of the versions that FindVersions tells of; None: as an older replica, which
+        limits: What GetServerInfo returns.
+        kept: The numbers of the versions that FindVersions lists; None: as an older replica, which
             does not have the method.
         gone: Chunks whose outputs cannot be computed a second time.
         replica: What answers it is named by.

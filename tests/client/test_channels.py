@@ -51,7 +51,7 @@ except timernn.WrongProcess:
 @pytest.mark.parametrize(
     ("support", "new"), [("0", "new client refused"), ("1", "new client works")]
 )
-def test_a_forked_process_is_told_at_once(
+def test_a_forked_process_is_refused_at_once(
     live: timernn.Client, model_id: str, replicas: list[str], support: str, new: str
 ) -> None:
     """The parent's client is refused there; a new one works where gRPC supports forks."""
@@ -69,7 +69,7 @@ def test_a_forked_process_is_told_at_once(
 
 
 @pytest.mark.parametrize("others", [0, 1])
-def test_nothing_listening_is_told_soon(others: int) -> None:
+def test_an_address_without_a_listener_is_reported_soon(others: int) -> None:
     """In a third of the time that a server which says nothing gets, with every address."""
     with ExitStack() as stack:
         taken = [stack.enter_context(socket.socket()) for _ in range(1 + others)]
@@ -77,14 +77,14 @@ def test_nothing_listening_is_told_soon(others: int) -> None:
             each.bind(("127.0.0.1", 0))  # and does not listen
         addresses = [f"127.0.0.1:{each.getsockname()[1]}" for each in taken]
         client = stack.enter_context(timernn.connect(addresses, connect_timeout=3.0))
-        with pytest.raises(timernn.NoServer) as told:
+        with pytest.raises(timernn.NoServer) as caught:
             client.ping()
     where = ", ".join(addresses)
-    told_text = (
-        f"no server at {where} after {told.value.attempts} tries; is `timernn serve` running?"
+    expected = (
+        f"no server at {where} after {caught.value.attempts} tries; is `timernn serve` running?"
     )
-    assert told.value.message == told_text
-    assert isinstance(told.value.cause, grpc.RpcError)
+    assert caught.value.message == expected
+    assert isinstance(caught.value.cause, grpc.RpcError)
 
 
 def test_a_server_that_went_away_is_waited_for(doomed: Any) -> None:
@@ -93,9 +93,9 @@ def test_a_server_that_went_away_is_waited_for(doomed: Any) -> None:
         client.ping()
         doomed.process.kill()
         doomed.process.wait()
-        with pytest.raises(timernn.Unavailable) as told:
+        with pytest.raises(timernn.Unavailable) as caught:
             client.ping()
-    assert told.value.attempts > 4  # the waits before the fifth are longer than a connect_timeout
+    assert caught.value.attempts > 4  # the waits before the fifth are longer than a connect_timeout
 
 
 def lines_of(error: BaseException) -> int:
@@ -114,14 +114,14 @@ def test_an_errors_traceback_is_short(client: timernn.Client, stand_in: Any, ref
     )
     for call in calls:
         stand_in.fail_next("Forward", refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, "STORE_FULL"))
-        with pytest.raises(timernn.Error) as told:
+        with pytest.raises(timernn.Error) as caught:
             call()
-        assert lines_of(told.value) < MOST_LINES
+        assert lines_of(caught.value) < MOST_LINES
     stand_in.fail_next("GetModel", refusal(grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND"))
-    with pytest.raises(timernn.ModelNotFound) as told:
+    with pytest.raises(timernn.ModelNotFound) as caught:
         client.get_model("m")
-    assert lines_of(told.value) < MOST_LINES
-    assert isinstance(told.value.cause, grpc.RpcError)
+    assert lines_of(caught.value) < MOST_LINES
+    assert isinstance(caught.value.cause, grpc.RpcError)
 
 
 async def test_an_asyncio_errors_traceback_is_short(stand_in: Any, refusal: Any) -> None:
@@ -134,9 +134,9 @@ async def test_an_asyncio_errors_traceback_is_short(stand_in: Any, refusal: Any)
 
         for call in (lambda: session.forward(XS), lambda: anext(session.stream([XS])), frame):
             stand_in.fail_next("Forward", refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, "STORE_FULL"))
-            with pytest.raises(timernn.StoreFull) as told:
+            with pytest.raises(timernn.StoreFull) as caught:
                 await call()
-            assert lines_of(told.value) < MOST_LINES
+            assert lines_of(caught.value) < MOST_LINES
 
 
 def raised(outcome: object) -> None:
@@ -166,7 +166,7 @@ async def test_a_closed_asyncio_client_says_so(stand_in: Any) -> None:
             await call
 
 
-def test_a_second_event_loop_is_told(stand_in: Any) -> None:
+def test_a_second_event_loop_is_refused(stand_in: Any) -> None:
     """The client belongs to the loop of its first call."""
     client = aio.connect(stand_in.address)
     with asyncio.Runner() as one, asyncio.Runner() as other:

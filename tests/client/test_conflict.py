@@ -25,10 +25,10 @@ def trainer(client: timernn.Client) -> timernn.Session:
 
 
 def conflict(refusal: Any, stand_in: Any, head: int, *, inline: bool = False) -> Any:
-    """Let every step be refused because of this head; the model tells of it too."""
+    """Let every step be refused because of this head; the model names it too."""
     stand_in.version = max(head, OURS)
-    told = {"head": str(head), "head_digest": b"theirs".hex()}
-    status = refusal(grpc.StatusCode.ABORTED, "VERSION_CONFLICT", **told)
+    metadata = {"head": str(head), "head_digest": b"theirs".hex()}
+    status = refusal(grpc.StatusCode.ABORTED, "VERSION_CONFLICT", **metadata)
     stand_in.fail_next("Backward" if inline else "Update", *[status] * 50)
     stand_in.requests.clear()
 
@@ -42,7 +42,7 @@ def rounds(stand_in: Any) -> int:
 def test_a_head_above_a_version_that_is_kept_is_plain_truth(
     stand_in: Any, refusal: Any, trainer: timernn.Session, *, inline: bool
 ) -> None:
-    """Another trainer's step is told at once; nothing is sent again."""
+    """Another trainer's step is reported at once; nothing is sent again."""
     if inline:
         hs = trainer.forward(XS)
     conflict(refusal, stand_in, OURS + 3, inline=inline)
@@ -57,7 +57,7 @@ def test_a_head_above_a_version_that_is_kept_is_plain_truth(
 def test_a_head_above_a_version_that_is_not_kept_is_worth_one_round(
     stand_in: Any, refusal: Any, trainer: timernn.Session, kept: set[int] | None
 ) -> None:
-    """It may have been superseded or lost; so may one that an older replica cannot tell of."""
+    """It may have been superseded or lost; so may one that an older replica cannot report."""
     conflict(refusal, stand_in, OURS + 3)
     stand_in.kept = kept
     with pytest.raises(timernn.VersionConflict):
@@ -69,7 +69,7 @@ def test_a_head_above_a_version_that_is_not_kept_is_worth_one_round(
 def test_a_head_that_went_back_or_came_back_otherwise_is_a_loss(
     stand_in: Any, refusal: Any, trainer: timernn.Session, head: int
 ) -> None:
-    """The log is sent, some rounds of it, before it is told."""
+    """The log is sent, some rounds of it, before the error is raised."""
     conflict(refusal, stand_in, head)
     with pytest.raises(timernn.VersionConflict):
         trainer.update()
@@ -82,8 +82,8 @@ def test_after_a_conflict_the_next_step_may_go_on_from_the_head(
 ) -> None:
     """The refused step left its contributions where they were."""
     stand_in.kept = {OURS}
-    told = {"head": "5", "head_digest": "00"}
-    stand_in.fail_next("Update", refusal(grpc.StatusCode.ABORTED, "VERSION_CONFLICT", **told))
+    metadata = {"head": "5", "head_digest": "00"}
+    stand_in.fail_next("Update", refusal(grpc.StatusCode.ABORTED, "VERSION_CONFLICT", **metadata))
     with pytest.raises(timernn.VersionConflict):
         trainer.update()
     trainer.update(exclusive=False)

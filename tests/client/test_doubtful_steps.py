@@ -13,7 +13,7 @@ import timernn
 XS = np.ones((1, 4, 3), "f4")
 DHS = np.ones((1, 4, 2), "f4")
 CODE = grpc.StatusCode
-MEMORY_S = 1800.0  # twice tape_ttl, which the stand-in does not tell
+MEMORY_S = 1800.0  # twice tape_ttl, which the stand-in does not report
 FAR = 60.0  # a time to retry beyond the client's timeout
 
 
@@ -170,7 +170,7 @@ def test_another_sessions_step_is_no_answer(
 def test_a_step_made_with_a_backward_is_asked_for_by_itself(
     stand_in: Any, refusal: Any, trainer: timernn.Session
 ) -> None:
-    """Its tape has expired, its gradient was counted and taken: the request id tells of the step."""
+    """Its tape has expired, its gradient was recorded and consumed: the request id finds the step."""
     lose_step(trainer, stand_in, refusal, inline=True)
     gone = refusal(CODE.FAILED_PRECONDITION, "TAPE_MISSING", counted="true")
     stand_in.fail_next("Backward", gone)

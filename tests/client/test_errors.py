@@ -74,7 +74,7 @@ def test_each_reason_of_the_contract_has_its_class(code: str, reason: str) -> No
 
 
 def test_reason_and_metadata_are_carried(refusal: Any) -> None:
-    """What the server tells for programs is on the exception."""
+    """What the server reports for programs is on the exception."""
     status = refusal(grpc.StatusCode.ABORTED, "SEQ_GAP", 0.25, expected_seq="4")
     trailing = (("grpc-status-details-bin", status.SerializeToString()),)
     error = error_from_rpc(_Failed(grpc.StatusCode.ABORTED, "cut", trailing))
@@ -101,7 +101,7 @@ def test_reasons_of_other_domains_are_not_taken_for_ours() -> None:
 
 
 def test_grpcs_own_size_check_is_recognized() -> None:
-    """A message over the receiver's limit has no details, and is told as such all the same."""
+    """A message over the receiver's limit has no details, and is recognized all the same."""
     text = "CLIENT: Received message larger than max (5000 vs. 2048)"
     error = error_from_rpc(_Failed(grpc.StatusCode.RESOURCE_EXHAUSTED, text))
     assert isinstance(error, timernn.MessageTooLarge)

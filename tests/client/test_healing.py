@@ -37,7 +37,7 @@ class Run:
         self.steps = 0
 
     def step(self, between: Callable[[str], None] = lambda _: None) -> None:
-        """Make one step; `between` is called between the calls, and told what comes next."""
+        """Make one step; `between` is called between the calls, with the name of the next one."""
         for session, xs in zip(self.sessions, self._data[self.steps], strict=True):
             between("forward")
             hs = session.forward(xs)
@@ -284,7 +284,7 @@ def test_an_epoch_does_not_end_over_a_loss(
     assert versions[0] == versions[1]
 
 
-def test_another_writer_in_the_gap_is_told(
+def test_another_writer_in_the_gap_is_reported(
     live: timernn.Client, model_id: str, slots: Any, rng: np.random.Generator
 ) -> None:
     """Two histories under the same numbers are never mixed."""
@@ -299,7 +299,7 @@ def test_another_writer_in_the_gap_is_told(
         session.forward(rng.normal(size=(1, 3, D)))
 
 
-def test_another_trainer_is_told_apart_from_a_loss(
+def test_another_trainer_is_distinguished_from_a_loss(
     live: timernn.Client, model_id: str, rng: np.random.Generator
 ) -> None:
     """A head that went on without loss is a conflict, and the next update may go on from it."""
@@ -315,7 +315,7 @@ def test_another_trainer_is_told_apart_from_a_loss(
     assert one.update(exclusive=False).number == 3
 
 
-def test_a_loss_from_before_the_log_is_told(
+def test_a_loss_from_before_the_log_is_reported(
     live: timernn.Client, model_id: str, replicas: list[str], slots: Any, rng: np.random.Generator
 ) -> None:
     """What the log has let go cannot be healed; set_state goes on from the last answer."""
@@ -371,10 +371,10 @@ def test_a_new_state_recovers_a_session_whose_beginning_was_lost(
         np.testing.assert_allclose(session.forward(xs), twin.forward(xs), atol=1e-6)
 
 
-def test_a_version_that_is_gone_is_told_once(
+def test_a_version_that_is_gone_is_raised_once(
     live: timernn.Client, model_id: str, replicas: list[str], slots: Any, rng: np.random.Generator
 ) -> None:
-    """A client that did not make it cannot bring it back: it is told, and then goes on."""
+    """A client that did not make it cannot bring it back: it gets an error, and then goes on."""
     xs = rng.normal(size=(1, 3, D))
     with timernn.connect(replicas) as reader:
         session = reader.session(model_id)

@@ -19,7 +19,7 @@ def entry(epoch: int) -> Entry:
 
 
 def epochs(journal: Journal) -> list[int]:
-    """Return what the entries can be told apart by."""
+    """Return what the entries can be reported apart by."""
     return [each.request.restored_epoch for each in journal.entries()]
 
 

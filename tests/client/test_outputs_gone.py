@@ -1,4 +1,4 @@
-"""A chunk that was applied and cannot be computed again: told once, and the session goes on behind it."""
+"""A chunk that was applied and cannot be computed again: metadata once, and the session goes on behind it."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def test_a_session_goes_on_behind_a_chunk_whose_outputs_are_gone(
     lose_outputs(stand_in, refusal)
     with pytest.raises(timernn.ReplayWindowPassed) as caught:
         way(client, session, XS)
-    told = caught.value.metadata
-    assert (told["applied"], told["chunk_seq"]) == ("true", "1")
+    metadata = caught.value.metadata
+    assert (metadata["applied"], metadata["chunk_seq"]) == ("true", "1")
     assert (session.chunk_seq, session.h[0, 0], session.in_doubt) == (1, 4, False)
     assert way(client, session, XS)[0, -1, 0] == 8
     assert stand_in.steps_of(session.session_id) == [4, 4]
@@ -98,7 +98,7 @@ def test_a_stream_gives_out_all_other_outputs(
     assert stand_in.steps_of(session.session_id) == [1, 2, 3, 4]
 
 
-def test_nobody_is_told_of_outputs_that_nobody_wants(
+def test_lost_outputs_that_nobody_wants_raise_nothing(
     client: timernn.Client, stand_in: Any, refusal: Any
 ) -> None:
     """Settling a chunk in doubt brings the session behind it; its output is dropped anyway."""

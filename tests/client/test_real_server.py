@@ -193,7 +193,7 @@ def test_checkpoints_keep_a_version(
 def test_models_are_listed_shown_and_deleted(
     live: timernn.Client, model_id: str, local: TimeRNN
 ) -> None:
-    """A deleted model is told as such."""
+    """A deleted model is reported as deleted."""
     assert live.get_model(model_id).optimizer == timernn.Adam(0.001, 0.9, 0.999, 1e-8)
     assert model_id in [model.model_id for model in live.list_models(page_size=1)]
     assert live.delete_model(model_id)

@@ -42,7 +42,7 @@ def test_unavailable_is_retried_with_the_same_number(
         (grpc.StatusCode.ABORTED, ""),
     ],
 )
-def test_passing_failures_are_not_told(
+def test_passing_failures_are_not_raised(
     client: timernn.Client, stand_in: Any, refusal: Any, code: grpc.StatusCode, reason: str
 ) -> None:
     """What may pass is tried again until it does."""
@@ -59,7 +59,7 @@ def test_passing_failures_are_not_told(
         (grpc.StatusCode.ALREADY_EXISTS, "SESSION_EXISTS"),
     ],
 )
-def test_lasting_failures_are_told_at_once(
+def test_lasting_failures_are_raised_at_once(
     client: timernn.Client, stand_in: Any, refusal: Any, code: grpc.StatusCode, reason: str
 ) -> None:
     """What will not pass is raised without another try."""
@@ -120,7 +120,7 @@ def test_the_next_address_takes_over(
         assert client.server_info().replica_id == "two"
 
 
-def test_nobody_there_is_told_soon(quick: timernn.RetryPolicy) -> None:
+def test_an_unreachable_server_is_reported_soon(quick: timernn.RetryPolicy) -> None:
     """An address where nobody has ever answered is given up after the connect timeout."""
     client = timernn.connect("127.0.0.1:1", connect_timeout=0.2, retry=quick)
     with client, pytest.raises(timernn.Unavailable):
@@ -137,7 +137,7 @@ def test_deleting_survives_a_lost_answer(
     assert client.delete_model("m")
 
 
-def test_deleting_what_is_not_there_is_told(
+def test_deleting_what_does_not_exist_is_an_error(
     client: timernn.Client, stand_in: Any, refusal: Any
 ) -> None:
     """A delete that finds nothing at once is an error."""

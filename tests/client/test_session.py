@@ -139,7 +139,7 @@ def test_messages_keep_to_the_servers_limit(client: timernn.Client, stand_in: An
     assert sum(r.xs.shape[1] for r in stand_in.requests["Forward"]) == 500
 
 
-def test_a_step_too_large_for_a_message_is_told(client: timernn.Client, stand_in: Any) -> None:
+def test_a_step_too_large_for_a_message_is_reported(client: timernn.Client, stand_in: Any) -> None:
     """What cannot be cut along T is refused with the sizes."""
     stand_in.limits.message_bytes = 8200
     with pytest.raises(timernn.MessageTooLarge, match="8200"):
@@ -187,7 +187,7 @@ def test_backward_names_the_forward_it_belongs_to(trainer: timernn.Session, stan
     assert sent[1].HasField("dh_next")
 
 
-def test_backward_without_a_forward_is_told(
+def test_backward_without_a_forward_is_reported(
     trainer: timernn.Session, session: timernn.Session
 ) -> None:
     """A second backward, or one of a session that only infers, has no tape."""
@@ -289,7 +289,7 @@ def test_a_step_can_ride_on_a_backward(trainer: timernn.Session, stand_in: Any) 
 
 @pytest.fixture
 def doubtful(stand_in: Any, refusal: Any, client: timernn.Client) -> timernn.Session:
-    """A session whose first chunk was applied, while its caller was told UNAVAILABLE."""
+    """A session whose first chunk was applied, while its caller got UNAVAILABLE."""
     session = client.session("m")
     lost = refusal(grpc.StatusCode.UNAVAILABLE, "UNKNOWN_OUTCOME", 60.0)  # beyond the timeout
     stand_in.fail_next("Forward", lost, after_applying=True)

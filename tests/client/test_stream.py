@@ -210,7 +210,7 @@ def test_the_sources_own_failure_comes_out(session: timernn.Session) -> None:
 
 
 def pieces(*steps: int) -> list[Any]:
-    """Make chunks that can be told apart by their T."""
+    """Make chunks that differ in their T."""
     return [XS[:, :1].repeat(count, axis=1) for count in steps]
 
 

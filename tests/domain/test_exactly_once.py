@@ -99,7 +99,7 @@ async def test_other_content_under_a_used_number_is_refused(
     np.testing.assert_array_equal(seen.state, done.h)
 
 
-async def test_a_hole_is_told_with_the_number_expected(
+async def test_a_hole_is_reported_with_the_number_expected(
     make_model: ModelMaker, open_session: ClientMaker, rng: np.random.Generator
 ) -> None:
     """Chunk k+2 before k+1 is SEQ_GAP; sent in order both succeed, on both replicas."""
@@ -114,7 +114,7 @@ async def test_a_hole_is_told_with_the_number_expected(
         await client.forward(draw(rng))
 
 
-async def test_another_history_is_told(
+async def test_another_history_is_reported(
     make_model: ModelMaker, open_session: ClientMaker, rng: np.random.Generator
 ) -> None:
     """A token that is not the state's is HISTORY_FORKED, for the next chunk and for a re-sent one."""
@@ -224,7 +224,7 @@ async def test_a_replay_whose_version_is_gone_is_answered_from_the_record(
     assert refused.reason == "REPLAY_WINDOW_PASSED"
 
 
-async def test_a_replay_that_names_another_version_is_told(
+async def test_a_replay_that_names_another_version_is_reported(
     replicas: Pair,
     tenant: str,
     make_model: ModelMaker,
@@ -456,7 +456,7 @@ async def test_who_fails_at_its_answer_stops_nobody(
     open_session: ClientMaker,
     rng: np.random.Generator,
 ) -> None:
-    """The bug is told to the loop; the rest of the batch and the session's next chunk go on."""
+    """The bug is reported to the event loop; the rest of the batch and the session's next chunk go on."""
     await make_model()
     clients = [await open_session(name) for name in "ab"]
     bugs: list[object] = []
@@ -604,7 +604,7 @@ async def test_a_version_that_is_not_the_head_any_more_can_be_pinned(
 async def test_a_minimum_version_is_never_undercut(
     make_replica: ReplicaMaker, tenant: str, make_model: ModelMaker, rng: np.random.Generator
 ) -> None:
-    """A replica with an older head asks again; a head that does not reach the minimum is told."""
+    """A replica with an older head asks again; a head that does not reach the minimum is an error."""
     await make_model()
     now = [0.0]
     replica = await make_replica(head_max_age_ms=50, clock=lambda: now[0])
@@ -648,7 +648,7 @@ async def test_updates_from_one_head_conflict(
     open_session: ClientMaker,
     rng: np.random.Generator,
 ) -> None:
-    """Of two trainers that expect the same head one makes the step, the other is told."""
+    """Of two trainers that expect the same head one makes the step, the other gets a conflict."""
     await make_model()
     head = await head_of(replicas[0], tenant)
     clients = [await open_session(name) for name in "ab"]

@@ -141,7 +141,7 @@ async def test_resuming_as_something_else_is_refused_and_extends_nothing(
 async def test_resuming_extends_the_marker_with_the_session(
     replicas: Pair, tenant: str, make_model: ModelMaker, raw: Redis
 ) -> None:
-    """The marker outlives a session that is only ever resumed, so that its end is told as expiry."""
+    """The marker outlives a session that is only ever resumed, so that its end is reported as expiry."""
     await make_model()
     await open_on(replicas[0], tenant)
     tag = keys.session_tag(SessionKey(tenant, "s"))
@@ -158,7 +158,7 @@ async def test_absence_has_four_answers(
     raw: Redis,
     rng: np.random.Generator,
 ) -> None:
-    """Never opened, expired, closed and fenced are told apart by every operation."""
+    """Every operation distinguishes never opened, expired, closed and fenced."""
     await make_model()
     expired, closed = await open_session("expired"), await open_session("closed")
     await expire(raw, tenant, "expired")
@@ -180,7 +180,7 @@ async def test_absence_has_four_answers(
 async def test_closing_twice_is_fine_and_closing_the_unknown_is_not(
     replicas: Pair, tenant: str, make_model: ModelMaker, open_session: ClientMaker
 ) -> None:
-    """Close is idempotent, tells whether it ended the session, and minds the expected epoch."""
+    """Close is idempotent, says whether it ended the session, and checks the expected epoch."""
     await make_model()
     client = await open_session()
     fenced = await refusal(replicas[0].sessions.close(SessionKey(tenant, "s"), client.epoch - 1))
@@ -379,7 +379,7 @@ async def test_an_epoch_begins_only_where_it_was_expected(
     open_session: ClientMaker,
     rng: np.random.Generator,
 ) -> None:
-    """An expected epoch or chunk that is not the present one is told and changes nothing."""
+    """An expected epoch or chunk that is not the present one is refused and changes nothing."""
     await make_model()
     client = await open_session()
     await client.forward(draw(rng))
@@ -495,7 +495,7 @@ async def test_an_opening_sent_again_late_answers_with_the_state_of_now(
     open_session: ClientMaker,
     rng: np.random.Generator,
 ) -> None:
-    """Open and Fork begin once; their late retry is told where the session stands by then."""
+    """Open and Fork begin once; their late retry returns the session as it is by then."""
     await make_model()
     client = await open_session("s", request_id="open")
     await replicas[0].sessions.fork(tenant, ForkSession("s", "copy", 0, "fork"))
@@ -699,18 +699,18 @@ async def test_a_reset_that_another_one_overtakes_was_made_all_the_same(
 async def test_an_expired_session_says_since_when(
     replicas: Pair, tenant: str, make_model: ModelMaker, open_session: ClientMaker, raw: Redis
 ) -> None:
-    """At the latest at the time that its marker tells, by the store's clock."""
+    """At the latest at the time that its marker says, by the store's clock."""
     await make_model()
     await open_session()
     seconds, _ = await raw.time()
     await raw.pexpire(keys.session_tag(SessionKey(tenant, "s")), 0)
-    told = await refusal(replicas[0].sessions.get(SessionKey(tenant, "s")))
-    assert told.reason == "SESSION_EXPIRED"
-    at = datetime.fromisoformat(told.metadata["expired_at"]).timestamp()
+    error = await refusal(replicas[0].sessions.get(SessionKey(tenant, "s")))
+    assert error.reason == "SESSION_EXPIRED"
+    at = datetime.fromisoformat(error.metadata["expired_at"]).timestamp()
     assert seconds <= at <= seconds + 10
 
 
-async def test_two_writers_of_a_session_are_told_so(
+async def test_two_writers_of_a_session_get_an_error_that_says_so(
     tenant: str, make_model: ModelMaker, open_session: ClientMaker, rng: np.random.Generator
 ) -> None:
     """Whatever the slower one is refused with, its message names the reason."""
@@ -723,11 +723,11 @@ async def test_two_writers_of_a_session_are_told_so(
     forked = await refusal(client.forward(draw(rng), previous_token=b"x" * 16))
     client.epoch -= 1
     fenced = await refusal(client.forward(draw(rng), chunk_seq=9))
-    reasons = [told.reason for told in (reused, passed, forked, fenced)]
+    reasons = [error.reason for error in (reused, passed, forked, fenced)]
     assert reasons == ["SEQ_REUSED", "REPLAY_WINDOW_PASSED", "HISTORY_FORKED", "EPOCH_FENCED"]
     assert passed.metadata["last_seq"] == "8"
-    for told in (reused, passed, forked, fenced):
-        assert "another writer uses this session" in told.message
+    for error in (reused, passed, forked, fenced):
+        assert "another writer uses this session" in error.message
 
 
 async def test_a_session_of_a_model_that_was_created_again_says_what_it_runs(
@@ -738,6 +738,6 @@ async def test_a_session_of_a_model_that_was_created_again_says_what_it_runs(
     await open_on(replicas[0], tenant)
     await replicas[0].models.delete(ModelKey(tenant, "m"), allow_missing=False)
     await make_model()
-    told = await refusal(open_on(replicas[0], tenant, on_exists=OnExists.RESUME))
-    assert told.reason == "SESSION_MISMATCH"
-    assert "before it was deleted and created again" in told.message
+    error = await refusal(open_on(replicas[0], tenant, on_exists=OnExists.RESUME))
+    assert error.reason == "SESSION_MISMATCH"
+    assert "before it was deleted and created again" in error.message

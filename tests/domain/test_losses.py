@@ -1,4 +1,4 @@
-"""A store that lost acknowledged writes is told of, never continued as if nothing had been lost.
+"""A store that lost acknowledged writes is noticed, never continued as if nothing had been lost.
 
 A failover is a slot put back to an earlier copy of itself, each slot on its own; the replicas keep what
 they have in hand.
@@ -57,7 +57,7 @@ def session_slot(tenant: str, session_id: str = "s") -> bytes:
     return keys.session_tag(SessionKey(tenant, session_id))
 
 
-async def test_lost_chunks_are_told_and_applied_again(
+async def test_lost_chunks_are_reported_and_applied_again(
     replicas: Pair,
     tenant: str,
     make_model: ModelMaker,
@@ -83,7 +83,7 @@ async def test_lost_chunks_are_told_and_applied_again(
         np.testing.assert_array_equal(again.h, first.h)
 
 
-async def test_a_rival_in_the_lost_range_is_told(
+async def test_a_rival_in_the_lost_range_is_reported(
     replicas: Pair,
     tenant: str,
     make_model: ModelMaker,
@@ -150,7 +150,7 @@ async def test_a_lost_chunks_backward_is_a_gap_and_heals(
     assert again.replayed
 
 
-async def test_a_lost_epoch_is_told_and_begun_again(
+async def test_a_lost_epoch_is_reported_and_begun_again(
     replicas: Pair,
     tenant: str,
     make_model: ModelMaker,
@@ -240,7 +240,7 @@ async def test_another_version_under_a_number_is_never_taken_for_it(
     raw: Redis,
     rng: np.random.Generator,
 ) -> None:
-    """Minimum, pinned and tape versions are told by their digest: WEIGHTS_FORKED."""
+    """Minimum, pinned and tape versions are recognized by their digest: WEIGHTS_FORKED."""
     await make_model()
     client, rival = await open_session(), await open_session("rival")
     for one in (client, rival):
@@ -266,7 +266,7 @@ async def test_another_version_under_a_number_is_never_taken_for_it(
     )
 
 
-async def test_lost_contributions_are_told_and_counted_again(
+async def test_lost_contributions_are_reported_and_recorded_again(
     replicas: Pair,
     tenant: str,
     make_model: ModelMaker,
@@ -334,7 +334,7 @@ async def test_no_rollback_ever_brings_a_wrong_number(
     client = await open_session()
     states = {b"": np.zeros((ROWS, HIDDEN), np.float32)}
     inputs = [draw(rng, 2) for _ in range(3)]
-    backups, told, backtracked = [await Backup.take(raw, session_slot(tenant))], set(), 0
+    backups, reasons, backtracked = [await Backup.take(raw, session_slot(tenant))], set(), 0
     chain = [b""]  # the tokens that this client was given, in order
     for _ in range(120):
         if rng.random() < 0.15:
@@ -347,7 +347,7 @@ async def test_no_rollback_ever_brings_a_wrong_number(
         try:
             done = await replicas[rng.integers(2)].recurrence.forward(tenant, op)
         except DomainError as error:
-            told.add(error.reason)
+            reasons.add(error.reason)
             if rng.random() < 0.5 and len(chain) > 1:
                 chain.pop()
             continue
@@ -359,8 +359,8 @@ async def test_no_rollback_ever_brings_a_wrong_number(
             )
         backtracked += place < len(chain) - 1
         chain = [*chain[: place + 1], done.token]
-    assert told <= {"SEQ_GAP", "HISTORY_FORKED", "SEQ_REUSED", "REPLAY_WINDOW_PASSED"}
-    assert "SEQ_GAP" in told
+    assert reasons <= {"SEQ_GAP", "HISTORY_FORKED", "SEQ_REUSED", "REPLAY_WINDOW_PASSED"}
+    assert "SEQ_GAP" in reasons
     assert backtracked > 0
 
 
@@ -373,7 +373,7 @@ class Trainer:
     version: Version
     log: list[Callable[[], Awaitable[object]]] = field(default_factory=list)
     versions: dict[int, Version] = field(default_factory=dict)
-    told: set[str] = field(default_factory=set)
+    reasons: set[str] = field(default_factory=set)
 
     async def train(self, k: int, xs: Array, dhs: Array) -> None:
         """Make one step: Forward, Backward, Update."""
@@ -422,7 +422,7 @@ class Trainer:
                 return True
             if error.reason not in LOSS:
                 raise
-            self.told.add(error.reason)
+            self.reasons.add(error.reason)
             return False
         return True
 
@@ -461,7 +461,7 @@ async def test_a_trainer_with_a_log_ends_where_an_undisturbed_one_does(
         await trainer.train(9, last, np.ones((ROWS, 1, HIDDEN), np.float32))
     calm, rough = [await head_of(replicas[0], tenant, name) for name in ("calm", "rough")]
     assert calm == rough
-    assert (trainers[0].told, bool(trainers[1].told)) == (set(), True)
+    assert (trainers[0].reasons, bool(trainers[1].reasons)) == (set(), True)
 
 
 async def test_a_step_never_starts_an_optimizer_anew_that_has_moments(

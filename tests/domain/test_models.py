@@ -156,7 +156,7 @@ async def test_deleting_a_model_removes_every_key(
     raw: Redis,
     rng: np.random.Generator,
 ) -> None:
-    """Versions, moments, contributions, requests and checkpoints go; deleting again is told."""
+    """Versions, moments, contributions, requests and checkpoints go; deleting again is an error."""
     await make_model(optimizer=Adam())
     client = await open_session()
     for k in range(3):

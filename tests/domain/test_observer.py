@@ -1,4 +1,4 @@
-"""What an observer is told of batches, round trips, caches, chunks, contributions and versions."""
+"""What an observer is reported of batches, round trips, caches, chunks, contributions and versions."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ async def test_a_backward_with_an_update_records_and_publishes(
 async def test_weights_that_are_uploaded_take_no_contributions(
     watched: Watched, tenant: str
 ) -> None:
-    """A version that no optimizer step made is told apart."""
+    """A version that no optimizer step made is reported apart."""
     key = ModelKey(tenant, "m")
     _, data = await watched.replica.models.read_weights(key, None, include_moments=False)
     await watched.replica.models.put_weights(key, None, "put-1", data)

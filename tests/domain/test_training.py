@@ -260,7 +260,7 @@ async def test_a_backward_beyond_the_session_is_a_gap(
     assert (refused.reason, refused.metadata["expected_seq"]) == ("SEQ_GAP", "2")
 
 
-async def test_a_backward_of_another_history_is_told(
+async def test_a_backward_of_another_history_is_reported(
     make_model: ModelMaker, open_session: ClientMaker, rng: np.random.Generator
 ) -> None:
     """A token that is not its chunk's is HISTORY_FORKED; nothing is counted."""
@@ -319,7 +319,7 @@ async def test_an_update_of_what_is_not_there_changes_nothing(
     open_session: ClientMaker,
     rng: np.random.Generator,
 ) -> None:
-    """NO_GRADIENTS tells found and expected; the version stays."""
+    """NO_GRADIENTS names found and expected; the version stays."""
     await make_model()
     client = await open_session()
     head = await head_of(replicas[0], tenant)
@@ -340,7 +340,7 @@ async def test_an_exact_name_counts_beside_a_whole_session(
     open_session: ClientMaker,
     rng: np.random.Generator,
 ) -> None:
-    """A named contribution that is missing is told, however many others are taken with it."""
+    """A named contribution that is missing is an error, however many others are taken with it."""
     await make_model()
     one, other = await open_session("a"), await open_session("b")
     for client, count in ((one, 1), (other, 3)):
@@ -496,7 +496,7 @@ async def test_discarded_contributions_cannot_come_back(
     assert (view.waiting_count, view.waiting_bytes) == (0, 0)
 
 
-async def test_a_contribution_quota_is_told_and_passes(
+async def test_a_contribution_quota_is_an_error_and_passes(
     make_replica: ReplicaMaker, tenant: str, make_model: ModelMaker, rng: np.random.Generator
 ) -> None:
     """Beyond the model's number a Backward is TAPE_QUOTA; after an Update it is taken."""
@@ -542,7 +542,7 @@ async def test_what_was_computed_early_counts_nothing_in_a_closed_session(
     open_session: ClientMaker,
     rng: np.random.Generator,
 ) -> None:
-    """The replica has the tape in hand and computes at once; what the store then tells decides."""
+    """The replica has the tape cached and computes at once; the store's answer then decides."""
     await make_model()
     client = await open_session()
     client.replicas = replicas[:1]
@@ -644,7 +644,7 @@ async def test_tenants_contributions_are_their_own(
     assert (await replicas[0].models.get(ModelKey(tenant, "m"))).waiting_count == 1
 
 
-async def test_an_update_expecting_another_head_is_told_which(
+async def test_an_update_expecting_another_head_gets_the_head_there_is(
     replicas: Pair,
     tenant: str,
     make_model: ModelMaker,

@@ -87,7 +87,7 @@ def test_the_loss_around_a_crash_looks_both_ways() -> None:
     assert history.around_crash(steps=2) == (3.0, 1.0)
 
 
-def test_latencies_are_told_in_milliseconds() -> None:
+def test_latencies_are_shown_in_milliseconds() -> None:
     """Percentiles come in ms, the rate from the sum of the times."""
     latencies = Latencies([0.001, 0.002, 0.003])
     assert latencies.percentile_ms(50) == pytest.approx(2.0)

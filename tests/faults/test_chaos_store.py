@@ -1,4 +1,4 @@
-"""Every call to the store fails with p = 0.25, before or after it was carried out: nobody can tell."""
+"""Every call to the store fails with p = 0.25, before or after it took effect: a caller cannot know which."""
 
 from __future__ import annotations
 

@@ -150,20 +150,20 @@ def test_a_call_in_every_state_of_a_move_is_right(
                 # Only what has the state in hand gets by with one key.
                 probe = chance.choice((one, two)) if is_train else one
                 pending = pending or place.chunk(draw(rng, 1)[0], train=is_train)
-                told = probe.ask(probe.rnn.Forward, pending)
+                reply = probe.ask(probe.rnn.Forward, pending)
                 proof.checked()
-                if told.error is None:
-                    place.took(told.answer)
+                if reply.error is None:
+                    place.took(reply.answer)
                     pending = None
-                elif is_train and isinstance(told.error, timernn.errors.Unavailable):
+                elif is_train and isinstance(reply.error, timernn.errors.Unavailable):
                     refused += 1  # it writes several keys, of which one may have gone ahead
                 else:
-                    proof.violated(f"{state}, train={is_train}: {told.error!r}")
+                    proof.violated(f"{state}, train={is_train}: {reply.error!r}")
             _tell_all(cluster, slot, target)
             if pending is not None:
-                told = two.ask(two.rnn.Forward, pending)
-                proof.require(told.error is None, f"after the move: {told.error!r}")
-                place.took(told.answer)
+                reply = two.ask(two.rnn.Forward, pending)
+                proof.require(reply.error is None, f"after the move: {reply.error!r}")
+                place.took(reply.answer)
             session = client.session(model_id, place.session.session_id, train=True)
             proof.require(
                 session.chunk_seq == place.session.chunk_seq, "chunks were lost or doubled"

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from instruments.processes import ServiceProcess
     from instruments.report import Proof
-    from scenes.store_probe import Place, Told
+    from scenes.store_probe import Place, Reply
     from timernn.v1 import time_rnn_service_pb2 as rnn_pb
 
 SESSIONS = 4
@@ -51,7 +51,7 @@ def replicas(pair: StorePair) -> Iterator[list[ServiceProcess]]:
 @pytest.mark.timeout(600)
 @pytest.mark.promise("R9", "with --durability replica no acknowledged chunk is lost at a failover")
 @figure("rounds", 20, 60)
-def test_nothing_acknowledged_is_lost_and_nothing_unacknowledged_is_told(
+def test_nothing_acknowledged_is_lost_and_nothing_unacknowledged_is_answered(
     pair: StorePair, replicas: list[ServiceProcess], proof: Proof, seed: int, rounds: int
 ) -> None:
     """The standby hears nothing: first tries and retries stay UNKNOWN_OUTCOME until it does again."""
@@ -79,34 +79,34 @@ def test_nothing_acknowledged_is_lost_and_nothing_unacknowledged_is_told(
     assert pair.lost_bytes > 0
 
 
-def _applied(probe: Probe, request: rnn_pb.ForwardRequest) -> Told:
+def _applied(probe: Probe, request: rnn_pb.ForwardRequest) -> Reply:
     """Send a chunk until its outcome is known: also a standby that is well may take its time."""
     for _ in range(TRIES):
-        told = probe.ask(probe.rnn.Forward, request)
-        if not isinstance(told.error, timernn.errors.UnknownOutcome):
+        reply = probe.ask(probe.rnn.Forward, request)
+        if not isinstance(reply.error, timernn.errors.UnknownOutcome):
             break
-    return told
+    return reply
 
 
 def _check_unknown(probes: list[Probe], pending: list[rnn_pb.ForwardRequest], proof: Proof) -> None:
-    """Send each chunk three times, to either replica: the store has it, and it must not be told."""
+    """Send each chunk three times, to either replica: the store has it, and it must not be acknowledged."""
 
-    def send(request: rnn_pb.ForwardRequest) -> list[Told]:
+    def send(request: rnn_pb.ForwardRequest) -> list[Reply]:
         return [probe.ask(probe.rnn.Forward, request) for probe in (*probes, probes[0])]
 
     with ThreadPoolExecutor(len(pending)) as pool:
-        for told in pool.map(send, pending):
-            for one in told:
+        for reply in pool.map(send, pending):
+            for one in reply:
                 _require_unknown(one, proof)
 
 
-def _require_unknown(told: Told, proof: Proof) -> None:
-    is_unknown = isinstance(told.error, timernn.errors.UnknownOutcome)
-    proof.require(is_unknown, f"with the standby silent: {told.error!r}")
-    is_advised = told.error is not None and told.error.retry_after_s is not None
+def _require_unknown(reply: Reply, proof: Proof) -> None:
+    is_unknown = isinstance(reply.error, timernn.errors.UnknownOutcome)
+    proof.require(is_unknown, f"with the standby silent: {reply.error!r}")
+    is_advised = reply.error is not None and reply.error.retry_after_s is not None
     proof.require(is_advised, "no time to retry")
     proof.figures["slowest refusal s"] = max(
-        told.took_s, proof.figures.get("slowest refusal s", 0.0)
+        reply.took_s, proof.figures.get("slowest refusal s", 0.0)
     )
 
 
@@ -126,7 +126,7 @@ def _check_kept(
 
 
 def _is_written(pair: StorePair, request: rnn_pb.ForwardRequest) -> bool:
-    """Tell whether the primary has a chunk, answered or not."""
+    """Return whether the primary has a chunk, answered or not."""
     record = keys.record_key(keys.session_tag(SessionKey("default", request.session_id)))
     head = pair.primary.ask("GETRANGE", record, 0, -1)
     return layouts.head_from_bytes(head).chunk_seq == request.chunk_seq

@@ -14,7 +14,7 @@ from instruments.processes import ServiceProcess
 from scenes.figures import figure
 from scenes.fleet import Fleet, start_all
 from scenes.training import Trainer
-from scenes.wire import TIMEOUT_S, Model, Wire, steady_traffic, told
+from scenes.wire import TIMEOUT_S, Model, Wire, answer_of, steady_traffic
 from timernn import errors
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class Failover:
     async def _send_to(self, wire: Wire, method: str, request: Any, timeout_s: float) -> Any:
         if self._is_streamed and method == self._method:
             return await wire.streamed(request, timeout_s)
-        return await told(getattr(wire.rnn, method)(request, timeout=timeout_s))
+        return await answer_of(getattr(wire.rnn, method)(request, timeout=timeout_s))
 
 
 async def train(failover: Failover, model: Model, well: Wire, seed: int) -> list[Any]:
@@ -248,7 +248,7 @@ async def pass_all_points(
 
 
 def check_failures(proof: Proof, action: str, failures: list[errors.Error]) -> None:
-    """Compare what the callers were told with what each action promises."""
+    """Compare what the callers got with what each action promises."""
     expected = {
         "sleep(2)": (errors.DeadlineExceeded,),
         "cancel": (errors.Unavailable,),

@@ -17,13 +17,13 @@ from scenes.wire import (
     Model,
     N,
     Wire,
+    answer_of,
     draw,
     is_close,
     outcome,
     refusal,
     state_of,
     steady_traffic,
-    told,
 )
 from timernn._core.convert import tensor_to_proto
 from timernn.v1 import session_service_pb2 as session_pb
@@ -50,23 +50,23 @@ async def begin_epoch(kind: str, wire: Wire, writer: Writer, state: Any) -> sess
     session_id = writer.session.session_id
     if kind == "reset":
         reset = session_pb.ResetStateRequest(session_id=session_id)
-        answer = await told(wire.sessions.ResetState(reset, timeout=60))
+        answer = await answer_of(wire.sessions.ResetState(reset, timeout=60))
     elif kind == "set state":
         given = session_pb.SetStateRequest(session_id=session_id, state=tensor_to_proto(state))
-        answer = await told(wire.sessions.SetState(given, timeout=60))
+        answer = await answer_of(wire.sessions.SetState(given, timeout=60))
     else:
         close = session_pb.CloseSessionRequest(session_id=session_id)
-        await told(wire.sessions.CloseSession(close, timeout=60))
+        await answer_of(wire.sessions.CloseSession(close, timeout=60))
         opening = session_pb.OpenSessionRequest(
             model_id=writer.session.model_id, session_id=session_id, batch_size=N
         )
-        answer = await told(wire.sessions.OpenSession(opening, timeout=60))
+        answer = await answer_of(wire.sessions.OpenSession(opening, timeout=60))
     session: session_pb.Session = answer.session
     return session
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.promise("R7", "reset, set_state and a new life fence old writers")
+@pytest.mark.promise("R7", "reset, set_state and a session begun again fence old writers")
 @figure("rounds", 102, 600)
 async def test_a_commit_on_its_way_when_the_epoch_ends_is_fenced(
     fleet: Fleet, proof: Proof, seed: int, rounds: int
@@ -95,10 +95,10 @@ async def test_a_commit_on_its_way_when_the_epoch_ends_is_fenced(
             for wire in (old, new):
                 again = await refusal(wire.forward(stale))
                 proof.require(again.reason == "EPOCH_FENCED", f"{kind}, sent again: {again!r}")
-            told_at, h = await state_of(new, writer.session.session_id)
+            info, h = await state_of(new, writer.session.session_id)
             wanted = state if kind == "set state" else np.zeros_like(state)
             proof.require(np.array_equal(h, wanted), f"{kind}: the old chunk moved the new state")
-            proof.require(told_at.chunk_seq == 0, f"{kind}: the old chunk moved the session")
+            proof.require(info.chunk_seq == 0, f"{kind}: the old chunk moved the session")
             writer.session.CopyFrom(session)
             writer.local.set_state(wanted.copy())
             xs = draw(rng)
@@ -118,7 +118,7 @@ async def stalled(slow: FaultProxy, wire: Wire, request: Any) -> asyncio.Task[An
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.promise("R7", "reset, set_state and a new life fence old writers")
+@pytest.mark.promise("R7", "reset, set_state and a session begun again fence old writers")
 @figure("rounds", 100, 600)
 async def test_a_chunk_racing_a_reset_is_applied_before_it_or_fenced(
     fleet: Fleet, proof: Proof, seed: int, rounds: int

@@ -58,7 +58,7 @@ class Mortal:
         self._addresses, self._command = addresses, [model, str(steps), program]
 
     def run(self, method: str = "-", count: int = 1, moment: str = "-", delay_s: float = 0) -> bool:
-        """Start it on the next replica; tell whether it came to its end."""
+        """Start it on the next replica; return whether it came to its end."""
         address = self._addresses[self.kills % len(self._addresses)]
         place = [method, str(count), moment, str(delay_s)]
         done = subprocess.run(

@@ -182,7 +182,7 @@ async def test_mixed_calls_leak_nothing(fleet: Fleet, proof: Proof, seed: int, c
 
 @pytest.mark.promise("R18", "no leak, in the server or the client library", control=True)
 async def test_a_leak_on_purpose_is_seen(fleet: Fleet, proof: Proof, seed: int) -> None:
-    """The same measurement tells when each call leaves some kilobytes behind."""
+    """The same measurement shows when each call leaves some kilobytes behind."""
     rng, kept = np.random.default_rng(seed), list[bytes]()
     growth = Growth({"client": own_rss_bytes})
     async with Wire(fleet.replicas[0].address) as wire:

@@ -57,7 +57,7 @@ def fingerprint(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:12]
 
 
-def told_as(error: errors.Error) -> Refused | None:
+def refused_as(error: errors.Error) -> Refused | None:
     """Return a refusal as the models know it; None where the outcome is unknown."""
     if isinstance(error, errors.Unavailable | errors.DeadlineExceeded | errors.Cancelled):
         return None
@@ -102,7 +102,7 @@ class SessionRival:
             reset = session_pb.ResetStateRequest(
                 session_id=session.session_id, request_id=f"{self._dice.random()}"
             )
-            # Its outcome has to be known: nobody could tell the epoch that a lost one began.
+            # Its outcome has to be known: nobody could know the epoch that a lost one began.
             return session_model.Restart(), lambda _: self._direct.sessions.ResetState(
                 reset, timeout=TIMEOUT_S
             )
@@ -124,7 +124,7 @@ class SessionRival:
         if isinstance(answer, errors.Error):
             if answer.reason == "EPOCH_FENCED":
                 session.epoch, session.chunk_seq = int(answer.metadata["epoch"]), 0
-            return told_as(answer)
+            return refused_as(answer)
         if isinstance(ask, session_model.Forward):
             self._writer.took(answer)
             return session_model.Applied(
@@ -236,7 +236,7 @@ class ModelRival:
     ) -> training_model.TrainingAnswer | None:
         """Put an answer as the model knows it."""
         if isinstance(answer, errors.Error):
-            return told_as(answer)
+            return refused_as(answer)
         if isinstance(ask, training_model.Contribute):
             version = answer.weights_version
             return training_model.Counted(
@@ -278,7 +278,7 @@ def fenced_midway(operation: Operation[Any, Any]) -> Operation[Any, Any]:
     """Let a chunk that was fenced have been applied before.
 
     The store's answer to its commit was lost, a rival ended the epoch, and the server, asking again,
-    finds the new epoch: it cannot tell any more. The chunk's epoch is over either way.
+    finds the new epoch: it cannot know any more. The chunk's epoch is over either way.
     """
     is_fenced = isinstance(operation.answer, Refused) and operation.answer.reason == "EPOCH_FENCED"
     if not is_fenced or not isinstance(operation.ask, session_model.Forward):

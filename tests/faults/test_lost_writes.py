@@ -1,4 +1,4 @@
-"""A store that loses what it had acknowledged: told, never answered wrongly, and healed."""
+"""A store that loses what it had acknowledged: reported, never answered wrongly, and healed."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def replicas(pair: StorePair) -> Iterator[list[ServiceProcess]]:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.promise("R8", "acknowledged writes lost at a failover are told and healed")
+@pytest.mark.promise("R8", "acknowledged writes lost at a failover are reported and healed")
 @figure("rounds", 20, 60)
 def test_a_streamed_session_goes_on_after_a_failover_that_lost_fifty_chunks(
     pair: StorePair, replicas: list[ServiceProcess], proof: Proof, seed: int, rounds: int
@@ -86,13 +86,13 @@ def test_a_streamed_session_goes_on_after_a_failover_that_lost_fifty_chunks(
                 if logged.done == before + LOST_CHUNKS:
                     fail_over(pair)
             logged.finish(proof)
-            _expect_told(bare, data[0], proof)
+            _expect_refusal(bare, data[0], proof)
         pair.restore()
     proof.hit("failover with lost writes", rounds)
     proof.figures["chunks lost"] = rounds * LOST_CHUNKS
 
 
-def _expect_told(bare: Streamer, xs: np.ndarray, proof: Proof) -> None:
+def _expect_refusal(bare: Streamer, xs: np.ndarray, proof: Proof) -> None:
     """Without a log: an error; then the client goes on from the last answer by its own choice."""
     try:
         bare.session.forward(xs)
@@ -227,12 +227,12 @@ def test_training_ends_with_the_digest_of_an_undisturbed_run_when_one_slot_is_se
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.promise("R8c", "another writer in the gap is told, two histories are never mixed")
+@pytest.mark.promise("R8c", "another writer in the gap is reported, two histories are never mixed")
 @figure("rounds", 4, 20)
 def test_two_writers_of_one_gap_are_never_mixed(
     pair: StorePair, replicas: list[ServiceProcess], proof: Proof, seed: int, rounds: int
 ) -> None:
-    """A rival without a log writes what the failover left free; whoever comes late is told."""
+    """A rival without a log writes what the failover left free; the later writer gets an error."""
     sessions, addresses = 25, addresses_of(replicas)
     rng, chance = np.random.default_rng(seed), random.Random(seed)
     model_id = f"gap-{seed}-{rounds}"
@@ -316,7 +316,7 @@ def test_a_store_whose_file_lost_its_end_is_healed(proof: Proof, seed: int, roun
 
 @pytest.mark.timeout(300)
 @pytest.mark.promise("R23", "a store killed under load comes back with its file and is healed")
-def test_a_store_that_comes_back_empty_is_told(proof: Proof, seed: int) -> None:
+def test_a_store_that_comes_back_empty_is_reported(proof: Proof, seed: int) -> None:
     """Without its file nothing of the old life is answered, and a new one needs no restart."""
     rng = np.random.default_rng(seed)
     with RedisServer() as store, replicas_on(store.url) as replicas:

@@ -111,7 +111,9 @@ def test_who_comes_back_late_brings_nothing_back_and_counts_nothing_twice(
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.promise("R35", "another trainer's step is told by the head alone, nothing sent again")
+@pytest.mark.promise(
+    "R35", "another trainer's step is recognized by the head alone, nothing sent again"
+)
 @figure("rounds", 30, 200)
 def test_a_conflict_sends_nothing_again(
     replicas: list[ServiceProcess], proof: Proof, seed: int, rounds: int

@@ -15,7 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from scenes.figures import figure
 from scenes.fleet import Fleet
-from scenes.wire import TIMEOUT_S, Model, Wire, outcome, steady_traffic, told
+from scenes.wire import TIMEOUT_S, Model, Wire, answer_of, outcome, steady_traffic
 from timernn import errors
 from timernn._core.channels import channel_options
 from timernn._core.convert import tensor_to_proto
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 IN_FLIGHT = 16
 CALLERS = 8  # connections
 # Some 15 ms of arithmetic a call. To refuse one costs about 0.5 ms, most of it gRPC's: calls that are
-# hardly dearer than their refusal could not keep their pace, unless their callers wait as they are told.
+# hardly dearer than their refusal could not keep their pace, unless their callers wait as RetryInfo says.
 ROWS, STEPS, INPUTS, HIDDEN = 8, 128, 4, 512
 TRIALS = 5
 OVERLOADS = (2, 4)  # times the capacity
@@ -222,7 +222,7 @@ async def test_goodput_holds_at_four_times_the_capacity(
     model_id = f"big-{seed}-{seconds}"
     spec = model_pb.ModelSpec(model_id=model_id, input_size=INPUTS, hidden_size=HIDDEN)
     request = model_pb.CreateModelRequest(spec=spec, seed=1)
-    await told(wires[0].models.CreateModel(request, timeout=TIMEOUT_S))
+    await answer_of(wires[0].models.CreateModel(request, timeout=TIMEOUT_S))
     rng = np.random.default_rng(seed)
     small = await Model.create(wires[0], rng, f"small-{seed}-{seconds}")
     await steady_traffic(proof, wires, small, rng)

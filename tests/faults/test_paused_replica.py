@@ -45,7 +45,7 @@ def fleet() -> Iterator[Fleet]:
 async def stop_at(
     replica: ServiceProcess, point: str, call: Coroutine[Any, Any, Any]
 ) -> asyncio.Task[Any]:
-    """Make a call and stop the replica once it has computed and not yet told the store."""
+    """Make a call and stop the replica once it has computed and not yet sent the result to the store."""
     mark = f"failpoint {point}"
     passed = replica.log.count(mark)
     task = asyncio.create_task(call)

@@ -59,9 +59,9 @@ def test_refused_opens_fill_no_quota(proof: Proof, seed: int, rounds: int) -> No
 
             def hammer(count: int, now_ms: int = now_ms) -> None:
                 probe = chance.choice(probes)
-                told = probe.ask(probe.sessions.OpenSession, refused_open(count, now_ms))
-                is_right = isinstance(told.error, timernn.SessionExists | timernn.EpochFenced)
-                proof.require(is_right, f"a bad Open ended in {told.error!r}")
+                reply = probe.ask(probe.sessions.OpenSession, refused_open(count, now_ms))
+                is_right = isinstance(reply.error, timernn.SessionExists | timernn.EpochFenced)
+                proof.require(is_right, f"a bad Open ended in {reply.error!r}")
 
             work = pool.map(hammer, range(100))
             for count in range(10):
@@ -73,11 +73,12 @@ def test_refused_opens_fill_no_quota(proof: Proof, seed: int, rounds: int) -> No
             listed = {info.session_id for info in client.list_sessions("m")}
             wanted = {"live", *(session.session_id for session in sessions)}
             proof.require(listed == wanted, f"listed are {sorted(listed ^ wanted)} otherwise")
-            told = probes[0].ask(
+            reply = probes[0].ask(
                 probes[0].sessions.OpenSession, session_pb.OpenSessionRequest(model_id="m")
             )
             proof.require(
-                isinstance(told.error, timernn.MaxSessions), f"one too many ended in {told.error!r}"
+                isinstance(reply.error, timernn.MaxSessions),
+                f"one too many ended in {reply.error!r}",
             )
             for session in sessions:
                 session.close()

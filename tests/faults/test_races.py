@@ -12,7 +12,7 @@ import pytest_asyncio
 
 from scenes.figures import figure
 from scenes.fleet import Fleet
-from scenes.wire import H, Model, Wire, draw, is_close, state_of, steady_traffic, told
+from scenes.wire import H, Model, Wire, answer_of, draw, is_close, state_of, steady_traffic
 from timernn._core.convert import tensor_from_proto
 from timernn.v1 import time_rnn_service_pb2 as rnn_pb
 
@@ -87,10 +87,12 @@ async def test_racing_backwards_and_updates_count_once(
         writer.took(answer)
         backward = writer.backward(draw(rng, size=H))
         gradients = await asyncio.gather(
-            *(told(wire.rnn.Backward(backward, timeout=60)) for wire in half)
+            *(answer_of(wire.rnn.Backward(backward, timeout=60)) for wire in half)
         )
         update = rnn_pb.UpdateRequest(model_id=model.model_id, request_id=f"step {number}")
-        steps = await asyncio.gather(*(told(wire.rnn.Update(update, timeout=60)) for wire in half))
+        steps = await asyncio.gather(
+            *(answer_of(wire.rnn.Update(update, timeout=60)) for wire in half)
+        )
         proof.hit("duplicate", 2 * len(half) - 2)
         for what, answers in (("Backward", gradients), ("Update", steps)):
             first = sum(not each.replayed for each in answers)

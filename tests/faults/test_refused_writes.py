@@ -300,23 +300,23 @@ async def test_each_command_of_each_operation_is_refused_in_turn(
                     link = RefusingLink(
                         scene.replica.store._client, refusal, at, is_lasting=is_lasting
                     )
-                    told = await _outcome(act)
+                    outcome = await _outcome(act)
                     await link.remove()
                     if not link.has_refused:
                         proof.require(
-                            await scene.summary() == wanted, f"{where}: undisturbed, {told}"
+                            await scene.summary() == wanted, f"{where}: undisturbed, {outcome}"
                         )
                         break
                     proof.hit(refusal.name)
-                    await _check_told(scene, told, before, raw, where, proof)
-                    if not isinstance(told, Exception):
+                    await _check_outcome(scene, outcome, before, raw, where, proof)
+                    if not isinstance(outcome, Exception):
                         proof.require(
                             await scene.summary() == wanted, f"{where}: answered, not done"
                         )
                     again = await _outcome(act)
                     proof.require(not isinstance(again, Exception), f"{where}: then {again!r}")
                     proof.require(
-                        await scene.summary() == wanted, f"{where}: {told}, then otherwise"
+                        await scene.summary() == wanted, f"{where}: {outcome}, then otherwise"
                     )
 
 
@@ -337,26 +337,28 @@ async def _outcome(act: Act) -> object:
         await asyncio.sleep(0)  # what an answer left to be noted behind it
 
 
-async def _check_told(
+async def _check_outcome(
     scene: Scene,
-    told: object,
+    outcome: object,
     before: dict[bytes, bytes | None],
     raw: Redis,
     where: str,
     proof: Proof,
 ) -> None:
     """Compare a refusal with what the store holds."""
-    if not isinstance(told, Exception):
+    if not isinstance(outcome, Exception):
         return
-    if not isinstance(told, DomainError):
-        proof.violated(f"{where}: {told!r}")
+    if not isinstance(outcome, DomainError):
+        proof.violated(f"{where}: {outcome!r}")
         return
-    if "recorded" in told.metadata:
+    if "recorded" in outcome.metadata:
         waiting = (await scene.other.models.get(ModelKey(scene.tenant, "m"))).waiting_count
-        proof.require(waiting == 2, f"{where}: {told.reason}, recorded, {waiting} wait")
-        proof.require("nothing was changed" not in told.message, f"{where}: {told.message}")
-    elif told.reason in NOTHING_DONE:
-        proof.require(await scene.contents(raw) == before, f"{where}: {told.reason}, but changed")
+        proof.require(waiting == 2, f"{where}: {outcome.reason}, recorded, {waiting} wait")
+        proof.require("nothing was changed" not in outcome.message, f"{where}: {outcome.message}")
+    elif outcome.reason in NOTHING_DONE:
+        proof.require(
+            await scene.contents(raw) == before, f"{where}: {outcome.reason}, but changed"
+        )
     else:
-        proof.require(told.reason == "UNKNOWN_OUTCOME", f"{where}: {told!r}")
-        proof.require("nothing was changed" not in told.message, f"{where}: {told.message}")
+        proof.require(outcome.reason == "UNKNOWN_OUTCOME", f"{where}: {outcome!r}")
+        proof.require("nothing was changed" not in outcome.message, f"{where}: {outcome.message}")

@@ -1,4 +1,4 @@
-"""Lost answers and lost requests: what is sent again is applied once, what is missing is told."""
+"""Lost answers and lost requests: what is sent again is applied once, what is missing is reported."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from scenes.wire import (
     ROUNDING,
     Model,
     Wire,
+    answer_of,
     draw,
     head_of,
     is_close,
     refusal,
     state_of,
     steady_traffic,
-    told,
 )
 from timernn._core.session_state import SessionState
 from timernn.v1 import time_rnn_service_pb2 as rnn_pb
@@ -220,13 +220,15 @@ async def test_a_backward_sent_again_after_its_update_counts_nothing(
             assert isinstance(lost, timernn.errors.Unavailable), repr(lost)
             proof.hit("Backward answer lost")
             update = rnn_pb.UpdateRequest(model_id=model.model_id, request_id=f"{number}")
-            stepped = await told(other.rnn.Update(update, timeout=30))
+            stepped = await answer_of(other.rnn.Update(update, timeout=30))
             proof.require(stepped.contribution_count == 1, f"{stepped.contribution_count} taken")
             request.resent = True
-            again = [await told(wire.rnn.Backward(request, timeout=30)) for wire in (one, other)]
+            again = [
+                await answer_of(wire.rnn.Backward(request, timeout=30)) for wire in (one, other)
+            ]
             proof.require(all(each.replayed for each in again), "counted again")
             proof.require(again[0].dxs == again[1].dxs, "other dxs on the other replica")
-            repeated = await told(one.rnn.Update(update, timeout=30))
+            repeated = await answer_of(one.rnn.Update(update, timeout=30))
             proof.require(
                 repeated.replayed and repeated.version == stepped.version, "a second step was made"
             )
@@ -242,7 +244,7 @@ async def test_a_backward_sent_again_after_its_update_counts_nothing(
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.promise("R4", "a lost chunk is told, never skipped")
+@pytest.mark.promise("R4", "a lost chunk is reported, never skipped")
 @figure("rounds", 100, 500)
 async def test_a_chunk_after_a_lost_one_is_refused(
     fleet: Fleet, proof: Proof, seed: int, rounds: int

@@ -30,7 +30,7 @@ AGE_MS = 500
 
 @dataclass
 class Crowd:
-    """Sessions that stream until told to stop, some by streams and some by single calls.
+    """Sessions that stream until they are stopped, some by streams and some by single calls.
 
     Attributes:
         answers: How many chunks were answered and compared.

@@ -162,7 +162,7 @@ def test_the_server_notices_clients_that_vanished(proof: Proof) -> None:
         proof.hit("client vanished", proxy.vanish_all())
         deadline = time.monotonic() + NOTICED_S
         while (left := connections_of(port)) and time.monotonic() < deadline:
-            time.sleep(0.5)  # no event tells what another process closes
+            time.sleep(0.5)  # no event says what another process closes
         proof.require(not left, f"{left} connections are open after {NOTICED_S:.0f} s")
         for client in clients:
             client.close()

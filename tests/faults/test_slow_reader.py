@@ -11,7 +11,7 @@ import pytest
 
 from scenes.figures import figure
 from scenes.fleet import Fleet
-from scenes.wire import TIMEOUT_S, Model, Wire, draw, steady_traffic, told
+from scenes.wire import TIMEOUT_S, Model, Wire, answer_of, draw, steady_traffic
 from service.compute.scheduler import MAX_BATCH_BYTES
 from timernn._core.convert import tensor_to_proto
 from timernn.v1 import model_service_pb2 as model_pb
@@ -127,7 +127,7 @@ class Hog:
         opening = session_pb.OpenSessionRequest(
             model_id="wide", session_id=self._id, on_exists=session_pb.ON_EXISTS_RESET
         )
-        opened = await told(self._wire.sessions.OpenSession(opening, timeout=TIMEOUT_S))
+        opened = await answer_of(self._wire.sessions.OpenSession(opening, timeout=TIMEOUT_S))
         return {"session_id": self._id, "epoch": opened.session.epoch}
 
     async def _read(self) -> None:
@@ -151,7 +151,7 @@ async def test_streams_that_do_not_read_cost_bounded_memory(
         async with Wire(fleet.addresses[0]) as wire, Wire(fleet.addresses[0]) as other:
             spec = model_pb.ModelSpec(model_id="wide", input_size=INPUTS, hidden_size=HIDDEN)
             create = model_pb.CreateModelRequest(spec=spec, seed=1)
-            await told(wire.models.CreateModel(create, timeout=TIMEOUT_S))
+            await answer_of(wire.models.CreateModel(create, timeout=TIMEOUT_S))
             model = await Model.create(wire, rng, "narrow")
             writers = await steady_traffic(proof, [other], model, rng)
             before = replica.rss_bytes()

@@ -201,7 +201,7 @@ class Machine(RuleBasedStateMachine):
         found = self.outcome(call)
         assert getattr(found, "reason", "") == reason, f"expected {reason}, got {found!r}"
         self.world.proof.checked()
-        figures, name = self.world.proof.figures, f"{reason} told"
+        figures, name = self.world.proof.figures, f"{reason} raised"
         figures[name] = figures.get(name, 0) + 1
         refused: DomainError = found
         return refused
@@ -231,7 +231,7 @@ class Machine(RuleBasedStateMachine):
         return self.replica.recurrence.forward(self.tenant, op)
 
     def is_live(self, name: str) -> bool:
-        """Tell whether a session is live; check the refusal of the others."""
+        """Return whether a session is live; check the refusal of the others."""
         local = self.sessions[name]
         if local.state == "live":
             return True
@@ -570,7 +570,7 @@ class Machine(RuleBasedStateMachine):
             self.lose(sorted(self.backups)[which % len(self.backups)])
 
     def lose(self, name: str) -> None:
-        """Set a session's slot back; a client that goes on is told, and heals what it can."""
+        """Set a session's slot back; a client that goes on gets an error, and heals what it can."""
         if name not in self.backups:
             return
         backup, before = self.backups[name]

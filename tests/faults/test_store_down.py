@@ -1,4 +1,4 @@
-"""A store that is gone, frozen, forgetful of scripts or of connections: told fast, over alone."""
+"""A store that is gone, frozen, forgetful of scripts or of connections: reported fast, over without a restart."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ if TYPE_CHECKING:
 
     from instruments.processes import ServiceProcess
     from instruments.report import Proof
-    from scenes.store_probe import Place, Told
+    from scenes.store_probe import Place, Reply
 
 CALL_S = 1.5  # within which a call on a dead store is answered
-HEALTH_S = 2.0  # within which health tells the truth
+HEALTH_S = 2.0  # within which health is right
 DOWN_S = 5.0
 
 
@@ -95,10 +95,12 @@ def busy(store: RedisServer) -> Iterator[None]:
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.promise("R11", "a store that is down: told fast, nothing wrong, over without restart")
+@pytest.mark.promise(
+    "R11", "a store that is down: reported fast, nothing wrong, over without restart"
+)
 @pytest.mark.parametrize("outage", [killed, stopped, busy])
 @figure("rounds", 1, 10)
-def test_a_store_that_is_away_is_told_fast_and_its_return_is_noticed(
+def test_a_store_that_is_away_is_reported_fast_and_its_return_is_noticed(
     store: RedisServer,
     replicas: list[ServiceProcess],
     proof: Proof,
@@ -133,9 +135,9 @@ def test_a_store_that_is_away_is_told_fast_and_its_return_is_noticed(
                 for xs in draw(rng, 3):
                     streamer.forward(xs, proof)
                 for place in places:
-                    told = probe.ask(probe.rnn.Forward, place.chunk(draw(rng, 1)[0]))
-                    is_told = told.error is None or told.error.reason == "SEQ_REUSED"
-                    proof.require(is_told, f"after its return: {told.error!r}")
+                    reply = probe.ask(probe.rnn.Forward, place.chunk(draw(rng, 1)[0]))
+                    is_reported = reply.error is None or reply.error.reason == "SEQ_REUSED"
+                    proof.require(is_reported, f"after its return: {reply.error!r}")
             streamer.finish(proof)
     proof.require(pids == [replica.pid for replica in replicas], "a replica was restarted")
     proof.require(all(replica.is_alive for replica in replicas), "a replica ended")
@@ -145,7 +147,7 @@ def _check_calls(probe: Probe, places: list[Place], until: float, proof: Proof) 
     """Send calls side by side while the store is away; each ends in time and says when to retry."""
     rng = np.random.default_rng(1)
 
-    def ask(place: Place) -> list[Told]:
+    def ask(place: Place) -> list[Reply]:
         answers = []
         while time.monotonic() < until:
             answers.append(probe.ask(probe.rnn.Forward, place.chunk(draw(rng, 1)[0])))
@@ -155,15 +157,15 @@ def _check_calls(probe: Probe, places: list[Place], until: float, proof: Proof) 
         return answers
 
     with ThreadPoolExecutor(len(places)) as pool:
-        told = [one for some in pool.map(ask, places) for one in some]
-    for one in told:
+        reply = [one for some in pool.map(ask, places) for one in some]
+    for one in reply:
         text = f"with the store away: {one.error!r} after {one.took_s:.2f} s"
         # A frozen or busy store may have answered what came in its last moment.
         is_first = one.error is None and one.at < until - DOWN_S + 0.5
         is_unavailable = isinstance(one.error, timernn.errors.Unavailable)
         is_advised = one.error is not None and one.error.retry_after_s is not None
         proof.require(is_first or (is_unavailable and is_advised), text)
-    _note(proof, "slowest call s", max(one.took_s for one in told), CALL_S)
+    _note(proof, "slowest call s", max(one.took_s for one in reply), CALL_S)
 
 
 def _note(proof: Proof, name: str, took_s: float, limit_s: float) -> None:
@@ -204,14 +206,14 @@ def test_a_store_that_forgets_scripts_or_connections_is_not_noticed(
                 until = time.monotonic() + seconds
                 while time.monotonic() < until:
                     (xs,) = draw(np.random.default_rng(seed), 1)
-                    told = probe.ask(probe.rnn.Forward, place.chunk(xs))
+                    reply = probe.ask(probe.rnn.Forward, place.chunk(xs))
                     proof.checked()
-                    if told.error is None:
-                        place.took(told.answer)
-                    elif isinstance(told.error, timernn.errors.Unavailable):
+                    if reply.error is None:
+                        place.took(reply.answer)
+                    elif isinstance(reply.error, timernn.errors.Unavailable):
                         failed += 1
                     else:
-                        proof.violated(f"{told.error!r}")
+                        proof.violated(f"{reply.error!r}")
             trainer.check(version, wanted, proof)
     proof.figures[f"bare calls UNAVAILABLE under {command[0]}"] = failed
     if command[0] == "SCRIPT":

@@ -1,4 +1,4 @@
-"""A store that is full, evicts, is demoted or has too few replicas: nothing half done, all told."""
+"""A store that is full, evicts, is demoted or has too few replicas: nothing half done, everything reported."""
 
 from __future__ import annotations
 
@@ -119,11 +119,11 @@ def _writes(probe: Probe, place: Place, model_id: str, dhs: Any) -> Iterator[tup
 
 def _check_refused(probe: Probe, writes: Iterator[tuple[Any, Any]], proof: Proof) -> None:
     for method, request in writes:
-        told = probe.ask(method, request)
+        reply = probe.ask(method, request)
         name = type(request).__name__
-        is_full = isinstance(told.error, timernn.errors.StoreFull)
-        proof.require(is_full, f"{name} on a full store: {told.error!r}")
-        is_advised = told.error is not None and told.error.retry_after_s is not None
+        is_full = isinstance(reply.error, timernn.errors.StoreFull)
+        proof.require(is_full, f"{name} on a full store: {reply.error!r}")
+        is_advised = reply.error is not None and reply.error.retry_after_s is not None
         proof.require(is_advised, f"{name}: no time to retry")
 
 
@@ -184,7 +184,7 @@ def alone(store: RedisServer) -> Iterator[None]:
 @pytest.mark.promise("R25", "a store unfit for writes: NOT_SERVING in 2 s, UNAVAILABLE, over alone")
 @pytest.mark.parametrize("unfit", [evicting, demoted, alone, snapshot_failing])
 @figure("rounds", 3, 30)
-def test_an_unfit_store_is_told_by_health_and_by_every_write(
+def test_an_unfit_store_is_reported_by_health_and_by_every_write(
     store: RedisServer,
     replicas: list[ServiceProcess],
     proof: Proof,
@@ -226,13 +226,13 @@ def test_an_unfit_store_is_told_by_health_and_by_every_write(
 
 def _check_writes(probe: Probe, place: Place, proof: Proof, *, is_refused: bool) -> None:
     for xs in draw(np.random.default_rng(1), 10):
-        told = probe.ask(probe.rnn.Forward, place.chunk(xs))
-        if told.error is None:
+        reply = probe.ask(probe.rnn.Forward, place.chunk(xs))
+        if reply.error is None:
             proof.require(not is_refused, "a write was answered")
-            place.took(told.answer)
+            place.took(reply.answer)
             continue
-        is_told = isinstance(told.error, timernn.errors.Unavailable)
-        proof.require(is_told and told.error.retry_after_s is not None, f"{told.error!r}")
+        is_reported = isinstance(reply.error, timernn.errors.Unavailable)
+        proof.require(is_reported and reply.error.retry_after_s is not None, f"{reply.error!r}")
 
 
 def _check_start_refused(store: RedisServer, proof: Proof) -> None:
@@ -240,7 +240,7 @@ def _check_start_refused(store: RedisServer, proof: Proof) -> None:
     program = Path(sys.executable).with_name("timernn")
     command = [str(program), "serve", "--listen", "127.0.0.1:0", "--redis-url", store.url]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    told = ended.stderr.strip().splitlines()
+    reply = ended.stderr.strip().splitlines()
     proof.require(ended.returncode not in (0, -9), f"it started: {ended.stdout}")
-    proof.require(any("cannot be used" in line for line in told), f"it says {told[-3:]}")
+    proof.require(any("cannot be used" in line for line in reply), f"it says {reply[-3:]}")
     proof.require("Traceback" not in ended.stderr, "it ends with a traceback")

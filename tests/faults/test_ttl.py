@@ -12,7 +12,7 @@ import pytest
 from scenes.figures import figure
 from scenes.fleet import Fleet
 from scenes.training import Trainer
-from scenes.wire import TIMEOUT_S, H, Model, Wire, draw, outcome, refusal, steady_traffic, told
+from scenes.wire import TIMEOUT_S, H, Model, Wire, answer_of, draw, outcome, refusal, steady_traffic
 from service.domain.types import SessionKey
 from service.store import keys
 from timernn.v1 import model_service_pb2 as model_pb
@@ -67,7 +67,9 @@ def keys_of(fleet: Fleet, session_id: str) -> list[str]:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.promise("R22", "a session's life slides and ends as a whole, by the store's clock")
+@pytest.mark.promise(
+    "R22", "a session's time to live slides and it ends as a whole, by the store's clock"
+)
 @figure("sessions", 30, 300)
 async def test_sessions_live_by_use_and_end_whole_whatever_the_replicas_clocks_say(
     fleet: Fleet, proof: Proof, seed: int, sessions: int
@@ -162,13 +164,13 @@ async def require_fenced_life(
         proof.require(fenced.reason == "EPOCH_FENCED", f"{fenced!r}")
 
 
-@pytest.mark.promise("R22", "a session's life slides and ends as a whole", control=True)
+@pytest.mark.promise("R22", "a session's time to live slides and it ends as a whole", control=True)
 async def test_the_replicas_clocks_are_really_wrong(fleet: Fleet, proof: Proof) -> None:
     """They say that they began two hours apart; else the run above would prove nothing."""
     starts = []
     for address in fleet.addresses:
         async with Wire(address) as wire:
-            info = await told(
+            info = await answer_of(
                 wire.models.GetServerInfo(model_pb.GetServerInfoRequest(), timeout=TIMEOUT_S)
             )
             starts.append(info.start_time.seconds)

@@ -142,7 +142,7 @@ def test_no_step_sees_a_later_one(case_of: CaseMaker, sizes: tuple[int, int, int
 def test_a_wrong_shape_is_named(
     case: Case, xs_shape: tuple[int, ...], h0_shape: tuple[int, ...], name: str
 ) -> None:
-    """Whatever disagrees on N, T, D or H is told by name, never broadcast."""
+    """Whatever disagrees on N, T, D or H is refused by name, never broadcast."""
     with pytest.raises(ShapeError, match=rf"^{name}: expected shape .*, got ") as caught:
         rnn_forward(case.params, np.zeros(xs_shape), np.zeros(h0_shape))
     assert caught.value.name == name

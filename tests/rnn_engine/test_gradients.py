@@ -46,7 +46,7 @@ def test_a_norm_beyond_the_squares_is_finite() -> None:
 
 
 def test_a_norm_over_infinity_or_nan_is_not_finite() -> None:
-    """What is not finite is told by the norm."""
+    """What is not finite shows in the norm."""
     for bad in (np.inf, np.nan):
         grads = _grads(0)
         grads.db[1] = bad

@@ -131,7 +131,7 @@ def test_another_batch_size_than_the_state_is_refused(layer: TimeRNN, case: Case
     assert np.array_equal(layer.h, case.h0[:1])
 
 
-def test_bad_calls_are_told(layer: TimeRNN, case: Case) -> None:
+def test_bad_calls_are_refused(layer: TimeRNN, case: Case) -> None:
     """A backward before any forward, and arrays of another rank or type, raise."""
     rnn = RNN(*_weights(case.params))
     with pytest.raises(EngineError, match=r"forward pass before"):

@@ -177,7 +177,7 @@ def test_moments_of_another_kind_are_refused(rng: np.random.Generator) -> None:
 
 
 def test_gradients_of_another_shape_or_type_are_refused(rng: np.random.Generator) -> None:
-    """What only broadcasting or rounding could fit is told by name."""
+    """What only broadcasting or rounding could fit is refused by name."""
     params, grads = _params(rng), _grads(rng)
     moments = init_moments(SGD(), params)
     with pytest.raises(ShapeError, match=r"^db:"):
@@ -189,7 +189,7 @@ def test_gradients_of_another_shape_or_type_are_refused(rng: np.random.Generator
 @pytest.mark.parametrize("value", [-0.1, np.nan, np.inf])
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_a_senseless_learning_rate_is_refused(kind: type[Optimizer], value: float) -> None:
-    """Negative and non-finite hyperparameters are told by name."""
+    """Negative and non-finite hyperparameters are refused by name."""
     with pytest.raises(EngineError, match=r"^lr: expected 0 <= number"):
         kind(lr=value)
 

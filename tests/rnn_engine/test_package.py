@@ -9,7 +9,7 @@ import rnn_engine
 
 
 def test_all_names_exist_and_are_sorted() -> None:
-    """`__all__` tells what there is, in an order that diffs well."""
+    """`__all__` lists the public names, in an order that diffs well."""
     assert all(hasattr(rnn_engine, name) for name in rnn_engine.__all__)
     assert len(set(rnn_engine.__all__)) == len(rnn_engine.__all__)
 

@@ -87,7 +87,7 @@ def test_a_lone_sequence_owns_its_outputs(row_case: Case) -> None:
 
 
 def test_a_wrong_sequence_is_refused(case: Case) -> None:
-    """One array that does not fit, or a missing state, is told."""
+    """One array that does not fit, or a missing state, is refused."""
     with pytest.raises(ShapeError, match=r"^h0: expected shape"):
         rnn_forward_many(case.params, [case.xs, case.xs], [case.h0, case.h0[:1]])
     with pytest.raises(ShapeError, match=r"^h0: expected shape 2 arrays"):

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from service.rpc.auth import Authenticator
     from service.rpc.stream import StreamRules
 
-    Told = Callable[[ForwardResult | Exception], None]
+    OnDone = Callable[[ForwardResult | Exception], None]
 
 VERSION = Version(3, b"v" * 16)
 HIDDEN_SIZE = 2
@@ -64,7 +64,7 @@ class StandIn:
 
     hold: bool = False
     asked: list[Any] = field(default_factory=list)
-    held: list[tuple[Forward, Told]] = field(default_factory=list)
+    held: list[tuple[Forward, OnDone]] = field(default_factory=list)
     failures: dict[int, Exception] = field(default_factory=dict)
     answers: dict[str, Any] = field(default_factory=dict)
     hidden_size: int = HIDDEN_SIZE
@@ -74,23 +74,23 @@ class StandIn:
         del key, model_id
         return 1, self.hidden_size
 
-    def begin_forward(self, tenant: str, forward: Forward, told: Told) -> None:
+    def begin_forward(self, tenant: str, forward: Forward, on_done: OnDone) -> None:
         """Take a chunk."""
         self.asked.append((tenant, forward))
         if self.hold:
-            self.held.append((forward, told))
+            self.held.append((forward, on_done))
         else:
-            asyncio.get_running_loop().call_soon(self.answer, forward, told)
+            asyncio.get_running_loop().call_soon(self.answer, forward, on_done)
 
-    def answer(self, forward: Forward, told: Told) -> None:
+    def answer(self, forward: Forward, on_done: OnDone) -> None:
         """Answer a chunk with zeros, or with the failure planned for its number."""
         if failure := self.failures.get(forward.chunk_seq):
-            told(failure)
+            on_done(failure)
             return
         n, t, _ = forward.xs.shape
         hs = np.zeros((n, t, self.hidden_size), forward.xs.dtype)
         token = token_of(forward.chunk_seq)
-        told(
+        on_done(
             ForwardResult(
                 forward.session_id,
                 forward.epoch,
@@ -106,8 +106,8 @@ class StandIn:
     def release(self) -> None:
         """Answer everything that is held."""
         held, self.held = self.held, []
-        for forward, told in held:
-            self.answer(forward, told)
+        for forward, on_done in held:
+            self.answer(forward, on_done)
 
     async def forward(self, tenant: str, forward: Forward) -> ForwardResult:
         """Apply one chunk."""

@@ -15,7 +15,7 @@ async def test_what_ends_in_time_gives_its_result() -> None:
 
 
 async def test_what_takes_longer_is_cancelled() -> None:
-    """Who waits is told of the time, and may go on."""
+    """A waiting caller gets a TimeoutError, and may go on."""
     seen: list[str] = []
 
     async def wait_for_ever() -> None:
@@ -52,8 +52,8 @@ async def test_what_ends_otherwise_when_cancelled_has_its_own_outcome() -> None:
 
 
 async def test_cleaning_up_after_a_cancellation_has_a_limit_of_its_own() -> None:
-    """Who was cancelled before is told of the time like anybody else."""
-    told: list[type[BaseException]] = []
+    """A caller that was cancelled before gets the TimeoutError like any other."""
+    raised: list[type[BaseException]] = []
 
     async def clean_up() -> None:
         try:
@@ -62,7 +62,7 @@ async def test_cleaning_up_after_a_cancellation_has_a_limit_of_its_own() -> None
             try:
                 await Deadlines(0.001).bound(asyncio.Event().wait())
             except (TimeoutError, asyncio.CancelledError) as error:
-                told.append(type(error))
+                raised.append(type(error))
             raise
 
     cleaning = asyncio.create_task(clean_up())
@@ -70,7 +70,7 @@ async def test_cleaning_up_after_a_cancellation_has_a_limit_of_its_own() -> None
     cleaning.cancel()
     with pytest.raises(asyncio.CancelledError):
         await cleaning
-    assert told == [TimeoutError]
+    assert raised == [TimeoutError]
 
 
 async def test_many_waits_each_have_the_whole_time() -> None:

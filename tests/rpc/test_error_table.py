@@ -200,7 +200,7 @@ async def bad_page_token(lab: Lab) -> None:
 
 @row("INVALID_ARGUMENT", "BAD_FIELD", "numbers: must be 1 to 1000 numbers, got 0")
 async def no_version_numbers(lab: Lab) -> None:
-    """All versions are not told of at once."""
+    """FindVersions does not list all versions at once."""
     await lab.create()
     await lab.models.FindVersions(model_pb.FindVersionsRequest(model_id="m"))
 
@@ -343,7 +343,7 @@ async def history_forked(lab: Lab) -> None:
 
 @row("ABORTED", "VERSION_CONFLICT", "the contribution of chunk 1 is recorded")
 async def step_refused_after_its_contribution(lab: Lab) -> None:
-    """The Update in a Backward expects another head; what the Backward left is told."""
+    """The Update in a Backward expects another head; the error says what the Backward left."""
     await lab.opened()
     expected = WeightsVersion(number=7)
     update = pb.UpdateRequest(request_id="r", expected_version=expected)

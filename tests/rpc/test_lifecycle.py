@@ -80,7 +80,7 @@ def test_a_store_that_evicts_is_refused(store_server: RedisServer) -> None:
 
 
 def test_a_data_directory_that_cannot_be_written_is_one_line() -> None:
-    """The operator is told which and why."""
+    """The log says which and why."""
     process = ServiceProcess("", "--data-dir", "/dev/null/data")
     with pytest.raises(
         RuntimeError, match="cannot use the data directory /dev/null/data"
@@ -103,7 +103,7 @@ def test_the_embedded_store_is_started_again_when_it_dies() -> None:
 async def test_sigterm_in_the_middle_of_a_stream_loses_no_accepted_chunk(
     service: ServiceProcess,
 ) -> None:
-    """Every chunk is answered or unanswered, none half; then the client is told, and exit code 0."""
+    """Every chunk is answered or unanswered, none half; then the client is asked to move, and the exit code is 0."""
     async with grpc.aio.insecure_channel(service.address) as channel:
         lab = await Lab(channel).opened()
         call = lab.rnn.Stream()

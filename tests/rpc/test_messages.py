@@ -168,22 +168,22 @@ def test_a_file_is_cut_into_parts_and_only_the_first_names_it() -> None:
     assert len(list(weights_parts(Version(2, TOKEN), b"x" * 8, 4))) == 2
 
 
-def test_every_limit_is_told() -> None:
+def test_every_limit_is_reported() -> None:
     """What bounds a request is a field of the contract, under the same name."""
-    told = limits_to_proto(LIMITS)
-    assert {field.name for field, _ in told.ListFields()} == {
+    message = limits_to_proto(LIMITS)
+    assert {field.name for field, _ in message.ListFields()} == {
         field.name.removesuffix("_ms") for field in fields(LIMITS)
     }
-    assert told.default_ttl == Duration(seconds=3600)
-    assert told.head_max_age == Duration(nanos=50_000_000)
+    assert message.default_ttl == Duration(seconds=3600)
+    assert message.head_max_age == Duration(nanos=50_000_000)
 
 
 def test_what_waits_is_written_as_an_update_takes_it() -> None:
     """Tapes with their tokens; contributions as the selectors of an Update."""
     waiting = Waiting((WaitingTape(7, 4, TOKEN),), (Selector("s", 7, (2, 3)),))
-    told = waiting_to_proto(waiting)
-    assert told.tapes[0] == pb.WaitingTape(epoch=7, chunk_seq=4, state_token=TOKEN)
-    assert selectors_from_proto(told.contributions, LIMITS) == waiting.contributions
+    message = waiting_to_proto(waiting)
+    assert message.tapes[0] == pb.WaitingTape(epoch=7, chunk_seq=4, state_token=TOKEN)
+    assert selectors_from_proto(message.contributions, LIMITS) == waiting.contributions
 
 
 def test_opening_has_the_contracts_defaults() -> None:

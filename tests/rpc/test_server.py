@@ -34,7 +34,7 @@ async def health_of(served: Any, service: str = "") -> int:
 
 
 @pytest.mark.parametrize("name", ["", *NAMES])
-async def test_health_follows_what_it_is_told(serve: Serve, name: str) -> None:
+async def test_health_follows_what_is_set(serve: Serve, name: str) -> None:
     """The server and each of its services have one status."""
     served = await serve()
     assert await health_of(served, name) == SERVING
@@ -57,7 +57,7 @@ async def test_an_unknown_service_is_not_found(serve: Serve) -> None:
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
 
 
-async def test_a_watcher_is_told_each_change_and_sent_away_at_the_end(serve: Serve) -> None:
+async def test_a_watcher_gets_each_change_and_its_stream_ends_at_the_end(serve: Serve) -> None:
     """A watch ends with the server and does not hold up its stop."""
     served = await serve()
     stub: Any = health_pb2_grpc.HealthStub(served.channel)

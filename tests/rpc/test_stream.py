@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def chunk(tensor: MakeTensor) -> MakeChunk:
-    """Make a Forward operation; its tag is its number unless told otherwise."""
+    """Make a Forward operation; its tag is its number unless another is given."""
 
     def chunk(
         session_id: str, chunk_seq: int, *, epoch: int = 1, steps: int = 1, **fields: Any
@@ -407,7 +407,7 @@ async def test_an_answer_that_is_too_large_is_an_error_of_its_operation(
 async def test_operations_beyond_the_replicas_bound_are_overloaded(
     serve: Serve, chunk: MakeChunk, unpack: Unpack
 ) -> None:
-    """Each is told at once; those that were let in are answered."""
+    """Each is refused at once; those that were admitted are answered."""
     served = await serve(limits=Limits(operations_in_flight=2))
     served.domain.hold = True
     call = served.rnn.Stream()

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def limits() -> Limits:
-    """The bounds that the scripts are told; a module may have its own."""
+    """The limits that the scripts get; a module may have its own."""
     return Limits()
 
 

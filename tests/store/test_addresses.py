@@ -97,18 +97,18 @@ def test_tls_options_are_checked_before_anything_is_sent(form: str, option: str)
     has_user=st.booleans(),
 )
 def test_no_error_holds_a_part_of_a_password(form: str, secret: str, *, has_user: bool) -> None:
-    """An unquoted password cuts a URL in the wrong places, and every place might be told."""
+    """An unquoted password splits a URL in the wrong places, and every part might be printed."""
     marked = "".join(f"q{letter}z" for letter in secret)
     user = "us" if has_user else ""
     try:
-        told = str(parse_store_url(f"{form}://{user}:{marked}@h{PLACES[form]}"))
+        text = str(parse_store_url(f"{form}://{user}:{marked}@h{PLACES[form]}"))
     except ValueError as error:
-        told = "".join(traceback.format_exception_only(error))
-    assert "q" not in told
+        text = "".join(traceback.format_exception_only(error))
+    assert "q" not in text
 
 
 async def unreachable(url: str) -> str:
-    """Return what is told of a store that cannot be reached."""
+    """Return the message about a store that cannot be reached."""
     opened = await open_store(url, Settings())
     try:
         with pytest.raises(Unavailable) as failed:
@@ -118,20 +118,22 @@ async def unreachable(url: str) -> str:
     return str(failed.value.__cause__)
 
 
-async def test_sentinels_that_do_not_answer_are_told_by_their_addresses(nobody: list[str]) -> None:
+async def test_sentinels_that_do_not_answer_are_reported_by_their_addresses(
+    nobody: list[str],
+) -> None:
     """One sentence each, and no object of the client library."""
-    told = await unreachable(f"redis+sentinel://:s3cret@{','.join(nobody)}/mymaster")
+    text = await unreachable(f"redis+sentinel://:s3cret@{','.join(nobody)}/mymaster")
     for place in nobody:
-        assert f"the sentinel at {place} does not answer: " in told
-    assert "<" not in told
-    assert "s3cret" not in told
+        assert f"the sentinel at {place} does not answer: " in text
+    assert "<" not in text
+    assert "s3cret" not in text
 
 
-async def test_a_master_that_no_sentinel_knows_is_told_by_its_name() -> None:
+async def test_a_master_that_no_sentinel_knows_is_reported_by_its_name() -> None:
     """The sentinels answer; the name is wrong."""
     with SentinelGroup(replicas=1) as group:
-        told = await unreachable(f"redis+sentinel://{group.addresses[0]}/yourmaster")
-    assert told == f"the sentinel at {group.addresses[0]} names no master 'yourmaster' that is up"
+        text = await unreachable(f"redis+sentinel://{group.addresses[0]}/yourmaster")
+    assert text == f"the sentinel at {group.addresses[0]} names no master 'yourmaster' that is up"
 
 
 @pytest.fixture

@@ -76,8 +76,8 @@ async def test_keys_on_their_way_are_found_on_whichever_connection(
     await asyncio.gather(*(router.send([("SET", name, name)]) for name in names * 10))
     slot = cluster.slot(names[0])
     for _state in cluster.move_slot(slot, other(cluster, slot)):
-        told = await asyncio.gather(*(router.send([("GET", name)]) for name in names * 10))
-        assert told == [[name] for name in names * 10]
+        answers = await asyncio.gather(*(router.send([("GET", name)]) for name in names * 10))
+        assert answers == [[name] for name in names * 10]
     assert await router.send([("GET", names[0])]) == [names[0]]
 
 
@@ -90,9 +90,9 @@ async def test_a_dead_node_fails_its_own_commands_alone(
     owners = [cluster.owner(slot) for slot in slots]
     await router.refresh()
     lost.pause()
-    told = await router.send([("SET", f"key-{k}", k) for k in range(9)])
+    answers = await router.send([("SET", f"key-{k}", k) for k in range(9)])
     lost.resume()
-    for owner, answer in zip(owners, told, strict=True):
+    for owner, answer in zip(owners, answers, strict=True):
         assert isinstance(answer, Exception) == (owner is lost)
 
 

@@ -143,7 +143,7 @@ def test_second_start_does_nothing(tmp_path: Path) -> None:
 
 
 def test_second_owner_is_refused(tmp_path: Path) -> None:
-    """Two services on one directory would be two stores in one file: the later is told."""
+    """Two services on one directory would be two stores in one file: the later one is refused."""
     with (
         EmbeddedStore(tmp_path / "data") as store,
         pytest.raises(DataDirInUse, match=r"another process runs a store in .*--redis-url"),
@@ -208,7 +208,7 @@ def test_interrupt_from_the_terminal_is_left_to_the_owner(
     assert os.getpgid(server) != os.getpgid(owner.pid)
 
 
-def test_refused_setting_is_told_in_the_servers_words(tmp_path: Path) -> None:
+def test_refused_setting_is_reported_in_the_servers_words(tmp_path: Path) -> None:
     """A server that ends at once says why, in one line."""
     store = EmbeddedStore(tmp_path / "data", config={"maxmemory-policy": "sometimes"})
     with pytest.raises(StoreDidNotStart, match=r"ended at once: .*maxmemory-policy"):
@@ -234,7 +234,7 @@ def test_silent_server_is_given_up(tmp_path: Path) -> None:
     assert not store.is_running
 
 
-def test_directory_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+def test_directory_that_cannot_be_made_is_reported(tmp_path: Path) -> None:
     """A data directory below a file is refused with its path."""
     (tmp_path / "file").touch()
     with pytest.raises(StoreDidNotStart, match="cannot use the data directory"):

@@ -84,7 +84,7 @@ def test_tenants_and_names_cannot_be_shifted_into_each_other(
 @settings(max_examples=50, deadline=None)
 @given(tenant=st.just("tenant"), session_id=st.from_regex("[a-z]{8,20}", fullmatch=True))
 def test_no_user_text_stands_in_a_key(tenant: str, session_id: str) -> None:
-    """A key tells neither tenant nor session."""
+    """A key reveals neither tenant nor session."""
     tag = keys.session_tag(SessionKey(tenant, session_id))
     assert session_id.encode() not in tag
     assert tenant.encode() not in tag

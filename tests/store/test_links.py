@@ -149,13 +149,13 @@ def test_a_link_taken_meanwhile_is_not_given_up_with_the_others(
 
         pool.release = release_late
         client._kept[-1].round_trip = broken
-        told = await asyncio.gather(
+        answers = await asyncio.gather(
             client.round_trip([("PING",)]),
             *(_later(client.round_trip, [("BLPOP", "nothing", 0.05)]) for _ in range(3)),
             return_exceptions=True,
         )
-        assert isinstance(told[0], redis_errors.ConnectionError)
-        assert told[1:] == [[None]] * 3
+        assert isinstance(answers[0], redis_errors.ConnectionError)
+        assert answers[1:] == [[None]] * 3
         assert set(client._kept) == set(pool._in_use_connections)
         await client.aclose()
 

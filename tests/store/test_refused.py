@@ -66,7 +66,7 @@ async def leave_room(raw: Redis, size: int) -> None:
 async def test_a_replica_with_an_older_state_replays_where_nothing_can_be_written(
     pair: tuple[Replica, Replica, Client], raw: Redis, rng: np.random.Generator, setting: str
 ) -> None:
-    """A chunk that another replica applied is answered; what is late or leaves a hole is told so."""
+    """A chunk that another replica applied is answered; what is late or skips a number is refused."""
     one, two, client = pair
     for _ in range(2):
         await client.forward(draw(rng))
@@ -88,7 +88,7 @@ async def test_a_replica_with_an_older_state_replays_where_nothing_can_be_writte
     assert refused.reason == {"maxmemory": "STORE_FULL"}.get(setting, "STORE_DOWN")
 
 
-async def test_another_layout_is_told_where_nothing_can_be_written(
+async def test_another_layout_is_reported_where_nothing_can_be_written(
     pair: tuple[Replica, Replica, Client], raw: Redis, rng: np.random.Generator
 ) -> None:
     """That the store is full is not what keeps the chunk from being applied."""
@@ -126,7 +126,7 @@ async def test_each_chunk_of_a_refused_call_gets_its_own_answer(
     await two.close()
 
 
-async def test_a_fenced_writer_is_told_on_a_full_store(
+async def test_a_fenced_writer_is_refused_on_a_full_store(
     pair: tuple[Replica, Replica, Client], raw: Redis, rng: np.random.Generator
 ) -> None:
     """The replica that has its old state at hand says EPOCH_FENCED; after a close SESSION_CLOSED."""
@@ -140,7 +140,7 @@ async def test_a_fenced_writer_is_told_on_a_full_store(
     assert (await refusal(client.forward(draw(rng)))).reason == "SESSION_CLOSED"
 
 
-async def test_a_tape_that_finds_no_room_is_told_at_once(
+async def test_a_tape_that_finds_no_room_is_refused_at_once(
     own: EmbeddedStore, raw: Redis, rng: np.random.Generator
 ) -> None:
     """The value is refused and the script after it finds nothing: STORE_FULL; with room it works."""
@@ -158,7 +158,7 @@ async def test_a_tape_that_finds_no_room_is_told_at_once(
     await replica.close()
 
 
-async def test_a_version_that_finds_no_room_is_told_at_once(
+async def test_a_version_that_finds_no_room_is_refused_at_once(
     own: EmbeddedStore, raw: Redis, rng: np.random.Generator
 ) -> None:
     """The same of a step; with room the same call makes it."""
@@ -193,10 +193,10 @@ async def test_an_error_inside_a_script_leaves_every_chunk_of_the_call_open(
         await each.forward(draw(rng))
     chunks = [each.chunk(draw(rng)) for each in (client, other)]
     await raw.execute_command("ACL", "SETUSER", "default", "-pexpire")
-    told = await asyncio.gather(
+    outcomes = await asyncio.gather(
         *(replica.recurrence.forward("t", chunk) for chunk in chunks), return_exceptions=True
     )
-    assert [getattr(one, "reason", one) for one in told] == ["UNKNOWN_OUTCOME"] * 2
+    assert [getattr(one, "reason", one) for one in outcomes] == ["UNKNOWN_OUTCOME"] * 2
     await raw.execute_command("ACL", "SETUSER", "default", "+pexpire")
     done = [await replica.recurrence.forward("t", chunk) for chunk in chunks]
     assert [one.replayed for one in done] == [True, False]
@@ -254,7 +254,7 @@ async def test_what_was_lost_once_is_not_made_known_by_a_refusal(
 
 
 def refuse_the_list(replica: Replica, raw: Redis) -> None:
-    """Let the store be full whenever a replica tells it of a tenant's sessions."""
+    """Let the store be full whenever a replica updates a tenant's list of sessions."""
     link: Any = replica.store._client
     round_trip, sha = link.round_trip, load_script("reserve_session").sha
 
@@ -276,7 +276,7 @@ async def listed(replica: Replica) -> list[str]:
     return sorted(view.session_id for view in views)
 
 
-async def test_an_epoch_that_began_is_reported_though_the_list_could_not_be_told(
+async def test_an_epoch_that_began_is_reported_though_the_list_could_not_be_updated(
     own: EmbeddedStore, raw: Redis, rng: np.random.Generator
 ) -> None:
     """set_state is answered; the next chunk brings the list up to date, above the quota too."""
@@ -296,10 +296,10 @@ async def test_an_epoch_that_began_is_reported_though_the_list_could_not_be_told
     await replica.close()
 
 
-async def test_a_longer_life_is_told_to_the_list_by_any_replicas_next_chunk(
+async def test_a_longer_ttl_is_written_to_the_list_by_any_replicas_next_chunk(
     pair: tuple[Replica, Replica, Client], raw: Redis, rng: np.random.Generator
 ) -> None:
-    """Opened with RESET and another ttl where the list takes nothing; another replica's chunk tells it."""
+    """Opened with RESET and another ttl where the list takes nothing; another replica's chunk updates the list."""
     one, two, _ = pair
     refuse_the_list(one, raw)
     opened = await open_on(one, "t", on_exists=OnExists.RESET, ttl_ms=7_200_000)

@@ -51,7 +51,7 @@ async def started(url: str) -> tuple[Replica, Client]:
 async def test_a_forgotten_script_is_sent_with_its_text(
     own: EmbeddedStore, rng: np.random.Generator
 ) -> None:
-    """After SCRIPT FLUSH, between any two calls, nobody is told of anything."""
+    """After SCRIPT FLUSH, between any two calls, no caller gets an error."""
     replica, client = await started(own.url)
     async with Redis.from_url(own.url) as raw:
         for k in range(1, 4):
@@ -103,7 +103,7 @@ async def test_a_lost_reply_is_asked_for_once_more(
 async def test_a_store_that_is_gone_is_unavailable_at_once(
     own: EmbeddedStore, rng: np.random.Generator
 ) -> None:
-    """Every call is told to come again; none hangs; when it is back the same call works."""
+    """Every call is refused with a time to try again; none hangs; when the store is back the same call works."""
     replica, client = await started(own.url)
     await client.forward(draw(rng))
     await asyncio.to_thread(own.stop)
@@ -145,7 +145,7 @@ async def test_a_full_store_changes_nothing_and_still_answers(
 
 @pytest.mark.parametrize("policy", ["allkeys-lru", "volatile-ttl"])
 async def test_an_evicting_store_is_refused(own: EmbeddedStore, policy: str) -> None:
-    """A store that may drop sessions by itself is told before it is used."""
+    """A store that may drop sessions by itself is refused before it is used."""
     async with Redis.from_url(own.url) as raw:
         await raw.config_set("maxmemory-policy", policy)
     store = await open_store(own.url, Settings())
@@ -202,7 +202,9 @@ async def test_a_round_trip_without_an_answer_is_reported_as_lost(own: EmbeddedS
     await client.aclose()
 
 
-async def test_a_script_that_was_carried_out_is_told_as_such(store_url: str, tenant: str) -> None:
+async def test_a_script_that_was_carried_out_is_reported_as_such(
+    store_url: str, tenant: str
+) -> None:
     """Also when what was sent right before it failed: it may have applied others' chunks."""
     client: Any = connect(store_url, Settings())
     key, refused = f"{tenant}z".encode(), ("NO-SUCH-COMMAND",)
@@ -212,7 +214,7 @@ async def test_a_script_that_was_carried_out_is_told_as_such(store_url: str, ten
 
 
 async def test_a_silent_store_is_asked_once() -> None:
-    """A call is told that the store hangs after one time limit, not after one more each resend."""
+    """A call is refused because the store hangs after one timeout, not after one more each resend."""
     tries = 0
 
     class Silent:
@@ -230,7 +232,7 @@ async def test_a_silent_store_is_asked_once() -> None:
 
 
 async def test_a_store_that_misses_its_replicas_is_refused(own: EmbeddedStore) -> None:
-    """It is the primary and has room, yet it would refuse every write: health has to tell."""
+    """It is the primary and has room, yet it would refuse every write: health has to say so."""
     store = await open_store(own.url, Settings())
     await store.check()
     async with Redis.from_url(own.url) as raw:

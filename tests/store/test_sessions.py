@@ -71,7 +71,7 @@ class Writer:
         return decided.why
 
     def chunk(self, number: int, **facts: object) -> ChunkCommit:
-        """Lay out chunk `number`, whose digest, token and state tell it."""
+        """Lay out chunk `number`, whose digest, token and state name it."""
         state = StoredState(number, b"d" * 16, token(number), VERSION, bytes([number]) * 32)
         made = ChunkCommit(self.key, self.epoch, token(number - 1), state, number - 1)
         return replace(made, **facts)  # type: ignore[arg-type]
@@ -198,7 +198,7 @@ async def test_a_chunk_that_never_was_is_not_found(writer: Writer) -> None:
 
 
 @pytest.mark.parametrize("stay_ms", [0, HOUR_MS // 4 + 1])
-async def test_the_list_is_to_be_told_when_a_quarter_has_passed(
+async def test_the_list_is_to_be_updated_when_a_quarter_has_passed(
     writer: Writer, tenant: str, raw: Redis, stay_ms: int
 ) -> None:
     """TOUCH comes once a quarter of the ttl, and extends the marker."""
@@ -257,7 +257,7 @@ async def test_only_a_live_session_gets_a_new_state(writer: Writer) -> None:
 
 
 async def test_a_session_that_must_exist_is_never_begun(writer: Writer, raw: Redis) -> None:
-    """Never opened, expired and closed are told apart, and nothing is written."""
+    """Never opened, expired and closed are distinguished, and nothing is written."""
     assert await writer.absent(EpochMode.MUST_EXIST) is Absence.NEVER
     assert await writer.absent(EpochMode.MUST_EXIST, restored_epoch=1) is Absence.NEVER
     await writer.begin()
@@ -290,10 +290,10 @@ async def test_a_restored_epoch_must_be_newer_than_what_is_there(writer: Writer)
     assert writer.epoch == first + 5
 
 
-async def test_never_expired_and_closed_are_told_apart(
+async def test_never_expired_and_closed_are_distinguished(
     writer: Writer, tenant: str, raw: Redis
 ) -> None:
-    """The marker tells, with the last epoch, until it goes itself."""
+    """The marker says which, with the last epoch, until it expires itself."""
     assert (await writer.absence()).why is Absence.NEVER
     await writer.begin()
     tag = keys.session_tag(SessionKey(tenant, "s"))

@@ -139,8 +139,8 @@ async def use(url: str, **options: str) -> None:
 
 
 def _is_up(watching: Sentinel) -> bool:
-    told = watching.ask("MASTER", "mymaster")
-    return bool(dict(zip(told[::2], told[1::2], strict=True))[b"flags"] == b"master")
+    reply = watching.ask("MASTER", "mymaster")
+    return bool(dict(zip(reply[::2], reply[1::2], strict=True))[b"flags"] == b"master")
 
 
 def _ports(node: ClusterNode) -> set[int]:

@@ -153,10 +153,10 @@ def ask_for_no_tape(address: str, session: timernn.Session) -> None:
 def refused_by(server: RedisServer) -> Iterator[str]:
     """Return what the server's ACL log says that the user asked for in vain."""
     for entry in server.ask("ACL", "LOG"):
-        told = dict(zip(entry[::2], entry[1::2], strict=True))
-        # A client tells its name and version where it may; nothing needs that.
-        if told[b"username"] == USER.encode() and not told[b"object"].startswith(b"client"):
-            yield f"{told[b'reason'].decode()} {told[b'object'].decode()}"
+        fields = dict(zip(entry[::2], entry[1::2], strict=True))
+        # A client sends its name and version where it may; nothing needs that.
+        if fields[b"username"] == USER.encode() and not fields[b"object"].startswith(b"client"):
+            yield f"{fields[b'reason'].decode()} {fields[b'object'].decode()}"
 
 
 def commands_run(server: RedisServer) -> set[str]:
@@ -164,8 +164,8 @@ def commands_run(server: RedisServer) -> set[str]:
     names = server.info("commandstats")
     return {
         name.removeprefix("cmdstat_")
-        for name, told in names.items()
-        if not told.startswith("calls=0,")
+        for name, fields in names.items()
+        if not fields.startswith("calls=0,")
     }
 
 

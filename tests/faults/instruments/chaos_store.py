@@ -1,6 +1,6 @@
 """Make a store's client fail before or after the real call, with a probability, by a seed.
 
-Before: nothing happened. After: it happened and nobody was told. A caller cannot tell them apart,
+Before: nothing happened. After: it took effect and the caller got no answer. A caller cannot tell them apart,
 which is the cheapest way there is to find out whether it relies on being able to.
 """
 

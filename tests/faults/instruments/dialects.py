@@ -188,7 +188,7 @@ class GrpcDialect:
         """Start before the connection preface."""
         self._up, self._down = _Frames(preface_bytes=24), _Frames()
         self._asked: defaultdict[int, _Messages] = defaultdict(_Messages)
-        self._told: defaultdict[int, _Messages] = defaultdict(_Messages)
+        self._replies: defaultdict[int, _Messages] = defaultdict(_Messages)
 
     def requests(self, data: bytes) -> list[Request]:
         """Return the messages completed by `data`, keyed by (stream, number)."""
@@ -204,12 +204,12 @@ class GrpcDialect:
         found = []
         for piece in self._down.feed(data):
             if piece.kind == _DATA:
-                started, _ = self._told[piece.stream].feed(piece.payload)
+                started, _ = self._replies[piece.stream].feed(piece.payload)
                 found += [Reply((piece.stream, n), piece.offset + at) for n, at in started]
             if piece.is_last:
-                following = self._told[piece.stream].started + 1
+                following = self._replies[piece.stream].started + 1
                 found.append(Reply((piece.stream, following), piece.offset))
-                self._told.pop(piece.stream)
+                self._replies.pop(piece.stream)
                 self._asked.pop(piece.stream, None)
         return found
 

@@ -21,7 +21,7 @@ Answer = TypeVar("Answer")
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """An answer that says no: the reason, and what its metadata told.
+    """An answer that says no: the reason, and its metadata.
 
     Attributes:
         reason: As in `google.rpc.ErrorInfo`.
@@ -94,7 +94,7 @@ class Recorder(Generic[Ask, Answer]):
         """Record the call made in the body, whichever way the body is left.
 
         Yields:
-            What to tell the answer to. An exception passes through.
+            Called with the answer. An exception passes through.
         """
         pending, call_time = Pending[Answer](_clock=self._clock), self._clock()
         try:

@@ -135,7 +135,7 @@ class _Search(Generic[S, Ask, Answer]):
             operation = self._operations[index]
             for after in self._model.step(state, operation.ask, operation.answer):
                 if operation.answer is None and after == state:
-                    continue  # what changed nothing and told nothing need not have happened
+                    continue  # what changed nothing and returned nothing need not have happened
                 if self._is_new(done | 1 << index, after):
                     yield index, done | 1 << index, after
 

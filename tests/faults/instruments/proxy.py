@@ -2,7 +2,7 @@
 
 It stands between a client and a server of gRPC or Redis and can delay, slow down, slice, swallow,
 stall, reset and close; knowing where replies start (`dialects`), it can also do what hurts most:
-let a request do its work and lose the reply, or keep the reply until told.
+let a request do its work and lose the reply, or hold the reply until it is released.
 
 The proxy runs its own event loop in a thread; every public method may be called from anywhere.
 """

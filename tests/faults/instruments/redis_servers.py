@@ -226,8 +226,8 @@ class SentinelGroup(Group):
         return all(self._knows_all(sentinel) for sentinel in self.sentinels)
 
     def _knows_all(self, sentinel: Sentinel) -> bool:
-        told = sentinel.ask("MASTER", self.name)
-        facts = dict(zip(told[::2], told[1::2], strict=True))
+        reply = sentinel.ask("MASTER", self.name)
+        facts = dict(zip(reply[::2], reply[1::2], strict=True))
         others, replicas = int(facts[b"num-other-sentinels"]), int(facts[b"num-slaves"])
         return (others, replicas) == (2, len(self.servers) - 1)
 
@@ -380,9 +380,9 @@ def snapshot_failing(server: RedisServer) -> Iterator[None]:
 
 def _save(server: RedisServer, status: str) -> None:
     def has_ended() -> bool:
-        told = server.info("persistence")
-        if told["rdb_bgsave_in_progress"] == "0" and told["rdb_last_bgsave_status"] != status:
+        reply = server.info("persistence")
+        if reply["rdb_bgsave_in_progress"] == "0" and reply["rdb_last_bgsave_status"] != status:
             server.ask("BGSAVE")
-        return told["rdb_last_bgsave_status"] == status
+        return reply["rdb_last_bgsave_status"] == status
 
     wait_until(f"a snapshot that is {status}", has_ended)

@@ -181,9 +181,9 @@ class Report:
         return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
 
     def markdown(self, run: Run) -> str:
-        """Return what the documentation tells of a run: where it was, the table, the figures."""
+        """Return what the documentation says of a run: where it was, the table, the figures."""
         facts = run.facts()
-        told = (
+        summary = (
             f"`{run.command}`, {run.seconds:.0f} s: {run.passed} tests passed, {run.failed} failed."
         )
         where = ", ".join(f"{name} {value}" for name, value in facts.items() if name != "machine")
@@ -193,7 +193,7 @@ class Report:
         ]
         return "\n".join(
             (
-                f"{told} On {facts['machine']}; {where}.",
+                f"{summary} On {facts['machine']}; {where}.",
                 "",
                 *_markdown_table(HEADINGS, map(_cells, self.rows())),
                 "",
@@ -263,7 +263,7 @@ def _markdown_table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> I
 
 
 def _processor() -> str:
-    """Return the processor's name where the system tells it."""
+    """Return the processor's name if the system reports it."""
     with contextlib.suppress(OSError):
         names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
         return str(names[0]) if names else platform.machine()

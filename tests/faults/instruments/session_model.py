@@ -190,8 +190,8 @@ class SessionModel:
         if ask.previous not in (None, state.last.token):
             yield from _refused(state, answer, "HISTORY_FORKED")
         base = state.last.learn(ask.previous)
-        is_told = isinstance(answer, Applied) and (ask.resent or not answer.replayed)
-        if base is not None and (answer is None or is_told):
+        is_possible = isinstance(answer, Applied) and (ask.resent or not answer.replayed)
+        if base is not None and (answer is None or is_possible):
             token, h = (answer.token, answer.h) if isinstance(answer, Applied) else (None, None)
             after = state.put(base, Chunk(ask.seq, ask.digest, token, h))
             yield replace(after, chunks=after.chunks[-self._window - 1 :])
@@ -238,10 +238,10 @@ def _refused(
     expected_seq: int | None = None,
 ) -> Iterator[SessionState]:
     """Yield the unchanged state where the answer is one of these refusals, or unseen."""
-    is_told = (
+    is_possible = (
         isinstance(answer, Refused)
         and answer.reason in reasons
         and (expected_seq is None or answer.expected_seq == expected_seq)
     )
-    if answer is None or is_told:
+    if answer is None or is_possible:
         yield state

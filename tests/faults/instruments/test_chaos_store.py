@@ -54,7 +54,7 @@ async def hit_count(chaos: Chaos, account: Account, calls: int) -> int:
     return failed
 
 
-async def test_failures_before_and_after_are_told_apart_by_the_effect_alone() -> None:
+async def test_failures_before_and_after_differ_in_the_effect_alone() -> None:
     """What failed before did not happen, what failed after did."""
     account, chaos = Account(), Chaos(seed=1, errors=[ConnectionError])
     failed = await hit_count(chaos, disturb_calls(account, chaos), 400)

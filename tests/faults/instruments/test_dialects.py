@@ -51,7 +51,7 @@ PUSH = b">2\r\n$3\r\nfoo\r\n*1\r\n+bar\r\n"
 
 @pytest.mark.parametrize("seed", range(20))
 def test_resp_commands_are_named_wherever_the_bytes_are_cut(seed: int) -> None:
-    """Each command is told once, when its last byte has come, whatever its arguments hold."""
+    """Each command is reported once, when its last byte has arrived, whatever its arguments hold."""
     dialect = RespDialect()
     stream = b"".join(command(*c) for c in COMMANDS)
     names = [r.name for chunk in cuts(stream, seed) for r in dialect.requests(chunk)]
@@ -81,7 +81,7 @@ def test_resp_attribute_belongs_to_the_reply_after_it() -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_grpc_messages_are_numbered_by_stream(seed: int) -> None:
-    """Messages of two streams are told when whole, also when they span frames."""
+    """Messages of two streams are reported when complete, also when they span frames."""
     long = message(b"x" * 40)
     stream = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b"")
     stream += frame(1, 4, 1, b"head") + frame(0, 0, 1, long[:3]) + frame(1, 4, 3, b"head")

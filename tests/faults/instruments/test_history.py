@@ -38,7 +38,7 @@ def test_what_was_never_sent_is_left_out() -> None:
 
 
 def test_threads_record_at_once() -> None:
-    """No operation gets lost between threads, and keys are told apart."""
+    """No operation gets lost between threads, and keys are kept apart."""
     recorder: Recorder[int, int] = Recorder()
 
     def work(name: str) -> None:

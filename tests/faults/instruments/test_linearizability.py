@@ -122,7 +122,7 @@ VALID_SESSIONS = {
         (8, 9, forward(2), Refused("EPOCH_FENCED")),
         (10, 11, Forward(2, 1, "d1"), Applied("u1", "g1")),
     ),
-    "another base is told": session(
+    "another base is answered": session(
         *FIRST_TWO,
         (4, 5, forward(3, previous="t9"), Refused("HISTORY_FORKED")),
         (6, 7, forward(3, previous="t2"), applied(3)),
@@ -179,7 +179,9 @@ BROKEN_SESSIONS = {
     ),
     "epoch came back": session((0, 1, Restart(), Restarted(2)), (2, 3, Restart(), Restarted(2))),
     "replay of what never was": session((0, 1, forward(1), applied(1, replayed=True))),
-    "gap told wrongly": session(*FIRST_TWO, (4, 5, forward(9), Refused("SEQ_GAP", expected_seq=2))),
+    "gap with a wrong number": session(
+        *FIRST_TWO, (4, 5, forward(9), Refused("SEQ_GAP", expected_seq=2))
+    ),
     "unknown seen, then gone": session(
         (0, None, forward(1), None),
         (1, 2, ReadSession(), SessionAt(1, 1)),

@@ -80,7 +80,7 @@ def test_close_takes_grandchildren_and_the_directory() -> None:
     assert not child.dir.exists()
 
 
-def test_a_child_that_dies_early_is_told_with_its_log() -> None:
+def test_a_child_that_dies_early_is_reported_with_its_log() -> None:
     """Waiting for a line of a dead process fails at once and shows why it died."""
     with (
         Child([sys.executable, "-c", "raise SystemExit('bad flag')"]) as child,

@@ -319,7 +319,7 @@ def test_the_same_seed_drops_the_same_replies(redis: str) -> None:
     assert run(1) == run(1) != run(2)
 
 
-def test_hold_keeps_the_reply_until_told(redis: str) -> None:
+def test_hold_keeps_the_reply_until_released(redis: str) -> None:
     """The work is done and the reply waits at the proxy."""
     released = threading.Event()
     with FaultProxy(redis, dialect=RespDialect) as proxy, connect(proxy) as client:
@@ -435,7 +435,7 @@ def test_grpc_reply_can_be_held(calls: tuple[Calls, str]) -> None:
 
 
 def test_the_proxy_runs_as_a_process_too(redis: str) -> None:
-    """The child obeys the same commands, counts, and ends when told."""
+    """The child obeys the same commands, counts, and ends on command."""
     with ProxyProcess(redis, dialect="resp", seed=3) as proxy:
         proxy.set(Faults(drop_reply_p=1.0, only=frozenset({"FCALL"})))
         with connect(proxy) as client:

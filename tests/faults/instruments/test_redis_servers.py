@@ -31,7 +31,7 @@ def test_a_killed_server_keeps_its_file_and_may_lose_it(server: RedisServer) -> 
 
 
 def test_a_server_that_cannot_start_says_why() -> None:
-    """A wrong setting is told with the server's own words."""
+    """A wrong setting is reported in the server's own words."""
     with pytest.raises(RuntimeError, match="no-such-option"):
         RedisServer("--no-such-option", "1").start()
 

@@ -26,7 +26,7 @@ def test_a_proof_with_faults_traffic_and_checks_is_one() -> None:
 
 
 def test_a_run_without_faults_or_traffic_proves_nothing() -> None:
-    """What is missing is told."""
+    """What is missing is reported."""
     proof = Proof("R1", 1)
     assert [text.split(" was ")[0] for text in proof.shortcomings()] == [
         "no operation",
@@ -43,7 +43,7 @@ def test_a_control_needs_neither() -> None:
 
 
 def test_violations_are_counted_and_cut() -> None:
-    """The first five are told, the others counted."""
+    """The first five are printed, the others counted."""
     proof = proved("R1")
     for number in range(7):
         proof.require(is_kept=False, text=f"chunk {number}")

@@ -37,7 +37,7 @@ ATTEMPT = "attempt"
 RETURN_INTERRUPTED = "answered, return interrupted"
 
 
-def tell(line: str) -> None:
+def report(line: str) -> None:
     """Write a line to whoever started the program."""
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
@@ -148,7 +148,7 @@ class Program:
         while True:
             started = time.monotonic()
             try:
-                tell(ATTEMPT)
+                report(ATTEMPT)
                 self.interrupts.is_armed = True
                 result = call()
                 self.interrupts.is_armed = False
@@ -332,4 +332,4 @@ class Program:
 
 
 if __name__ == "__main__":
-    tell(json.dumps(Program(sys.argv[1], int(sys.argv[2])).run(int(sys.argv[3]))))
+    report(json.dumps(Program(sys.argv[1], int(sys.argv[2])).run(int(sys.argv[3]))))

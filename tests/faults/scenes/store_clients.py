@@ -151,7 +151,7 @@ class Trainer:
         self.calls = 0
 
     def run(self, data: Iterable[Array], between: Callable[[int, str], None]) -> timernn.Version:
-        """Make a step with each chunk; `between` is told which call comes next."""
+        """Make a step with each chunk; `between` gets the name of the next call."""
         for number, xs in enumerate(data):
             between(number, "forward")
             hs = self.session.forward(xs)
@@ -191,7 +191,7 @@ class Ending:
 
 
 class Traffic:
-    """Sessions that stream until told to stop, and the longest time that one had no answer.
+    """Sessions that stream until they are stopped, and the longest time that one had no answer.
 
     Attributes:
         answers: When each answer came, in seconds of the monotonic clock, and to which session.

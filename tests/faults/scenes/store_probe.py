@@ -33,7 +33,7 @@ TIMEOUT_S = 30.0
 
 
 @dataclass(slots=True)
-class Told:
+class Reply:
     """One answer: what it was, when it was asked for, how long it took (s)."""
 
     at: float
@@ -52,14 +52,14 @@ class Probe:
         self.rnn: Any = TimeRnnServiceStub(self.channel)
         self.health: Any = health_pb2_grpc.HealthStub(self.channel)
 
-    def ask(self, method: Callable[..., Any], request: Any) -> Told:
+    def ask(self, method: Callable[..., Any], request: Any) -> Reply:
         """Send one request once."""
         at = time.monotonic()
         try:
             answer = method(request, timeout=TIMEOUT_S)
         except grpc.RpcError as error:
-            return Told(at, time.monotonic() - at, error=error_from_rpc(error))
-        return Told(at, time.monotonic() - at, answer)
+            return Reply(at, time.monotonic() - at, error=error_from_rpc(error))
+        return Reply(at, time.monotonic() - at, answer)
 
     def is_serving(self, service: str = "") -> bool:
         """Ask for the health of a service."""
@@ -72,10 +72,10 @@ class Probe:
         request = session_pb.OpenSessionRequest(
             model_id=model_id, session_id=session_id, batch_size=batch_size
         )
-        told = self.ask(self.sessions.OpenSession, request)
-        if told.error is not None:
-            raise told.error
-        return Place(told.answer.session)
+        reply = self.ask(self.sessions.OpenSession, request)
+        if reply.error is not None:
+            raise reply.error
+        return Place(reply.answer.session)
 
     def __enter__(self) -> Self:
         """Give the open connection."""
@@ -183,7 +183,7 @@ class WriteWatch:
 
     def _run(self) -> None:
         while not self._stop.wait(0.02):
-            told = self._probe.ask(
+            reply = self._probe.ask(
                 self._probe.sessions.OpenSession,
                 session_pb.OpenSessionRequest(
                     model_id=self._model_id,
@@ -193,7 +193,7 @@ class WriteWatch:
                     on_exists=session_pb.ON_EXISTS_RESET,
                 ),
             )
-            if not isinstance(told.error, errors.Unavailable):
+            if not isinstance(reply.error, errors.Unavailable):
                 self.answered.append(time.monotonic())
 
 

@@ -26,7 +26,7 @@ class Slot:
         self._kept = {key: (data, max(0, ttl)) for key, (data, ttl) in entries.items() if data}
 
     def lose(self) -> bool:
-        """Set the keys back to what was kept, at one stroke; tell whether that lost anything."""
+        """Set the keys back to what was kept, atomically; return whether that lost anything."""
         is_loss = self.contents() != {key: data for key, (data, _) in self._kept.items()}
         with self._redis.pipeline(transaction=True) as pipeline:
             for key in self._names():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from scenes.wire import TIMEOUT_S, H, draw, head_of, told
+from scenes.wire import TIMEOUT_S, H, answer_of, draw, head_of
 from timernn.v1 import tensor_pb2
 from timernn.v1 import time_rnn_service_pb2 as rnn_pb
 
@@ -41,7 +41,7 @@ class Trainer:
 
     async def count(self, wire: Any, request: rnn_pb.BackwardRequest) -> Any:
         """Send a Backward."""
-        return await told(wire.rnn.Backward(request, timeout=TIMEOUT_S))
+        return await answer_of(wire.rnn.Backward(request, timeout=TIMEOUT_S))
 
     def update(self, request_id: str, expected: tuple[int, bytes] | None = None) -> Any:
         """Lay out a step over all that waits."""
@@ -53,7 +53,7 @@ class Trainer:
 
     async def step(self, wire: Any, request: rnn_pb.UpdateRequest) -> Any:
         """Send an Update; chunks from now on see its version."""
-        made = await told(wire.rnn.Update(request, timeout=TIMEOUT_S))
+        made = await answer_of(wire.rnn.Update(request, timeout=TIMEOUT_S))
         self.known = made.version
         return made
 

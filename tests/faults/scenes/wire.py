@@ -51,7 +51,9 @@ class Wire:
         self, request: rnn_pb.ForwardRequest, timeout_s: float = TIMEOUT_S
     ) -> rnn_pb.ForwardResponse:
         """Send a Forward once."""
-        answer: rnn_pb.ForwardResponse = await told(self.rnn.Forward(request, timeout=timeout_s))
+        answer: rnn_pb.ForwardResponse = await answer_of(
+            self.rnn.Forward(request, timeout=timeout_s)
+        )
         return answer
 
     async def streamed(
@@ -61,8 +63,8 @@ class Wire:
         call = self.rnn.Stream(timeout=timeout_s)
         try:
             operation = rnn_pb.Operation(forward=request)
-            await told(call.write(rnn_pb.StreamRequest(operations=[operation])))
-            (result,) = (await told(call.read())).results
+            await answer_of(call.write(rnn_pb.StreamRequest(operations=[operation])))
+            (result,) = (await answer_of(call.read())).results
         finally:
             call.cancel()
         if result.HasField("error"):
@@ -79,7 +81,7 @@ class Wire:
         await self.channel.close()
 
 
-async def told(call: Awaitable[Any]) -> Any:
+async def answer_of(call: Awaitable[Any]) -> Any:
     """Await a call and raise its failure as the client library's typed error."""
     try:
         return await call
@@ -90,7 +92,7 @@ async def told(call: Awaitable[Any]) -> Any:
 async def outcome(call: Awaitable[Any]) -> Any:
     """Return what a call ends in: its answer, or the error."""
     try:
-        return await told(call)
+        return await answer_of(call)
     except errors.Error as error:
         return error
 
@@ -143,7 +145,7 @@ class Model:
         request = session_pb.OpenSessionRequest(
             model_id=self.model_id, session_id=session_id, batch_size=batch_size, **fields
         )
-        opened = await told(wire.sessions.OpenSession(request, timeout=TIMEOUT_S))
+        opened = await answer_of(wire.sessions.OpenSession(request, timeout=TIMEOUT_S))
         return Writer(opened.session, self.local())
 
 
@@ -199,7 +201,7 @@ class Writer:
 
 
 def is_close(one: Array, other: Array) -> bool:
-    """Tell whether two arrays are equal within float32 rounding."""
+    """Return whether two arrays are equal within float32 rounding."""
     return one.shape == other.shape and bool(np.allclose(one, other, atol=ROUNDING, rtol=ROUNDING))
 
 
@@ -241,12 +243,12 @@ async def steady_traffic(
 async def state_of(wire: Wire, session_id: str) -> tuple[session_pb.Session, Array]:
     """Read where a session stands and its hidden state (N, H)."""
     request = session_pb.GetStateRequest(session_id=session_id)
-    answer = await told(wire.sessions.GetState(request, timeout=TIMEOUT_S))
+    answer = await answer_of(wire.sessions.GetState(request, timeout=TIMEOUT_S))
     return answer.session, tensor_from_proto(answer.state)
 
 
 async def head_of(wire: Wire, model_id: str) -> tuple[int, bytes]:
     """Read number and digest of a model's newest version."""
     request = model_pb.GetModelRequest(model_id=model_id)
-    head = (await told(wire.models.GetModel(request, timeout=TIMEOUT_S))).model.head
+    head = (await answer_of(wire.models.GetModel(request, timeout=TIMEOUT_S))).model.head
     return head.number, head.digest

@@ -200,7 +200,7 @@ class Client:
             raise Refused("OUTCOME_LOST")
 
     def _may_be_forgotten(self, sent_at: float, head: Version) -> bool:
-        """Tell whether a step that nobody remembers may have taken what was sent then."""
+        """Return whether a step that nobody remembers may have taken what was sent then."""
         if self.now - sent_at <= lives.COUNTED_NAME:
             return False
         now = self._read_model().head
@@ -365,7 +365,7 @@ class Client:
         return applied
 
     def _is_due(self, entry: Entry, model: ModelAnswer) -> bool:
-        """Tell whether an entry is to be sent again, given what the model holds."""
+        """Return whether an entry is to be sent again, given what the model holds."""
         request = entry.request
         if isinstance(request, BeginEpoch):
             return not self._is_too_old() or not self._rules.on("age-of-every-entry")
@@ -391,7 +391,7 @@ class Client:
         return False
 
     def _holds(self, model: ModelAnswer, version: Version) -> bool:
-        """Tell whether a version is still part of the model's history, as far as it is kept."""
+        """Return whether a version is still part of the model's history, as far as it is kept."""
         if model.head.number < version.number:
             return False
         if not self._rules.on("held-digest"):
