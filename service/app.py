@@ -1,8 +1,8 @@
-"""Builds a server out of its parts, runs it, and takes it down again in the right order.
+"""Builds a server from its parts, runs it, and shuts it down in the right order.
 
-The only module that knows every layer. On the way down: health says NOT_SERVING, load balancers get
-their notice, streams are told to move, calls in flight end, then the domain, the store's connections
-and last the embedded store.
+The only module that knows every layer. The order of the shutdown: health becomes NOT_SERVING, load
+balancers get time to notice, clients of streams are asked to move, calls in flight end, then the domain,
+the store's connections and last the embedded store are closed.
 """
 
 from __future__ import annotations
@@ -56,19 +56,19 @@ if TYPE_CHECKING:
     from service.store.connect import Store
     from service.telemetry import Observer
 
-CHECK_S: Final = 1.0  # between two looks at the store
+CHECK_S: Final = 1.0  # the interval of health checks of the store
 
 _LOGGER = logging.getLogger(__name__)
 
 
 class StartError(Exception):
-    """The server cannot start; one line that tells an operator what to do."""
+    """The server cannot start; the message is one line for the operator."""
 
 
 async def serve(settings: Settings, on_ready: Callable[[str], None]) -> int:
     """Serve until SIGTERM or SIGINT, drain, and return the exit code.
 
-    A second signal cuts the calls in flight off.
+    A second signal aborts the calls in flight.
 
     Args:
         settings: How to run.
@@ -98,7 +98,8 @@ async def serve(settings: Settings, on_ready: Callable[[str], None]) -> int:
         address = await _listen(server, settings)
         stack.push_async_callback(server.drain, 0)
         _keep_freed_memory()
-        gc.freeze()  # what was built lives as long as the process: never look through it again
+        # What was built until now lives as long as the process: the garbage collector may skip it.
+        gc.freeze()
         server.health.set_serving(True)
         watching = asyncio.create_task(_watch_store(server, store, embedded))
         text = "timernn %s serves on %s; store %s, durability %s"
@@ -113,19 +114,19 @@ async def serve(settings: Settings, on_ready: Callable[[str], None]) -> int:
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc keep what is freed instead of giving it back and paging it in again.
+    """Let glibc keep freed memory instead of returning it to the kernel and getting fresh pages again.
 
-    Its thresholds grow with the largest block that was ever freed, up to 32 MiB; without this each batch
-    of some size pays about 2 us a page. See M_MMAP_THRESHOLD in mallopt(3).
+    glibc raises its thresholds to the size of the largest block that was ever freed, up to 32 MiB.
+    Without this each larger batch pays about 2 us per page. See M_MMAP_THRESHOLD in mallopt(3).
     """
     block = np.empty(31 << 20, np.uint8)
     del block
 
 
 class _Signals:
-    """SIGTERM and SIGINT: the first one asks for a stop, the second for haste.
+    """SIGTERM and SIGINT: the first one starts the drain, the second cuts it short.
 
-    The third ends the process where it stands, and so does the second while it is still starting.
+    The third ends the process at once, and so does the second if the drain has not begun.
     """
 
     def __init__(self) -> None:
@@ -201,7 +202,7 @@ def build_server(
     points: Failpoints | None = None,
     observer: Observer = NULL_OBSERVER,
 ) -> RpcServer:
-    """Wire every layer over an open store; what holds work is closed by the stack."""
+    """Wire every layer over an open store; the stack closes what has work to finish."""
     limits = settings.limits
     scheduler = Scheduler(settings.max_batch_rows, settings.threads, observer)
     if points:
@@ -276,7 +277,7 @@ def _failpoints(settings: Settings) -> Failpoints:
 
 
 async def _listen(server: RpcServer, settings: Settings) -> str:
-    """Open the port; say in one line why it cannot be opened."""
+    """Open the port; if that fails, raise a StartError with the reason."""
     listen = settings.listen
     try:
         try_to_bind(listen, is_shared=settings.supervised)
@@ -287,7 +288,7 @@ async def _listen(server: RpcServer, settings: Settings) -> str:
 
 
 async def _watch_store(server: RpcServer, store: Store, embedded: EmbeddedStore | None) -> None:
-    """Keep health true to whether the store can be used; start the embedded one again if it died."""
+    """Set health by whether the store can be used; restart the embedded store if it died."""
     while True:
         await asyncio.sleep(CHECK_S)
         try:
@@ -298,7 +299,7 @@ async def _watch_store(server: RpcServer, store: Store, embedded: EmbeddedStore 
         except Exception as error:  # noqa: BLE001 - whatever it is, the store cannot be used now
             if server.health.is_serving:
                 reason = error.__cause__ or error
-                _LOGGER.error("not serving: the store cannot be used: %s", reason)  # noqa: TRY400 - a line a change, no traceback
+                _LOGGER.error("not serving: the store cannot be used: %s", reason)  # noqa: TRY400 - one line per change, no traceback
             server.health.set_serving(False)
         else:
             if not server.health.is_serving:
@@ -321,7 +322,7 @@ async def _drain(server: RpcServer, settings: Settings, signals: _Signals) -> No
 
 
 async def _finish(recurrence: Recurrence, model_cache: ModelCache, limit_s: float) -> None:
-    """Let commits that were begun land, and reads end before the store's connections are closed."""
+    """Wait for commits and reads in flight before the store's connections are closed."""
     try:
         async with asyncio.timeout(limit_s):
             await recurrence.drain()
@@ -332,7 +333,7 @@ async def _finish(recurrence: Recurrence, model_cache: ModelCache, limit_s: floa
 
 @contextlib.contextmanager
 def _ends_with_stdin(signals: _Signals) -> Iterator[None]:
-    """Stop when the supervisor is gone, whatever ended it: then its end of the pipe is closed."""
+    """Stop when the supervisor has ended for whatever reason: its end of the pipe is closed then."""
     loop = asyncio.get_running_loop()
 
     def on_readable() -> None:
@@ -349,7 +350,7 @@ def _ends_with_stdin(signals: _Signals) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Leave the telling of a failure to the one line that ends the start."""
+    """Suppress log lines about a failure that the StartError reports."""
     logging.disable(logging.WARNING)
     try:
         yield

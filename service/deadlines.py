@@ -1,7 +1,8 @@
-"""One time limit for many waits, kept by one timer.
+"""One timeout for many coroutines, with one timer.
 
-`asyncio.timeout` makes a timer for each wait and cancels it again, which takes longer than much of what it
-guards. Where the limit is the same for all, who began first is due first, and one timer does.
+`asyncio.timeout` makes a timer for each wait and cancels it again, which often takes longer than the
+wait itself. If the timeout is the same for all, the one that began first is due first, so that one timer
+is enough.
 """
 
 from __future__ import annotations
@@ -17,31 +18,31 @@ T = TypeVar("T")
 
 
 class Deadlines:
-    """Ends what takes longer than a time limit, within one event loop."""
+    """Cancels what takes longer than a timeout, within one event loop."""
 
     def __init__(self, limit_s: float) -> None:
-        """Set the limit, in seconds."""
+        """Set the timeout, in seconds."""
         self.limit_s = limit_s
         self._due: dict[asyncio.Task[Any], float] = {}  # in the order in which they are due
         self._overdue: set[asyncio.Task[Any]] = set()
         self._timer: asyncio.TimerHandle | None = None
 
     async def bound(self, steps: Coroutine[Any, Any, T]) -> T:
-        """Return what the steps return; a task has one wait here at a time.
+        """Await a coroutine under the timeout; a task may do this once at a time.
 
         Raises:
-            TimeoutError: If they took longer than the limit; they were cancelled.
+            TimeoutError: If it took longer than the timeout; it was cancelled.
         """
         task, loop = asyncio.current_task(), asyncio.get_running_loop()
         assert task is not None  # noqa: S101 - a coroutine runs in one
         cancels_before = task.cancelling()
         self._due[task] = loop.time() + self.limit_s
         if self._timer is None:
-            self._timer = loop.call_later(self.limit_s, self._look, loop)
+            self._timer = loop.call_later(self.limit_s, self._on_timer, loop)
         try:
             return await steps
         except asyncio.CancelledError as error:
-            # Unless somebody else has cancelled the task as well.
+            # Unless another caller has cancelled the task as well.
             if task in self._overdue and task.cancelling() == cancels_before + 1:
                 raise TimeoutError from error
             raise
@@ -51,12 +52,12 @@ class Deadlines:
                 self._overdue.remove(task)
                 task.uncancel()
 
-    def _look(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Cancel what is due, and come back for the next."""
+    def _on_timer(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Cancel the tasks that are due, and set the timer for the next one."""
         now, self._timer = loop.time(), None
         for task, due in list(self._due.items()):
             if due > now:
-                self._timer = loop.call_at(due, self._look, loop)
+                self._timer = loop.call_at(due, self._on_timer, loop)
                 return
             del self._due[task]
             self._overdue.add(task)

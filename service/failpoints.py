@@ -1,11 +1,11 @@
 """Places where a test can make a replica die, sleep, fail or be cancelled.
 
-A failpoint stands beside the code that it disturbs, never in it: switched on, the stores and the
-scheduler are wrapped when the server is built; switched off, nothing of this module is there.
+Failpoints are outside the code that they disturb: if any is switched on, the stores and the scheduler
+are wrapped when the server is built; if none is, nothing of this module runs.
 
 `TIMERNN_FAILPOINTS=before_commit=exit;after_update=sleep(2)@3` kills the process at the first commit
-and sleeps 2 s at the third flip of a head, once each; `@*` is every time. Actions: `exit`,
-`sleep(SECONDS)`, `raise`, `cancel`. A line of the log tells each time that a failpoint was reached.
+and sleeps 2 s after the third version is published, once each; `@*` means every time. Actions: `exit`,
+`sleep(SECONDS)`, `raise`, `cancel`. Each time that a failpoint takes effect, a line is logged.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _FORM = re.compile(
     r"(?P<name>\w+)=(?P<action>exit|raise|cancel|sleep\((?P<s>\d+(\.\d+)?)\))(@(?P<n>\d+|\*))?"
 )
 
-# Which failpoint stands before, and which after, each method of a store.
+# The failpoints around each method of a store: the one before the call, then those after it.
 _AROUND = {
     "read_session": ("", "after_read"),
     "commit_chunks": ("before_commit", "after_commit"),
@@ -49,7 +49,7 @@ NAMES = {name for around in _AROUND.values() for name in around if name} | {
 
 
 class FailpointError(Exception):
-    """What the action `raise` raises; and the complaint about a text that names no failpoints."""
+    """Raised by the action `raise`, and for a text that is not of the form above."""
 
 
 @dataclass(slots=True)
@@ -84,11 +84,11 @@ class Failpoints:
             )
 
     def __bool__(self) -> bool:
-        """Tell whether any is switched on."""
+        """Return whether any is switched on."""
         return bool(self._points)
 
     async def hit(self, name: str) -> None:
-        """Do what the failpoint of this name says, if it is its turn."""
+        """Carry out the action of the failpoint of this name, if this hit is the one that it is set for."""
         point = self._points.get(name)
         if point is None:
             return
@@ -105,11 +105,11 @@ class Failpoints:
         await asyncio.sleep(point.sleep_s)
 
     def wrap_store(self, store: Any) -> Any:
-        """Return a port that passes the failpoints around each method."""
+        """Return a port whose methods hit their failpoints."""
         return _FailingStore(store, self)
 
     def wrap_scheduler(self, scheduler: Scheduler) -> Scheduler:
-        """Let a chunk pass `after_compute` before it is delivered."""
+        """Make each computed chunk hit `after_compute` before it is delivered."""
         if "after_compute" not in self._points:
             return scheduler
         submit, tasks = scheduler.submit, set[asyncio.Task[None]]()
@@ -138,7 +138,7 @@ class Failpoints:
 
 
 class _FailingStore:
-    """A store whose methods pass their failpoints."""
+    """A store whose methods hit their failpoints."""
 
     def __init__(self, store: Any, points: Failpoints) -> None:
         self._store = store

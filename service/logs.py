@@ -1,4 +1,4 @@
-"""The log on stderr: one line an event, with the process and, among workers, which one it is."""
+"""The log on stderr: one line per event, with the process id and the worker's number if there is one."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ def log_to_stderr(level: str, worker: int = 0) -> None:
     """Write the log of this process to stderr.
 
     Args:
-        level: The least level that is written, in any case.
-        worker: The number of this worker; 0 for none.
+        level: The name of the lowest level that is written, in upper or lower case.
+        worker: The number of this worker; 0 if the process is none.
     """
     least = logging.getLevelNamesMapping()[level.upper()]
     who = f"worker {worker} pid %(process)d" if worker else "pid %(process)d"

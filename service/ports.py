@@ -1,8 +1,8 @@
-"""Addresses to listen on: found out to be free before gRPC takes them, and one server's alone.
+"""Checks that an address to listen on is free before gRPC binds it, and that it stays with one server.
 
-gRPC tells no reason when it cannot bind. It takes a unix socket over from a server that still listens on it.
-Workers share their port with SO_REUSEPORT, which lets any process of the same user join in: a second
-supervisor would get half of the first one's connections.
+gRPC gives no reason when it cannot bind, and takes over a Unix socket that another server still listens
+on. Workers share their port with SO_REUSEPORT, which lets any process of the same user join in: a
+second supervisor would get half of the connections of the first one.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ UNIX = "unix:"
 
 
 def try_to_bind(listen: str, *, is_shared: bool = False) -> None:
-    """Find out whether an address can be listened on, and let go of it again.
+    """Check that an address can be listened on, and release it again.
 
     Args:
         listen: HOST:PORT or unix:PATH.
-        is_shared: Whether with others that share it: workers of one supervisor.
+        is_shared: Whether the workers of one supervisor share it.
 
     Raises:
-        OSError: If it cannot; EADDRINUSE where somebody else does.
+        OSError: If it cannot be listened on; EADDRINUSE if another process listens there.
     """
     if listen.startswith(UNIX):
         _try_path(listen.removeprefix(UNIX))
@@ -46,7 +46,7 @@ def shared_port(listen: str) -> Iterator[str]:
     """Hold a TCP port for workers without listening on it; yield the address with its number.
 
     Raises:
-        OSError: If anybody else listens there, be it the workers of another supervisor.
+        OSError: If another process listens there, such as the workers of another supervisor.
     """
     host = listen.rpartition(":")[0]
     family, kind, number, _, address = _addresses(listen)[0]
@@ -59,10 +59,11 @@ def shared_port(listen: str) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _claimed(listen: str) -> Iterator[None]:
-    """Keep other supervisors away from before the first look at the port.
+    """Keep other supervisors out, from before the first check of the port.
 
-    A name of Linux's abstract sockets goes with its process, however that ends, and holds where the
-    port does: in one network namespace. Elsewhere two that start in the same moment are not told apart.
+    The name of an abstract socket on Linux is released when its process ends, for whatever reason, and
+    is unique within a network namespace, as the port is. On other systems, two supervisors that start in
+    the same moment do not notice each other.
     """
     with contextlib.ExitStack() as stack:
         if sys.platform == "linux" and not listen.endswith(":0"):

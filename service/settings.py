@@ -1,6 +1,6 @@
 """Everything an operator can set, with its default and unit.
 
-`Limits` bounds what a request can make grow; GetServerInfo tells it to clients.
+`Limits` bounds everything that requests can make grow; GetServerInfo returns it to clients.
 """
 
 from __future__ import annotations
@@ -58,18 +58,18 @@ class Settings:
     redis_url: str = ""  # empty: the embedded store in data_dir
     data_dir: Path = Path("timernn-data")
     drain_s: float = 20.0  # how long calls in flight may take after SIGTERM
-    drain_notice_s: float = 0.0  # how long NOT_SERVING is told before calls are refused
-    connection_age_ms: int = 5 * MINUTE_MS  # then a client is asked to connect anew
+    drain_notice_s: float = 0.0  # how long health is NOT_SERVING before calls are refused
+    connection_age_ms: int = 5 * MINUTE_MS  # after it a client is asked to reconnect
     session_cache_bytes: int = 256 * MIB
     weights_cache_bytes: int = 1024 * MIB
-    max_batch_rows: int = 1024  # rows of one joined forward
-    compute_threads: int = 0  # big batches of one model computed at once; 0: as `threads` tells
+    max_batch_rows: int = 1024  # rows of one batched forward
+    compute_threads: int = 0  # big batches of one model computed at once; 0: see `threads`
     store_connections: int = 32
     store_timeout_ms: int = 500
     durability: str = "primary"  # or "replica": an answer waits until a replica has its writes
     durability_timeout_ms: int = 200  # how long it waits; must be less than store_timeout_ms
     log_level: str = "info"
-    failpoints: str = ""  # as service.failpoints tells; only with `testing`
+    failpoints: str = ""  # see service.failpoints; only with `testing`
     testing: bool = False
     workers: int = 1  # server processes on the one port
     supervised: bool = False  # one of several workers: shares the port, ends when stdin closes
@@ -80,8 +80,8 @@ class Settings:
     def threads(self) -> int:
         """How many big batches of one model a process computes at once: two, if it has the cores.
 
-        More would wait for each other between the steps of the recurrence, where the interpreter is
-        needed; further cores are for further workers.
+        More would contend for the GIL between the steps of the recurrence; further cores are for further
+        workers.
         """
         return self.compute_threads or max(1, min(2, _usable_cores() // self.workers))
 

@@ -1,10 +1,10 @@
 """Several server processes on one port: `timernn serve --workers N`.
 
-Python computes on one core a process, so a machine is filled by processes. Each worker is a replica like
-any other, with its own event loop and one BLAS thread; the kernel spreads the clients' connections over
-them (SO_REUSEPORT), and a session moves between them as between any replicas. The supervisor holds the
-port and the embedded store, starts a worker again that died, and passes SIGTERM on. It serves nothing
-itself and never imports gRPC: workers are new programs, not forks.
+Because of the GIL a process uses little more than one core, so several processes are needed to fill a
+machine. Each worker is a replica like any other, with its own event loop and one BLAS thread; the kernel
+spreads the clients' connections over them (SO_REUSEPORT), and a session moves between them as between
+any replicas. The supervisor holds the port and the embedded store, restarts a worker that died, and
+forwards SIGTERM. It serves nothing itself and never imports gRPC: workers are new programs, not forks.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ if TYPE_CHECKING:
 READY: Final = b"timernn ready on "
 FIRST_RESTART_S: Final = 0.2
 LAST_RESTART_S: Final = 10.0
-STARTS_TRIED: Final = 3  # a worker that never became ready ends the whole
+STARTS_TRIED: Final = 3  # if a worker does not become ready in so many starts, the supervisor ends
 
 _LOGGER = logging.getLogger(__name__)
 
 
 class WorkerError(Exception):
-    """The workers cannot be started; one line that tells an operator why."""
+    """The workers cannot be started; the message is one line for the operator."""
 
 
 async def supervise(settings: Settings, on_ready: Callable[[str], None]) -> int:
     """Run the workers until SIGTERM or SIGINT and return the worst of their exit codes.
 
     Args:
-        settings: Those of each worker; `workers` is their number.
+        settings: The settings of each worker; `workers` is the number of workers.
         on_ready: Called once with the address, when every worker serves.
 
     Raises:
@@ -87,7 +87,7 @@ def environment_of(settings: Settings) -> dict[str, str]:
 
 
 class _Worker:
-    """One server process, started again until it is told to stop."""
+    """One server process, restarted until `stop` is called."""
 
     def __init__(self, number: int, environment: Mapping[str, str]) -> None:
         self._number = number
@@ -122,7 +122,7 @@ class _Worker:
             "-m",
             "service",
             "serve",
-            stdin=asyncio.subprocess.PIPE,  # closes with this process, whatever ends it
+            stdin=asyncio.subprocess.PIPE,  # closed by the system when this process ends
             stdout=asyncio.subprocess.PIPE,
             env=self._environment,
         )

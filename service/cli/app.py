@@ -1,4 +1,4 @@
-"""All commands under one name, and what becomes of their errors."""
+"""All commands under one name, and the handling of their errors."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 
 class PlainCommand(TyperCommand):
-    """A command whose help is plain text: in tables, long names of options are cut at 80 columns."""
+    """A command whose help is plain text, since Rich's tables cut long option names at 80 columns."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        """Take what Typer gives a command."""
+        """Take the arguments of Typer's own command class."""
         super().__init__(*args, **{**options, "rich_markup_mode": None})
 
     def format_help_text(self, ctx: typer.Context, formatter: Any) -> None:  # type: ignore[override]  # noqa: ARG002
-        """Write the docstring as it stands."""
+        """Write the docstring without reformatting it."""
         formatter.write("\n" + inspect.cleandoc(self.help or "") + "\n")
 
 
@@ -75,7 +75,7 @@ def known_variables() -> set[str]:
 
 
 def _warn_of_unknown_variables() -> None:
-    """Warn of a name that nobody reads: a misspelt setting would be ignored in silence."""
+    """Warn of a variable that no option reads: a misspelt setting would be ignored silently."""
     given = {name for name in os.environ if name.startswith("TIMERNN_")}
     for name in sorted(given - known_variables()) if given else ():
         warn(f"the environment variable {name} is set, and no option of this version reads it")
@@ -83,7 +83,7 @@ def _warn_of_unknown_variables() -> None:
 
 def run(arguments: list[str]) -> int:
     """Run one command and return its exit code; print an error as one line on stderr."""
-    if "--supervised" not in arguments:  # once, not once a worker
+    if "--supervised" not in arguments:  # once, not in every worker
         _warn_of_unknown_variables()
     try:
         code = app(arguments, prog_name="timernn", standalone_mode=False)
@@ -102,7 +102,7 @@ def run(arguments: list[str]) -> int:
 
 
 def explain(error: Exception) -> str:
-    """Return what to tell a person of an error that ended a command."""
+    """Return the message to print for an error that ended a command."""
     from timernn import Error, NoServer, Unavailable  # noqa: PLC0415 - most commands end without one
 
     if isinstance(error, NoServer):

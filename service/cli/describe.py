@@ -105,7 +105,7 @@ def session_json(session: timernn.SessionInfo) -> dict[str, Any]:
 
 
 def server_json(info: timernn.ServerInfo, ping: timernn.Ping) -> dict[str, Any]:
-    """Return what a server tells of itself, for programs; spans in seconds."""
+    """Return what a server reports about itself, for programs; durations in seconds."""
     limits = {
         name: value.total_seconds() if isinstance(value, timedelta) else value
         for name, value in info.limits.items()
@@ -128,12 +128,12 @@ def version_json(version: timernn.Version) -> dict[str, Any]:
 
 
 def format_time(moment: datetime) -> str:
-    """Write a moment in UTC to the second."""
+    """Format a time in UTC to the second."""
     return moment.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%SZ")
 
 
 def format_span(span: timedelta) -> str:
-    """Write a span with its two largest units, such as 59m 58s."""
+    """Format a duration with its two largest units, such as 59m 58s."""
     seconds = max(0, round(span.total_seconds()))
     parts = []
     for unit, size in (("d", 86400), ("h", 3600), ("m", 60), ("s", 1)):
@@ -144,7 +144,7 @@ def format_span(span: timedelta) -> str:
 
 
 def format_optimizer(optimizer: timernn.Optimizer) -> str:
-    """Write an optimizer with its hyperparameters, such as adam (lr 0.001, beta1 0.9)."""
+    """Format an optimizer with its hyperparameters, such as adam (lr 0.001, beta1 0.9)."""
     values = ", ".join(f"{name} {value:g}" for name, value in _set_values(optimizer).items())
     return f"{optimizer.KIND} ({values})" if values else optimizer.KIND
 

@@ -1,4 +1,4 @@
-"""`timernn models`: make models, look at them, move their weights in and out."""
+"""`timernn models`: create, show and delete models, export and import their weights."""
 
 # No postponed annotations here: Typer reads them when a command is made.
 from dataclasses import fields
@@ -34,7 +34,7 @@ class DType(StrEnum):
 
 
 class OptimizerName(StrEnum):
-    """What an update can apply; each is a class of the client library."""
+    """The optimizers; each is a class of the client library."""
 
     SGD = "sgd"
     MOMENTUM = "momentum"
@@ -110,7 +110,7 @@ def create(
     if json:
         print_json(model_json(made))
     else:
-        # With --exist-ok nobody is told which of the two it was: what counts is that it is there.
+        # With --exist-ok the output does not say whether the model was created now or existed before.
         verb = "there is" if exist_ok else "created"
         print(f"{verb} {made.model_id}, weights version {made.head.number}")
 

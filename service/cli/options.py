@@ -100,7 +100,7 @@ LIMITS_HELP = {
 
 
 def parse_bytes(text: str | int) -> int:
-    """Read a size such as 1048576, 512KiB or 16MiB.
+    """Parse a size such as 1048576, 512KiB or 16MiB.
 
     Raises:
         typer.BadParameter: If it is not one.
@@ -112,7 +112,7 @@ def parse_bytes(text: str | int) -> int:
 
 
 def format_bytes(count: int) -> str:
-    """Write a size with the largest unit that divides it, such as 16MiB."""
+    """Format a size with the largest unit that divides it, such as 16MiB."""
     for unit in ("GiB", "MiB", "KiB"):
         size = UNITS[unit.upper()]
         if count and count % size == 0:
@@ -135,7 +135,7 @@ def parse_address(text: str) -> str:
 
 
 def parse_choice(text: str, choices: tuple[str, ...]) -> str:
-    """Check that a word is one of those that can be chosen, in any case.
+    """Check that a word is one of the choices, in upper or lower case.
 
     Raises:
         typer.BadParameter: If it is not.
@@ -156,7 +156,7 @@ def takes_settings(command: Callable[[Settings], None]) -> Callable[..., None]:
     def with_options(**values: Any) -> None:
         command(settings_from(values))
 
-    # Typer reads these two instead of the wrapper's own.
+    # Typer reads these two attributes instead of the wrapper's signature.
     with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     with_options.__annotations__ = {p.name: p.annotation for p in parameters}
     del with_options.__wrapped__
@@ -164,7 +164,7 @@ def takes_settings(command: Callable[[Settings], None]) -> Callable[..., None]:
 
 
 def settings_from(values: dict[str, Any]) -> Settings:
-    """Put the options' values together.
+    """Build the Settings from the options' values.
 
     Args:
         values: By option name: `batch_size` of the limits is `limit_batch_size`.
@@ -177,7 +177,7 @@ def settings_from(values: dict[str, Any]) -> Settings:
 def _parameters(
     settings: type[Settings | Limits], explained: dict[str, str], *, prefix: str, panel: str
 ) -> list[inspect.Parameter]:
-    """Return one keyword parameter a field, annotated as Typer wants it."""
+    """Return one keyword parameter per field, annotated as Typer needs it."""
     types = get_type_hints(settings)
     return [
         inspect.Parameter(

@@ -16,7 +16,7 @@ def warn(text: str) -> None:
 
 
 def fail(text: str) -> None:
-    """Print why a command failed on stderr, as one line whatever the text."""
+    """Print on stderr, as one line, why a command failed."""
     print(f"timernn: {' '.join(text.split())}", file=sys.stderr, flush=True)
 
 
@@ -26,7 +26,7 @@ def print_json(value: object) -> None:
 
 
 def print_table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print rows under headings, numbers to the right."""
+    """Print a table with headings; numbers are aligned to the right."""
     lines = [[str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(headings, *lines, strict=True)]
     numeric = [

@@ -1,4 +1,4 @@
-"""What all client commands share: where the server is, how long to wait, how to print."""
+"""The options that all client commands share: the server, the timeout, the output format."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ SessionId = Annotated[
     str, typer.Argument(metavar="SESSION", show_default=False, help="The session's name.")
 ]
 
-# What the library's arguments are called here.
+# The option for each argument of the library whose name is another.
 _OPTIONS = {"target": "--server", "proxy": "--proxy"}
 
 

@@ -1,4 +1,4 @@
-"""`timernn serve`: run a server until it is told to stop."""
+"""`timernn serve`: run a server until SIGTERM."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from service.settings import Settings
 
 
-# gRPC's own poller for Python hands each event from thread to thread; the one it had before waits for
-# events where they are picked up (docs/adr/0020-grpc-poller.md). From 1.83 on the name is unknown,
-# and each process that sets it would say so on stderr.
+# gRPC's poller for Python passes each event through a thread pool; without it, the thread that feeds the
+# event loop polls the sockets itself (docs/adr/0020-grpc-poller.md). From 1.83 on the name is unknown,
+# and each process that sets it would print a warning.
 _GRPC_EXPERIMENTS = "-event_engine_poller_for_python"
 _GRPC_LINE_WITH_EXPERIMENT = "1.82."
 
@@ -38,7 +38,7 @@ def serve(settings: Settings) -> None:
       timernn serve --listen 127.0.0.1:0 --data-dir /var/lib/timernn
       timernn serve --listen 0.0.0.0:50051 --redis-url redis://redis:6379/0
     """
-    if not (settings.supervised or is_loopback(settings.listen)):  # once, not once a worker
+    if not (settings.supervised or is_loopback(settings.listen)):  # once, not in every worker
         warn(f"{settings.listen} may be reached from other machines, without encryption or login")
     code = _run(settings)
     if code:
@@ -60,7 +60,7 @@ def _run(settings: Settings) -> int:
 
 
 def fast_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """Return what makes an event loop faster than asyncio's own; None where there is none."""
+    """Return uvloop's event loop factory, or None where uvloop is not installed."""
     try:
         import uvloop  # noqa: PLC0415
     except ImportError:
@@ -69,12 +69,12 @@ def fast_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 
 def announce(address: str) -> None:
-    """Print the one line that says that the server serves."""
+    """Print the ready line."""
     print(f"timernn ready on {address}", flush=True)
 
 
 def is_loopback(listen: str) -> bool:
-    """Tell whether only this machine can reach an address to listen on."""
+    """Return whether an address to listen on can be reached from this machine only."""
     if listen.startswith("unix:"):
         return True
     host = listen.rpartition(":")[0].strip("[]")

@@ -1,4 +1,4 @@
-"""`timernn sessions`: look at live sessions and end them."""
+"""`timernn sessions`: show live sessions and end them."""
 
 # No postponed annotations here: Typer reads them when a command is made.
 from typing import Annotated

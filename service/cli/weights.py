@@ -1,4 +1,4 @@
-"""Weights on their way between a server and a safetensors file."""
+"""Transfers weights between a server and a safetensors file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def write_weights(
     client: timernn.Client, model_id: str, file: Path, *, version: int | None, moments: bool
 ) -> tuple[timernn.Version, int]:
-    """Fetch a version and write it to a file, which is whole or not there.
+    """Fetch a version and write it to a file, atomically: the file is complete or not there.
 
     Args:
         client: The connection.
@@ -61,7 +61,7 @@ def read_weights(
 
 @contextmanager
 def _bar(what: str) -> Iterator[None]:
-    """Show on a terminal that something is under way, and for how long."""
+    """Show on a terminal that a transfer is running, and for how long."""
     if not sys.stderr.isatty():
         yield
         return

@@ -1,4 +1,4 @@
-"""Reads the URL of a store; what is wrong with one is told without any part of it that may be secret.
+"""Parses the URL of a store; its error messages hold no part of the URL that may be secret.
 
 | URL | store |
 | --- | --- |
@@ -6,8 +6,8 @@
 | `redis+sentinel://host:26379,host:26379/NAME/0` | the master that Sentinel knows by NAME |
 | `redis+cluster://host:6379,host:6379` | a Redis Cluster |
 
-`rediss`, `rediss+sentinel` and `rediss+cluster` speak TLS. A user and a password before the hosts are the
-store's. The options after `?` are those below, in all forms, and no others.
+`rediss`, `rediss+sentinel` and `rediss+cluster` use TLS. A user and a password before the hosts are the
+store's. After `?` the options below are accepted, in all forms, and no others.
 """
 
 from __future__ import annotations
@@ -54,18 +54,18 @@ _UNQUOTED: Final = "a user or password with / ? # @ : or % in it has to be perce
 
 @dataclass(frozen=True, slots=True)
 class StoreAddress:
-    """A store's URL, taken apart.
+    """The parsed URL of a store.
 
     Attributes:
         form: Its scheme, a key of FORMS.
-        hosts: Host and port of each server or sentinel; empty for a socket.
-        path: That of a socket.
-        name: What Sentinel calls the master.
-        database: Its number.
+        hosts: Host and port of each server or sentinel; empty for a Unix socket.
+        path: The path of the Unix socket; empty for TCP.
+        name: The name under which Sentinel knows the master; empty without Sentinel.
+        database: The number of the database.
         username: The store's user.
         password: The store's password.
-        link_options: Keyword arguments of redis-py for every connection, TLS among them.
-        sentinel_credentials: Keyword arguments for those to sentinels.
+        link_options: Keyword arguments of redis-py for every connection, those for TLS among them.
+        sentinel_credentials: Keyword arguments of redis-py for connections to sentinels.
     """
 
     form: str
@@ -84,7 +84,7 @@ class StoreAddress:
         return self.form.startswith("rediss")
 
     def __str__(self) -> str:
-        """Return the URL without what is secret."""
+        """Return the URL without its secrets."""
         hosts = ",".join(join_host(*host) for host in self.hosts)
         parts = [self.name, str(self.database) if self.database else ""]
         path = self.path or "".join(f"/{part}" for part in parts if part)
@@ -92,10 +92,10 @@ class StoreAddress:
 
 
 def parse_store_url(url: str) -> StoreAddress:
-    """Take a store's URL apart.
+    """Parse a store's URL.
 
     Raises:
-        ValueError: If it has another form; one line that holds no part of a secret.
+        ValueError: If it is malformed; the message is one line that holds no part of a secret.
     """
     parts = _split(url)
     form = parts.scheme
@@ -115,7 +115,7 @@ def parse_store_url(url: str) -> StoreAddress:
     else:
         port = _SENTINEL_PORT if form.endswith("sentinel") else _REDIS_PORT
         hosts = tuple(_host(each, port, expected) for each in netloc.split(","))
-        name, database = _place(parts.path, form, database, expected)
+        name, database = _name_and_database(parts.path, form, database, expected)
     if len(hosts) > 1 and "+" not in form:
         raise ValueError(f"{expected} with one host")
     if not (database or "0").isdecimal():
@@ -139,14 +139,14 @@ def parse_store_url(url: str) -> StoreAddress:
 
 
 def join_host(host: str, port: int) -> str:
-    """Write host and port as a URL has them."""
+    """Return host and port in the form of a URL."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _split(url: str) -> SplitResult:
     try:
         parts = urlsplit(url)
-    except ValueError:  # its text repeats what stands before the hosts
+    except ValueError:  # its text repeats the part before the hosts, which may be secret
         raise ValueError(f"expected a URL such as {FORMS['redis']}; {_UNQUOTED}") from None
     if parts.scheme not in FORMS:
         raise ValueError(
@@ -155,8 +155,8 @@ def _split(url: str) -> SplitResult:
     return parts
 
 
-def _place(path: str, form: str, database: str, expected: str) -> tuple[str, str]:
-    """Return what Sentinel calls the master, and the database."""
+def _name_and_database(path: str, form: str, database: str, expected: str) -> tuple[str, str]:
+    """Return the master's name for Sentinel and the database, both from the URL's path."""
     words = [unquote(word) for word in path.strip("/").split("/")] if path.strip("/") else []
     name = ""
     if form.endswith("sentinel"):
@@ -172,7 +172,7 @@ def _place(path: str, form: str, database: str, expected: str) -> tuple[str, str
 
 
 def _host(text: str, default_port: int, expected: str) -> tuple[str, int]:
-    """Read `host`, `host:port`, `[ipv6]` or `[ipv6]:port`."""
+    """Parse `host`, `host:port`, `[ipv6]` or `[ipv6]:port`."""
     if text.startswith("["):
         host, _, rest = text[1:].partition("]")
         port = rest.removeprefix(":") if rest.startswith(":") else rest and "no port"
@@ -189,7 +189,7 @@ def _host(text: str, default_port: int, expected: str) -> tuple[str, int]:
 
 
 def _options(query: str, form: str) -> dict[str, Any]:
-    """Read what stands after `?` as redis-py does, but refuse what is not known."""
+    """Parse the options after `?` as redis-py does, but refuse unknown ones."""
     try:
         given = dict(parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query)))
     except ValueError:
@@ -218,7 +218,7 @@ def _value(name: str, text: str) -> Any:
 
 
 def _check_tls(options: dict[str, Any]) -> None:
-    """Load certificates and key once, so that a start fails for them and not each connection later."""
+    """Load certificates and key once, so that a bad one fails the start and not each connection later."""
     for name in _FILES:
         if name in options and not Path(options[name]).is_file():
             raise ValueError(f"the option {name} names no file: {options[name]}")

@@ -1,9 +1,9 @@
 """Sends commands to the nodes of a Redis Cluster that serve their slots.
 
-redis-py's own cluster client sends ASKING and the command that it is for over two connections of its
-pool, so that keys of a slot on its move cannot be reached, closes every connection after a few moved
-slots, and does not look for the new master when a pipeline fails. Here every round trip is one
-send to one node, and ASKING goes right before its command.
+redis-py's own cluster client has three faults: it sends ASKING and the command that it is for over
+two connections of its pool, so that keys of a slot in a move cannot be reached; it closes every
+connection after a few moved slots; and it does not look up the new master when a pipeline fails.
+Here every round trip is one send to one node, and ASKING goes right before its command.
 """
 
 from __future__ import annotations
@@ -27,23 +27,26 @@ if TYPE_CHECKING:
 
     Node = tuple[str, int]
 
-REDIRECTS = 8  # followed for one command
-PAUSE_S = 0.03  # before a command is sent again whose keys are on their way
-REFRESH_S = 0.1  # between two looks at who serves what
+# The most redirections that are followed for one command.
+REDIRECTS = 8
+# Wait before a command is sent again whose keys are being moved.
+PAUSE_S = 0.03
+# The slot map is fetched at most once in this time.
+REFRESH_S = 0.1
 _SCRIPTS = frozenset({"EVAL", "EVALSHA"})
 _NO_NODE = redis_errors.ClusterDownError("no node serves the slot")
 
 
 class ClusterRouter:
-    """One client's view of a cluster: who serves which slot, and connections to each node."""
+    """Routes commands to the nodes of a cluster: holds the slot map and a client for each node."""
 
     def __init__(
         self, seeds: Iterable[Node], make_client: Callable[[str, int], StoreClient]
     ) -> None:
-        """Know where to ask first; nothing is sent yet.
+        """Remember where to fetch the slot map first; nothing is sent yet.
 
         Args:
-            seeds: Nodes that can be asked who serves what; one that answers is enough.
+            seeds: Nodes from which the slot map can be fetched; one that answers is enough.
             make_client: Makes the client of a node, whose own retries are off.
         """
         self._seeds = list(seeds)
@@ -52,28 +55,28 @@ class ClusterRouter:
         self._slots: dict[int, Node] = {}
         self._refreshed_at = float("-inf")
         self._is_stale = True
-        self._suspects: set[Node] = set()  # failed since it was asked who serves what
+        self._suspects: set[Node] = set()  # nodes that failed since the slot map was fetched
         self._refreshing = asyncio.Lock()
         self._renewing: asyncio.Task[None] | None = None
 
     def node_of(self, key: bytes) -> Node | None:
-        """Return the node that serves a key, as far as is known."""
+        """Return the node that serves a key by the current slot map; None if the map has none."""
         return self._slots.get(key_slot(key))
 
     async def send(
         self, commands: Sequence[Command], answer_bytes: int = 0, name: str = ""
     ) -> list[Any]:
-        """Send commands, each to the node of its key; a failure stands in its command's place.
+        """Send commands, each to the node of its key; a failure is returned as its command's answer.
 
         Args:
             commands: What to send.
-            answer_bytes: How much the answers may bring.
+            answer_bytes: How many bytes the answers may have.
             name: What the observer of the nodes' clients is to call the round trips.
         """
         answers: list[Any] = [_NO_NODE] * len(commands)
         slots = [_slot_of(command) for command in commands]
         if self._is_stale:
-            # Who knows where to go does not wait for those whose node has failed.
+            # Commands whose nodes are known and have not failed do not wait for the new slot map.
             nodes = [self._slots.get(slot) for slot in slots]
             if any(node is None or node in self._suspects for node in nodes):
                 try:
@@ -96,7 +99,7 @@ class ClusterRouter:
         return answers
 
     async def refresh(self, *, is_forced: bool = False) -> None:
-        """Ask who serves what, unless that is known or was asked a moment ago.
+        """Fetch the slot map, unless it is fresh or was fetched a moment ago.
 
         Raises:
             RedisError, OSError: If no node answers.
@@ -111,16 +114,16 @@ class ClusterRouter:
             self._suspects.clear()
 
     def _renew(self) -> None:
-        """Ask who serves what while others go on."""
+        """Fetch the slot map in the background."""
         if self._renewing is None or self._renewing.done():
             self._renewing = asyncio.create_task(self.refresh())
             self._renewing.add_done_callback(lambda done: done.cancelled() or done.exception())
 
     async def primaries(self, key: Callable[[int], bytes]) -> list[tuple[StoreClient, bytes]]:
-        """Return a client of each node that serves slots, after a fresh look, and a key that is there.
+        """Fetch the slot map and return, for each node that serves slots, a client and a key of its.
 
         Args:
-            key: Makes a key of a number; numbers are tried until each node has one.
+            key: Makes a key from a number; numbers are tried until each node has a key.
         """
         await self.refresh(is_forced=True)
         wanted = set(self._slots.values())
@@ -149,7 +152,7 @@ class ClusterRouter:
         answers: list[Any],
         send: Callable[[Node, list[tuple[Command, bool]]], Awaitable[list[Any]]],
     ) -> None:
-        """Send those that are pending, one round trip a node, all at once."""
+        """Send the pending commands, one round trip per node, to all nodes at once."""
         by_node: dict[Node, list[int]] = {}
         for i in pending:
             node = asking.get(i) or self._slots.get(slots[i])
@@ -174,7 +177,7 @@ class ClusterRouter:
         try:
             answers_of_node = iter(await self._client(node).round_trip(on_wire, answer_bytes, name))
         except Exception as error:  # noqa: BLE001 - it becomes the answer of each command
-            self._is_stale = True  # it may not be the one to ask any more
+            self._is_stale = True  # the node may not serve these slots any more
             self._suspects.add(node)
             return [error] * len(sent)
         answers = []
@@ -185,7 +188,7 @@ class ClusterRouter:
         return answers
 
     def _is_redirected(self, answer: object) -> bool:
-        """Learn from an answer; tell whether its command has to be sent again."""
+        """Update the slot map from an answer; return whether its command has to be sent again."""
         if isinstance(answer, redis_errors.MovedError):
             self._slots[answer.slot_id] = answer.node_addr
             self._is_stale = True
@@ -195,20 +198,20 @@ class ClusterRouter:
         return isinstance(answer, (redis_errors.AskError, redis_errors.TryAgainError))
 
     async def _ask_any(self) -> dict[int, Node]:
-        """Ask nodes in turn who serves what, those that serve first."""
+        """Fetch the slot map from one node after another until one answers, serving nodes first."""
         known = sorted(set(self._slots.values()))
         random.shuffle(known)
         known.sort(key=lambda node: node in self._suspects)
         error: Exception = _NO_NODE
         for node in dict.fromkeys([*known, *self._seeds]):
             try:
-                (answers_of_node,) = await self._client(node).round_trip([("CLUSTER", "SLOTS")])
+                (answer,) = await self._client(node).round_trip([("CLUSTER", "SLOTS")])
             except (redis_errors.RedisError, OSError) as failure:
                 error = failure
             else:
-                if not isinstance(answers_of_node, Exception):
-                    return _served(answers_of_node, node[0])
-                error = answers_of_node
+                if not isinstance(answer, Exception):
+                    return _served(answer, node[0])
+                error = answer
         raise error
 
     def _client(self, node: Node) -> StoreClient:
@@ -218,7 +221,7 @@ class ClusterRouter:
 
 
 def _served(ranges: list[Any], asked_host: str) -> dict[int, Node]:
-    """Read CLUSTER SLOTS; a node that does not know its own address is where it was asked."""
+    """Parse CLUSTER SLOTS; a node that does not know its own host gets the host that was asked."""
     served: dict[int, Node] = {}
     for first, last, (host, port, *_), *_replicas in ranges:
         node = ((host or b"").decode() or asked_host, int(port))
@@ -232,6 +235,6 @@ def _slot_of(command: Command) -> int:
 
 
 def _is_ask(answer: object) -> bool:
-    # MOVED is a kind of ASK to redis-py.
+    # In redis-py MovedError is a subclass of AskError.
     is_moved = isinstance(answer, redis_errors.MovedError)
     return isinstance(answer, redis_errors.AskError) and not is_moved

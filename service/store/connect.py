@@ -30,7 +30,7 @@ _MISSING_RIGHTS = load_script("missing_rights")
 
 
 class UnfitStoreError(Exception):
-    """The store answers but must not be used as it is set up."""
+    """The store answers, but its configuration makes it unusable."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +44,12 @@ class Store:
     _needs_replica: bool = False
 
     async def check(self) -> None:
-        """Make sure that every primary takes writes and evicts nothing; a full one is not unfit.
+        """Check that every primary accepts writes and never evicts; a full one passes.
 
-        Each is written to: no list of what a server may hold against writes is complete.
+        Each primary gets a small write, since no list of the reasons to refuse writes would be complete.
 
         Raises:
-            UnfitStoreError: If it may drop sessions by itself, or refuses to write.
+            UnfitStoreError: If it may evict sessions, or refuses to write.
             Unavailable: If it cannot be reached.
         """
         try:
@@ -70,7 +70,7 @@ class Store:
         await self._client.aclose()
 
     async def _check_primary(self, node: StoreClient, key: bytes) -> None:
-        """Ask one primary what it tells of itself, what its user may do, and for a small write."""
+        """Check one primary: its configuration, the rights of its user, and a small write."""
         patterns = [
             pattern.replace("*", "check}") for pattern in keys_for(waits=self._needs_replica)
         ]
@@ -79,7 +79,7 @@ class Store:
         trip.eval(_MISSING_RIGHTS.text, 0, len(patterns), *patterns, *commands)
         trip.info("memory", "replication", "persistence")
         trip.set(key, b"", px=CHECK_KEY_MS)
-        trip.pexpire(key, CHECK_KEY_MS)  # needs no memory, so it is asked of a full store as well
+        trip.pexpire(key, CHECK_KEY_MS)  # needs no memory, so it is allowed on a full store as well
         missing, info, *written = await trip.execute(raise_on_error=False)
         _check_rights(missing)
         if isinstance(info, Exception):
@@ -91,7 +91,7 @@ class Store:
 
 
 async def open_store(url: str, settings: Settings, observer: Observer = NULL_OBSERVER) -> Store:
-    """Open the store that a URL names, as service.store.addresses tells; nothing is sent yet.
+    """Open the store of a URL (see service.store.addresses); nothing is sent yet.
 
     Args:
         url: Which store.
@@ -99,7 +99,7 @@ async def open_store(url: str, settings: Settings, observer: Observer = NULL_OBS
         observer: Sees each round trip.
 
     Raises:
-        ValueError: If the URL has another form, or the durability cannot be had with it.
+        ValueError: If the URL is malformed, or the durability is not available with it.
     """
     client = connect(url, settings, observer)
     if settings.durability == "replica" and isinstance(client, ClusterRouter):
@@ -121,7 +121,7 @@ async def open_store(url: str, settings: Settings, observer: Observer = NULL_OBS
 
 
 def _check_rights(missing: list[bytes] | Exception) -> None:
-    """Name what the store's user may not do."""
+    """Refuse a store whose user lacks rights; the message names the missing ones."""
     if isinstance(missing, redis_errors.NoPermissionError):
         names = "eval"
     elif isinstance(missing, Exception):
@@ -137,7 +137,7 @@ def _check_written(answers: list[object]) -> None:
     """Take a write that was refused for want of memory for none: a full store still reads and closes."""
     for answer in answers:
         is_full = isinstance(answer, redis_errors.OutOfMemoryError)
-        # The slot is on its way to another node, which is asked as well.
+        # The slot is being moved to another node, which is checked as well.
         is_moving = isinstance(answer, (redis_errors.AskError, redis_errors.TryAgainError))
         if isinstance(answer, redis_errors.ResponseError) and not (is_full or is_moving):
             raise UnfitStoreError(f"it refuses writes: {answer}")
@@ -152,7 +152,7 @@ def _check_facts(info: dict[str, Any]) -> None:
         raise UnfitStoreError(text)
     if info.get("role") != "master":
         raise UnfitStoreError("the server is a read-only replica; name the master")
-    # Told only where min-replicas-to-write asks for some.
+    # Present only where min-replicas-to-write is set.
     if info.get("min_slaves_good_slaves", 1) == 0:
         raise UnfitStoreError("min-replicas-to-write asks for a replica and none keeps up")
     if info.get("aof_last_write_status", "ok") != "ok":

@@ -6,13 +6,13 @@
     └── StoreDidNotStart     the server ended, or stayed silent, before it answered
 
 One owner at a time: `owner.lock` is held by the process that called `start`, and a second one is
-refused at once. `store.lock` is held by the server itself, which inherits the descriptor, so it
-tells a leftover of a killed owner from a free directory without trusting a process id.
+refused at once. `store.lock` is held by the server itself, which inherits the descriptor; so a server
+left over from a killed owner is detected without trusting a process id.
 
-The server dies with its owner, however that one dies. A shell stands between the two and reads a
-pipe that only the owner can write: its end of file means the owner is gone, and the server gets
-SIGTERM, writes its file out and leaves. (A parent-death signal would be sent already when the
-thread that started the server ends, and Python code between fork and exec is unsafe once gRPC runs.)
+The server ends with its owner, however the owner dies. A shell runs between the two and reads a pipe
+that only the owner can write: end of file means that the owner is gone, and the server gets SIGTERM,
+syncs its file and exits. (A parent-death signal would be sent already when the thread that started
+the server ends, and Python code between fork and exec is unsafe once gRPC runs.)
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _LEFTOVER_S = 10.0  # what a leftover server gets for writing its file out befor
 
 
 class EmbeddedStoreError(Exception):
-    """The embedded store cannot run; the message tells an operator what to do."""
+    """The embedded store cannot run; the message says what an operator can do."""
 
 
 class StoreBinaryMissing(EmbeddedStoreError):
@@ -62,7 +62,7 @@ class DataDirInUse(EmbeddedStoreError):
 
 
 class StoreDidNotStart(EmbeddedStoreError):
-    """The server ended, or stayed silent, before it answered."""
+    """The server ended, or did not answer in time."""
 
 
 def find_server_binary() -> Path:
@@ -92,7 +92,7 @@ class EmbeddedStore:
     synced once a second. Starting and stopping block, so an event loop calls them in a thread.
 
     Attributes:
-        data_dir: Where the append-only file, the locks and the log lie.
+        data_dir: The directory of the append-only file, the locks and the log.
     """
 
     def __init__(
@@ -107,10 +107,10 @@ class EmbeddedStore:
         """Describe a store; nothing runs before `start`.
 
         Args:
-            data_dir: Its directory, created for this user alone if it is missing.
+            data_dir: The directory for its files, created with access for this user only.
             durable: Whether to write an append-only file.
             port: A TCP port on the loopback address beside the socket; None opens none.
-            config: Further server settings, e.g. {"maxmemory": "64mb"}; they win over the defaults.
+            config: Further server settings, e.g. {"maxmemory": "64mb"}; they override the defaults.
             binary: The server to run; None finds one.
         """
         self.data_dir = data_dir.absolute()
@@ -142,12 +142,12 @@ class EmbeddedStore:
 
     @property
     def log_path(self) -> Path:
-        """The file with what the server says of itself since it started."""
+        """The log file of the server since its last start."""
         return self.data_dir / "store.log"
 
     @property
     def is_running(self) -> bool:
-        """Whether the server process lives."""
+        """Whether the server process runs."""
         return self._guard is not None and self._guard.poll() is None
 
     def __enter__(self) -> Self:
@@ -160,8 +160,8 @@ class EmbeddedStore:
     def start(self, timeout_s: float = 30.0) -> None:
         """Start the server and wait until it answers; does nothing while it runs.
 
-        After a crash of the server this brings it back with what its file holds. Reading a large
-        file may take longer than `timeout_s`: the time counts only while the server is silent.
+        After a crash of the server this starts it again from its append-only file. Loading a large
+        file may take longer than `timeout_s`: only time without an answer counts.
 
         Raises:
             StoreBinaryMissing: If there is no server to run.
@@ -181,7 +181,7 @@ class EmbeddedStore:
             raise
 
     def stop(self, timeout_s: float = 30.0) -> None:
-        """Let the server write its file out and end; does nothing when none runs."""
+        """Let the server sync its file and exit; does nothing when none runs."""
         guard, self._guard = self._guard, None
         if guard is not None:
             if guard.stdin is not None:
@@ -194,10 +194,10 @@ class EmbeddedStore:
         self._resources.close()
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait until the server has ended, however it did.
+        """Wait until the server has ended, for whatever reason.
 
         Returns:
-            Whether it has; False once `timeout_s` has passed.
+            Whether it has ended; False after `timeout_s`.
         """
         try:
             if self._guard is not None:
@@ -227,7 +227,7 @@ class EmbeddedStore:
         self._socket_path = self._choose_socket_path()
 
     def _end_leftover(self) -> None:
-        """Wait for the store lock, first asking and then forcing its holder to leave."""
+        """Wait for the store lock; its holder gets SIGTERM first and SIGKILL later."""
         deadline = time.monotonic() + _LEFTOVER_S
         for sign in (signal.SIGTERM, signal.SIGKILL):
             if _try_lock(self._store_lock):
@@ -280,8 +280,8 @@ class EmbeddedStore:
             "appendonly": "yes" if self._durable else "no",
             "appendfsync": "everysec",
             "save": "",
-            # Floats do not shrink: to try took most of what a rewrite of the file cost, on a core that
-            # the replica needs.
+            # Floats do not compress: trying took most of the time of a rewrite of the file, on a core
+            # that the replica needs.
             "rdbcompression": "no",
             "auto-aof-rewrite-min-size": "256mb",
             "maxmemory-policy": "noeviction",
@@ -319,7 +319,7 @@ def ping(socket_path: Path, timeout_s: float = 1.0) -> bytes:
     """Ask a server on a Unix socket whether it is ready.
 
     Returns:
-        Its answer's beginning: `+PONG`, `-LOADING …`; empty if nobody listens or answers in time.
+        The beginning of its answer: `+PONG`, `-LOADING …`; empty if nothing listens or answers in time.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.settimeout(timeout_s)

@@ -1,4 +1,4 @@
-"""What a store's failures mean to the domain. Its texts go to the log, never to a client."""
+"""Translates failures of the store into domain errors. The store's texts go to the log, never to a client."""
 
 from __future__ import annotations
 
@@ -13,19 +13,23 @@ from service.store import layouts
 
 _log = logging.getLogger(__name__)
 RETRY_AFTER_S = 0.2
-_BUGS = ("user_script:", "WRONGTYPE")  # how an error in a script of ours, or in a record, begins
-_IN_SCRIPT = "user_script:"  # where it happened, as the server says of an error inside a script
-_PRIMARY_REFUSES = ("OOM", "MISCONF", "NOREPLICAS")  # writes; it can be read all the same
-_LOG_EVERY_S = 1.0  # a store that is down fails every call: one line a second tells as much
+# How the message of an error in one of our scripts, or in a record's type, begins.
+_BUGS = ("user_script:", "WRONGTYPE")
+# The server adds this to the message of an error that was raised inside a script.
+_IN_SCRIPT = "user_script:"
+# Refusals of a primary that does not accept writes now, but can still be read.
+_PRIMARY_REFUSES = ("OOM", "MISCONF", "NOREPLICAS")
+# A store that is down fails every call, so one log line a second is enough.
+_LOG_EVERY_S = 1.0
 
 
-class _Log:
-    """Tells of failures, one a second."""
+class _FailureLog:
+    """Logs failures of the store, at most one line a second at WARNING, the others at DEBUG."""
 
     def __init__(self) -> None:
         self._next_at = 0.0
 
-    def tell(self, error: Exception) -> None:
+    def report(self, error: Exception) -> None:
         now = time.monotonic()
         level = logging.WARNING if now >= self._next_at else logging.DEBUG
         if level == logging.WARNING:
@@ -33,15 +37,15 @@ class _Log:
         _log.log(level, "the store failed: %s: %s", type(error).__name__, error)
 
 
-_failures = _Log()
+_failures = _FailureLog()
 
 
 def as_domain_error(error: Exception, *, is_decision: bool = False) -> Exception:
-    """Turn a store's failure into the domain's word for it; bugs and other exceptions pass unchanged.
+    """Translate a failure of the store into a domain error; bugs and other exceptions pass unchanged.
 
     Args:
-        error: What came in place of an answer.
-        is_decision: Whether what failed may have written, which counts once it is written.
+        error: The failure of a command.
+        is_decision: Whether the command may have taken effect before it failed.
     """
     if isinstance(error, DomainError) or not isinstance(error, (redis_errors.RedisError, OSError)):
         return error
@@ -50,11 +54,11 @@ def as_domain_error(error: Exception, *, is_decision: bool = False) -> Exception
     if is_decision and not is_refused(error):
         if _IN_SCRIPT in str(error):
             _log.error("a script failed midway: %s", error)
-        _failures.tell(error)
+        _failures.report(error)
         return unknown_outcome()
     if isinstance(error, redis_errors.ResponseError) and str(error).startswith(_BUGS):
-        return error  # no try again helps: it is to be seen as what it is
-    _failures.tell(error)
+        return error  # a bug: a retry would not help
+    _failures.report(error)
     if _is_full(error):
         return ResourceExhausted("STORE_FULL", f"the store is full; {UNCHANGED}", retry_after_s=1.0)
     return Unavailable(
@@ -65,7 +69,7 @@ def as_domain_error(error: Exception, *, is_decision: bool = False) -> Exception
 
 
 def unknown_outcome() -> Unavailable:
-    """Make the answer to a decision of which nobody knows whether it was made."""
+    """Make the error for a decision whose outcome is not known."""
     text = (
         "the store did not answer: it may or may not be applied; send the same call again as it is"
     )
@@ -73,27 +77,28 @@ def unknown_outcome() -> Unavailable:
 
 
 def is_unsupported(error: object) -> bool:
-    """Tell whether a script met what another release laid out; it says so before it writes."""
+    """Return whether a script refused a record with an unknown layout, which it does before it writes."""
     return isinstance(error, redis_errors.ResponseError) and str(error).startswith(layouts.REFUSED)
 
 
 def is_refusal(error: Exception) -> bool:
-    """Tell whether the domain's word for a decision's failure says that nothing was decided."""
+    """Return whether a domain error says that the decision was not made."""
     return isinstance(error, DomainError) and error.reason in ("STORE_FULL", "STORE_DOWN")
 
 
 def is_refused(error: object) -> bool:
-    """Tell whether the server refused a command as a whole, before it ran.
+    """Return whether the server refused a command as a whole, before it ran.
 
-    An error that names a line of a script came while it ran, and what it had written by then stays.
+    An error that names a line of a script was raised while the script ran, and what the script had
+    written by then stays.
     """
     return isinstance(error, redis_errors.ResponseError) and _IN_SCRIPT not in str(error)
 
 
 def is_refused_by_primary(error: object) -> bool:
-    """Tell whether a primary refused to write, so that what it holds may still be read.
+    """Return whether a primary refused to write, so that its contents may still be read.
 
-    A read-only replica refuses too, but it may lag behind: what it holds decides nothing.
+    A read-only replica refuses too, but it may lag behind: no decision may be based on its contents.
     """
     return is_refused(error) and (_is_full(error) or str(error).startswith(_PRIMARY_REFUSES))
 
@@ -103,9 +108,9 @@ def _is_full(error: object) -> bool:
 
 
 def is_lost_connection(error: object) -> bool:
-    """Tell whether a connection broke under a command, so that another one may do at once.
+    """Return whether a connection broke during a command, so that a retry on another one makes sense.
 
-    A store that is silent has had its time: asked again it would only take the caller's too.
+    After a timeout it does not: a silent store would use up the caller's time as well.
     """
     if isinstance(error, (redis_errors.TimeoutError, TimeoutError)):
         return False
@@ -113,5 +118,5 @@ def is_lost_connection(error: object) -> bool:
 
 
 def is_missing_script(error: object) -> bool:
-    """Tell whether the server does not know a script: restarted, promoted or flushed."""
+    """Return whether the server does not know a script, after a restart, a promotion or SCRIPT FLUSH."""
     return isinstance(error, redis_errors.NoScriptError)

@@ -1,12 +1,12 @@
-"""Connections to a store: they notice when they have been cut, and carry one round trip after another.
+"""Connections to a store that detect when they were cut, and are kept from one round trip to the next.
 
 redis-py hands out an idle connection again unless it sees that the server has closed it. It does not
-see a reset, and with its notices of maintenance, which RESP3 turns on, it does not look at all. After
-a failover each idle connection would then fail one call, and the resend of that call another.
+see a reset, and with its maintenance notifications, which RESP3 turns on, it does not check at all.
+After a failover each idle connection would then fail one call, and the retry of that call another.
 
-Its pipeline takes a connection from the pool, looks whether something has come on it, sets a timer for
-each step and gives it back: that costs more than all else that a commit needs. A link that has carried
-a round trip therefore stays here for the next one.
+redis-py's pipeline takes a connection from the pool, polls its socket, sets a timer for each step and
+gives it back: that costs more than everything else that a commit needs. A connection ("link") that has
+carried a round trip therefore stays here for the next one.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ if TYPE_CHECKING:
     Command = tuple[Any, ...]  # of bytes, memoryviews, texts and numbers
 
 WITHOUT_NOTICES = MaintNotificationsConfig(enabled=False)
-KEPT_LINKS = 4  # idle ones; the pool's bound is for all, and its others may be waited for
-
-
-# What a store takes or gives at the least while other calls and its file keep it busy.
+# The most idle links that are kept here; the pool's limit is for all connections together, and calls
+# may be waiting for one of the others.
+KEPT_LINKS = 4
+# The throughput to expect at least of a store that other calls and its append-only file keep busy.
 SLOWEST_BYTES_PER_S = 8 << 20
-BIG_BYTES = 1 << 15  # a value of more goes to the socket from where it lies
+# A larger value is written to the socket without being copied into the packed command.
+BIG_BYTES = 1 << 15
 
-_packed: Callable[[Command], bytes] = (
-    hiredis.pack_command
-)  # its own types forget tuples of any length
+# hiredis declares the type for tuples of one element only.
+_packed: Callable[[Command], bytes] = hiredis.pack_command
 
 
 def _pieces(command: Command) -> tuple[bytes | memoryview, ...]:
-    """Return the bytes of a command; what is big is a piece of its own, since to pack it copies it twice."""
+    """Return the bytes of a command; a big value is a piece of its own, since packing copies it twice."""
     if not _is_big_write(command):
         return (_packed(command),)
     name, key, value, *options = command
@@ -64,39 +64,39 @@ def _is_big_write(command: Command) -> bool:
 
 
 class _WatchedLink:
-    """What is laid over redis-py's connections, of whichever kind."""
+    """A mixin over redis-py's connection classes, of whichever kind."""
 
     @property
     def is_cut(self) -> bool:
-        """Whether what holds the connection knows that it ended."""
+        """Whether the event loop has seen the end of the connection."""
         link: Any = self
         if not link.is_connected:
             return True
-        reader = link._reader  # noqa: SLF001 - redis-py tells of its reader's end only by asking the socket
+        reader = link._reader  # noqa: SLF001 - redis-py reports the reader's end only by polling the socket
         return reader.exception() is not None or reader.at_eof()
 
     async def can_read(self) -> bool:
-        """Tell whether the connection is unfit to be handed out."""
+        """Return whether the connection is unfit to be handed out."""
         base: Any = super()
         return self.is_cut or bool(await base.can_read())
 
     async def send_packed_command(self, *args: Any, **options: Any) -> None:
-        """Send; a connection that was closed a moment ago is a lost one with every event loop."""
+        """Send; on every event loop, a connection that was closed a moment ago is a ConnectionError."""
         base: Any = super()
         try:
             await base.send_packed_command(*args, **options)
-        except RuntimeError as error:  # uvloop's word for it
+        except RuntimeError as error:  # uvloop raises this for a closed connection
             raise redis_errors.ConnectionError("the connection was closed") from error
 
     async def round_trip(self, commands: Sequence[Command]) -> tuple[list[Any], int]:
-        """Send commands; return their answers and the bytes sent. Whoever calls keeps the time."""
+        """Send commands; return their answers and the bytes sent. The caller sets the timeout."""
         link: Any = self
         try:
-            # Not waiting for the buffer to drain: when the answers are there it has.
+            # No wait for the write buffer to drain: once the answers are there, it has.
             pieces = [piece for each in commands for piece in _pieces(each)]
             link._writer.writelines(pieces)  # noqa: SLF001
             return [await self._answer() for _ in commands], sum(map(len, pieces))
-        except RuntimeError as error:  # uvloop's word for a connection closed a moment ago
+        except RuntimeError as error:  # uvloop raises this for a connection closed a moment ago
             raise redis_errors.ConnectionError("the connection was closed") from error
 
     async def _answer(self) -> Any:
@@ -108,16 +108,16 @@ class _WatchedLink:
 
 
 class StoreClient(Redis):
-    """redis-py's client, with a cheaper way to send many commands in one round trip.
+    """redis-py's client, with a cheaper method to send many commands in one round trip.
 
     Attributes:
-        observer: Sees each of these round trips; set by whoever makes the client.
+        observer: Is called with each of these round trips; set by the code that makes the client.
     """
 
     observer: Observer = NULL_OBSERVER
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        """Take what redis-py's client takes."""
+        """Take the same arguments as redis-py's client."""
         super().__init__(*args, **options)
         self._kept: list[Any] = []
         self._deadlines = Deadlines(self.connection_pool.connection_kwargs["socket_timeout"])
@@ -163,14 +163,14 @@ class StoreClient(Redis):
         except BaseException as error:
             unfit = [link]
             if not isinstance(error, asyncio.CancelledError):
-                # The others lead to the same server: none of them is to fail the call that is sent
-                # again, nor to be taken by anybody while they are given up.
+                # The others lead to the same server. None of them may fail the retry of this call, nor
+                # be taken by another call while they are closed.
                 unfit += self._kept
                 self._kept = []
             for each in unfit:
                 await self._give_up(each)
             raise
-        # One at least stays with the pool, for health.
+        # At least one stays with the pool, for health checks.
         if len(self._kept) < min(KEPT_LINKS, self.connection_pool.max_connections - 1):
             self._kept.append(link)
         else:
@@ -180,7 +180,7 @@ class StoreClient(Redis):
     async def _bound(
         self, trip: Coroutine[Any, Any, Any], commands: Sequence[Command], answer_bytes: int
     ) -> Any:
-        """Give a round trip its time: what carries much gets more, in step with its bytes."""
+        """Apply the timeout to a round trip: a big one gets more, in proportion to its bytes."""
         big = answer_bytes + sum(len(each[2]) for each in commands if _is_big_write(each))
         if big <= BIG_BYTES:
             return await self._deadlines.bound(trip)
@@ -196,7 +196,7 @@ class StoreClient(Redis):
         return await self.connection_pool.get_connection()
 
     def _is_to_master(self, link: Any) -> bool:
-        """Tell whether a link leads where Sentinel, if it is asked, says that the master is."""
+        """Return whether a link leads to the master that Sentinel named last; True without Sentinel."""
         master = getattr(self.connection_pool, "master_address", None)
         return master is None or master == (link.host, link.port)
 
@@ -217,6 +217,6 @@ def _value_bytes(answers: Sequence[Any]) -> int:
 
 
 def watch_links(pool: ConnectionPool) -> None:
-    """Let a pool make connections that notice."""
+    """Let a pool make connections that detect when they were cut."""
     kind = pool.connection_class
     pool.connection_class = type(f"Watched{kind.__name__}", (_WatchedLink, kind), {})

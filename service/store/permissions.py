@@ -1,4 +1,4 @@
-"""What the store's user has to be allowed; docs/operations.md has the same, and a test holds both to a run."""
+"""The rights that the store's user needs; a test compares them and docs/operations.md with a run."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ COMMANDS: Final = (
     *("hdel", "hget", "hgetall", "hincrby", "hkeys", "hlen", "hmget", "hset"),
     *("zadd", "zcard", "zcount", "zrange", "zrangebylex", "zrangebyscore", "zrem", "zscore"),
 )
-"""On every store."""
+"""Commands that are needed on every store."""
 DATABASE_COMMANDS: Final = ("select",)
-"""Besides, where the URL names a database other than 0."""
+"""Commands that are needed in addition where the URL names a database other than 0."""
 CLUSTER_COMMANDS: Final = ("asking", "cluster|slots")
-"""Besides, on the nodes of a Cluster."""
+"""Commands that are needed in addition on the nodes of a Cluster."""
 WAIT_COMMANDS: Final = ("wait",)
-"""Besides, with `--durability replica`."""
+"""Commands that are needed in addition with `--durability replica`."""
 KEY_PATTERNS: Final = ("s{*", "m{*", "t{*")
 WAIT_KEY_PATTERNS: Final = ("timernn-wait",)
-"""Besides, with `--durability replica`."""
+"""Keys that are needed in addition with `--durability replica`."""
 
 
 def commands_for(address: StoreAddress, *, waits: bool) -> tuple[str, ...]:

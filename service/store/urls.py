@@ -1,4 +1,4 @@
-"""Makes the client of the store that a URL names; service.store.addresses tells the forms of URLs."""
+"""Makes the redis-py client for the URL of a store; service.store.addresses lists the forms of URLs."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _SPARE_CONNECTIONS = 4
 
 
 class OneMasterPool(SentinelConnectionPool):
-    """Connections to the master that was named last, and to no other.
+    """Connections to the master that Sentinel named last, and to no other.
 
-    After a failover the old master may wake up and serve for a while whoever is connected to it. Were
-    some connections to the one and some to the other, one call would find what the next one misses.
+    After a failover the old master may resume and serve its old connections for a while. If some
+    connections led to the old master and some to the new one, one call could read what the next misses.
     """
 
     async def get_connection(self, *args: Any, **options: Any) -> Any:
-        """Take a connection; one to an earlier master is made again."""
+        """Take a connection from the pool; reconnect one that leads to an earlier master."""
         base: Any = super()
         connection = await base.get_connection(*args, **options)
         if self.master_address not in (None, (connection.host, connection.port)):
@@ -46,7 +46,7 @@ class OneMasterPool(SentinelConnectionPool):
         return connection
 
     async def disconnect(self, inuse_connections: bool = True) -> None:  # noqa: FBT001, FBT002 - redis-py's
-        """Close connections; with those in use, which is how a client ends, the sentinels' too."""
+        """Close connections; if those in use are closed too (the client ends), also those to sentinels."""
         pool: Any = self
         base: Any = super()
         await base.disconnect(inuse_connections)
@@ -54,20 +54,20 @@ class OneMasterPool(SentinelConnectionPool):
             await pool.sentinel_manager.aclose()
 
     async def follow(self) -> None:
-        """Ask the sentinels who the master is; while they do not say, the one named last stays."""
+        """Ask the sentinels for the master; if none answers, the one named last stays."""
         pool: Any = self
         with contextlib.suppress(redis_errors.RedisError, OSError):
             await pool.get_master_address()
 
 
 class Sentinels(Sentinel):
-    """Ask the sentinels for the master; redis-py's own text for "none names it" shows its objects."""
+    """Sentinels whose error message, if none names the master, is readable; redis-py's shows its objects."""
 
     async def discover_master(self, service_name: str) -> tuple[str, int]:
         """Return the master's host and port.
 
         Raises:
-            MasterNotFoundError: If no sentinel names a master that is up, with what each said.
+            MasterNotFoundError: If no sentinel names a master that is up; the message has each one's answer.
         """
         manager: Any = self
         failures = []
@@ -91,17 +91,17 @@ class Sentinels(Sentinel):
 def connect(
     url: str, settings: Settings, observer: Observer = NULL_OBSERVER
 ) -> StoreClient | ClusterRouter:
-    """Make the client of the store that a URL names; nothing is sent yet.
+    """Make the client for the URL of a store; nothing is sent yet.
 
-    The client's own retries are off: a commit is sent again by its number, never blindly.
+    redis-py's own retries are off: a commit may be sent again only where its number makes it idempotent.
 
     Args:
-        url: Which store.
-        settings: Connections and time limits.
-        observer: Sees each round trip.
+        url: The store's URL.
+        settings: Connections and timeouts.
+        observer: Is called with each round trip.
 
     Raises:
-        ValueError: If the URL has another form.
+        ValueError: If the URL is malformed.
     """
     address = parse_store_url(url)
     if address.form.endswith("cluster"):
@@ -133,7 +133,7 @@ def _connect_one(
         **_pool_options(settings),
     )
     watch_links(pool)
-    return cast("StoreClient", StoreClient.from_pool(pool))  # which closes it with itself
+    return cast("StoreClient", StoreClient.from_pool(pool))  # closing the client closes the pool
 
 
 def _connect_sentinel(address: StoreAddress, settings: Settings) -> StoreClient:
@@ -157,7 +157,8 @@ def _connect_sentinel(address: StoreAddress, settings: Settings) -> StoreClient:
         connection_pool_class=OneMasterPool,
         ssl=address.is_tls,
         **_login(address),
-        # It has no pool that waits: ScriptRunner bounds the calls, the rest is for health.
+        # This pool cannot block when it is exhausted: ScriptRunner bounds the calls, the spare
+        # connections are for health checks.
         max_connections=settings.store_connections + _SPARE_CONNECTIONS,
     )
     watch_links(client.connection_pool)
