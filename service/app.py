@@ -228,11 +228,11 @@ def build_server(
     updates = Updates(contributions, publisher, model_cache=model_cache, scheduler=scheduler)
     recurrence = Recurrence(
         store.sessions,
-        model_cache,
-        session_cache,
-        tapes,
-        scheduler,
-        limits,
+        model_cache=model_cache,
+        session_cache=session_cache,
+        tapes=tapes,
+        scheduler=scheduler,
+        limits=limits,
         observer=observer,
     )
     stack.push_async_callback(_finish, recurrence, model_cache, settings.drain_s)

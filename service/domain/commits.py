@@ -1,7 +1,8 @@
-"""Sends chunks' commits to the store, many in a round trip.
+"""Commits chunks, many in one round trip to the store.
 
-What has queued while a round trip is under way goes with the next one; a lone commit goes at once. What
-different servers of a cluster decide goes apart: one that is silent holds up nobody else.
+Commits that are submitted while a round trip is under way are coalesced into the next one; a lone commit
+is sent at once. Each server of a cluster has a queue of its own, so that one that does not answer holds up
+nobody else.
 """
 
 from __future__ import annotations
@@ -18,78 +19,90 @@ if TYPE_CHECKING:
 
     from service.domain.ports import ChunkCommit, ChunkOutcome, SessionStore
 
-    Told = Callable[[ChunkOutcome | Exception], None]
+    OnDone = Callable[[ChunkOutcome | Exception], None]
+    Submitted = tuple[ChunkCommit, OnDone]
 
-ROUND_TRIPS = 2  # under way at once: the next is laid out while the store works on the one before
-BIG_BYTES = 1 << 18  # a commit of more goes by itself, so that small ones do not wait behind it
-TRIP_BYTES = (
-    1 << 22
-)  # carried by one round trip, about: it has to end within the store's time limit
+# Round trips to one server at once: one is encoded while the store works on the other.
+ROUND_TRIPS = 2
+# A larger commit is sent by itself, so that small ones do not wait behind it.
+BIG_BYTES = 1 << 18
+# About what one round trip carries: it has to end within the store's time limit.
+TRIP_BYTES = 1 << 22
 
 
 @dataclass(slots=True)
-class _Lane:
-    """The commits to one server."""
+class _ServerQueue:
+    """The commits that one server of the store decides about.
 
-    waiting: deque[tuple[ChunkCommit, Told]] = field(default_factory=deque)
-    under_way: int = 0
+    Attributes:
+        waiting: Those that were not sent yet, with their callbacks.
+        trips: The number of round trips under way.
+    """
+
+    waiting: deque[Submitted] = field(default_factory=deque)
+    trips: int = 0
 
 
 class Committer:
-    """One replica's commits."""
+    """Sends the commits of one replica."""
 
     def __init__(self, store: SessionStore) -> None:
         """Start idle."""
         self._store = store
-        self._lanes: defaultdict[object, _Lane] = defaultdict(_Lane)
+        self._queues: defaultdict[object, _ServerQueue] = defaultdict(_ServerQueue)
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def submit(self, commit: ChunkCommit, told: Told) -> None:
-        """Send a commit; `told` is called on the loop with what came of it."""
+    def submit(self, commit: ChunkCommit, on_done: OnDone) -> None:
+        """Send a commit, at once or with the next round trip.
+
+        Args:
+            commit: The commit.
+            on_done: Called on the event loop with the outcome or the error.
+        """
         if _size(commit) > BIG_BYTES:
-            self._spawn([(commit, told)])
+            self._spawn([(commit, on_done)])
             return
-        lane = self._lanes[self._store.node_of(commit.key)]
-        lane.waiting.append((commit, told))
-        if len(lane.waiting) == 1 and lane.under_way < ROUND_TRIPS:
-            asyncio.get_running_loop().call_soon(self._send_waiting, lane)
+        queue = self._queues[self._store.node_of(commit.key)]
+        queue.waiting.append((commit, on_done))
+        if len(queue.waiting) == 1 and queue.trips < ROUND_TRIPS:
+            asyncio.get_running_loop().call_soon(self._send_waiting, queue)
 
     async def drain(self) -> None:
-        """Wait until nothing is under way."""
+        """Wait until no round trip is under way."""
         while self._tasks:
             await asyncio.wait(self._tasks)
 
-    def _send_waiting(self, lane: _Lane) -> None:
-        while lane.waiting and lane.under_way < ROUND_TRIPS:
-            lane.under_way += 1
-            trip = self._spawn(_take_batch(lane))
-            trip.add_done_callback(lambda _task: self._landed(lane))
+    def _send_waiting(self, queue: _ServerQueue) -> None:
+        while queue.waiting and queue.trips < ROUND_TRIPS:
+            queue.trips += 1
+            trip = self._spawn(_take_batch(queue))
+            trip.add_done_callback(lambda _task: self._end_trip(queue))
 
-    def _landed(self, lane: _Lane) -> None:
-        lane.under_way -= 1
-        self._send_waiting(lane)
+    def _end_trip(self, queue: _ServerQueue) -> None:
+        queue.trips -= 1
+        self._send_waiting(queue)
 
-    def _spawn(self, batch: list[tuple[ChunkCommit, Told]]) -> asyncio.Task[None]:
+    def _spawn(self, batch: list[Submitted]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(self._send(batch))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _send(self, batch: list[tuple[ChunkCommit, Told]]) -> None:
+    async def _send(self, batch: list[Submitted]) -> None:
         try:
             outcomes = await self._store.commit_chunks([commit for commit, _ in batch])
         except Exception as error:  # noqa: BLE001 - it becomes each chunk's answer
             outcomes = [error] * len(batch)
-        except asyncio.CancelledError:  # whoever cancelled, nobody may wait for ever
+        except asyncio.CancelledError:  # nobody may wait for ever, whoever cancelled
             outcomes = [cancelled_midway()] * len(batch)
-        for (_, told), outcome in zip(batch, outcomes, strict=True):
-            told(outcome)
+        for (_, on_done), outcome in zip(batch, outcomes, strict=True):
+            on_done(outcome)
 
 
-def _take_batch(lane: _Lane) -> list[tuple[ChunkCommit, Told]]:
+def _take_batch(queue: _ServerQueue) -> list[Submitted]:
     batch, size = [], 0
-    while lane.waiting and size < TRIP_BYTES:
-        batch.append(lane.waiting.popleft())
+    while queue.waiting and size < TRIP_BYTES:
+        batch.append(queue.waiting.popleft())
         size += _size(batch[-1][0])
     return batch
 

@@ -1,12 +1,13 @@
 """Applies chunks: exactly once, in order, by whichever replica.
 
-The way of a chunk: find the state it continues (in hand, else read), compute, commit. The commit
-compares the token of the state that was computed from; when it does not match, the session is read
-again and the rules below decide from what is there. A chunk that had been applied before is computed
-again from the state before it with the weights it used the first time.
+A chunk takes three steps: find the state that it continues (cached, else read), compute, commit. The
+commit is a compare-and-swap: it compares the token of the state that was computed from. If the session
+has another by now, it is read again, and the rules below decide from what was read. A chunk that was
+applied before is replayed: computed again from the state before it, with the weights of the first time.
 
-One session's chunks run one after another in the order they were submitted. Nobody's cancellation
-reaches a chunk once it runs: a commit that was begun is carried to its end.
+The chunks of one session run one after another in the order in which they were submitted: each session
+that is busy has a first-in-first-out queue. A caller's cancellation does not reach a chunk that runs, so
+a commit that was begun is carried to its end.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ if TYPE_CHECKING:
     from service.settings import Limits
     from service.telemetry import Observer
 
-    Told = Callable[[ForwardResult | Exception], None]
+    OnDone = Callable[[ForwardResult | Exception], None]
 
 MAX_TRIES = 5
 _RESPONSE_OVERHEAD = 1024  # bytes of an answer beside its tensors, at most
@@ -82,12 +83,25 @@ _BIG_CHUNK_BYTES = 1 << 20  # hashed in a thread
 
 
 @dataclass(slots=True, eq=False)
-class _Call:
-    """A chunk on its way."""
+class _PendingChunk:
+    """A chunk from its arrival until its answer.
+
+    Attributes:
+        key: Its session.
+        op: What was asked for.
+        on_done: Called once with the answer; None afterwards.
+        digest: The digest of its content.
+        base: The state that it is computed from.
+        version: The weights that it is computed with.
+        token: The state token after it.
+        tape: What was computed.
+        h: The state after it, (N, H).
+        tries: How often the session was read again because its commit failed.
+    """
 
     key: SessionKey
     op: Forward
-    told: Told | None  # None once it was
+    on_done: OnDone | None
     digest: bytes = b""
     base: CachedSession | None = None
     version: Version | None = None
@@ -103,12 +117,12 @@ class Recurrence:
     def __init__(
         self,
         store: SessionStore,
+        *,
         model_cache: ModelCache,
         session_cache: SessionCache,
         tapes: TapeCache,
         scheduler: Scheduler,
         limits: Limits,
-        *,
         observer: Observer = NULL_OBSERVER,
     ) -> None:
         """Keep the parts that a chunk passes through."""
@@ -120,7 +134,9 @@ class Recurrence:
         self._limits = limits
         self._observer = observer
         self._committer = Committer(store)
-        self._lanes: dict[SessionKey, deque[_Call] | None] = {}  # in work; behind it, what waits
+        # Of each session with a chunk that runs: the chunks that wait behind it, first in first out.
+        # None while none waits, which is most of the time and then needs no deque.
+        self._queues: dict[SessionKey, deque[_PendingChunk] | None] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._idle = asyncio.Event()
 
@@ -131,31 +147,37 @@ class Recurrence:
             DomainError: As the table of errors says.
         """
         answer: asyncio.Future[ForwardResult] = asyncio.get_running_loop().create_future()
-        self.begin_forward(tenant, op, teller_of(answer))
+        self.begin_forward(tenant, op, callback_of(answer))
         return await answer
 
-    def begin_forward(self, tenant: str, op: Forward, told: Told) -> None:
-        """Begin to apply a chunk, in the order of its session; `told` is called with what came of it."""
-        call = _Call(SessionKey(tenant, op.session_id), op, told)
+    def begin_forward(self, tenant: str, op: Forward, on_done: OnDone) -> None:
+        """Queue a chunk behind those of its session that were submitted before.
+
+        Args:
+            tenant: The caller's tenant.
+            op: The chunk.
+            on_done: Called on the event loop, once, with the result or the error.
+        """
+        pending = _PendingChunk(SessionKey(tenant, op.session_id), op, on_done)
         if not op.session_id:
-            self._spawn(call, self._run_stateless(call))
+            self._spawn(pending, self._run_stateless(pending))
             return
-        lanes = self._lanes
-        if call.key not in lanes:
-            lanes[call.key] = None
-            self._start(call)
+        queues = self._queues
+        if pending.key not in queues:
+            queues[pending.key] = None
+            self._start(pending)
             return
-        lane = lanes[call.key]
-        if lane is None:
-            lanes[call.key] = deque((call,))
+        queue = queues[pending.key]
+        if queue is None:
+            queues[pending.key] = deque((pending,))
         else:
-            lane.append(call)
+            queue.append(pending)
 
     def sizes(self, key: SessionKey, model_id: str) -> tuple[int, int]:
-        """Return D and H of what a request would run; the limits where that is not in hand."""
-        live = self._session_cache.get(key) if key.session_id else None
+        """Return D and H of the model that a request would run; their limits if it is not cached."""
+        cached = self._session_cache.get(key) if key.session_id else None
         spec = self._model_cache.spec(
-            ModelKey(key.tenant, model_id) if live is None else live.model_key
+            ModelKey(key.tenant, model_id) if cached is None else cached.model_key
         )
         if spec is None:
             return self._limits.input_size, self._limits.hidden_size
@@ -163,72 +185,77 @@ class Recurrence:
 
     async def drain(self) -> None:
         """Wait until every chunk submitted has its answer."""
-        while self._lanes or self._tasks:
+        while self._queues or self._tasks:
             self._idle.clear()
             await self._idle.wait()
         await self._committer.drain()
 
     # --- the way of a chunk -------------------------------------------------------------------
 
-    def _start(self, call: _Call) -> None:
-        """Compute at once when all that is needed is in hand; else fetch what is missing first."""
-        live = self._session_cache.get(call.key)
-        if live is None or not _is_next(call.op, live):
-            self._spawn(call, self._fetch(call))
+    def _start(self, pending: _PendingChunk) -> None:
+        """Compute at once if all that is needed is cached; else read what is missing first."""
+        cached = self._session_cache.get(pending.key)
+        if cached is None or not _is_next(pending.op, cached):
+            self._spawn(pending, self._fetch(pending))
             return
-        model = self._model_cache.get_cached(live.model_key)
+        model = self._model_cache.get_cached(cached.model_key)
         if model is not None:
-            self._start_from(call, live, model)
+            self._start_from(pending, cached, model)
             return
-        # A busy replica has many chunks waiting for one read: a callback each, not a task.
-        reading = self._model_cache.start_reading(live.model_key)
-        reading.add_done_callback(lambda done: self._start_from(call, live, _result_of(done)))
+        # On a busy replica many chunks wait for one read: a callback for each is cheaper than a task.
+        reading = self._model_cache.start_reading(cached.model_key)
+        reading.add_done_callback(lambda done: self._start_from(pending, cached, _result_of(done)))
 
-    def _start_from(self, call: _Call, live: CachedSession, model: KnownModel | None) -> None:
+    def _start_from(
+        self, pending: _PendingChunk, cached: CachedSession, model: KnownModel | None
+    ) -> None:
         try:
-            is_started = model is not None and self._start_in_hand(call, live, model)
+            is_started = model is not None and self._start_cached(pending, cached, model)
         except Exception as error:  # noqa: BLE001 - it becomes the answer
-            # Not here: the next chunk of the lane may fail as well, and so on, each a call deeper.
-            asyncio.get_running_loop().call_soon(self._end, call, error)
+            # Not called from here: the next chunk of the queue may fail as well, and so on, each a
+            # call deeper.
+            asyncio.get_running_loop().call_soon(self._end, pending, error)
             return
         if not is_started:
-            self._spawn(call, self._continue(call, live))
+            self._spawn(pending, self._continue(pending, cached))
 
-    def _start_in_hand(self, call: _Call, live: CachedSession, model: KnownModel) -> bool:
-        op = call.op
-        if model.incarnation != live.incarnation or op.pinned is not None:
+    def _start_cached(
+        self, pending: _PendingChunk, cached: CachedSession, model: KnownModel
+    ) -> bool:
+        op = pending.op
+        if model.incarnation != cached.incarnation or op.pinned is not None:
             return False
         params = self._model_cache.cached_params(model.incarnation, model.head)
         if params is None or op.xs.nbytes > _BIG_CHUNK_BYTES:
             return False
         if op.minimum is not None and not is_at_least(model.head, op.minimum):
             return False
-        self._check_chunk(op, model.spec, live.h.shape[0])
-        call.digest = chunk_digest(op.xs, train=op.train)
-        self._compute(call, live, model.head, params)
+        self._check_chunk(op, model.spec, cached.h.shape[0])
+        pending.digest = chunk_digest(op.xs, train=op.train)
+        self._compute(pending, cached, (model.head, params))
         return True
 
-    async def _continue(self, call: _Call, live: CachedSession) -> None:
-        """Continue a state in hand with weights that are not, or hash a big chunk in a thread."""
-        op = call.op
+    async def _continue(self, pending: _PendingChunk, cached: CachedSession) -> None:
+        """Continue a cached state with weights that are not cached, or hash a big chunk in a thread."""
+        op = pending.op
         try:
-            model = await self._model_cache.get_incarnation(live.model_key, live.incarnation)
-            version, params = await self._choose_weights(op, model)
+            model = await self._model_cache.get_incarnation(cached.model_key, cached.incarnation)
+            weights = await self._choose_weights(op, model)
         except (NotFound, FailedPrecondition):
-            # The state in hand may be old: whether the session still is there, and whether this chunk
-            # was applied by another replica, comes before what became of the weights.
-            await self._fetch(call)
+            # The cached state may be old. Whether the session still exists, and whether another replica
+            # has applied this chunk, is decided before what became of the weights.
+            await self._fetch(pending)
             return
-        self._check_chunk(op, model.spec, live.h.shape[0])
-        call.digest = await self._scheduler.run(hash_work(op.xs.nbytes), _digest, op)
-        self._compute(call, live, version, params)
+        self._check_chunk(op, model.spec, cached.h.shape[0])
+        pending.digest = await self._scheduler.run(hash_work(op.xs.nbytes), _digest, op)
+        self._compute(pending, cached, weights)
 
-    async def _fetch(self, call: _Call) -> None:
+    async def _fetch(self, pending: _PendingChunk) -> None:
         """Read the session and decide: continue, replay, or refuse."""
-        op, key = call.op, call.key
+        op, key = pending.op, pending.key
         snapshot = await self._store.read_session(key, op.chunk_seq)
         if isinstance(snapshot, AbsentSession):
-            self._session_cache.drop(call.key)
+            self._session_cache.drop(pending.key)
             raise session_absent(key.session_id, snapshot)
         check_epoch(op.epoch, snapshot.head.epoch, snapshot.head.chunk_seq)
         model = await self._model_cache.get_incarnation(
@@ -237,18 +264,21 @@ class Recurrence:
         if op.model_id and op.model_id != model.spec.model_id:
             raise bad_field("model_id", f"the session runs {quoted(model.spec.model_id)}")
         self._check_chunk(op, model.spec, snapshot.head.batch_size)
-        call.digest = await self._scheduler.run(hash_work(op.xs.nbytes), _digest, op)
-        live = cached_from_snapshot(key.tenant, snapshot)
-        self._session_cache.put(call.key, live)
-        if op.chunk_seq <= live.chunk_seq:
-            await self._replay(call, snapshot, live, model)
+        pending.digest = await self._scheduler.run(hash_work(op.xs.nbytes), _digest, op)
+        cached = cached_from_snapshot(key.tenant, snapshot)
+        self._session_cache.put(pending.key, cached)
+        if op.chunk_seq <= cached.chunk_seq:
+            result = await self._replay(pending, snapshot, model)
+            await self._extend(key, cached)
+            self._observer.chunk_replayed()
+            self._end(pending, result)
             return
-        if op.chunk_seq > live.chunk_seq + 1:
-            raise seq_gap(live.chunk_seq, live.epoch)
-        if op.previous_token not in (b"", live.token):
+        if op.chunk_seq > cached.chunk_seq + 1:
+            raise seq_gap(cached.chunk_seq, cached.epoch)
+        if op.previous_token not in (b"", cached.token):
             raise history_forked(op.chunk_seq - 1)
-        version, params = await self._choose_weights(op, model)
-        self._compute(call, live, version, params)
+        weights = await self._choose_weights(op, model)
+        self._compute(pending, cached, weights)
 
     async def _choose_weights(self, op: Forward, model: KnownModel) -> tuple[Version, Params]:
         if op.pinned is not None:
@@ -257,118 +287,127 @@ class Recurrence:
             model = await self._model_cache.head_at_least(model, op.minimum)
         try:
             return await self._model_cache.params(model, model.head)
-        except (
-            NotFound,
-            FailedPrecondition,
-        ):  # the head went on, or came back otherwise, meanwhile
+        except (NotFound, FailedPrecondition):
+            # The head was superseded meanwhile, or the store lost it and it was made anew.
             model = await self._model_cache.renew(model)
             if op.minimum is not None:
                 model = await self._model_cache.head_at_least(model, op.minimum)
             return await self._model_cache.params(model, model.head)
 
-    def _compute(self, call: _Call, base: CachedSession, version: Version, params: Params) -> None:
-        call.base, call.version = base, version
-        call.token = next_token(base.token, call.digest, version)
+    def _compute(
+        self, pending: _PendingChunk, base: CachedSession, weights: tuple[Version, Params]
+    ) -> None:
+        pending.base, (pending.version, params) = base, weights
+        pending.token = next_token(base.token, pending.digest, pending.version)
         self._scheduler.submit(
-            Chunk(params, call.op.xs, base.h, call.op.train, lambda done: self._commit(call, done))
+            Chunk(
+                params,
+                pending.op.xs,
+                base.h,
+                pending.op.train,
+                lambda done: self._commit(pending, done),
+            )
         )
 
-    def _commit(self, call: _Call, done: Chunk) -> None:
-        if done.tape is None or call.base is None or call.version is None:
-            self._end(call, done.error or RuntimeError("a chunk was not computed"))
+    def _commit(self, pending: _PendingChunk, done: Chunk) -> None:
+        if done.tape is None or pending.base is None or pending.version is None:
+            self._end(pending, done.error or RuntimeError("a chunk was not computed"))
             return
-        call.tape = done.tape
-        call.h = done.tape.hs[:, -1].copy()  # a view would keep all of hs while h is in hand
+        pending.tape = done.tape
+        pending.h = done.tape.hs[:, -1].copy()  # a view would keep all of hs while h is cached
         try:
-            check_state(call.h)
+            check_state(pending.h)
         except FailedPrecondition as error:
-            self._end(call, error)
+            self._end(pending, error)
             return
-        op, key = call.op, call.key
-        state = StoredState(op.chunk_seq, call.digest, call.token, call.version, call.h.tobytes())
+        op, key = pending.op, pending.key
+        state = StoredState(
+            op.chunk_seq, pending.digest, pending.token, pending.version, pending.h.tobytes()
+        )
         commit = ChunkCommit(
             key,
             op.epoch,
-            call.base.token,
+            pending.base.token,
             state,
             min(op.acknowledged_seq, op.chunk_seq - 1),
-            tape_to_bytes(call.version, done.tape.xs, done.tape.h0) if op.train else None,
+            tape_to_bytes(pending.version, done.tape.xs, done.tape.h0) if op.train else None,
         )
-        self._committer.submit(commit, lambda outcome: self._committed(call, outcome))
+        self._committer.submit(commit, lambda outcome: self._committed(pending, outcome))
 
-    def _committed(self, call: _Call, outcome: ChunkOutcome | Exception) -> None:
+    def _committed(self, pending: _PendingChunk, outcome: ChunkOutcome | Exception) -> None:
         if outcome is ChunkOutcome.OK or outcome is ChunkOutcome.TOUCH:
-            self._applied(call, is_touch_due=outcome is ChunkOutcome.TOUCH)
+            self._applied(pending, is_touch_due=outcome is ChunkOutcome.TOUCH)
             return
-        self._session_cache.drop(call.key)
+        self._session_cache.drop(pending.key)
         if outcome is ChunkOutcome.QUOTA:
-            self._end(call, tape_quota(self._limits.tapes_per_session))
+            self._end(pending, tape_quota(self._limits.tapes_per_session))
         elif isinstance(outcome, Exception):
-            self._end(call, outcome)
-        elif call.tries < MAX_TRIES:
-            call.tries += 1
-            self._spawn(call, self._fetch(call))
+            self._end(pending, outcome)
+        elif pending.tries < MAX_TRIES:
+            pending.tries += 1
+            self._spawn(pending, self._fetch(pending))
         else:
-            self._end(call, contended())
+            self._end(pending, contended())
 
-    def _applied(self, call: _Call, *, is_touch_due: bool) -> None:
-        base, op = call.base, call.op
-        assert base is not None and call.h is not None and call.tape is not None  # noqa: S101, PT018
-        assert call.version is not None  # noqa: S101
-        base.advance(op.chunk_seq, call.token, call.h)
+    def _applied(self, pending: _PendingChunk, *, is_touch_due: bool) -> None:
+        base, op = pending.base, pending.op
+        assert base is not None and pending.h is not None and pending.tape is not None  # noqa: S101, PT018
+        assert pending.version is not None  # noqa: S101
+        base.advance(op.chunk_seq, pending.token, pending.h)
         tape_bytes = 0
         if op.train:
-            xs, h0, hs = call.tape.xs, call.tape.h0, call.tape.hs
-            self._tapes.put(call.token, StoredTape(call.version, xs, h0, hs, base.incarnation))
+            xs, h0, hs = pending.tape.xs, pending.tape.h0, pending.tape.hs
+            self._tapes.put(
+                pending.token, StoredTape(pending.version, xs, h0, hs, base.incarnation)
+            )
             tape_bytes = xs.nbytes + h0.nbytes
         self._observer.chunk_applied(tape_bytes=tape_bytes)
         if is_touch_due or not base.is_listed:
-            self._touch(call.key, base)
-        result = self._result(op, call.tape.hs, call.h, call.version, call.token, replayed=False)
-        self._end(call, result)
+            self._touch(pending.key, base)
+        result = self._result(
+            op,
+            pending.tape.hs,
+            pending.h,
+            version=pending.version,
+            token=pending.token,
+            replayed=False,
+        )
+        self._end(pending, result)
 
     # --- a chunk that was applied before ----------------------------------------------------------
 
     async def _replay(
-        self, call: _Call, snapshot: SessionSnapshot, live: CachedSession, model: KnownModel
-    ) -> None:
-        """Answer again: h as committed, hs computed again from the state before."""
-        op, at, before = call.op, snapshot.at, snapshot.before
-        if at is None:
-            raise replay_window_passed(op.chunk_seq, snapshot.last.chunk_seq)
-        if at.digest != call.digest:
-            raise seq_reused(op.chunk_seq)
-        if op.previous_token and next_token(op.previous_token, at.digest, at.version) != at.token:
-            raise history_forked(op.chunk_seq - 1)
-        if op.pinned is not None and not op.pinned.names(at.version):
-            raise history_forked(op.chunk_seq)
+        self, pending: _PendingChunk, snapshot: SessionSnapshot, model: KnownModel
+    ) -> ForwardResult:
+        """Return the answer again: h as it was committed, hs computed again from the state before."""
+        op = pending.op
+        at = _applied_state(pending, snapshot)
         h = state_from_bytes(at.h, snapshot.head.dtype, snapshot.head.batch_size)
-        hs: Array | None = None
+        hs = h[:, None]
         if op.return_hs is ReturnHs.ALL:
-            if before is None:
-                raise replay_window_passed(op.chunk_seq, snapshot.last.chunk_seq)
-            h0 = state_from_bytes(before.h, snapshot.head.dtype, snapshot.head.batch_size)
-            try:
-                hs = await self._recompute(op, model, at.version, h0)
-            except UnsupportedLayout:
-                raise
-            except (NotFound, FailedPrecondition) as error:
-                raise replay_window_passed(op.chunk_seq, snapshot.last.chunk_seq) from error
-            if not is_finite(
-                hs[:, -1]
-            ):  # sums of another batch's shape may overflow where its did not
-                raise replay_window_passed(op.chunk_seq, snapshot.last.chunk_seq)
+            hs = await self._recompute(op, snapshot, model)
             hs[:, -1] = h
-        await self._extend(call.key, live)
-        shown = h[:, None] if hs is None else hs
-        self._observer.chunk_replayed()
-        self._end(call, self._result(op, shown, h, at.version, at.token, replayed=True))
+        return self._result(op, hs, h, version=at.version, token=at.token, replayed=True)
 
-    async def _recompute(
-        self, op: Forward, model: KnownModel, version: Version, h0: Array
-    ) -> Array:
-        _, params = await self._model_cache.params(model, version)
-        return np.array((await self._run_alone(params, op.xs, h0)).hs)
+    async def _recompute(self, op: Forward, snapshot: SessionSnapshot, model: KnownModel) -> Array:
+        """Compute the hidden states of an applied chunk again, (N, T, H)."""
+        too_late = replay_window_passed(op.chunk_seq, snapshot.last.chunk_seq)
+        at, before = snapshot.at, snapshot.before
+        if at is None or before is None:
+            raise too_late
+        h0 = state_from_bytes(before.h, snapshot.head.dtype, snapshot.head.batch_size)
+        try:
+            _, params = await self._model_cache.params(model, at.version)
+            hs = np.array((await self._run_alone(params, op.xs, h0)).hs)
+        except UnsupportedLayout:
+            raise
+        except (NotFound, FailedPrecondition) as error:
+            raise too_late from error
+        # Computed alone the products are summed in another order than in the batch of the first time,
+        # and may overflow where they did not.
+        if not is_finite(hs[:, -1]):
+            raise too_late
+        return hs
 
     async def _run_alone(self, params: Params, xs: Array, h0: Array) -> Tape:
         computed: asyncio.Future[Chunk] = asyncio.get_running_loop().create_future()
@@ -378,17 +417,17 @@ class Recurrence:
             raise done.error or RuntimeError("a chunk was not computed")
         return done.tape
 
-    async def _extend(self, key: SessionKey, live: CachedSession) -> None:
+    async def _extend(self, key: SessionKey, cached: CachedSession) -> None:
         # A replay is answered also where the store takes no writes at all.
         with suppress(*STORE_FAILURES):
-            if await self._store.extend_session(key, live.epoch) is ChunkOutcome.TOUCH:
-                self._touch(key, live)
+            if await self._store.extend_session(key, cached.epoch) is ChunkOutcome.TOUCH:
+                self._touch(key, cached)
 
     # --- without a session --------------------------------------------------------------------------
 
-    async def _run_stateless(self, call: _Call) -> None:
-        op = call.op
-        model = await self._model_cache.get(ModelKey(call.key.tenant, op.model_id))
+    async def _run_stateless(self, pending: _PendingChunk) -> None:
+        op = pending.op
+        model = await self._model_cache.get(ModelKey(pending.key.tenant, op.model_id))
         n, h = op.xs.shape[0], model.spec.hidden_size
         self._check_chunk(op, model.spec, n)
         h0 = np.zeros((n, h), model.spec.dtype) if op.h0 is None else op.h0
@@ -397,12 +436,21 @@ class Recurrence:
         tape = await self._run_alone(params, op.xs, h0)
         last = np.ascontiguousarray(tape.hs[:, -1])
         check_state(last)
-        self._end(call, self._result(op, tape.hs, last, version, b"", replayed=False))
+        self._end(
+            pending, self._result(op, tape.hs, last, version=version, token=b"", replayed=False)
+        )
 
     # --- common -------------------------------------------------------------------------------------
 
     def _result(
-        self, op: Forward, hs: Array, h: Array, version: Version, token: bytes, *, replayed: bool
+        self,
+        op: Forward,
+        hs: Array,
+        h: Array,
+        *,
+        version: Version,
+        token: bytes,
+        replayed: bool,
     ) -> ForwardResult:
         shown = hs if op.return_hs is ReturnHs.ALL else None
         if op.return_hs is ReturnHs.LAST:
@@ -427,27 +475,27 @@ class Recurrence:
         if size > self._limits.message_bytes:
             raise answer_too_large(size, self._limits.message_bytes)
 
-    def _touch(self, key: SessionKey, live: CachedSession) -> None:
+    def _touch(self, key: SessionKey, cached: CachedSession) -> None:
         async def touch() -> None:
             try:
-                await self._store.touch_session(key, live.ttl_ms)
+                await self._store.touch_session(key, cached.ttl_ms)
             except STORE_FAILURES:
-                live.is_listed = False  # the next chunk tries again
+                cached.is_listed = False  # the next chunk tries again
             else:
-                live.is_listed = True
+                cached.is_listed = True
 
         task = asyncio.get_running_loop().create_task(touch())
         self._tasks.add(task)
         task.add_done_callback(self._forget)
 
-    def _spawn(self, call: _Call, steps: Coroutine[None, None, None]) -> None:
+    def _spawn(self, pending: _PendingChunk, steps: Coroutine[None, None, None]) -> None:
         async def run() -> None:
             try:
                 await steps
             except Exception as error:  # noqa: BLE001 - it becomes the answer
-                self._end(call, error)
+                self._end(pending, error)
             except asyncio.CancelledError:  # whoever cancelled, the session must not stay blocked
-                self._end(call, cancelled_midway())
+                self._end(pending, cancelled_midway())
                 raise
 
         task = asyncio.get_running_loop().create_task(run())
@@ -458,30 +506,30 @@ class Recurrence:
         self._tasks.discard(task)
         self._idle.set()
 
-    def _end(self, call: _Call, outcome: ForwardResult | Exception) -> None:
+    def _end(self, pending: _PendingChunk, outcome: ForwardResult | Exception) -> None:
         """Give the answer, once, and let the session's next chunk start."""
-        told, call.told = call.told, None
-        if told is not None:
+        on_done, pending.on_done = pending.on_done, None
+        if on_done is not None:
             try:
-                told(outcome)
+                on_done(outcome)
             except Exception as error:  # noqa: BLE001 - the session and its batch must go on
-                context = {"message": "an answer could not be told", "exception": error}
+                context = {"message": "the callback of a chunk failed", "exception": error}
                 asyncio.get_running_loop().call_exception_handler(context)
-        lanes = self._lanes
-        if call.key not in lanes:
+        queues = self._queues
+        if pending.key not in queues:
             return
-        lane = lanes[call.key]
-        if lane:
-            self._start(lane.popleft())
+        queue = queues[pending.key]
+        if queue:
+            self._start(queue.popleft())
         else:
-            del lanes[call.key]
+            del queues[pending.key]
             self._idle.set()
 
 
-def teller_of(answer: asyncio.Future[ForwardResult]) -> Told:
-    """Return what settles a future with a chunk's outcome, unless nobody waits any more."""
+def callback_of(answer: asyncio.Future[ForwardResult]) -> OnDone:
+    """Return a callback that sets a future's result or exception, unless it was cancelled."""
 
-    def told(outcome: ForwardResult | Exception) -> None:
+    def on_done(outcome: ForwardResult | Exception) -> None:
         if answer.done():
             return
         if isinstance(outcome, Exception):
@@ -489,20 +537,34 @@ def teller_of(answer: asyncio.Future[ForwardResult]) -> Told:
         else:
             answer.set_result(outcome)
 
-    return told
+    return on_done
 
 
 def _result_of(reading: asyncio.Task[KnownModel]) -> KnownModel | None:
-    """Return what was read; None when it failed: then it is tried again where errors are told."""
+    """Return what was read; None if it failed: then it is read again where errors become answers."""
     return None if reading.cancelled() or reading.exception() else reading.result()
 
 
-def _is_next(op: Forward, live: CachedSession) -> bool:
-    """Tell whether a chunk continues a state in hand."""
+def _applied_state(pending: _PendingChunk, snapshot: SessionSnapshot) -> StoredState:
+    """Return the state after a chunk that was applied before, if it was this very chunk."""
+    op, at = pending.op, snapshot.at
+    if at is None:
+        raise replay_window_passed(op.chunk_seq, snapshot.last.chunk_seq)
+    if at.digest != pending.digest:
+        raise seq_reused(op.chunk_seq)
+    if op.previous_token and next_token(op.previous_token, at.digest, at.version) != at.token:
+        raise history_forked(op.chunk_seq - 1)
+    if op.pinned is not None and not op.pinned.names(at.version):
+        raise history_forked(op.chunk_seq)
+    return at
+
+
+def _is_next(op: Forward, cached: CachedSession) -> bool:
+    """Return whether a chunk continues a cached state."""
     return (
-        live.epoch == op.epoch
-        and live.chunk_seq + 1 == op.chunk_seq
-        and op.previous_token in (b"", live.token)
+        cached.epoch == op.epoch
+        and cached.chunk_seq + 1 == op.chunk_seq
+        and op.previous_token in (b"", cached.token)
     )
 
 

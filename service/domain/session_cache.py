@@ -1,7 +1,7 @@
-"""The sessions that this replica has in hand: the state after the last chunk that it saw.
+"""A cache of sessions: the state after the last chunk that this replica applied or read.
 
-Only a hint: the commit compares the token of the state that was computed from, so a state that is not
-the session's any more costs a second try, never a wrong answer.
+An entry may be out of date. The commit compares the token of the state that was computed from, so an old
+state costs a second try, never a wrong answer.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class CachedSession:
     """A session's numbers and its state h (N, H); the array itself is never written to.
 
     Attributes:
-        is_listed: False if the tenant's list could not be told lately that it lives on.
+        is_listed: False if the last write of its new expiry to the tenant's list failed.
     """
 
     model_key: ModelKey
@@ -39,12 +39,12 @@ class CachedSession:
     is_listed: bool = True
 
     def advance(self, chunk_seq: int, token: bytes, h: Array) -> None:
-        """Move on by a chunk computed from here; who holds another state does not see it."""
+        """Move on by one chunk; arrays that were handed out before keep their values."""
         self.chunk_seq, self.token, self.h = chunk_seq, token, h
 
 
 class SessionCache(LruCache[SessionKey, CachedSession]):
-    """The sessions used last, by tenant and session_id, up to a number of bytes."""
+    """The sessions used last, bounded in bytes."""
 
     def __init__(self, limit_bytes: int) -> None:
         """Start empty."""
@@ -52,7 +52,7 @@ class SessionCache(LruCache[SessionKey, CachedSession]):
 
 
 def cached_from_snapshot(tenant: str, snapshot: SessionSnapshot) -> CachedSession:
-    """Make a session in hand from what the store holds."""
+    """Return the cache entry for a session as the store has it."""
     head, last = snapshot.head, snapshot.last
     return CachedSession(
         ModelKey(tenant, head.model_id),

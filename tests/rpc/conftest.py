@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]  # has no stubs
 
-from service.domain.recurrence import teller_of
+from service.domain.recurrence import callback_of
 from service.domain.types import (
     BackwardResult,
     DiscardResult,
@@ -112,7 +112,7 @@ class StandIn:
     async def forward(self, tenant: str, forward: Forward) -> ForwardResult:
         """Apply one chunk."""
         answer: asyncio.Future[ForwardResult] = asyncio.get_running_loop().create_future()
-        self.begin_forward(tenant, forward, teller_of(answer))
+        self.begin_forward(tenant, forward, callback_of(answer))
         return await answer
 
     async def backward(self, tenant: str, backward: Any) -> BackwardResult:

@@ -124,7 +124,15 @@ async def start_replica(
         live,
         tapes,
         scheduler,
-        Recurrence(store.sessions, catalog, live, tapes, scheduler, limits, observer=observer),
+        Recurrence(
+            store.sessions,
+            model_cache=catalog,
+            session_cache=live,
+            tapes=tapes,
+            scheduler=scheduler,
+            limits=limits,
+            observer=observer,
+        ),
         Sessions(store.sessions, catalog, live, limits),
         Models(store.models, catalog, heads, scheduler, limits),
         Backpropagation(
