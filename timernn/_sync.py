@@ -125,7 +125,7 @@ class _Stream:
         self._requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
         calls: list[Any] = []
         requests = _sent(self._requests, calls, _at_end_of(self, self._requests))
-        self._call = link.method("stream_stream", rpc)(requests, timeout=timeout_s)
+        self._call = link.begin(rpc, requests, timeout_s)
         calls.append(self._call)
 
     def write(self, message: Any) -> None:
@@ -290,14 +290,14 @@ def _read(link: Link, effect: Read) -> Any:
 def _call(link: Link, effect: Effect) -> Any:
     match effect:
         case RpcCall(rpc, request, _, timeout_s):
-            answer = link.method("unary_unary", rpc)(rpc.serialize(request), timeout=timeout_s)
+            answer = link.begin(rpc, rpc.serialize(request), timeout_s)
             answered: Any = rpc.read(answer)
         case Download(rpc, request, _, timeout_s):
-            call = link.method("unary_stream", rpc)(rpc.serialize(request), timeout=timeout_s)
+            call = link.begin(rpc, rpc.serialize(request), timeout_s)
             answered = [rpc.read(message) for message in call]
         case Upload(rpc, requests, _, timeout_s):
-            start = link.method("stream_unary", rpc)
-            answered = rpc.read(start(map(rpc.serialize, requests), timeout=timeout_s))
+            messages = map(rpc.serialize, requests)
+            answered = rpc.read(link.begin(rpc, messages, timeout_s))
         case OpenStream(rpc, _, timeout_s):
             return _Stream(link, rpc, timeout_s)
         case _:

@@ -111,7 +111,7 @@ class _Stream:
 
     def __init__(self, link: Link, rpc: Rpc[Any, Any], timeout_s: float) -> None:
         self.link, self.rpc = link, rpc
-        self._call = link.method("stream_stream", rpc)(timeout=timeout_s)
+        self._call = link.begin(rpc, None, timeout_s)
         self._has_begun = False
 
     async def write(self, message: Any) -> None:
@@ -219,7 +219,7 @@ async def _over(link: Link, effect: Effect) -> Any:
     """Carry out an effect over a channel."""
     match effect:
         case RpcCall(rpc, request, _, timeout_s):
-            call = link.method("unary_unary", rpc)(rpc.serialize(request), timeout=timeout_s)
+            call = link.begin(rpc, rpc.serialize(request), timeout_s)
             answered: Any = rpc.read(await call)
         case Write(stream, message):
             return await stream.write(message)  # type: ignore[attr-defined]
@@ -227,11 +227,11 @@ async def _over(link: Link, effect: Effect) -> Any:
             message = await stream.read()  # type: ignore[attr-defined]
             answered = None if message is None else stream.rpc.read(message)  # type: ignore[attr-defined]
         case Download(rpc, request, _, timeout_s):
-            call = link.method("unary_stream", rpc)(rpc.serialize(request), timeout=timeout_s)
+            call = link.begin(rpc, rpc.serialize(request), timeout_s)
             answered = [rpc.read(message) async for message in call]
         case Upload(rpc, requests, _, timeout_s):
-            start = link.method("stream_unary", rpc)
-            answered = rpc.read(await start(map(rpc.serialize, requests), timeout=timeout_s))
+            messages = map(rpc.serialize, requests)
+            answered = rpc.read(await link.begin(rpc, messages, timeout_s))
         case OpenStream(rpc, _, timeout_s):
             return _Stream(link, rpc, timeout_s)
         case _:
@@ -550,7 +550,7 @@ class Session(SessionView):
         """
         source = _AsyncSource(chunks) if isinstance(chunks, AsyncIterable) else _Source(chunks)
         core = StreamCore(self._core, source, in_flight=in_flight, return_hs=return_hs, train=train)
-        return _Answers(self._transport, self._lock, core, source)
+        return _Answers(self._transport, self._lock, core=core, source=source)
 
     def __getattr__(self, name: str) -> Any:
         """Name what was forgotten, where `_core` is not there yet."""
@@ -639,7 +639,7 @@ class _Answers(AsyncIterator["Array"]):
     """
 
     def __init__(
-        self, transport: _Transport, lock: asyncio.Lock, core: StreamCore, source: Any
+        self, transport: _Transport, lock: asyncio.Lock, *, core: StreamCore, source: Any
     ) -> None:
         self._transport, self._lock, self._core, self._source = transport, lock, core, source
         self._is_open = self._is_over = False

@@ -175,8 +175,8 @@ class ModelInfo:
         dtype: Element type of weights, states and chunks.
         optimizer: What Update applies, defaults filled in.
         head: The version that Forward uses.
-        incarnation: Names this life of the model; created again under its name it has another.
-        create_time: When this life began, UTC.
+        incarnation: Distinguishes it from an earlier model of the same name, which was deleted.
+        create_time: When it was created, UTC.
         waiting_contribution_count: Contributions that wait for an Update.
         waiting_contribution_bytes: Their size.
     """

@@ -109,16 +109,24 @@ class Link:
         self.answered = 0.0
         self._methods: dict[str, Any] = {}
 
-    def method(self, kind: str, rpc: Rpc[Any, Any]) -> Any:
-        """Return a method of the channel that takes and gives bytes.
+    def begin(self, rpc: Rpc[Any, Any], request: Any, timeout_s: float) -> Any:
+        """Begin a call: every one of the client, so what goes along with each is said here.
 
-        Messages are written and read outside gRPC: what is raised inside a reader of its own it would
-        log and drop.
+        Messages are bytes, written and read outside gRPC: what is raised inside a reader of its own it
+        would log and drop.
+
+        Args:
+            rpc: The method.
+            request: The request, or an iterator of several; None where they are written later.
+            timeout_s: When gRPC is to end it.
+
+        Returns:
+            What gRPC returns: of a blocking unary call the answer, else the call.
         """
         method = self._methods.get(rpc.path)
         if method is None:
-            method = self._methods[rpc.path] = getattr(self.channel, kind)(rpc.path)
-        return method
+            method = self._methods[rpc.path] = getattr(self.channel, rpc.kind)(rpc.path)
+        return method(request, timeout=timeout_s)
 
 
 class Links:
@@ -171,16 +179,19 @@ class Links:
         link = self._links.get(address)
         if link is None:
             self.check()
-            target = self._targets[address]
-            arguments = channel_options(
-                self._options.max_message_bytes,
-                target,
-                self._options.proxy,
-                is_renewed=address in self._left,
-            )
-            made = Link(address, self._make(target.text, arguments))
-            link = self._links.setdefault(address, made)
+            link = self._links.setdefault(address, self._open(address))
         return link
+
+    def _open(self, address: int) -> Link:
+        """Make a channel: every one of the client, of either frontend."""
+        target = self._targets[address]
+        arguments = channel_options(
+            self._options.max_message_bytes,
+            target,
+            self._options.proxy,
+            is_renewed=address in self._left,
+        )
+        return Link(address, self._make(target.text, arguments))
 
     def leave(self, link: Link) -> None:
         """Let the next call take a new channel; those under way keep this one."""

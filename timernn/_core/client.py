@@ -138,7 +138,7 @@ class ClientCore:
         if initial_state is not None:
             shape = (batch_size, model.hidden_size)
             request.initial_state.CopyFrom(
-                given(initial_state, "initial_state", model.dtype, shape)
+                given(initial_state, "initial_state", dtype=model.dtype, shape=shape)
             )
         try:
             answer = yield from context.caller.call(contract.OPEN_SESSION, request)
@@ -194,7 +194,9 @@ class ClientCore:
         step = Step(lr, clip_norm, reduction)
         if sessions is None:
             return (
-                yield from self._update_waiting(model_id, contributions, step, expected_version)
+                yield from self._update_waiting(
+                    model_id, contributions, step, expected_version=expected_version
+                )
             )
         cores = [session._core for session in sessions]  # noqa: SLF001  # one package
         for core in cores:
@@ -215,6 +217,7 @@ class ClientCore:
         model_id: str,
         contributions: Iterable[Contributions | str] | None,
         step: Step,
+        *,
         expected_version: Version | None,
     ) -> Op[UpdateResult]:
         named = _named(contributions)
@@ -292,9 +295,9 @@ class ClientCore:
         context = self.context
         bounds = yield from context.bounds()
         model = yield from context.model(model_id)
-        array = array_from_caller(xs, "xs", model.dtype, (None, None, model.input_size))
+        array = array_from_caller(xs, "xs", dtype=model.dtype, shape=(None, None, model.input_size))
         rows, H = array.shape[0], model.hidden_size
-        first = None if h0 is None else given(h0, "h0", model.dtype, (rows, H))
+        first = None if h0 is None else given(h0, "h0", dtype=model.dtype, shape=(rows, H))
         row_bytes = rows * array.itemsize
         pieces = split_steps(
             array.shape[1],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar
 
 from google.protobuf.message import DecodeError
 
@@ -17,15 +17,24 @@ if TYPE_CHECKING:
 
 Q = TypeVar("Q")
 A = TypeVar("A")
+Kind: TypeAlias = Literal["unary_unary", "unary_stream", "stream_unary", "stream_stream"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rpc(Generic[Q, A]):
-    """One method: how it is reached, and how its two messages are written and read."""
+    """One method: how it is reached, and how its two messages are written and read.
+
+    Attributes:
+        path: "/SERVICE/METHOD".
+        serialize: Writes a request.
+        deserialize: Reads an answer.
+        kind: Which side sends several messages; gRPC's name of it.
+    """
 
     path: str
     serialize: Callable[[Q], bytes]
     deserialize: Callable[[bytes], A]
+    kind: Kind = "unary_unary"
 
     def read(self, answer: bytes) -> A:
         """Read an answer's message.
@@ -39,9 +48,23 @@ class Rpc(Generic[Q, A]):
             raise errors.Internal(f"the answer of {self.path} cannot be read") from error
 
 
+_KINDS: dict[tuple[bool, bool], Kind] = {  # by whether the client and the server send several
+    (False, False): "unary_unary",
+    (False, True): "unary_stream",
+    (True, False): "stream_unary",
+    (True, True): "stream_stream",
+}
+
+
 def _rpc(service: str, name: str, module: Any) -> Rpc[Any, Any]:
     request, answer = getattr(module, f"{name}Request"), getattr(module, f"{name}Response")
-    return Rpc(f"/timernn.v1.{service}/{name}", request.SerializeToString, answer.FromString)
+    method = module.DESCRIPTOR.services_by_name[service].methods_by_name[name]
+    return Rpc(
+        f"/timernn.v1.{service}/{name}",
+        request.SerializeToString,
+        answer.FromString,
+        _KINDS[method.client_streaming, method.server_streaming],
+    )
 
 
 _MODEL, _SESSION, _RNN = "ModelService", "SessionService", "TimeRnnService"

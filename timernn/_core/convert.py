@@ -49,7 +49,7 @@ _FROM_WIRE = {wire: dtype for dtype, wire in _TO_WIRE.items()}
 
 
 def array_from_caller(
-    value: npt.ArrayLike, name: str, dtype: DTypeName, shape: tuple[int | None, ...]
+    value: npt.ArrayLike, name: str, *, dtype: DTypeName, shape: tuple[int | None, ...]
 ) -> Array:
     """Take what the caller gave as an array of the model's dtype.
 

@@ -11,7 +11,6 @@ from timernn import errors
 from timernn._core.contract import STREAM
 from timernn._core.effects import OpenStream, Read, Write
 from timernn._core.healing import Healing
-from timernn._core.refusals import Proof, proof_of
 from timernn._core.requests import forward_intent
 from timernn._core.retry import STREAM_TIMEOUT_S, Patience, is_worth_retrying
 from timernn._core.status import error_from_status
@@ -54,8 +53,8 @@ class _Item:
 
     def note(self, error: errors.Error) -> None:
         """Note how an attempt of the present chunk failed."""
-        if self.intent is not None and proof_of(error) is Proof.NOTHING:
-            self.intent.may_be_applied = True
+        if self.intent is not None:
+            self.intent.note_failure(error)
 
     def fail(self, error: errors.Error) -> None:
         """End with an error; what may be applied all the same stays in doubt."""

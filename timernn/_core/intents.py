@@ -28,6 +28,7 @@ from timernn._core.convert import (
     update_from_proto,
     version_from_proto,
 )
+from timernn._core.refusals import Proof, proof_of
 from timernn._core.session_state import BackwardResult, Forwarded, Taped, TapedChunk
 from timernn.types import Gradients
 from timernn.v1 import session_service_pb2 as session_pb
@@ -96,6 +97,11 @@ class Intent(ABC, Generic[Q, A]):
         if self._applied < done:
             self.carry_over(self.answers[-1])
             self._applied = done
+
+    def note_failure(self, error: errors.Error) -> None:
+        """Note how an attempt failed: where the error proves nothing, it may be applied."""
+        if proof_of(error) is Proof.NOTHING:
+            self.may_be_applied = True
 
     @abstractmethod
     def prepare(self) -> Q:

@@ -109,9 +109,9 @@ class ModelsCore:
         else:
             D, H = input_size, hidden_size
             arrays = (
-                array_from_caller(Wx, "Wx", dtype, (D, H)),
-                array_from_caller(Wh, "Wh", dtype, (H, H)),
-                array_from_caller(b, "b", dtype, (H,)),
+                array_from_caller(Wx, "Wx", dtype=dtype, shape=(D, H)),
+                array_from_caller(Wh, "Wh", dtype=dtype, shape=(H, H)),
+                array_from_caller(b, "b", dtype=dtype, shape=(H,)),
             )
             if sum(array.nbytes for array in arrays) > _UNARY_BYTES:
                 creating = self._import(spec, weights_to_file(*arrays), request.request_id)
@@ -206,9 +206,9 @@ class ModelsCore:
         model = yield from self._context.model(model_id)
         D, H, dtype = model.input_size, model.hidden_size, model.dtype
         data = weights_to_file(
-            array_from_caller(Wx, "Wx", dtype, (D, H)),
-            array_from_caller(Wh, "Wh", dtype, (H, H)),
-            array_from_caller(b, "b", dtype, (H,)),
+            array_from_caller(Wx, "Wx", dtype=dtype, shape=(D, H)),
+            array_from_caller(Wh, "Wh", dtype=dtype, shape=(H, H)),
+            array_from_caller(b, "b", dtype=dtype, shape=(H,)),
         )
         return (yield from self._upload(model_id, data, expected_version))
 
@@ -346,10 +346,10 @@ def note_made(known: KnownModels, model_id: str, message: tensor_pb.WeightsVersi
 
 
 def given(
-    value: npt.ArrayLike, name: str, dtype: DTypeName, shape: tuple[int, ...]
+    value: npt.ArrayLike, name: str, *, dtype: DTypeName, shape: tuple[int, ...]
 ) -> tensor_pb.Tensor:
     """Write an array of the caller as a tensor of the given dtype and shape."""
-    return tensor_to_proto(array_from_caller(value, name, dtype, shape))
+    return tensor_to_proto(array_from_caller(value, name, dtype=dtype, shape=shape))
 
 
 def optional(version: Version | None) -> tensor_pb.WeightsVersion | None:

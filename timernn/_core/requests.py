@@ -47,7 +47,9 @@ def forward_intent(
             "open it with train=True"
         )
     model = session.model
-    array = array_from_caller(xs, "xs", model.dtype, (session.batch_size, None, model.input_size))
+    array = array_from_caller(
+        xs, "xs", dtype=model.dtype, shape=(session.batch_size, None, model.input_size)
+    )
     pieces = _cut(session, array)
     if train and len(pieces) > session.bounds.tapes_per_session:
         raise errors.MessageTooLarge(
@@ -112,12 +114,12 @@ def backward_requests(
 
 def _whole_dhs(session: SessionState, taped: Taped, dhs: npt.ArrayLike) -> Array:
     rows, model, steps = session.batch_size, session.model, taped.steps
-    array = array_from_caller(dhs, "dhs", model.dtype, (rows, None, model.hidden_size))
+    array = array_from_caller(dhs, "dhs", dtype=model.dtype, shape=(rows, None, model.hidden_size))
     if taped.has_last_only and array.shape[1] == 1 and steps > 1:
         whole = np.zeros((rows, steps, model.hidden_size), array.dtype)
         whole[:, -1] = array[:, 0]
         return whole
-    return array_from_caller(array, "dhs", model.dtype, (array.shape[0], steps, None))
+    return array_from_caller(array, "dhs", dtype=model.dtype, shape=(array.shape[0], steps, None))
 
 
 def require_finite(array: Array, name: str) -> None:

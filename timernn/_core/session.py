@@ -178,7 +178,7 @@ class SessionCore:
             request.return_dxs, request.return_gradients = return_dxs, return_gradients
         if dh_next is not None:
             shape = (state.batch_size, model.hidden_size)
-            arriving = array_from_caller(dh_next, "dh_next", model.dtype, shape)
+            arriving = array_from_caller(dh_next, "dh_next", dtype=model.dtype, shape=shape)
             requests[0].dh_next.CopyFrom(tensor_to_proto(arriving))
         if step is not None:  # over what waits and what this backward is about to contribute
             named = state.contributions(*taped.chunks)
@@ -288,7 +288,7 @@ class SessionCore:
         """
         session_id, model = self.state.session_id, self.state.model
         shape = (self.state.batch_size, model.hidden_size)
-        state = tensor_to_proto(array_from_caller(h, "h", model.dtype, shape))
+        state = tensor_to_proto(array_from_caller(h, "h", dtype=model.dtype, shape=shape))
         yield from self._begin_epoch(
             lambda: session_pb.SetStateRequest(
                 session_id=session_id, state=state, request_id=new_request_id()

@@ -243,7 +243,7 @@ class SessionState:
         ]
 
     def number(self, request: rnn_pb.ForwardRequest, ahead: int = 0) -> None:
-        """Write a chunk's place into its request, `ahead` chunks after the next."""
+        """Write a chunk's numbers into its request, `ahead` chunks after the next."""
         request.session_id, request.epoch = self.session_id, self.epoch
         request.chunk_seq = self.chunk_seq + 1 + ahead
         request.previous_token = b"" if ahead else self.state_token

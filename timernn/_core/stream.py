@@ -18,7 +18,6 @@ from timernn._core.effects import (
 )
 from timernn._core.healing import Healing
 from timernn._core.intents import ForwardIntent
-from timernn._core.refusals import Proof, proof_of
 from timernn._core.requests import forward_intent
 from timernn._core.retry import STREAM_TIMEOUT_S, Patience, is_worth_retrying
 from timernn._core.status import error_from_status
@@ -249,9 +248,8 @@ class StreamCore:
 
     def _recover(self, error: errors.Error) -> Op[None]:
         """Make ready to send the unanswered chunks again, or raise what will not get better."""
-        if proof_of(error) is Proof.NOTHING:
-            for intent, _ in self._sent:
-                intent.may_be_applied = True
+        for intent, _ in self._sent:
+            intent.note_failure(error)
         self._to_send.extendleft(reversed(self._sent))
         self._sent.clear()
         session, caller = self._session, self._caller

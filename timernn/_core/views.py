@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class SessionView:
-    """A session's place and last results, as of the last answer."""
+    """A session's numbers and last results, as of the last answer."""
 
     _core: SessionCore
 
