@@ -21,7 +21,7 @@ from benchmarks.engine_peers import make_work
 from benchmarks.harness import interleave, one_thread_environment, pin_to_one_core
 from benchmarks.load.rows import table
 from rnn_engine import forward, rnn_forward
-from rnn_engine.params import CACHE_LINE_BYTES
+from rnn_engine.arrays import CACHE_LINE_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""A tanh recurrent layer on NumPy arrays: forward, backward, optimizers.
+"""Recurrent networks on NumPy arrays, today a tanh layer: forward, backward, optimizers.
 
 Only arithmetic on arrays: no input or output, no clocks, no threads, no global state. Equal inputs of equal
 shapes give equal bits (with the same BLAS on one thread).
@@ -14,14 +14,17 @@ shapes give equal bits (with the same BLAS on one thread).
 | dA | gradient of the loss with respect to A | that of A |
 
 Pure functions: `rnn_forward`, `rnn_backward`, `rnn_forward_many`, and the optimizers. Classic layers over
-them: `RNN`, `TimeRNN`.
+them: `RNN`, `TimeRNN`. The port through which a user runs any network: `Network`, of which there is one,
+`TanhNetwork`.
 """
 
+from rnn_engine.arrays import Array, Arrays, ArraySpec, Grads, Spec, State, Weights
 from rnn_engine.backward import ChunkGradients, rnn_backward
 from rnn_engine.errors import DTypeError, EngineError, ShapeError
 from rnn_engine.forward import Tape, rnn_forward
 from rnn_engine.gradients import clip_by_global_norm, global_norm, scale_grads, sum_grads
 from rnn_engine.layers import RNN, TimeRNN
+from rnn_engine.network import Network, NetworkTape, Prepared, Real, Step
 from rnn_engine.optimizers import (
     OPTIMIZERS,
     SGD,
@@ -39,8 +42,9 @@ from rnn_engine.optimizers import (
     moments_from_arrays,
     moments_to_arrays,
 )
-from rnn_engine.params import Array, Grads, Params
+from rnn_engine.params import Params
 from rnn_engine.ragged import rnn_forward_many
+from rnn_engine.tanh import TanhNetwork
 
 __all__ = [
     "OPTIMIZERS",
@@ -50,6 +54,8 @@ __all__ = [
     "Adam",
     "AdamW",
     "Array",
+    "ArraySpec",
+    "Arrays",
     "ChunkGradients",
     "DTypeError",
     "EngineError",
@@ -57,13 +63,22 @@ __all__ = [
     "Moments",
     "Momentum",
     "Nesterov",
+    "Network",
+    "NetworkTape",
     "Optimizer",
     "Params",
+    "Prepared",
     "RMSprop",
+    "Real",
     "ShapeError",
     "Slot",
+    "Spec",
+    "State",
+    "Step",
+    "TanhNetwork",
     "Tape",
     "TimeRNN",
+    "Weights",
     "apply_update",
     "clip_by_global_norm",
     "global_norm",

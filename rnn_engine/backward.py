@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from rnn_engine.arrays import Arrays
 from rnn_engine.errors import DTypeError, ShapeError
 from rnn_engine.forward import check_sequence, time_major_rows
-from rnn_engine.params import Grads
 
 if TYPE_CHECKING:
+    from rnn_engine.arrays import Array, Grads
     from rnn_engine.forward import Tape
-    from rnn_engine.params import Array, Params
+    from rnn_engine.params import Params
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)  # Not frozen, as a tape is not.
 class ChunkGradients:
     """The gradients of a loss with respect to all that went into one chunk.
 
@@ -24,7 +25,7 @@ class ChunkGradients:
         dxs: Of the inputs, shape (N, T, D).
         dh0: Of the hidden state before the chunk, shape (N, H): as the previous chunk's `dh_next` it gives
             full BPTT over chunks.
-        grads: Of the weights.
+        grads: Of the weights: dWx, dWh, db.
     """
 
     dxs: Array
@@ -56,24 +57,26 @@ def rnn_backward(
     check_sequence(params, tape.xs, tape.h0)
     _check_gradients(params, tape, dhs, dh_next)
     n, t, d = tape.xs.shape
-    h = params.hidden_size
+    h, dtype = params.hidden_size, params.Wx.dtype
     hs = tape.hs.swapaxes(0, 1)
     dzs = np.square(hs, order="C")
     np.subtract(1, dzs, dzs)
-    dh0 = np.zeros((n, h), params.dtype) if dh_next is None else np.array(dh_next, order="C")
+    dh0 = np.zeros((n, h), dtype) if dh_next is None else np.array(dh_next, order="C")
     if n == 1:
         _recur_back_vector(params.Wh, dhs[0], dzs[:, 0], dh0[0])
     else:
         _recur_back_batch(params.Wh, dhs.swapaxes(0, 1), dzs, dh0)
     dzs = dzs.reshape(t * n, h)
     # Copied whatever its layout was: the same numbers give the same bits, from memory or from a store.
-    h_prev = np.empty((t, n, h), params.dtype)
+    h_prev = np.empty((t, n, h), dtype)
     h_prev[0] = tape.h0
     h_prev[1:] = hs[:-1]
-    d_input_part = time_major_rows(tape.xs).T.dot(dzs)
-    grads = Grads(
-        dWx=d_input_part[:-1], dWh=h_prev.reshape(t * n, h).T.dot(dzs), db=d_input_part[-1]
-    )
+    joined = np.empty((h + d + 1, h), dtype)
+    dWh, d_input_part = joined[:h], joined[h:]
+    time_major_rows(tape.xs).T.dot(dzs, d_input_part)
+    h_prev.reshape(t * n, h).T.dot(dzs, dWh)
+    arrays = (d_input_part[:-1], dWh, d_input_part[-1])
+    grads = Arrays.of(arrays, params.spec, joined.reshape(-1))
     dxs = dzs.dot(params.Wx.T).reshape(t, n, d).swapaxes(0, 1)
     return ChunkGradients(dxs, dh0, grads)
 

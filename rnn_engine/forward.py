@@ -11,7 +11,8 @@ from rnn_engine.errors import DTypeError, ShapeError
 from rnn_engine.params import SEQUENCE_NDIM
 
 if TYPE_CHECKING:
-    from rnn_engine.params import Array, Params
+    from rnn_engine.arrays import Array
+    from rnn_engine.params import Params
 
 SMALL_INPUT_BYTES = 48 * 1024
 """Up to this size of Wx, reading it again at each step costs less than one NumPy call."""
@@ -33,6 +34,11 @@ class Tape:
     h0: Array
     hs: Array
 
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of the three arrays."""
+        return self.xs.nbytes + self.h0.nbytes + self.hs.nbytes
+
 
 def rnn_forward(params: Params, xs: Array, h0: Array) -> Tape:
     """Run the recurrence over one chunk.
@@ -51,19 +57,24 @@ def rnn_forward(params: Params, xs: Array, h0: Array) -> Tape:
         ShapeError: If N, D or H disagree, or a dimension is 0.
         DTypeError: If xs or h0 has another type than the weights.
     """
+    return Tape(xs, h0, hidden_states(params, xs, h0))
+
+
+def hidden_states(params: Params, xs: Array, h0: Array) -> Array:
+    """Return hs as `rnn_forward` does, without the tape."""
     check_sequence(params, xs, h0)
     n, t, _ = xs.shape
     if n == 1 and params.Wx.nbytes <= SMALL_INPUT_BYTES:
-        return Tape(xs, h0, _recur_joined(params.joined, xs, h0)[None])
+        return _recur_joined(params.joined, xs, h0)[None]
     # BLAS sums in another order where an operand is strided: one layout, or bits would depend on it.
     h = np.ascontiguousarray(h0)
-    hs = time_major_rows(xs).dot(params.input_part)
+    hs: Array = time_major_rows(xs).dot(params.input_part)
     if n == 1:
         _recur_vector(params.Wh, h[0], hs)
-        return Tape(xs, h0, hs[None])
+        return hs[None]
     hs = hs.reshape(t, n, -1)
     _recur_batch(params.Wh, h, hs)
-    return Tape(xs, h0, hs.swapaxes(0, 1))
+    return hs.swapaxes(0, 1)
 
 
 def check_sequence(params: Params, xs: Array, h0: Array) -> None:

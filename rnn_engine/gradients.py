@@ -7,56 +7,55 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rnn_engine.errors import DTypeError, EngineError, ShapeError
-from rnn_engine.params import Grads
+from rnn_engine.arrays import check_alike
+from rnn_engine.errors import EngineError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from rnn_engine.params import Array
+    from rnn_engine.arrays import Array, Grads
 
 
 def sum_grads(parts: Sequence[Grads]) -> Grads:
     """Add gradients in the given order, which fixes every bit of the sum.
 
     Args:
-        parts: At least one; all of one D, H and dtype.
+        parts: At least one; all of one specification and dtype.
 
     Raises:
         EngineError: If there are none.
-        ShapeError: If they disagree on D or H.
+        ShapeError: If they disagree on a shape.
         DTypeError: If they disagree on the type.
     """
     if not parts:
         raise EngineError("parts: expected at least one gradient, got none")
-    total = [array.copy() for array in parts[0].arrays]
-    for part in parts[1:]:
-        for name, target, array in zip(("dWx", "dWh", "db"), total, part.arrays, strict=True):
-            if array.shape != target.shape:
-                raise ShapeError(name, f"{target.shape} like the first", array.shape)
-            if array.dtype != target.dtype:
-                raise DTypeError(name, f"{target.dtype} like the first", array.dtype)
-            np.add(target, array, target)
-    return Grads(*total)
+    first, *others = parts
+    for part in others:
+        check_alike("d", part, first, "the first")
+    total = first.buffer.copy()
+    for part in others:
+        np.add(total, part.buffer, total)
+    return first.like(total)
 
 
 def scale_grads(grads: Grads, factor: float) -> Grads:
     """Return the gradients times a number, in their own type."""
     factor = float(factor)
-    return Grads(*(array * factor for array in grads.arrays))
+    return grads.like(grads.buffer * factor)
 
 
 def global_norm(grads: Grads) -> float:
     """Return the Euclidean norm over all entries, accumulated in float64.
 
+    The squares are summed array by array and then added: one sum over the whole buffer would round otherwise.
     Not by a BLAS dot product, whose order of summation depends on its threads.
     """
-    norm = math.sqrt(sum(_sum_of_squares(array, 1.0) for array in grads.arrays))
+    norm = math.sqrt(sum(_sum_of_squares(array, 1.0) for array in grads))
     if math.isinf(norm):
         # Squares beyond 1e308 overflow although the norm may not; divide by the largest entry.
-        largest = max(float(np.abs(array).max()) for array in grads.arrays)
+        largest = max(float(np.abs(array).max()) for array in grads)
         if math.isfinite(largest):
-            squares = sum(_sum_of_squares(array, largest) for array in grads.arrays)
+            squares = sum(_sum_of_squares(array, largest) for array in grads)
             return largest * math.sqrt(squares)
     return norm
 

@@ -12,9 +12,9 @@ from rnn_engine.forward import rnn_forward
 from rnn_engine.params import MATRIX_NDIM, Params
 
 if TYPE_CHECKING:
+    from rnn_engine.arrays import Array
     from rnn_engine.backward import ChunkGradients
     from rnn_engine.forward import Tape
-    from rnn_engine.params import Array
 
 
 class _Layer:
@@ -38,7 +38,7 @@ class _Layer:
         if self._tape is None:
             raise EngineError("backward: expected a forward pass before it, got none")
         result = rnn_backward(Params(*self.params), self._tape, dhs)
-        for target, gradient in zip(self.grads, result.grads.arrays, strict=True):
+        for target, gradient in zip(self.grads, result.grads, strict=True):
             target[...] = gradient
         return result
 

@@ -1,7 +1,8 @@
 """Optimizers as pure functions: (params, grads, moments) -> (params, moments).
 
 Formulas and defaults are torch.optim's. Every operation is element-wise in the type of the weights, so
-equal inputs give equal bits wherever they are computed.
+equal inputs give equal bits wherever they are computed, and however the weights are cut: a step goes once
+through the buffers of weights, gradients and slots, in slices that stay in the cache.
 
 | optimizer | slots | step, with g the gradient and k the number of the step, from 1 |
 | --- | --- | --- |
@@ -19,20 +20,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar, cast
 
 import numpy as np
 
-from rnn_engine.errors import DTypeError, EngineError, ShapeError
-from rnn_engine.params import Array, Params
+from rnn_engine.arrays import Arrays, aligned_empty, check_alike, check_like, slices
+from rnn_engine.errors import EngineError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
-    from rnn_engine.params import Grads
+    from rnn_engine.arrays import Array, Grads, Weights
 
-Stepped: TypeAlias = tuple[Array, tuple[Array, ...]]
-"""One weight array after a step, and its slots."""
+WeightsT = TypeVar("WeightsT", bound=Arrays)
+
+Parts: TypeAlias = "Sequence[Array]"
+"""The same slice of the weights and of each slot, in this order."""
 
 
 class _Rule:
@@ -65,10 +68,11 @@ class SGD(_Rule):
     lr: float = 1e-3
     slot_names: ClassVar[tuple[str, ...]] = ()
 
-    def step_array(self, p: Array, g: Array, slots: tuple[Array, ...], step: int) -> Stepped:
-        """Move one array of weights by one step."""
+    def step_slice(self, old: Parts, g: Array, new: Parts, step: int) -> None:
+        """Write weights and slots after one step."""
         del step
-        return p - self.lr * g, slots
+        (p,), (p_new,) = old, new
+        np.subtract(p, self.lr * g, p_new)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +88,13 @@ class Momentum(_Rule):
     momentum: float = 0.9
     slot_names: ClassVar[tuple[str, ...]] = ("v",)
 
-    def step_array(self, p: Array, g: Array, slots: tuple[Array, ...], step: int) -> Stepped:
-        """Move one array of weights by one step."""
+    def step_slice(self, old: Parts, g: Array, new: Parts, step: int) -> None:
+        """Write weights and slots after one step."""
         del step
-        v = self.momentum * slots[0] + g
-        return p - self.lr * v, (v,)
+        (p, v), (p_new, v_new) = old, new
+        np.multiply(v, self.momentum, v_new)
+        v_new += g
+        np.subtract(p, self.lr * v_new, p_new)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,11 +110,13 @@ class Nesterov(_Rule):
     momentum: float = 0.9
     slot_names: ClassVar[tuple[str, ...]] = ("v",)
 
-    def step_array(self, p: Array, g: Array, slots: tuple[Array, ...], step: int) -> Stepped:
-        """Move one array of weights by one step."""
+    def step_slice(self, old: Parts, g: Array, new: Parts, step: int) -> None:
+        """Write weights and slots after one step."""
         del step
-        v = self.momentum * slots[0] + g
-        return p - self.lr * (g + self.momentum * v), (v,)
+        (p, v), (p_new, v_new) = old, new
+        np.multiply(v, self.momentum, v_new)
+        v_new += g
+        np.subtract(p, self.lr * (g + self.momentum * v_new), p_new)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,11 +132,12 @@ class AdaGrad(_Rule):
     eps: float = 1e-10
     slot_names: ClassVar[tuple[str, ...]] = ("s",)
 
-    def step_array(self, p: Array, g: Array, slots: tuple[Array, ...], step: int) -> Stepped:
-        """Move one array of weights by one step."""
+    def step_slice(self, old: Parts, g: Array, new: Parts, step: int) -> None:
+        """Write weights and slots after one step."""
         del step
-        s = slots[0] + g * g
-        return p - self.lr * g / (np.sqrt(s) + self.eps), (s,)
+        (p, s), (p_new, s_new) = old, new
+        np.add(s, g * g, s_new)
+        np.subtract(p, self.lr * g / (np.sqrt(s_new) + self.eps), p_new)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,11 +155,13 @@ class RMSprop(_Rule):
     eps: float = 1e-8
     slot_names: ClassVar[tuple[str, ...]] = ("s",)
 
-    def step_array(self, p: Array, g: Array, slots: tuple[Array, ...], step: int) -> Stepped:
-        """Move one array of weights by one step."""
+    def step_slice(self, old: Parts, g: Array, new: Parts, step: int) -> None:
+        """Write weights and slots after one step."""
         del step
-        s = self.alpha * slots[0] + (1 - self.alpha) * (g * g)
-        return p - self.lr * g / (np.sqrt(s) + self.eps), (s,)
+        (p, s), (p_new, s_new) = old, new
+        np.multiply(s, self.alpha, s_new)
+        s_new += (1 - self.alpha) * (g * g)
+        np.subtract(p, self.lr * g / (np.sqrt(s_new) + self.eps), p_new)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,14 +181,17 @@ class Adam(_Rule):
     eps: float = 1e-8
     slot_names: ClassVar[tuple[str, ...]] = ("m", "v")
 
-    def step_array(self, p: Array, g: Array, slots: tuple[Array, ...], step: int) -> Stepped:
-        """Move one array of weights by one step."""
-        m = self.beta1 * slots[0] + (1 - self.beta1) * g
-        v = self.beta2 * slots[1] + (1 - self.beta2) * (g * g)
+    def step_slice(self, old: Parts, g: Array, new: Parts, step: int) -> None:
+        """Write weights and slots after one step."""
+        (p, m, v), (p_new, m_new, v_new) = old, new
+        np.multiply(m, self.beta1, m_new)
+        m_new += (1 - self.beta1) * g
+        np.multiply(v, self.beta2, v_new)
+        v_new += (1 - self.beta2) * (g * g)
         # The corrections for the start at zero are numbers: folded into the two scalars.
         rate = self.lr / (1 - self.beta1**step)
         root = math.sqrt(1 - self.beta2**step)
-        return p - rate * m / (np.sqrt(v) / root + self.eps), (m, v)
+        np.subtract(p, rate * m_new / (np.sqrt(v_new) / root + self.eps), p_new)
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,10 +213,11 @@ class AdamW(_Rule):
     weight_decay: float = 1e-2
     slot_names: ClassVar[tuple[str, ...]] = ("m", "v")
 
-    def step_array(self, p: Array, g: Array, slots: tuple[Array, ...], step: int) -> Stepped:
-        """Move one array of weights by one step."""
+    def step_slice(self, old: Parts, g: Array, new: Parts, step: int) -> None:
+        """Write weights and slots after one step."""
+        np.multiply(old[0], 1 - self.lr * self.weight_decay, new[0])
         adam = Adam(self.lr, self.beta1, self.beta2, self.eps)
-        return adam.step_array(p * (1 - self.lr * self.weight_decay), g, slots, step)
+        adam.step_slice((new[0], *old[1:]), g, new, step)
 
 
 Optimizer: TypeAlias = SGD | Momentum | Nesterov | AdaGrad | RMSprop | Adam | AdamW
@@ -217,15 +232,11 @@ class Slot:
 
     Attributes:
         name: Its letter in the table of optimizers.
-        Wx: Shape (D, H), dtype of the weights.
-        Wh: Shape (H, H).
-        b: Shape (H,).
+        arrays: Of the weights' specification and type.
     """
 
     name: str
-    Wx: Array
-    Wh: Array
-    b: Array
+    arrays: Arrays
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -240,25 +251,28 @@ class Moments:
     step: int
     slots: tuple[Slot, ...]
 
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of all slots."""
+        return sum(slot.arrays.nbytes for slot in self.slots)
 
-def init_moments(optimizer: Optimizer, params: Params) -> Moments:
+
+def init_moments(optimizer: Optimizer, weights: Weights) -> Moments:
     """Return the moments before the first step: all zero."""
-    zeros = (
-        Slot(name, np.zeros_like(params.Wx), np.zeros_like(params.Wh), np.zeros_like(params.b))
-        for name in optimizer.slot_names
-    )
-    return Moments(0, tuple(zeros))
+    spec, buffer = weights.spec, weights.buffer
+    slots = (Slot(name, spec.view(np.zeros_like(buffer))) for name in optimizer.slot_names)
+    return Moments(0, tuple(slots))
 
 
 def apply_update(
-    optimizer: Optimizer, params: Params, grads: Grads, moments: Moments
-) -> tuple[Params, Moments]:
+    optimizer: Optimizer, weights: WeightsT, grads: Grads, moments: Moments
+) -> tuple[WeightsT, Moments]:
     """Make one step; nothing that goes in is changed.
 
     Args:
         optimizer: Which rule, with its hyperparameters.
-        params: The weights before the step.
-        grads: Their gradients, of the same shapes and type.
+        weights: The weights before the step.
+        grads: Their gradients, of the same specification and type.
         moments: From `init_moments`, or from the step before.
 
     Returns:
@@ -269,34 +283,43 @@ def apply_update(
         DTypeError: If the gradients do not have the weights' type.
         EngineError: If the moments belong to another optimizer.
     """
-    _check_update(optimizer, params, grads, moments)
+    _check_update(optimizer, weights, grads, moments)
     step = moments.step + 1
-    slots = moments.slots
-    Wx, slots_Wx = optimizer.step_array(params.Wx, grads.dWx, tuple(s.Wx for s in slots), step)
-    Wh, slots_Wh = optimizer.step_array(params.Wh, grads.dWh, tuple(s.Wh for s in slots), step)
-    b, slots_b = optimizer.step_array(params.b, grads.db, tuple(s.b for s in slots), step)
-    stepped = map(Slot, optimizer.slot_names, slots_Wx, slots_Wh, slots_b)
-    return Params(Wx, Wh, b), Moments(step, tuple(stepped))
+    old = [weights.buffer, *(slot.arrays.buffer for slot in moments.slots)]
+    new = [aligned_empty(buffer.size, buffer.dtype) for buffer in old]
+    for place in slices(weights.buffer):
+        optimizer.step_slice(
+            [buffer[place] for buffer in old],
+            grads.buffer[place],
+            [buffer[place] for buffer in new],
+            step,
+        )
+    stepped = (
+        Slot(slot.name, slot.arrays.like(buffer))
+        for slot, buffer in zip(moments.slots, new[1:], strict=True)
+    )
+    return weights.like(new[0]), Moments(step, tuple(stepped))
 
 
 def moments_to_arrays(moments: Moments) -> dict[str, Array]:
     """Return all arrays under stable names such as "m.Wx", in order."""
-    arrays: dict[str, Array] = {}
-    for slot in moments.slots:
-        arrays |= {f"{slot.name}.Wx": slot.Wx, f"{slot.name}.Wh": slot.Wh, f"{slot.name}.b": slot.b}
-    return arrays
+    return {
+        f"{slot.name}.{name}": array
+        for slot in moments.slots
+        for name, array in slot.arrays.named().items()
+    }
 
 
 def moments_from_arrays(
-    optimizer: Optimizer, step: int, arrays: Mapping[str, Array], params: Params
+    optimizer: Optimizer, step: int, arrays: Mapping[str, Array], weights: Weights
 ) -> Moments:
     """Put moments together again from what `moments_to_arrays` returned.
 
     Args:
         optimizer: The rule whose moments they are.
         step: How many steps had been made.
-        arrays: Exactly the names that the optimizer has.
-        params: Weights of the same shapes and type.
+        arrays: Exactly the names that the optimizer has; copied.
+        weights: Weights of the same shapes and type.
 
     Raises:
         EngineError: If step is negative or a name is missing or unknown.
@@ -305,32 +328,24 @@ def moments_from_arrays(
     """
     if step < 0:
         raise EngineError(f"step: expected a number >= 0, got {step}")
-    expected = [f"{slot}.{weight}" for slot in optimizer.slot_names for weight in ("Wx", "Wh", "b")]
+    names = weights.spec.names
+    expected = [f"{slot}.{name}" for slot in optimizer.slot_names for name in names]
     if set(arrays) != set(expected):
         raise EngineError(f"arrays: expected the names {expected}, got {list(arrays)}")
-    slots = []
-    for name in optimizer.slot_names:
-        Wx, Wh, b = (arrays[f"{name}.{weight}"] for weight in ("Wx", "Wh", "b"))
-        _check_like(f"{name}.Wx", Wx, params.Wx)
-        _check_like(f"{name}.Wh", Wh, params.Wh)
-        _check_like(f"{name}.b", b, params.b)
-        slots.append(Slot(name, Wx, Wh, b))
+    for slot in optimizer.slot_names:
+        for name, weight in zip(names, weights, strict=True):
+            check_like(f"{slot}.{name}", arrays[f"{slot}.{name}"], weight)
+    slots = (
+        Slot(slot, weights.spec.pack([arrays[f"{slot}.{name}"] for name in names]))
+        for slot in optimizer.slot_names
+    )
     return Moments(step, tuple(slots))
 
 
-def _check_update(optimizer: Optimizer, params: Params, grads: Grads, moments: Moments) -> None:
-    _check_like("dWx", grads.dWx, params.Wx)
-    _check_like("dWh", grads.dWh, params.Wh)
-    _check_like("db", grads.db, params.b)
+def _check_update(optimizer: Optimizer, weights: Weights, grads: Grads, moments: Moments) -> None:
+    check_alike("d", grads, weights, "the weights")
     names = tuple(slot.name for slot in moments.slots)
     if names != optimizer.slot_names:
         raise EngineError(f"moments: expected the slots {optimizer.slot_names}, got {names}")
-    if moments.slots:
-        _check_like("moments", moments.slots[0].Wx, params.Wx)
-
-
-def _check_like(name: str, array: Array, weight: Array) -> None:
-    if array.shape != weight.shape:
-        raise ShapeError(name, str(weight.shape), array.shape)
-    if array.dtype != weight.dtype:
-        raise DTypeError(name, f"{weight.dtype} like the weights", array.dtype)
+    for slot in moments.slots:
+        check_alike(f"{slot.name}.", slot.arrays, weights, "the weights")

@@ -1,28 +1,34 @@
-"""The weights of one recurrent layer, and gradients of the same three shapes."""
+"""The weights of the tanh layer."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
+from rnn_engine.arrays import FLOAT32, FLOAT64, Arrays, ArraySpec, Spec, aligned_empty
 from rnn_engine.errors import DTypeError, ShapeError
 
-Array: TypeAlias = NDArray[np.floating[Any]]
-"""A float32 or float64 array."""
+if TYPE_CHECKING:
+    from typing import Self
 
-FLOAT32 = np.dtype(np.float32)
-FLOAT64 = np.dtype(np.float64)
+    from rnn_engine.arrays import Array
+
 MATRIX_NDIM = 2
 SEQUENCE_NDIM = 3
-CACHE_LINE_BYTES = 64
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Params:
-    """The weights of h_t = tanh(x_t Wx + h_{t-1} Wh + b).
+@lru_cache(maxsize=256)
+def tanh_spec(input_size: int, hidden_size: int) -> Spec:
+    """Return the arrays of a tanh layer: Wx, Wh, b by name, and in memory Wh over Wx over b."""
+    d, h = input_size, hidden_size
+    arrays = (ArraySpec("Wx", (d, h)), ArraySpec("Wh", (h, h)), ArraySpec("b", (h,)))
+    return Spec(arrays, ("Wh", "Wx", "b"))
+
+
+class Params(Arrays):
+    """The weights of h_t = tanh(x_t Wx + h_{t-1} Wh + b), as its passes want them.
 
     Immutable, and copies of what it was made from: the step loops want the weights in one block of
     memory, where [h, x, 1] times `joined` is all that tanh is taken of.
@@ -41,20 +47,25 @@ class Params:
     Wx: Array
     Wh: Array
     b: Array
-    joined: Array = field(init=False, repr=False)
+    joined: Array
 
-    def __post_init__(self) -> None:
+    def __new__(cls, Wx: Array, Wh: Array, b: Array) -> Self:
         """Check the three arrays against one another and join them."""
-        _check_triple(self.Wx, self.Wh, self.b)
-        joined = _join(self.Wh, self.Wx, self.b[None])
-        h = joined.shape[1]
-        for name, view in (
-            ("joined", joined),
-            ("Wh", joined[:h]),
-            ("Wx", joined[h:-1]),
-            ("b", joined[-1]),
-        ):
-            object.__setattr__(self, name, view)
+        _check_triple(Wx, Wh, b)
+        d, h = Wx.shape
+        joined = aligned_empty((h + d + 1) * h, Wx.dtype).reshape(-1, h)
+        np.concatenate((Wh, Wx, b[None]), out=joined)
+        return cls.view(tanh_spec(d, h), joined.reshape(-1))
+
+    @classmethod
+    def view(cls, spec: Spec, buffer: Array) -> Self:
+        """Return the weights that a buffer holds as Wh, Wx and b one after another."""
+        d, h = spec.arrays[0].shape
+        joined = buffer.reshape(h + d + 1, h)
+        made = cls.of((joined[h:-1], joined[:h], joined[-1]), spec, buffer)
+        made.joined = joined
+        made.Wx, made.Wh, made.b = made
+        return made
 
     @property
     def input_part(self) -> Array:
@@ -71,31 +82,6 @@ class Params:
         """Return H, the number of features of a hidden state."""
         return int(self.Wx.shape[1])
 
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Return the one type of all three arrays."""
-        return self.Wx.dtype
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Grads:
-    """The gradients of a loss with respect to `Params`.
-
-    Attributes:
-        dWx: Shape (D, H), float32 or float64.
-        dWh: Shape (H, H), dtype of dWx.
-        db: Shape (H,), dtype of dWx.
-    """
-
-    dWx: Array  # noqa: N815 - the field's letters
-    dWh: Array  # noqa: N815
-    db: Array
-
-    @property
-    def arrays(self) -> tuple[Array, Array, Array]:
-        """Return dWx, dWh and db in this order."""
-        return self.dWx, self.dWh, self.db
-
 
 def _check_triple(Wx: Array, Wh: Array, b: Array) -> None:
     dtype = Wx.dtype
@@ -109,16 +95,3 @@ def _check_triple(Wx: Array, Wh: Array, b: Array) -> None:
             raise ShapeError(name, str(shape), array.shape)
         if array.dtype != dtype:
             raise DTypeError(name, f"{dtype} like Wx", array.dtype)
-
-
-def _join(*matrices: Array) -> Array:
-    """Return matrices of H columns under one another, in C order from a cache line's border on.
-
-    A wide load across two cache lines costs twice; NumPy aligns to 16 bytes only. With a row of
-    states (N = 1) a pass is 3-10 % shorter so.
-    """
-    dtype, row_count = matrices[0].dtype, sum(map(len, matrices))
-    memory = np.empty(row_count * matrices[0][0].nbytes + CACHE_LINE_BYTES, np.uint8)
-    offset = -memory.__array_interface__["data"][0] % CACHE_LINE_BYTES
-    whole = memory[offset : offset - CACHE_LINE_BYTES].view(dtype).reshape(row_count, -1)
-    return np.concatenate(matrices, out=whole)

@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rnn_engine.errors import ShapeError
-from rnn_engine.forward import check_sequence, rnn_forward
+from rnn_engine.forward import check_sequence, hidden_states
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
-    from rnn_engine.params import Array, Params
+    from rnn_engine.arrays import Array
+    from rnn_engine.params import Params
 
     Index = NDArray[np.intp]
 
@@ -62,8 +63,8 @@ def _forward_equal(
 ) -> list[Array]:
     """Run sequences of one length as the rows of one batch; one alone as it is."""
     if len(xs) == 1:
-        return [np.ascontiguousarray(rnn_forward(params, xs[0], h0[0]).hs)]
-    hs = rnn_forward(params, np.concatenate(xs), np.concatenate(h0)).hs
+        return [np.ascontiguousarray(hidden_states(params, xs[0], h0[0]))]
+    hs = hidden_states(params, np.concatenate(xs), np.concatenate(h0))
     return _split(hs.reshape(-1, hs.shape[2]), counts)
 
 

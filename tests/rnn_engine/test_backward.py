@@ -48,7 +48,7 @@ def _central_difference(name: str, case: Case, dh_next: Array | None) -> Array:
 
 def _by_name(result: ChunkGradients) -> dict[str, Array]:
     grads = result.grads
-    return dict(zip(NAMES, (result.dxs, result.dh0, grads.dWx, grads.dWh, grads.db), strict=True))
+    return dict(zip(NAMES, (result.dxs, result.dh0, *grads), strict=True))
 
 
 @pytest.mark.parametrize("with_dh_next", [False, True])
@@ -89,7 +89,7 @@ def test_chained_chunks_give_the_gradients_of_one_shot(
     dxs = np.concatenate([part.dxs for part in parts[::-1]], axis=1)
     np.testing.assert_allclose(dxs, whole.dxs, **close)
     total = sum_grads([part.grads for part in parts])
-    for ours, expected in zip(total.arrays, whole.grads.arrays, strict=True):
+    for ours, expected in zip(total, whole.grads, strict=True):
         np.testing.assert_allclose(ours, expected, **close)
 
 

@@ -16,12 +16,12 @@ from rnn_engine import (
     AdamW,
     DTypeError,
     EngineError,
-    Grads,
     Momentum,
     Nesterov,
     Params,
     RMSprop,
     ShapeError,
+    TanhNetwork,
     apply_update,
     init_moments,
     moments_from_arrays,
@@ -29,11 +29,11 @@ from rnn_engine import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import DTypeLike
 
-    from rnn_engine import (
-        Optimizer,
-    )
+    from rnn_engine import Array, Grads, Optimizer
 
 TABLE: list[tuple[Optimizer, str, dict[str, Any]]] = [
     (SGD(lr=0.05), "SGD", {"lr": 0.05}),
@@ -66,8 +66,11 @@ def _params(rng: np.random.Generator, dtype: DTypeLike = np.float64) -> Params:
 
 
 def _grads(rng: np.random.Generator, dtype: DTypeLike = np.float64) -> Grads:
-    params = _params(rng, dtype)
-    return Grads(params.Wx, params.Wh, params.b)
+    return _pack(_params(rng, dtype))
+
+
+def _pack(arrays: Sequence[Array]) -> Grads:
+    return TanhNetwork(3, 4).weight_spec.pack(arrays)
 
 
 def _arrays(params: Params) -> tuple[np.ndarray, ...]:
@@ -94,7 +97,7 @@ def test_steps_are_those_of_torch(
     rtol = 1e-5 if dtype == np.float32 else 1e-12
     for _ in range(8):
         grads = _grads(rng, dtype)
-        for tensor, gradient in zip(tensors, grads.arrays, strict=True):
+        for tensor, gradient in zip(tensors, grads, strict=True):
             tensor.grad = torch.tensor(gradient)
         peer.step()
         params, moments = apply_update(optimizer, params, grads, moments)
@@ -121,7 +124,7 @@ def test_nothing_that_goes_in_is_changed(rng: np.random.Generator, optimizer: Op
     """An update is a function: its inputs stay, and the same inputs give the same bits."""
     params, grads = _params(rng), _grads(rng)
     params, moments = apply_update(optimizer, params, grads, init_moments(optimizer, params))
-    inputs = [*_arrays(params), *grads.arrays, *moments_to_arrays(moments).values()]
+    inputs = [*_arrays(params), *grads, *moments_to_arrays(moments).values()]
     before = [array.copy() for array in inputs]
     once, moments_once = apply_update(optimizer, params, grads, moments)
     twice, moments_twice = apply_update(optimizer, params, grads, moments)
@@ -139,7 +142,7 @@ def test_a_first_zero_gradient_moves_nothing_but_decay(
 ) -> None:
     """Without a gradient and without momentum the weights stay, or only decay."""
     params = _params(rng)
-    zero = Grads(*(np.zeros_like(w) for w in _arrays(params)))
+    zero = _pack([np.zeros_like(w) for w in params])
     moved, _ = apply_update(optimizer, params, zero, init_moments(optimizer, params))
     kept = 1 - optimizer.lr * optimizer.weight_decay if isinstance(optimizer, AdamW) else 1.0
     for ours, before in zip(_arrays(moved), _arrays(params), strict=True):
@@ -180,8 +183,10 @@ def test_gradients_of_another_shape_or_type_are_refused(rng: np.random.Generator
     """What only broadcasting or rounding could fit is refused by name."""
     params, grads = _params(rng), _grads(rng)
     moments = init_moments(SGD(), params)
-    with pytest.raises(ShapeError, match=r"^db:"):
-        apply_update(SGD(), params, Grads(grads.dWx, grads.dWh, grads.db[:1]), moments)
+    with pytest.raises(ShapeError, match=r"^dWx:"):
+        apply_update(
+            SGD(), params, TanhNetwork(2, 4).weight_spec.pack([grads[0][:2], *grads[1:]]), moments
+        )
     with pytest.raises(DTypeError, match=r"^dWx: expected dtype float64"):
         apply_update(SGD(), params, _grads(rng, np.float32), moments)
 

@@ -63,6 +63,6 @@ def test_outputs_and_gradients_are_those_of_torch(
     result = rnn_backward(case.params, tape, case.dhs, case.dh_next)
     g = result.grads
     ours = {"hs": tape.hs, "dxs": result.dxs, "dh0": result.dh0}
-    ours |= {"dWx": g.dWx, "dWh": g.dWh, "db": g.db}
+    ours |= dict(zip(("dWx", "dWh", "db"), g, strict=True))
     for name, expected in _torch_results(case).items():
         np.testing.assert_allclose(ours[name], expected, err_msg=name, **TOLERANCES[dtype])

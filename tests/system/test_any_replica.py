@@ -11,7 +11,7 @@ from safetensors.numpy import load
 
 import rnn_engine
 from replicas import to_array, to_tensor
-from rnn_engine import Adam, Grads, Params, TimeRNN
+from rnn_engine import Adam, Params, TimeRNN
 from timernn.v1 import model_service_pb2 as models_pb
 from timernn.v1 import session_service_pb2 as sessions_pb
 from timernn.v1 import time_rnn_service_pb2 as rnn_pb
@@ -122,7 +122,8 @@ def test_training_that_changes_replica_at_every_call_equals_local_training(
         version = replicas.next.rnn.Update(request).version
         local.forward(xs)
         local.backward(dhs)
-        params, grads = Params(*local.params), Grads(*local.grads)
+        params = Params(*local.params)
+        grads = params.spec.pack(local.grads)
         stepped, moments = rnn_engine.apply_update(Adam(lr=1e-2), params, grads, moments)
         for old, new in zip(local.params, (stepped.Wx, stepped.Wh, stepped.b), strict=True):
             old[...] = new

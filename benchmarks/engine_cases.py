@@ -1,23 +1,16 @@
-"""What the engine of one checkout computes and how long it takes; `benchmarks.engine_before` runs it in two.
+"""What `benchmarks.engine_before` computes and times with the engines of two checkouts.
 
-It uses only what the engines of both checkouts offer: the pure functions. It reads one command a line,
-``digests`` or the name of a case and a number of calls, and answers with one line of JSON.
+Each function takes the engine, the package itself, and uses only what both checkouts offer: the pure functions.
 """
 
-import gc
 import hashlib
 import itertools
-import json
-import sys
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
-
-import rnn_engine as engine
 
 SHAPES = ((3, 5), (17, 33), (16, 32), (50, 70))  # D, H: most are no multiples of 16
 PARTS = ((1, 7), (3, 4), (2, 1))  # N, T of the chunks whose gradients are joined in a step
@@ -28,7 +21,7 @@ DTYPES = ("float32", "float64")
 Call = Callable[[], object]
 
 
-def make_params(d: int, h: int, dtype: str) -> Any:
+def make_params(engine: Any, d: int, h: int, dtype: str) -> Any:
     """Return seeded weights."""
     rng = np.random.default_rng(d * 1000 + h)
     shapes = ((d, h), (h, h), (h,))
@@ -43,7 +36,7 @@ def digest(arrays: Iterable[Any]) -> str:
     return whole.hexdigest()
 
 
-def train(optimizer: Any, params: Any, clip_norm: float, *, mean: bool) -> str:
+def train(engine: Any, optimizer: Any, params: Any, clip_norm: float, *, mean: bool) -> str:
     """Make 50 steps, each from the gradients of several chunks; return the digest of what came of it."""
     d, h = params.Wx.shape
     dtype = params.Wx.dtype
@@ -65,7 +58,7 @@ def train(optimizer: Any, params: Any, clip_norm: float, *, mean: bool) -> str:
     return digest([*arrays, np.array(norms)])
 
 
-def stream(params: Any, *, ragged: bool) -> str:
+def stream(engine: Any, params: Any, *, ragged: bool) -> str:
     """Run 40 chunks, each from the state that the one before left; return the digest of all states."""
     d, h = params.Wx.shape
     dtype = params.Wx.dtype
@@ -87,15 +80,15 @@ def stream(params: Any, *, ragged: bool) -> str:
     return digest(seen)
 
 
-def digests() -> dict[str, str]:
+def digests(engine: Any) -> dict[str, str]:
     """Return the digest of each proof by its name."""
     found = {}
     for (d, h), dtype in itertools.product(SHAPES, DTYPES):
-        params = make_params(d, h, dtype)
+        params = make_params(engine, d, h, dtype)
         where = f"D={d} H={h} {dtype}"
         for ragged in (False, True):
             found[f"{CHUNKS} chunks, {'ragged' if ragged else 'single'}, {where}"] = stream(
-                params, ragged=ragged
+                engine, params, ragged=ragged
             )
         for kind, clip_norm, mean in itertools.product(
             engine.OPTIMIZERS, (0.0, 0.5), (False, True)
@@ -103,12 +96,12 @@ def digests() -> dict[str, str]:
             options = f"{'MEAN' if mean else 'SUM'}, {'clipped' if clip_norm else 'not clipped'}"
             optimizer = replace(kind(), lr=0.01)
             found[f"{STEPS} steps, {kind.__name__}, {options}, {where}"] = train(
-                optimizer, params, clip_norm, mean=mean
+                engine, optimizer, params, clip_norm, mean=mean
             )
     return found
 
 
-def make_cases() -> dict[str, Call]:
+def make_cases(engine: Any) -> dict[str, Call]:
     """Return what is timed, by its name."""
     cases: dict[str, Call] = {}
     for n, t, d, h in (
@@ -118,59 +111,65 @@ def make_cases() -> dict[str, Call]:
         (4, 8, 32, 64),
         (8, 32, 64, 128),
     ):
-        _add_passes(cases, n, t, d, h)
-    _add_ragged(cases)
+        _add_passes(engine, cases, n, t, d, h)
+    _add_ragged(engine, cases)
     for d, h in ((32, 64), (256, 256), (1024, 1024)):
-        _add_steps(cases, d, h)
+        _add_steps(engine, cases, d, h)
     return cases
 
 
-def _add_passes(cases: dict[str, Call], n: int, t: int, d: int, h: int) -> None:
-    params = make_params(d, h, "float32")
+def _add_passes(engine: Any, cases: dict[str, Call], n: int, t: int, d: int, h: int) -> None:
+    params = make_params(engine, d, h, "float32")
     rng = np.random.default_rng(3)
     xs, h0, dhs = (rng.normal(size=s).astype("f4") for s in ((n, t, d), (n, h), (n, t, h)))
     tape = engine.rnn_forward(params, xs, h0)
     size = f"N={n} T={t} D={d} H={h}"
     cases[f"forward, {size}"] = lambda: engine.rnn_forward(params, xs, h0)
     cases[f"backward, {size}"] = lambda: engine.rnn_backward(params, tape, dhs)
-    cases[f"forward and its last state, {size}"] = _forward_with_state(params, xs, h0)
+    cases[f"forward and its last state, {size}"] = _forward_with_state(engine, params, xs, h0)
 
 
-def _forward_with_state(params: Any, xs: Any, h0: Any) -> Call:
+def _forward_with_state(engine: Any, params: Any, xs: Any, h0: Any) -> Call:
     """Return what a server does for a chunk: by the network where there is one, else by functions."""
     if not hasattr(engine, "TanhNetwork"):
-        return partial(_function_with_state, params, xs, h0)
+        return partial(_function_with_state, engine, params, xs, h0)
     network = engine.TanhNetwork(*params.Wx.shape)
     prepared = network.prepare(params)
     return lambda: network.forward(prepared, xs, (h0,), keep=False)
 
 
-def _function_with_state(params: Any, xs: Any, h0: Any) -> Any:
+def _function_with_state(engine: Any, params: Any, xs: Any, h0: Any) -> Any:
     return engine.rnn_forward(params, xs, h0).hs[:, -1].copy()
 
 
-def _add_ragged(cases: dict[str, Call]) -> None:
-    params = make_params(32, 64, "float32")
+def _add_ragged(engine: Any, cases: dict[str, Call]) -> None:
+    params = make_params(engine, 32, 64, "float32")
     rng = np.random.default_rng(4)
     lengths = [k * 13 % 32 + 1 for k in range(64)]
     for name, steps in (("64 ragged sequences", lengths), ("64 equal sequences", [4] * 64)):
         xs = [rng.normal(size=(1, t, 32)).astype("f4") for t in steps]
         states = [np.zeros((1, 64), "f4") for _ in steps]
         cases[name] = partial(engine.rnn_forward_many, params, xs, states)
-        cases[f"{name} and their last states"] = _many_with_states(params, xs, states)
+        cases[f"{name} and their last states"] = _many_with_states(engine, params, xs, states)
 
 
-def _many_with_states(params: Any, xs: Any, states: Any) -> Call:
+def _many_with_states(engine: Any, params: Any, xs: Any, states: Any) -> Call:
     if not hasattr(engine, "TanhNetwork"):
-        return lambda: [hs[:, -1].copy() for hs in engine.rnn_forward_many(params, xs, states)]
+        return partial(_functions_with_states, engine, params, xs, states)
     network = engine.TanhNetwork(*params.Wx.shape)
     prepared = network.prepare(params)
     many = [(state,) for state in states]
     return lambda: network.forward_many(prepared, xs, many)
 
 
-def _add_steps(cases: dict[str, Call], d: int, h: int) -> None:
-    params = make_params(d, h, "float32")
+def _functions_with_states(engine: Any, params: Any, xs: Any, states: Any) -> Any:
+    outputs = engine.rnn_forward_many(params, xs, states)
+    tapes = [engine.Tape(*one) for one in zip(xs, states, outputs, strict=True)]
+    return tapes, [tape.hs[:, -1].copy() for tape in tapes]
+
+
+def _add_steps(engine: Any, cases: dict[str, Call], d: int, h: int) -> None:
+    params = make_params(engine, d, h, "float32")
     rng = np.random.default_rng(5)
     xs, h0, dhs = (rng.normal(size=s).astype("f4") for s in ((1, 2, d), (1, h), (1, 2, h)))
     grads = engine.rnn_backward(params, engine.rnn_forward(params, xs, h0), dhs).grads
@@ -182,33 +181,3 @@ def _add_steps(cases: dict[str, Call], d: int, h: int) -> None:
         )
     cases[f"clipping, {size}"] = lambda: engine.clip_by_global_norm(grads, 1e-3)
     cases[f"sum of 3, {size}"] = lambda: engine.sum_grads([grads, grads, grads])
-
-
-def measure(call: Call, count: int) -> float:
-    """Return the seconds of processor time that a call takes, over so many calls."""
-    call()
-    gc.disable()
-    started = time.process_time()
-    for _ in range(count):
-        call()
-    took = time.process_time() - started
-    gc.enable()
-    return took / count
-
-
-def main() -> None:
-    """Answer commands until there are no more."""
-    cases = make_cases()
-    for line in sys.stdin:
-        command, _, count = line.rstrip("\n").partition("\t")
-        if command == "digests":
-            answer: object = digests()
-        elif command == "cases":
-            answer = list(cases)
-        else:
-            answer = measure(cases[command], int(count))
-        print(json.dumps(answer), flush=True)
-
-
-if __name__ == "__main__":
-    main()
