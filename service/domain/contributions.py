@@ -246,4 +246,4 @@ class Contributions:
 
 
 def _grads_bytes(grads: Grads) -> int:
-    return sum(array.nbytes for array in grads.arrays) + 512
+    return grads.nbytes + 512

@@ -250,12 +250,11 @@ class ModelCache:
 
 
 def _params_bytes(params: Params) -> int:
-    return params.Wx.nbytes + params.Wh.nbytes + params.b.nbytes
+    return params.nbytes
 
 
 def _moments_bytes(known: tuple[Version, Moments]) -> int:
-    slots = known[1].slots
-    return 1024 + sum(slot.Wx.nbytes + slot.Wh.nbytes + slot.b.nbytes for slot in slots)
+    return 1024 + known[1].nbytes
 
 
 def _same_incarnation(model: KnownModel, incarnation: bytes) -> KnownModel:

@@ -19,8 +19,8 @@ from safetensors.numpy import load, save
 
 from rnn_engine import (
     OPTIMIZERS,
-    Grads,
     Params,
+    TanhNetwork,
     init_moments,
     moments_from_arrays,
     moments_to_arrays,
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from rnn_engine import (
         Array,
+        Grads,
         Moments,
     )
     from service.domain.blob import Blob
@@ -122,11 +123,8 @@ def _check_fields(of: str, found: Collection[str], known: Collection[str]) -> No
 
 def draw_params(spec: ModelSpec, seed: int) -> Params:
     """Draw first weights: normal, scaled by 1/sqrt(D) and 1/sqrt(H); b is zero."""
-    rng = np.random.default_rng(seed)
-    d, h = spec.input_size, spec.hidden_size
-    Wx = rng.standard_normal((d, h)) / np.sqrt(d)
-    Wh = rng.standard_normal((h, h)) / np.sqrt(h)
-    return Params(Wx.astype(spec.dtype), Wh.astype(spec.dtype), np.zeros(h, spec.dtype))
+    network = TanhNetwork(spec.input_size, spec.hidden_size)
+    return network.init(np.random.default_rng(seed), spec.dtype)
 
 
 def params_to_blob(params: Params) -> Blob:
@@ -141,12 +139,12 @@ def params_from_bytes(spec: ModelSpec, data: Bytes) -> Params:
 
 def grads_to_blob(grads: Grads) -> Blob:
     """Return gradients as the store keeps them."""
-    return blob_of_arrays(grads.arrays)
+    return blob_of_arrays(grads)
 
 
 def grads_from_bytes(spec: ModelSpec, data: Bytes) -> Grads:
-    """Read gradients from the store; the arrays are read-only views."""
-    return Grads(*_split(spec, data))
+    """Read gradients from the store."""
+    return TanhNetwork(spec.input_size, spec.hidden_size).weight_spec.pack(_split(spec, data))
 
 
 def moments_to_blob(moments: Moments) -> Blob:

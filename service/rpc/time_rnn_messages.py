@@ -250,9 +250,10 @@ def waiting_to_proto(waiting: Waiting) -> pb.ListWaitingResponse:
 
 
 def _fill_gradients(message: pb.Gradients, grads: Grads) -> None:
-    fill_tensor(message.dwx, grads.dWx)
-    fill_tensor(message.dwh, grads.dWh)
-    fill_tensor(message.db, grads.db)
+    dWx, dWh, db = grads
+    fill_tensor(message.dwx, dWx)
+    fill_tensor(message.dwh, dWh)
+    fill_tensor(message.db, db)
 
 
 def _learning_rate(request: pb.UpdateRequest) -> float | None:

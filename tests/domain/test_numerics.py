@@ -24,7 +24,6 @@ from instruments.replicas import (
 from rnn_engine import (
     SGD,
     Adam,
-    Grads,
     Params,
     apply_update,
     clip_by_global_norm,
@@ -142,7 +141,7 @@ async def test_a_hundred_remote_steps_equal_local_ones(
         version = (await client.update("m", f"u{k}", expected=version, clip_norm=1.0)).version
         local.forward(xs)
         np.testing.assert_allclose(present(made.dxs), local.backward(dhs), rtol=1e-3, atol=1e-6)
-        clipped, _, _ = clip_by_global_norm(Grads(*local.grads), 1.0)
+        clipped, _, _ = clip_by_global_norm(Params(*local.params).spec.pack(local.grads), 1.0)
         params, moments = apply_update(optimizer, params, clipped, moments)
         for old, new in zip(local.params, arrays_of(params), strict=True):
             old[...] = new
@@ -171,7 +170,7 @@ async def test_gradients_equal_the_engine_and_finite_differences(
     engine = rnn_backward(params, rnn_forward(params, xs, h0), dhs, dh_next)
     np.testing.assert_array_equal(present(made.dxs), engine.dxs)
     np.testing.assert_array_equal(made.dh0, engine.dh0)
-    for remote, here in zip(present(made.grads).arrays, engine.grads.arrays, strict=True):
+    for remote, here in zip(present(made.grads), engine.grads, strict=True):
         np.testing.assert_array_equal(remote, here)
     moved = xs.copy()
     moved[1, 0, 2] += 1e-6
@@ -200,8 +199,8 @@ async def test_chained_dh0_gives_full_backpropagation(
     dxs = np.concatenate([present(early.dxs), present(late.dxs)], axis=1)
     np.testing.assert_allclose(dxs, present(one.dxs), rtol=1e-10)
     np.testing.assert_allclose(early.dh0, one.dh0, rtol=1e-10)
-    dWh = present(early.grads).dWh + present(late.grads).dWh
-    np.testing.assert_allclose(dWh, present(one.grads).dWh, rtol=1e-10)
+    dWh = present(early.grads)[1] + present(late.grads)[1]
+    np.testing.assert_allclose(dWh, present(one.grads)[1], rtol=1e-10)
 
 
 @pytest.mark.parametrize("reduction", list(Reduction))
@@ -225,7 +224,7 @@ async def test_several_contributions_make_one_step_of_their_sum_or_mean(
     op = step("m", "u", reduction=reduction)
     done = await replicas[1].updates.update(tenant, op)
     scale = 1 if reduction is Reduction.SUM else 1 / 3
-    joined = np.sum([one.dWh for one in sent], axis=0) * scale
+    joined = np.sum([one[1] for one in sent], axis=0) * scale
     after = await head_params(replicas[0], tenant, spec)
     np.testing.assert_allclose(after.Wh, params.Wh - 0.1 * joined, rtol=1e-12, atol=1e-14)
     assert done.contribution_count == 3

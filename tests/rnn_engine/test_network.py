@@ -191,6 +191,7 @@ def test_gradients_through_the_port_are_those_of_the_function(case_of: CaseMaker
         )
         for ours, theirs in zip(grads, back.grads, strict=True):
             assert ours.tobytes() == theirs.tobytes()
+        assert d_inputs is not None
         assert np.array_equal(d_inputs, back.dxs)
         assert np.array_equal(d_state[0], back.dh0)
 
