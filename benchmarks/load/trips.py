@@ -17,6 +17,7 @@ from benchmarks.load.processes import processor_s
 from benchmarks.load.stages import TENANT, VERSION
 from benchmarks.load.store import Store
 from benchmarks.load.workload import SMALL
+from service.domain.digests import request_digest
 from service.domain.ports import (
     AbsentSession,
     ChunkCommit,
@@ -94,7 +95,7 @@ class Trips:
     async def open(self) -> None:
         """Begin the sessions."""
         first = StoredState(0, bytes(16), _token(0), VERSION, STATE)
-        start = EpochStart(EpochMode.FAIL, HEAD, first, b"")
+        start = EpochStart(EpochMode.FAIL, HEAD, first, request_digest(""))
         for name in self._names:
             begun = await self._stores[0].begin_epoch(SessionKey(TENANT, name), start)
             if isinstance(begun, AbsentSession):

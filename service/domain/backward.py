@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from rnn_engine import global_norm, rnn_backward
 from service.compute.scheduler import hash_work
 from service.domain.contributions import Recording
-from service.domain.digests import gradient_digest
+from service.domain.digests import contribution_key, gradient_digest
 from service.domain.errors import DomainError, FailedPrecondition, NotFound
 from service.domain.finite import is_finite
 from service.domain.overlap import OverlappedStep
@@ -90,7 +90,7 @@ class Backpropagation:
         norm = _finite_norm(gradients)
         contribution = Contribution(
             model.incarnation,
-            self._contributions.name(SessionKey(tenant, op.session_id), op.epoch, op.chunk_seq),
+            contribution_key(SessionKey(tenant, op.session_id), op.epoch, op.chunk_seq),
             early.digest,
             grads_to_blob(gradients.grads),
             found.expires_ms,
@@ -132,8 +132,8 @@ class Backpropagation:
             _, params = await self._model_cache.params(model, tape.version)
         except NotFound as error:
             key = SessionKey(model.key.tenant, op.session_id)
-            name = self._contributions.name(key, op.epoch, op.chunk_seq)
-            state = await self._contributions.find(model.key, name)
+            contribution = contribution_key(key, op.epoch, op.chunk_seq)
+            state = await self._contributions.find(model.key, contribution)
             text = f"{error.message}: the tape's version is not kept any more"
             facts = recorded_metadata(op.chunk_seq, state)
             raise FailedPrecondition(
@@ -164,7 +164,7 @@ class Backpropagation:
             return None
         step = self._updates.step(tenant, _own_update(op, op.update, recording.model))
         try:
-            if self._may_overlap(step, recording):
+            if self._may_overlap(op, step, recording):
                 return await self._update_overlapped(op, step, recording)
             await self._record(tenant, op, recording)
             return await self._updates.publish(step)
@@ -177,14 +177,14 @@ class Backpropagation:
         await self._contributions.record(recording)
         await self._tapes.consume(tenant, op)
 
-    def _may_overlap(self, step: OptimizerStep, recording: Recording) -> bool:
+    def _may_overlap(self, op: Backward, step: OptimizerStep, recording: Recording) -> bool:
         """Return whether recording may be part of the step.
 
         The step must take this contribution alone. And no other step of the model may be running here:
         the recording would wait for it.
         """
-        model, name = recording.model.key, recording.contribution.name
-        is_own = step.request.model_key == model and step.selectors == [name]
+        model = recording.model.key
+        is_own = step.request.model_key == model and step.op.selectors == (_own_selector(op),)
         return is_own and not self._updates.is_busy(model)
 
     async def _update_overlapped(
@@ -203,12 +203,16 @@ class Backpropagation:
 
 def _own_update(op: Backward, update: Update, model: KnownModel) -> Update:
     """Return the Update of a Backward, which stands for the Backward's model and chunk by default."""
-    own = (Selector(op.session_id, op.epoch, (op.chunk_seq,)),)
     return replace(
         update,
         model_id=update.model_id or model.key.model_id,
-        selectors=update.selectors or own,
+        selectors=update.selectors or (_own_selector(op),),
     )
+
+
+def _own_selector(op: Backward) -> Selector:
+    """Return what selects the contribution of a Backward alone."""
+    return Selector(op.session_id, op.epoch, (op.chunk_seq,))
 
 
 def _finite_norm(gradients: ChunkGradients) -> float:

@@ -11,11 +11,12 @@ import asyncio
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from service.domain.digests import contribution_key
 from service.domain.errors import AlreadyExists, ResourceExhausted
 from service.domain.lru import LruCache
 from service.domain.ports import RecordOutcome
 from service.domain.refusals import model_not_found, tape_missing
-from service.domain.types import Selector, SessionKey
+from service.domain.types import Selector
 from service.domain.weights import grads_from_bytes, spec_bytes, spec_from_bytes
 from service.telemetry import NULL_OBSERVER
 
@@ -29,13 +30,12 @@ if TYPE_CHECKING:
         ContributionState,
         ModelStore,
         UpdateInputs,
+        WaitingContribution,
     )
     from service.domain.publisher import StepRequest
-    from service.domain.types import ModelKey, WaitingTape
+    from service.domain.types import ContributionKey, ModelKey, SessionKey, WaitingTape
     from service.settings import Limits
     from service.telemetry import Observer
-
-NAME_BYTES = 32  # of a full name; a prefix, which selects many, is shorter
 
 
 @dataclass(slots=True)
@@ -77,27 +77,10 @@ class Contributions:
         self._observer = observer
         self._store = store
         self._limits = limits
-        self._grads: LruCache[tuple[bytes, bytes], Grads] = LruCache(
+        self._grads: LruCache[tuple[bytes, WaitingContribution], Grads] = LruCache(
             limits.contribution_bytes_per_model // 4, _grads_bytes
         )
         observer.cache_added("gradients", self._grads.counts)
-
-    # --- names ------------------------------------------------------------------------------------
-
-    def name(self, key: SessionKey, epoch: int, chunk_seq: int) -> bytes:
-        """Return the name of a chunk's contribution."""
-        return self._store.contribution_name(key, epoch, chunk_seq)
-
-    def names(self, tenant: str, selectors: Sequence[Selector]) -> list[bytes]:
-        """Return the names and prefixes that selectors stand for; without any, the prefix of all."""
-        names: list[bytes] = []
-        for one in selectors:
-            key = SessionKey(tenant, one.session_id)
-            if one.chunk_seqs:
-                names += [self.name(key, one.epoch, chunk_seq) for chunk_seq in one.chunk_seqs]
-            else:
-                names.append(self._store.contribution_prefix(key, one.epoch))
-        return names or [b""]
 
     # --- recording --------------------------------------------------------------------------------
 
@@ -112,7 +95,7 @@ class Contributions:
         self._settle(recording, outcome)
 
     async def record_and_read(
-        self, recording: Recording, request: StepRequest, selectors: Sequence[bytes]
+        self, recording: Recording, request: StepRequest, selectors: Sequence[Selector]
     ) -> UpdateInputs | Exception | None:
         """Record a contribution once and, in the same round trip, read the inputs of a step.
 
@@ -124,7 +107,7 @@ class Contributions:
             DomainError: As `record`.
         """
         outcome, inputs = await self._store.record_and_read(
-            request.model_key, recording.contribution, request.name, selectors
+            request.model_key, recording.contribution, request.digest, selectors
         )
         self._settle(recording, outcome)
         return inputs
@@ -132,7 +115,7 @@ class Contributions:
     def forget_gradient(self, recording: Recording) -> None:
         """Drop a gradient from the cache that no step can need any more."""
         contribution = recording.contribution
-        self._grads.drop((contribution.incarnation, contribution.entry))
+        self._grads.drop((contribution.incarnation, contribution.waiting))
 
     def _settle(self, recording: Recording, outcome: RecordOutcome) -> None:
         """Note what came of a recording, or refuse it."""
@@ -141,7 +124,7 @@ class Contributions:
         contribution = recording.contribution
         if not recording.is_replayed:
             self._observer.contribution_recorded(gradient_bytes=contribution.gradient.nbytes)
-        self._grads.put((contribution.incarnation, contribution.entry), recording.grads)
+        self._grads.put((contribution.incarnation, contribution.waiting), recording.grads)
 
     def _refuse(self, recording: Recording, outcome: RecordOutcome) -> None:
         chunk_seq = recording.chunk_seq
@@ -172,26 +155,28 @@ class Contributions:
 
     # --- reading ----------------------------------------------------------------------------------
 
-    async def find(self, model: ModelKey, name: bytes) -> ContributionState | None:
+    async def find(
+        self, model: ModelKey, contribution: ContributionKey
+    ) -> ContributionState | None:
         """Return what has become of a contribution; None if it was never recorded."""
-        return await self._store.find_contribution(model, name)
+        return await self._store.find_contribution(model, contribution)
 
     async def read_inputs(
-        self, request: StepRequest, selectors: Sequence[bytes]
+        self, request: StepRequest, selectors: Sequence[Selector]
     ) -> UpdateInputs | None:
         """Read what a step starts from, with the waiting contributions that the selectors choose."""
-        return await self._store.read_update_inputs(request.model_key, request.name, selectors)
+        return await self._store.read_update_inputs(request.model_key, request.digest, selectors)
 
     async def read_gradients(
-        self, model: KnownModel, entries: Sequence[bytes]
-    ) -> dict[bytes, Grads] | None:
+        self, model: KnownModel, waiting: Sequence[WaitingContribution]
+    ) -> dict[WaitingContribution, Grads] | None:
         """Return the gradients of contributions, in their order; None if one does not wait any more.
 
         Args:
             model: Their model.
-            entries: Name and digest of each.
+            waiting: The contributions.
         """
-        cached = {one: self._grads.get((model.incarnation, one)) for one in entries}
+        cached = {one: self._grads.get((model.incarnation, one)) for one in waiting}
         missing = [one for one, grads in cached.items() if grads is None]
         if missing:
             found = await self._store.read_gradients(model.key, missing, spec_bytes(model.spec))
@@ -212,24 +197,23 @@ class Contributions:
             DomainError: MODEL_NOT_FOUND, also if the model is of another incarnation;
                 UNSUPPORTED_LAYOUT.
         """
-        prefix = self._store.contribution_prefix(key, 0)
-        inputs = await self._store.read_update_inputs(model, b"", [prefix])
+        selectors = [Selector(key.session_id)]
+        inputs = await self._store.read_update_inputs(model, None, selectors)
         if inputs is not None:
             spec_from_bytes(inputs.spec)  # an unknown layout also governs the contributions
         if inputs is None or inputs.incarnation != incarnation:
             raise model_not_found(model.model_id)
         by_epoch: dict[int, list[int]] = {}
-        for entry in inputs.waiting:
-            epoch, chunk_seq = self._store.contribution_place(entry[:NAME_BYTES])
-            by_epoch.setdefault(epoch, []).append(chunk_seq)
+        for waiting in inputs.waiting:
+            by_epoch.setdefault(waiting.key.epoch, []).append(waiting.key.chunk_seq)
         return [Selector(key.session_id, epoch, tuple(seqs)) for epoch, seqs in by_epoch.items()]
 
     async def without_recorded(
         self, model: ModelKey, key: SessionKey, tapes: Sequence[WaitingTape]
     ) -> list[WaitingTape]:
         """Return those of the tapes of a session whose contribution was never recorded."""
-        names = [self.name(key, tape.epoch, tape.chunk_seq) for tape in tapes]
-        states = await asyncio.gather(*(self.find(model, name) for name in names))
+        wanted = [contribution_key(key, tape.epoch, tape.chunk_seq) for tape in tapes]
+        states = await asyncio.gather(*(self.find(model, one) for one in wanted))
         return [tape for tape, state in zip(tapes, states, strict=True) if state is None]
 
     async def discard(self, model: KnownModel, selectors: Sequence[Selector]) -> int:
@@ -238,8 +222,7 @@ class Contributions:
         Raises:
             NotFound: MODEL_NOT_FOUND.
         """
-        names = self.names(model.key.tenant, selectors)
-        dropped = await self._store.discard_contributions(model.key, model.incarnation, names)
+        dropped = await self._store.discard_contributions(model.key, model.incarnation, selectors)
         if dropped is None:
             raise model_not_found(model.key.model_id)
         return dropped

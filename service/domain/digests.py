@@ -5,18 +5,19 @@ from __future__ import annotations
 import hashlib
 import secrets
 import struct
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from service.domain.blob import Blob
-from service.domain.types import DIGEST_BYTES
+from service.domain.types import DIGEST_BYTES, ContributionKey, RequestDigest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from rnn_engine import Array
-    from service.domain.types import Backward, Update, Version
+    from service.domain.types import Backward, SessionKey, Update, Version
 
 _NUMBER = struct.Struct(">Q")
 _SHAPE = struct.Struct(">cccQQQ")
@@ -52,14 +53,26 @@ def request_name(request_id: str) -> bytes:
     return hashlib.sha256(b"request" + request_id.encode()).digest()[:DIGEST_BYTES]
 
 
-def epoch_request_name(request_id: str, *content: bytes) -> bytes:
-    """Return 8 bytes that stand for a request id and 8 for what the request asks for.
+def request_digest(request_id: str, *content: bytes | memoryview) -> RequestDigest:
+    """Return what stands for a request id and for the content of its request."""
+    return RequestDigest(request_name(request_id), content_digest(*content))
 
-    Without an id, 16 random bytes.
-    """
-    name = request_name(request_id)
-    half = DIGEST_BYTES // 2
-    return name if not request_id else name[:half] + content_digest(*content)[:half]
+
+@lru_cache(maxsize=65536)
+def session_digest(key: SessionKey) -> bytes:
+    """Return the 16 bytes that stand for a session wherever its name is not needed."""
+    return name_digest("session", *key)
+
+
+def name_digest(*parts: str) -> bytes:
+    """Return the 16 bytes that stand for a sequence of names."""
+    joined = b"".join(len(part.encode()).to_bytes(4, "big") + part.encode() for part in parts)
+    return hashlib.sha256(joined).digest()[:DIGEST_BYTES]
+
+
+def contribution_key(session: SessionKey, epoch: int, chunk_seq: int) -> ContributionKey:
+    """Return which contribution a chunk's is."""
+    return ContributionKey(session_digest(session), epoch, chunk_seq)
 
 
 def content_digest(*parts: bytes | memoryview | Blob) -> bytes:

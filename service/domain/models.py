@@ -13,7 +13,7 @@ import numpy as np
 from rnn_engine import init_moments
 from service.domain import pages, weights
 from service.domain.carrying import Carrier
-from service.domain.digests import content_digest, request_name
+from service.domain.digests import request_digest
 from service.domain.errors import (
     AlreadyExists,
     NotFound,
@@ -131,8 +131,7 @@ class Models:
             key,
             record,
             NewVersion(version, data, moments),
-            request_name(request_id),
-            content_digest(stored_spec, version.digest),
+            request_digest(request_id, stored_spec, version.digest),
         )
         if outcome is CreateOutcome.EXISTS:
             raise await self._exists(key, spec)
@@ -217,8 +216,8 @@ class Models:
         params, moments = await self._scheduler.run(
             len(data), weights.from_safetensors, model.spec, data
         )
-        digest = content_digest(b"put", data, _expected_bytes(expected))
-        request = StepRequest(key, request_name(request_id), digest, expected)
+        digest = request_digest(request_id, b"put", data, _expected_bytes(expected))
+        request = StepRequest(key, digest, expected)
         uploaded = CandidateVersion(params, moments)
         answer = await self._publisher.publish(
             UploadStep(request, self._store, model.incarnation, uploaded)
@@ -255,8 +254,8 @@ class Models:
         request_id: str,
     ) -> tuple[Version, bool]:
         """Make a checkpoint's weights and moments the model's next version."""
-        digest = content_digest(b"restore", checkpoint_id.encode(), _expected_bytes(expected))
-        request = StepRequest(key, request_name(request_id), digest, expected)
+        content = (b"restore", checkpoint_id.encode(), _expected_bytes(expected))
+        request = StepRequest(key, request_digest(request_id, *content), expected)
         answer = await self._publisher.publish(
             RestoreStep(request, self._store, self._model_cache, checkpoint_id)
         )

@@ -66,7 +66,7 @@ class OverlappedStep:
             return await self._step.read_inputs()
         recorded, self._early = await asyncio.gather(
             self._contributions.record_and_read(
-                self._recording, self.request, self._step.selectors
+                self._recording, self.request, self._step.op.selectors
             ),
             self._step.make_early(self._recording),
         )
@@ -94,4 +94,6 @@ class OverlappedStep:
 
         One of the two scripts may have been sent again, so that the read came first.
         """
-        return bool(inputs.remembered) or self._recording.contribution.entry in inputs.waiting
+        return (
+            inputs.remembered is not None or self._recording.contribution.waiting in inputs.waiting
+        )

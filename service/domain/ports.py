@@ -8,15 +8,24 @@ needs none: it answers replays, and refuses what is late, fenced or a rival's, a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from service.domain.blob import Blob
-    from service.domain.types import Checkpoint, ModelKey, SessionKey, Version, WaitingTape
+    from service.domain.types import (
+        Checkpoint,
+        ContributionKey,
+        ModelKey,
+        RequestDigest,
+        Selector,
+        SessionKey,
+        Version,
+        WaitingTape,
+    )
 
 Bytes = bytes | memoryview
 
@@ -106,7 +115,7 @@ class EpochStart:
         mode: What to do with a session that is live, or is not.
         head: What the session is like; its epoch and chunk_seq are not used.
         first: The state before the first chunk.
-        request: 8 bytes that stand for the request id and 8 for its content, or empty.
+        request: The request that begins it.
         expected_epoch: The epoch that LIVE may replace; 0 if it may be any.
         expected_chunk_seq: The last chunk of that epoch; None if it may be any.
         restored_epoch: The number that the client knows as the session's last epoch, to begin it again
@@ -116,7 +125,7 @@ class EpochStart:
     mode: EpochMode
     head: SessionHead
     first: StoredState
-    request: bytes
+    request: RequestDigest
     expected_epoch: int = 0
     expected_chunk_seq: int | None = None
     restored_epoch: int = 0
@@ -204,33 +213,74 @@ class NewVersion:
     moments: Blob
 
 
+class WaitingContribution(NamedTuple):
+    """A contribution that waits for an Update, and 16 bytes that stand for what it was computed from."""
+
+    key: ContributionKey
+    digest: bytes
+
+
 @dataclass(frozen=True, slots=True)
-class UpdateInputs:
-    """What an Update decides from, in one look.
+class StepAnswer:
+    """What a step answers, and what is remembered of it with its request.
 
     Attributes:
-        remembered: What is known of its request id: digest of the content and answer; else empty.
-        waiting: Name (32 bytes) and digest (16) of each contribution that waits, sorted.
+        version: The version that the step made.
+        gradient_norm: The norm of the joined gradient, before clipping.
+        clipped: Whether the gradient was clipped.
+        contribution_count: How many contributions it took.
+        replayed: Whether an earlier try of the request made the step; the store does not keep this.
+    """
+
+    version: Version
+    gradient_norm: float
+    clipped: bool
+    contribution_count: int
+    replayed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Remembered:
+    """What is remembered of a request id.
+
+    Attributes:
+        content: 16 bytes that stand for the content of its request.
+        answer: What a step answered; None if the request created the model.
+    """
+
+    content: bytes
+    answer: StepAnswer | None
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateInputs:
+    """What a step starts from, as one atomic read found it.
+
+    Attributes:
+        incarnation: The incarnation of the model.
+        spec: The stored form of its specification.
+        head: The version in force.
+        remembered: What is remembered of the request id; None if nothing.
+        waiting: The contributions that wait and that were asked for, sorted.
     """
 
     incarnation: bytes
     spec: bytes
     head: Version
-    remembered: bytes
-    waiting: tuple[bytes, ...]
+    remembered: Remembered | None
+    waiting: tuple[WaitingContribution, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Publication:
-    """A new head made from an older one and from contributions."""
+    """A new head made from an older one and from contributions, which it consumes."""
 
     incarnation: bytes
     base: Version
     new: NewVersion
-    request: bytes
-    content_digest: bytes
-    answer: bytes
-    names: Sequence[bytes] = field(default=())
+    request: RequestDigest
+    answer: StepAnswer
+    contributions: Sequence[ContributionKey] = ()
 
 
 class PublishOutcome(Enum):
@@ -245,22 +295,29 @@ class PublishOutcome(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Contribution:
-    """A gradient to count: the name of what it is of, the digest of what it was made from.
+    """A gradient to record.
 
-    It is counted only before its tape expires: a name is remembered for as long again, so that one which
-    was counted before is always known.
+    It is recorded only before its tape expires. Its key is remembered for as long again after that, so
+    that a second recording is always recognized.
+
+    Attributes:
+        incarnation: The incarnation of the model.
+        key: Which contribution it is.
+        digest: 16 bytes that stand for what it was computed from.
+        gradient: The gradient as the store keeps it.
+        tape_expires_ms: When the tape expires, by the store's clock.
     """
 
     incarnation: bytes
-    name: bytes
+    key: ContributionKey
     digest: bytes
     gradient: Blob
     tape_expires_ms: int
 
     @property
-    def entry(self) -> bytes:
-        """What a look at the contributions shows of it."""
-        return self.name + self.digest
+    def waiting(self) -> WaitingContribution:
+        """The contribution as a read finds it while it waits."""
+        return WaitingContribution(self.key, self.digest)
 
 
 class RecordOutcome(Enum):
@@ -379,8 +436,7 @@ class ModelStore(Protocol):
         key: ModelKey,
         record: ModelRecord,
         first: NewVersion,
-        request: bytes,
-        content_digest: bytes,
+        request: RequestDigest,
     ) -> CreateOutcome:
         """Create a model with its first version."""
 
@@ -410,42 +466,51 @@ class ModelStore(Protocol):
         """Read a version's moments."""
 
     async def record_contribution(self, key: ModelKey, contribution: Contribution) -> RecordOutcome:
-        """Count a contribution once."""
+        """Record a contribution once."""
 
     async def record_and_read(
         self,
         key: ModelKey,
         contribution: Contribution,
-        request: bytes,
-        selectors: Sequence[bytes],
+        request: RequestDigest,
+        selectors: Sequence[Selector],
     ) -> tuple[RecordOutcome, UpdateInputs | Exception | None]:
-        """Count a contribution once and, mostly after that, read what an Update decides from.
+        """Record a contribution once and read the inputs of a step, in one round trip.
 
-        A failure to read takes the place of what was to be read.
+        If one of the two had to be sent again, the inputs may have been read before the contribution was
+        recorded. If only the read fails, its error takes the place of the inputs.
         """
 
-    async def find_contribution(self, key: ModelKey, name: bytes) -> ContributionState | None:
-        """Return what has become of the contribution of this name; None: it was not counted."""
+    async def find_contribution(
+        self, key: ModelKey, contribution: ContributionKey
+    ) -> ContributionState | None:
+        """Return what has become of a contribution; None if it was never recorded."""
 
     async def read_update_inputs(
-        self, key: ModelKey, request: bytes, selectors: Sequence[bytes]
+        self, key: ModelKey, request: RequestDigest | None, selectors: Sequence[Selector] | None
     ) -> UpdateInputs | None:
-        """Read what an Update decides from."""
+        """Read what a step starts from, in one atomic read.
+
+        Args:
+            key: The model.
+            request: The request that may be remembered; None if there is none.
+            selectors: The contributions to list: () for all that wait, None for none.
+        """
 
     async def read_gradients(
-        self, key: ModelKey, entries: Sequence[bytes], size: int
+        self, key: ModelKey, waiting: Sequence[WaitingContribution], size: int
     ) -> Sequence[Bytes] | None:
-        """Read waiting gradients of `size` bytes by name and digest; None when one has gone."""
+        """Read the gradients of waiting contributions, `size` bytes each; None when one has gone."""
 
     async def publish_version(
         self, key: ModelKey, publication: Publication
-    ) -> tuple[PublishOutcome, bytes]:
+    ) -> tuple[PublishOutcome, StepAnswer | None]:
         """Write a version and make it the head; REPLAYED comes with the remembered answer."""
 
     async def discard_contributions(
-        self, key: ModelKey, incarnation: bytes, selectors: Sequence[bytes]
+        self, key: ModelKey, incarnation: bytes, selectors: Sequence[Selector]
     ) -> int | None:
-        """Drop waiting contributions; None when the model has gone."""
+        """Drop waiting contributions, without selectors all; None when the model has gone."""
 
     async def create_checkpoint(
         self,
@@ -463,12 +528,3 @@ class ModelStore(Protocol):
         self, key: ModelKey, incarnation: bytes, checkpoint_id: str
     ) -> bool:
         """Take a checkpoint's name away."""
-
-    def contribution_name(self, key: SessionKey, epoch: int, chunk_seq: int) -> bytes:
-        """Return the name of a contribution; names sort by session, epoch, chunk."""
-
-    def contribution_place(self, name: bytes) -> tuple[int, int]:
-        """Return the epoch and the chunk_seq in the name of a contribution."""
-
-    def contribution_prefix(self, key: SessionKey, epoch: int) -> bytes:
-        """Return what the names of a session's contributions begin with; epoch 0: of any."""

@@ -12,7 +12,6 @@ gets that answer.
 from __future__ import annotations
 
 import asyncio
-import struct
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
@@ -24,13 +23,12 @@ from service.domain import weights
 from service.domain.carrying import Carrier
 from service.domain.errors import FailedPrecondition
 from service.domain.finite import is_finite
-from service.domain.ports import NewVersion, Publication, PublishOutcome
+from service.domain.ports import NewVersion, Publication, PublishOutcome, Remembered, StepAnswer
 from service.domain.refusals import (
     UNCHANGED,
     contended,
     model_not_found,
     request_id_reused,
-    unsupported_layout,
     version_conflict,
 )
 from service.domain.types import Version
@@ -45,11 +43,10 @@ if TYPE_CHECKING:
     from service.domain.blob import Blob
     from service.domain.model_cache import KnownModel, ModelCache
     from service.domain.ports import ModelStore, UpdateInputs
-    from service.domain.types import ModelKey
+    from service.domain.types import ContributionKey, ModelKey, RequestDigest
     from service.telemetry import Observer
 
 _TRIES = 16
-_ANSWER = struct.Struct(">Q16sd?I")
 
 
 @dataclass(frozen=True)
@@ -59,14 +56,14 @@ class CandidateVersion:
     Attributes:
         params: Its weights.
         moments: Its optimizer's state.
-        names: The contributions that it was made from.
+        contributions: What it was made from.
         gradient_norm: The norm of their joined gradient, before clipping.
         clipped: Whether the gradient was clipped.
     """
 
     params: Params
     moments: Moments
-    names: Sequence[bytes] = ()
+    contributions: Sequence[ContributionKey] = ()
     gradient_norm: float = 0.0
     clipped: bool = False
 
@@ -82,7 +79,7 @@ class CandidateVersion:
         bad = [name for name, array in named.items() if not is_finite(array)]
         if bad:
             text = f"the new {', '.join(bad)} would not be finite; {UNCHANGED}"
-            if self.names:
+            if self.contributions:
                 text += (
                     ", and the contributions still wait: discard them, or clip them with clip_norm"
                 )
@@ -93,42 +90,17 @@ class CandidateVersion:
 
 
 @dataclass(frozen=True, slots=True)
-class StepAnswer:
-    """What a step answers, and what is remembered of it with its request id."""
-
-    version: Version
-    gradient_norm: float
-    clipped: bool
-    contribution_count: int
-    replayed: bool = False
-
-    def to_bytes(self) -> bytes:
-        """Return the answer as the store keeps it."""
-        version = self.version
-        return _ANSWER.pack(
-            version.number,
-            version.digest,
-            self.gradient_norm,
-            self.clipped,
-            self.contribution_count,
-        )
-
-
-@dataclass(frozen=True, slots=True)
 class StepRequest:
     """Which model shall have a next version, for which request, and under which condition.
 
     Attributes:
         model_key: The model.
-        name: 16 bytes that stand for the request id; the same on every attempt.
-        content_digest: 16 bytes that stand for all else that was asked for. The same id with another
-            digest is refused.
+        digest: What the store remembers the request by; the same on every attempt.
         expected: The head that the step must start from; None if any will do.
     """
 
     model_key: ModelKey
-    name: bytes
-    content_digest: bytes
+    digest: RequestDigest
     expected: Version | None
 
 
@@ -206,8 +178,8 @@ class VersionPublisher:
         if inputs is None:
             raise self._model_gone(request.model_key)
         spec_from_bytes(inputs.spec)  # an unknown layout also governs what is remembered
-        if inputs.remembered:
-            return _remembered_answer(inputs.remembered, request.content_digest)
+        if inputs.remembered is not None:
+            return _remembered_answer(inputs.remembered, request.digest)
         if request.expected is not None and not request.expected.names(inputs.head):
             raise version_conflict(request.expected, inputs.head)
         model = await self._model_of(request.model_key, inputs.incarnation)
@@ -234,10 +206,9 @@ class VersionPublisher:
             incarnation=inputs.incarnation,
             base=inputs.head,
             new=NewVersion(version, data, moments),
-            request=request.name,
-            content_digest=request.content_digest,
-            answer=_answer_of(version, candidate).to_bytes(),
-            names=candidate.names,
+            request=request.digest,
+            answer=_answer_of(version, candidate),
+            contributions=candidate.contributions,
         )
 
     async def _swap_head(
@@ -245,20 +216,20 @@ class VersionPublisher:
     ) -> StepAnswer | None:
         """Make the version the head if all is as it was read; else return None."""
         asked_at = self._model_cache.now()
-        outcome, remembered = await self._store.publish_version(model.key, publication)
-        content_digest, version = publication.content_digest, publication.new.version
+        outcome, answer = await self._store.publish_version(model.key, publication)
+        request, version = publication.request, publication.new.version
         if outcome is PublishOutcome.PUBLISHED:
             self._model_cache.note_head(
                 model, version, candidate.params, candidate.moments, asked_at
             )
             new = publication.new
             self._observer.version_published(
-                contributions=len(candidate.names),
+                contributions=len(candidate.contributions),
                 version_bytes=new.weights.nbytes + new.moments.nbytes,
             )
-            return _answer_of(version, candidate)
+            return publication.answer
         if outcome is PublishOutcome.REPLAYED:
-            return _remembered_answer(content_digest + remembered, content_digest)
+            return _remembered_answer(Remembered(request.content, answer), request)
         if outcome is PublishOutcome.REUSED:
             raise request_id_reused()
         if outcome is PublishOutcome.GONE:
@@ -271,18 +242,13 @@ class VersionPublisher:
 
 
 def _answer_of(version: Version, candidate: CandidateVersion) -> StepAnswer:
-    return StepAnswer(version, candidate.gradient_norm, candidate.clipped, len(candidate.names))
+    count = len(candidate.contributions)
+    return StepAnswer(version, candidate.gradient_norm, candidate.clipped, count)
 
 
-def _remembered_answer(remembered: bytes, content_digest: bytes) -> StepAnswer:
+def _remembered_answer(remembered: Remembered, request: RequestDigest) -> StepAnswer:
     """Return the answer that is remembered with a request id, if it was the same request."""
-    if remembered[: len(content_digest)] != content_digest:
+    # Without an answer, the id was used to create the model.
+    if remembered.content != request.content or remembered.answer is None:
         raise request_id_reused()
-    answer = remembered[len(content_digest) :]
-    if not answer:  # the id was used to create the model
-        raise request_id_reused()
-    if len(answer) != _ANSWER.size:
-        found, expected = f"{len(answer)} bytes", f"{_ANSWER.size} bytes"
-        raise unsupported_layout("the remembered answer of a step", found, expected)
-    number, digest, norm, clipped, count = _ANSWER.unpack(answer)
-    return replace(StepAnswer(Version(number, digest), norm, clipped, count), replayed=True)
+    return replace(remembered.answer, replayed=True)

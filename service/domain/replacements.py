@@ -32,7 +32,9 @@ class UploadStep:
 
     async def read_inputs(self) -> UpdateInputs | None:
         """Read the head and the remembered request."""
-        return await self.store.read_update_inputs(self.request.model_key, self.request.name, ())
+        return await self.store.read_update_inputs(
+            self.request.model_key, self.request.digest, None
+        )
 
     async def make_step(self, model: KnownModel, _inputs: UpdateInputs) -> CandidateVersion:
         """Return the upload, unless the model was created anew, perhaps with another specification."""
@@ -52,7 +54,9 @@ class RestoreStep:
 
     async def read_inputs(self) -> UpdateInputs | None:
         """Read the head and the remembered request."""
-        return await self.store.read_update_inputs(self.request.model_key, self.request.name, ())
+        return await self.store.read_update_inputs(
+            self.request.model_key, self.request.digest, None
+        )
 
     async def make_step(self, model: KnownModel, _inputs: UpdateInputs) -> CandidateVersion:
         """Read what the checkpoint keeps.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from service.domain.carrying import Carrier
+from service.domain.digests import contribution_key
 from service.domain.errors import Aborted, NotFound, UnsupportedLayout
 from service.domain.ports import AbsentSession
 from service.domain.refusals import (
@@ -120,8 +121,8 @@ class SessionTapes:
         model = ModelKey(key.tenant, head.model_id)
         with suppress(NotFound):  # an unknown layout of the model governs its contributions
             await self._model_cache.get_incarnation(model, head.incarnation)
-        name = self._contributions.name(key, op.epoch, op.chunk_seq)
-        state = await self._contributions.find(model, name)
+        contribution = contribution_key(key, op.epoch, op.chunk_seq)
+        state = await self._contributions.find(model, contribution)
         if state is None and not op.resent:
             check_epoch(op.epoch, head.epoch, head.chunk_seq)
         if not found.token:

@@ -11,7 +11,7 @@ import numpy as np
 
 from service.domain import pages
 from service.domain.carrying import Carrier
-from service.domain.digests import epoch_request_name, first_token
+from service.domain.digests import first_token, request_digest
 from service.domain.errors import (
     Aborted,
     AlreadyExists,
@@ -108,7 +108,7 @@ class Sessions:
                 op.model_id, model.incarnation, model.spec.dtype, op.batch_size, 0, 0, ttl_ms
             ),
             first=_first(state),
-            request=epoch_request_name(
+            request=request_digest(
                 op.request_id,
                 b"open",
                 op.model_id.encode(),
@@ -162,7 +162,7 @@ class Sessions:
                 mode=EpochMode.LIVE,
                 head=head,
                 first=_first(state),
-                request=epoch_request_name(op.request_id, b"state", state.tobytes()),
+                request=request_digest(op.request_id, b"state", state.tobytes()),
                 # What was read may belong to a session that has been closed and opened otherwise since.
                 expected_epoch=op.expected_epoch or head.epoch,
                 expected_chunk_seq=op.expected_chunk_seq,
@@ -193,7 +193,7 @@ class Sessions:
             first=StoredState(
                 0, bytes(DIGEST_BYTES), first_token(source.last.h), _NO_VERSION, source.last.h
             ),
-            request=epoch_request_name(op.request_id, b"fork", op.session_id.encode()),
+            request=request_digest(op.request_id, b"fork", op.session_id.encode()),
         )
         return await self._create(SessionKey(tenant, new_id), start)
 

@@ -33,6 +33,32 @@ class ModelKey(NamedTuple):
     model_id: str
 
 
+class ContributionKey(NamedTuple):
+    """Which contribution of a model: that of one chunk. Keys sort by session, epoch and chunk.
+
+    Attributes:
+        session: 16 bytes that stand for the session; the slot of a model does not hold its name.
+        epoch: The chunk's epoch.
+        chunk_seq: The chunk.
+    """
+
+    session: bytes
+    epoch: int
+    chunk_seq: int
+
+
+class RequestDigest(NamedTuple):
+    """What a store remembers of a request; one with the same name and other content is refused.
+
+    Attributes:
+        name: 16 bytes that stand for the request id, or random ones without an id.
+        content: 16 bytes that stand for all else that was asked for.
+    """
+
+    name: bytes
+    content: bytes
+
+
 class Version(NamedTuple):
     """The name of immutable weights; an empty digest in a request means any content."""
 

@@ -13,12 +13,17 @@ from typing import TYPE_CHECKING
 
 from rnn_engine import apply_update, clip_by_global_norm, scale_grads, sum_grads
 from service.compute.scheduler import hash_work
-from service.domain.contributions import NAME_BYTES
-from service.domain.digests import request_name, update_digest
+from service.domain.digests import contribution_key, request_name, update_digest
 from service.domain.errors import DomainError, FailedPrecondition, UnsupportedLayout
 from service.domain.publisher import CandidateVersion, StepRequest
 from service.domain.refusals import UNCHANGED
-from service.domain.types import ModelKey, Reduction, UpdateResult
+from service.domain.types import (
+    ModelKey,
+    Reduction,
+    RequestDigest,
+    SessionKey,
+    UpdateResult,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,9 +33,13 @@ if TYPE_CHECKING:
     from service.compute.scheduler import Scheduler
     from service.domain.contributions import Contributions, Recording
     from service.domain.model_cache import KnownModel, ModelCache
-    from service.domain.ports import UpdateInputs
+    from service.domain.ports import UpdateInputs, WaitingContribution
     from service.domain.publisher import VersionPublisher, VersionStep
-    from service.domain.types import Update, Version
+    from service.domain.types import (
+        Selector,
+        Update,
+        Version,
+    )
 
 
 class Updates:
@@ -58,14 +67,12 @@ class Updates:
         """Return the step that an Update asks for."""
         request = StepRequest(
             ModelKey(tenant, op.model_id),
-            request_name(op.request_id),
-            update_digest(op),
+            RequestDigest(request_name(op.request_id), update_digest(op)),
             op.expected,
         )
         return OptimizerStep(
             request=request,
             op=op,
-            selectors=self._contributions.names(tenant, op.selectors),
             contributions=self._contributions,
             model_cache=self._model_cache,
             scheduler=self._scheduler,
@@ -94,12 +101,12 @@ class EarlyStep:
 
     Attributes:
         head: The version that it starts from.
-        waiting: Name and digest of the contributions that it takes.
+        waiting: The contributions that it takes.
         candidate: What it makes.
     """
 
     head: Version
-    waiting: tuple[bytes, ...]
+    waiting: tuple[WaitingContribution, ...]
     candidate: CandidateVersion
 
 
@@ -109,8 +116,7 @@ class OptimizerStep:
 
     Attributes:
         request: What was asked for.
-        op: How the contributions are joined, and the learning rate.
-        selectors: The names and prefixes of the contributions to take.
+        op: Which contributions are taken and how they are joined, and the learning rate.
         contributions: Where they wait.
         model_cache: Gives weights and moments of the head.
         scheduler: Runs the arithmetic.
@@ -118,14 +124,13 @@ class OptimizerStep:
 
     request: StepRequest
     op: Update
-    selectors: Sequence[bytes]
     contributions: Contributions
     model_cache: ModelCache
     scheduler: Scheduler
 
     async def read_inputs(self) -> UpdateInputs | None:
         """Read the head, the remembered request and the contributions that wait."""
-        return await self.contributions.read_inputs(self.request, self.selectors)
+        return await self.contributions.read_inputs(self.request, self.op.selectors)
 
     async def make_step(self, model: KnownModel, inputs: UpdateInputs) -> CandidateVersion | None:
         """Apply the optimizer to the head and the sum of the gradients.
@@ -133,7 +138,7 @@ class OptimizerStep:
         Raises:
             FailedPrecondition: NO_GRADIENTS; NON_FINITE_RESULT.
         """
-        _check_all_wait(self.selectors, inputs)
+        _check_all_wait(self.request.model_key.tenant, self.op.selectors, inputs)
         waiting = await self.contributions.read_gradients(model, inputs.waiting)
         if waiting is None:
             return None
@@ -154,20 +159,22 @@ class OptimizerStep:
         Returns:
             None if the head is not cached, or if the step fails: then `make_step` will say why.
         """
-        model, entry = recording.model, recording.contribution.entry
+        model, waiting = recording.model, recording.contribution.waiting
         params = self.model_cache.cached_params(model.incarnation, model.head)
         moments = self.model_cache.cached_moments(model)
         if params is None or moments is None:
             return None
         start = _Start(model.spec.optimizer, params, moments)
         with suppress(DomainError):
-            candidate = await self._compute(start, {entry: recording.grads})
+            candidate = await self._compute(start, {waiting: recording.grads})
             # Cached with the candidate, for the publisher.
             await self.scheduler.run(hash_work(params.Wh.nbytes), lambda: candidate.stored)
-            return EarlyStep(model.head, (entry,), candidate)
+            return EarlyStep(model.head, (waiting,), candidate)
         return None
 
-    async def _compute(self, start: _Start, waiting: dict[bytes, Grads]) -> CandidateVersion:
+    async def _compute(
+        self, start: _Start, waiting: dict[WaitingContribution, Grads]
+    ) -> CandidateVersion:
         work = 4 * len(waiting) * start.params.Wh.size
         return await self.scheduler.run(work, _apply_optimizer, self.op, start, waiting)
 
@@ -181,7 +188,9 @@ class _Start:
     moments: Moments
 
 
-def _apply_optimizer(op: Update, start: _Start, waiting: dict[bytes, Grads]) -> CandidateVersion:
+def _apply_optimizer(
+    op: Update, start: _Start, waiting: dict[WaitingContribution, Grads]
+) -> CandidateVersion:
     joined = sum_grads(list(waiting.values()))
     if op.reduction is Reduction.MEAN:
         joined = scale_grads(joined, 1.0 / len(waiting))
@@ -196,16 +205,19 @@ def _apply_optimizer(op: Update, start: _Start, waiting: dict[bytes, Grads]) -> 
     if op.learning_rate is not None:
         optimizer = replace(optimizer, lr=op.learning_rate)
     params, moments = apply_update(optimizer, start.params, joined, start.moments)
-    names = tuple(entry[:NAME_BYTES] for entry in waiting)
-    return CandidateVersion(params, moments, names, norm, clipped)
+    return CandidateVersion(params, moments, [one.key for one in waiting], norm, clipped)
 
 
-def _check_all_wait(selectors: Sequence[bytes], inputs: UpdateInputs) -> None:
-    """Raise NO_GRADIENTS unless something waits, and each contribution that was named in full."""
-    waiting = {entry[:NAME_BYTES] for entry in inputs.waiting}
-    names = [selector for selector in selectors if len(selector) == NAME_BYTES]
-    found = sum(name in waiting for name in names) if names else len(waiting)
-    expected = len(names) or 1
+def _check_all_wait(tenant: str, selectors: Sequence[Selector], inputs: UpdateInputs) -> None:
+    """Raise NO_GRADIENTS unless something waits, and each contribution whose chunk was named."""
+    waiting = {one.key for one in inputs.waiting}
+    named = [
+        contribution_key(SessionKey(tenant, one.session_id), one.epoch, chunk_seq)
+        for one in selectors
+        for chunk_seq in one.chunk_seqs
+    ]
+    found = sum(key in waiting for key in named) if named else len(waiting)
+    expected = len(named) or 1
     if not waiting or found < expected:
-        text = f"expected {'' if names else 'at least '}{expected} waiting contributions, found {found}"
+        text = f"expected {'' if named else 'at least '}{expected} waiting contributions, found {found}"
         raise FailedPrecondition("NO_GRADIENTS", text, found=found, expected=expected)

@@ -7,20 +7,13 @@ hash tag is made of a digest: no user text stands in a key, so none can move a k
 from __future__ import annotations
 
 import base64
-import hashlib
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from service.domain.digests import name_digest, session_digest
+
 if TYPE_CHECKING:
     from service.domain.types import ModelKey, SessionKey
-
-TAG_BYTES = 16
-
-
-@lru_cache(maxsize=65536)
-def session_digest(key: SessionKey) -> bytes:
-    """Return the 16 bytes that stand for a session wherever its name is not needed."""
-    return _digest("session", *key)
 
 
 @lru_cache(maxsize=65536)
@@ -32,13 +25,13 @@ def session_tag(key: SessionKey) -> bytes:
 @lru_cache(maxsize=4096)
 def model_tag(key: ModelKey) -> bytes:
     """Return the hash tag of a model's slot."""
-    return b"m{" + _text(_digest("model", *key)) + b"}"
+    return b"m{" + _text(name_digest("model", *key)) + b"}"
 
 
 @lru_cache(maxsize=4096)
 def tenant_tag(tenant: str) -> bytes:
     """Return the hash tag of a tenant's slot."""
-    return b"t{" + _text(_digest("tenant", tenant)) + b"}"
+    return b"t{" + _text(name_digest("tenant", tenant)) + b"}"
 
 
 def record_key(tag: bytes) -> bytes:
@@ -139,11 +132,6 @@ def tenant_models_key(tenant: str) -> bytes:
 def check_key(number: int) -> bytes:
     """Return a key that looks whether a store takes writes; numbers spread over the slots."""
     return b"t{check%d}" % number
-
-
-def _digest(*parts: str) -> bytes:
-    joined = b"".join(len(part.encode()).to_bytes(4, "big") + part.encode() for part in parts)
-    return hashlib.sha256(joined).digest()[:TAG_BYTES]
 
 
 def _text(digest: bytes) -> bytes:

@@ -48,6 +48,8 @@ Session record: head (80) | tail: model id | ring of `slots` slots, chunk k at k
 | version_entry (30) | digest, bytes, parts, moments' parts, checkpoints that keep it |
 | checkpoint (32) | number and digest of the version, time of creation in ms |
 | contribution (25, 17) | `W`, digest, bytes of the gradient; or `C`, digest |
+| its name (32) | digest of the session, epoch, chunk_seq |
+| remembered request (16, 53) | digest of the content; after a step its answer: version, norm, clipped, contributions |
 """
 
 from __future__ import annotations
@@ -55,15 +57,19 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, Any, Final
 
+from service.domain.digests import session_digest
 from service.domain.ports import (
     Absence,
     AbsentSession,
     ContributionState,
+    Remembered,
     SessionHead,
+    StepAnswer,
     StoredState,
+    WaitingContribution,
 )
 from service.domain.refusals import unsupported_layout
-from service.domain.types import Checkpoint, Version, WaitingTape
+from service.domain.types import Checkpoint, ContributionKey, SessionKey, Version, WaitingTape
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -73,6 +79,7 @@ if TYPE_CHECKING:
         ChunkCommit,
         EpochStart,
     )
+    from service.domain.types import RequestDigest, Selector
 
 RECORD_LAYOUT: Final = 1
 MODEL_FIELDS: Final = ("incarnation", "spec", "head", "created", "waiting")
@@ -87,12 +94,15 @@ WAITING_CONTRIBUTION = struct.Struct(">c16sQ")
 CONSUMED_CONTRIBUTION = struct.Struct(">c16s")
 TAPE_NAME = struct.Struct(">QQ")
 CONTRIBUTION_NAME = struct.Struct(">16sQQ")
+STEP_ANSWER = struct.Struct(">Q16sd?I")
+DIGEST_BYTES = 16
 _COMMIT = struct.Struct(">QQ16sQ16s16sQ16sII")
 _EPOCH_TAIL = struct.Struct(">16sIBxxx16s")
 
 DTYPES = {"float32": 1, "float64": 2}
 _DTYPE_NAMES = {code: name for name, code in DTYPES.items()}
-_NO_REQUEST = bytes(16)
+_NO_DIGEST = bytes(16)
+_HALF = 8  # bytes of a request's name, and of its content, in a session's record
 
 REFUSED: Final = (
     "UNSUPPORTED_LAYOUT "  # how a script's refusal begins; what and what was found follow
@@ -102,6 +112,7 @@ _WHAT_IS_KNOWN: Final = {
     "marker": ("the session's marker", f"{MARKER.size} bytes"),
     "tape_entry": ("an entry of the session's tapes", f"{TAPE_ENTRY.size} bytes"),
     "model": ("the model's record", "all of " + ", ".join(MODEL_FIELDS)),
+    "step_answer": ("the remembered answer of a step", f"{STEP_ANSWER.size} bytes"),
     "version": ("the name of a version", f"{VERSION.size} bytes"),
     "version_entry": ("an entry of the model's versions", f"{VERSION_ENTRY.size} bytes"),
     "checkpoint": ("a checkpoint of the model", f"{CHECKPOINT.size} bytes"),
@@ -153,11 +164,16 @@ def head_from_bytes(data: bytes) -> SessionHead:
     )
 
 
+def epoch_request_to_bytes(request: RequestDigest) -> bytes:
+    """Lay out the request that begins an epoch."""
+    return request.name[:_HALF] + request.content[:_HALF]
+
+
 def epoch_tail_to_bytes(start: EpochStart) -> bytes:
     """Lay out what follows the times in a session's record, up to the ring."""
     head = start.head
     fixed = _EPOCH_TAIL.pack(
-        start.request or _NO_REQUEST, head.batch_size, DTYPES[head.dtype], head.incarnation
+        epoch_request_to_bytes(start.request), head.batch_size, DTYPES[head.dtype], head.incarnation
     )
     return fixed + head.model_id.encode()
 
@@ -174,7 +190,7 @@ def state_to_bytes(state: StoredState) -> bytes:
     """Lay out a slot of the ring."""
     version = state.version
     head = SLOT.pack(
-        state.chunk_seq, state.digest, state.token, version.number, version.digest or _NO_REQUEST
+        state.chunk_seq, state.digest, state.token, version.number, version.digest or _NO_DIGEST
     )
     return head + state.h
 
@@ -245,3 +261,54 @@ def contribution_state_from_bytes(entry: bytes) -> ContributionState:
     layout = WAITING_CONTRIBUTION if is_waiting else CONSUMED_CONTRIBUTION
     _unpacked("contribution", layout, entry)
     return ContributionState.WAITING if is_waiting else ContributionState.CONSUMED
+
+
+def contribution_name(key: ContributionKey) -> bytes:
+    """Lay out which contribution it is; names sort as their keys do."""
+    return CONTRIBUTION_NAME.pack(*key)
+
+
+def selectors_to_bytes(tenant: str, selectors: Sequence[Selector]) -> list[bytes]:
+    """Lay out selectors as names, or as what names begin with; without any, as what all begin with."""
+    names: list[bytes] = []
+    for one in selectors:
+        session = session_digest(SessionKey(tenant, one.session_id))
+        if one.chunk_seqs:
+            names += [CONTRIBUTION_NAME.pack(session, one.epoch, seq) for seq in one.chunk_seqs]
+        else:
+            names.append(session + (one.epoch.to_bytes(8, "big") if one.epoch else b""))
+    return names or [b""]
+
+
+def waiting_to_bytes(waiting: WaitingContribution) -> bytes:
+    """Lay out a contribution that waits: its name, then its digest."""
+    return CONTRIBUTION_NAME.pack(*waiting.key) + waiting.digest
+
+
+def waiting_from_bytes(data: bytes) -> WaitingContribution:
+    """Read a contribution that waits."""
+    key = ContributionKey(*CONTRIBUTION_NAME.unpack_from(data))
+    return WaitingContribution(key, data[CONTRIBUTION_NAME.size :])
+
+
+def step_answer_to_bytes(answer: StepAnswer) -> bytes:
+    """Lay out what is remembered of a step."""
+    number, digest = answer.version
+    return STEP_ANSWER.pack(
+        number, digest, answer.gradient_norm, answer.clipped, answer.contribution_count
+    )
+
+
+def step_answer_from_bytes(data: bytes) -> StepAnswer | None:
+    """Read what is remembered of a step; None of nothing."""
+    if not data:
+        return None
+    number, digest, norm, clipped, count = _unpacked("step_answer", STEP_ANSWER, data)
+    return StepAnswer(Version(number, digest), norm, clipped, count)
+
+
+def remembered_from_bytes(data: bytes) -> Remembered | None:
+    """Read what is remembered of a request id; None of nothing."""
+    if not data:
+        return None
+    return Remembered(data[:DIGEST_BYTES], step_answer_from_bytes(data[DIGEST_BYTES:]))

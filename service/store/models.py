@@ -35,8 +35,10 @@ if TYPE_CHECKING:
         ContributionState,
         NewVersion,
         Publication,
+        StepAnswer,
+        WaitingContribution,
     )
-    from service.domain.types import Checkpoint, ModelKey, SessionKey
+    from service.domain.types import Checkpoint, ContributionKey, ModelKey, RequestDigest, Selector
     from service.settings import Limits
     from service.store.links import Command
     from service.store.scripts import Argument, ScriptRunner
@@ -45,7 +47,6 @@ PART_BYTES = (
     4 * MIB
 )  # a larger single value would hold up everybody's commands; the scripts know it
 TRIP_BYTES = 8 * MIB  # of parts in one round trip, which ends well within the store's time limit
-NAME_BYTES = layouts.CONTRIBUTION_NAME.size
 ORPHAN_MS = 10 * MINUTE_MS  # how long a version's parts wait for the script that makes them count
 
 _CREATE_MODEL = load_script("create_model")
@@ -72,8 +73,7 @@ class RedisModelStore:
         key: ModelKey,
         record: ModelRecord,
         first: NewVersion,
-        request: bytes,
-        content_digest: bytes,
+        request: RequestDigest,
     ) -> CreateOutcome:
         """Create a model with its first version."""
         tag = keys.model_tag(key)
@@ -87,8 +87,8 @@ class RedisModelStore:
             record.incarnation,
             record.spec,
             layouts.version_to_bytes(first.version),
-            request,
-            content_digest,
+            request.name,
+            request.content,
             _version_entry(first),
             keys.weights_prefix(tag, record.incarnation),
             keys.moments_prefix(tag, record.incarnation),
@@ -217,13 +217,13 @@ class RedisModelStore:
         self,
         key: ModelKey,
         contribution: Contribution,
-        request: bytes,
-        selectors: Sequence[bytes],
+        request: RequestDigest,
+        selectors: Sequence[Selector],
     ) -> tuple[RecordOutcome, UpdateInputs | Exception | None]:
         """Count a contribution once and, mostly after that, read what an Update decides from."""
         tag = keys.model_tag(key)
         outcome, inputs = await self._record(
-            tag, contribution, _inputs_call(tag, request, selectors)
+            tag, contribution, _inputs_call(key, request, selectors)
         )
         counted = RecordOutcome(outcome.decode())
         return counted, inputs if isinstance(inputs, Exception) else _update_inputs(inputs)
@@ -240,7 +240,7 @@ class RedisModelStore:
         if (
             answers[0] == b"MISSING"
         ):  # it is large, and none that is known: nothing else needs writing
-            name = keys.gradient_prefix(tag) + contribution.entry
+            name = keys.gradient_prefix(tag) + layouts.waiting_to_bytes(contribution.waiting)
             await self._write_parts(_parts(name, contribution.gradient))
             answers = await self._run_first(calls)
         if answers[0] == b"MISSING":
@@ -263,7 +263,7 @@ class RedisModelStore:
         )
         arguments = (
             contribution.incarnation,
-            contribution.name,
+            layouts.contribution_name(contribution.key),
             contribution.digest,
             gradient.joined() if gradient.nbytes <= PART_BYTES else b"",
             limits.contribution_ttl_ms,
@@ -276,29 +276,33 @@ class RedisModelStore:
         )
         return ScriptCall(_RECORD_CONTRIBUTION, slot, arguments)
 
-    async def find_contribution(self, key: ModelKey, name: bytes) -> ContributionState | None:
-        """Return what has become of the contribution of this name; None: it was not counted."""
+    async def find_contribution(
+        self, key: ModelKey, contribution: ContributionKey
+    ) -> ContributionState | None:
+        """Return what has become of a contribution; None if it was never recorded."""
         tag = keys.model_tag(key)
+        name = layouts.contribution_name(contribution)
         (entry,) = await self._runner.run_commands([("HGET", keys.contributions_key(tag), name)])
         return layouts.contribution_state_from_bytes(entry) if entry else None
 
     async def read_update_inputs(
-        self, key: ModelKey, request: bytes, selectors: Sequence[bytes]
+        self, key: ModelKey, request: RequestDigest | None, selectors: Sequence[Selector] | None
     ) -> UpdateInputs | None:
-        """Read what an Update decides from."""
-        tag = keys.model_tag(key)
-        return _update_inputs(await self._runner.run(_inputs_call(tag, request, selectors)))
+        """Read what a step starts from, in one atomic read."""
+        return _update_inputs(await self._runner.run(_inputs_call(key, request, selectors)))
 
     async def read_gradients(
-        self, key: ModelKey, entries: Sequence[bytes], size: int
+        self, key: ModelKey, waiting: Sequence[WaitingContribution], size: int
     ) -> Sequence[Bytes] | None:
-        """Read waiting gradients of `size` bytes by name and digest; None when one has gone."""
+        """Read the gradients of waiting contributions, `size` bytes each; None when one has gone."""
         prefix = keys.gradient_prefix(keys.model_tag(key))
         if size <= PART_BYTES:
-            return await self._read_values([prefix + entry[:NAME_BYTES] for entry in entries], size)
+            return await self._read_values(
+                [prefix + layouts.contribution_name(one.key) for one in waiting], size
+            )
         found: list[Bytes] = []
-        for entry in entries:
-            named = _part_keys(prefix + entry, -(-size // PART_BYTES))
+        for one in waiting:
+            named = _part_keys(prefix + layouts.waiting_to_bytes(one), -(-size // PART_BYTES))
             gradient = await self._read_whole(named, size)
             if gradient is None:
                 return None
@@ -307,7 +311,7 @@ class RedisModelStore:
 
     async def publish_version(
         self, key: ModelKey, publication: Publication
-    ) -> tuple[PublishOutcome, bytes]:
+    ) -> tuple[PublishOutcome, StepAnswer | None]:
         """Write a version and make it the head; REPLAYED comes with the remembered answer."""
         tag, limits = keys.model_tag(key), self._limits
         parts = _version_parts(tag, publication.incarnation, publication.new)
@@ -328,9 +332,9 @@ class RedisModelStore:
             publication.incarnation,
             layouts.version_to_bytes(publication.base),
             layouts.version_to_bytes(publication.new.version),
-            publication.request,
-            publication.content_digest + publication.answer,
-            b"".join(publication.names),
+            publication.request.name,
+            publication.request.content + layouts.step_answer_to_bytes(publication.answer),
+            b"".join(map(layouts.contribution_name, publication.contributions)),
             _version_entry(publication.new),
             keys.weights_prefix(tag, publication.incarnation),
             keys.moments_prefix(tag, publication.incarnation),
@@ -348,13 +352,14 @@ class RedisModelStore:
         if outcome == b"MISSING":
             for refused in (part for part in ran.first if isinstance(part, Exception)):
                 raise refused
-            return PublishOutcome.STALE, b""  # the parts have expired: it is all made again
-        return PublishOutcome(outcome.decode()), answer[0] if answer else b""
+            return PublishOutcome.STALE, None  # the parts have expired: it is all made again
+        remembered = layouts.step_answer_from_bytes(answer[0]) if answer else None
+        return PublishOutcome(outcome.decode()), remembered
 
     async def discard_contributions(
-        self, key: ModelKey, incarnation: bytes, selectors: Sequence[bytes]
+        self, key: ModelKey, incarnation: bytes, selectors: Sequence[Selector]
     ) -> int | None:
-        """Drop waiting contributions; None when the model has gone."""
+        """Drop waiting contributions, without selectors all; None when the model has gone."""
         tag = keys.model_tag(key)
         slot = (
             keys.model_key(tag),
@@ -364,7 +369,8 @@ class RedisModelStore:
         )
         remembered_ms = 2 * self._limits.tape_ttl_ms
         prefix = keys.gradient_prefix(tag)
-        arguments: list[Argument] = [incarnation, prefix, remembered_ms, *selectors]
+        named = layouts.selectors_to_bytes(key.tenant, selectors)
+        arguments: list[Argument] = [incarnation, prefix, remembered_ms, *named]
         dropped = int(await self._runner.run(ScriptCall(_DISCARD_CONTRIBUTIONS, slot, arguments)))
         return None if dropped < 0 else dropped
 
@@ -414,21 +420,6 @@ class RedisModelStore:
         arguments = (incarnation, checkpoint_id, keys.moments_prefix(tag, incarnation))
         answer = await self._runner.run(ScriptCall(_DELETE_CHECKPOINT, slot, arguments))
         return bool(answer == b"DELETED")
-
-    def contribution_name(self, key: SessionKey, epoch: int, chunk_seq: int) -> bytes:
-        """Return the name of a contribution; names sort by session, epoch, chunk."""
-        session = keys.session_digest(key)
-        return layouts.CONTRIBUTION_NAME.pack(session, epoch, chunk_seq)
-
-    def contribution_place(self, name: bytes) -> tuple[int, int]:
-        """Return the epoch and the chunk_seq in the name of a contribution."""
-        _, epoch, chunk_seq = layouts.CONTRIBUTION_NAME.unpack(name)
-        return epoch, chunk_seq
-
-    def contribution_prefix(self, key: SessionKey, epoch: int) -> bytes:
-        """Return what the names of a session's contributions begin with; epoch 0: of any."""
-        session = keys.session_digest(key)
-        return session + epoch.to_bytes(8, "big") if epoch else session
 
     async def _write_parts(self, parts: Sequence[tuple[bytes, Bytes]]) -> None:
         """Write what is not there yet: a call that is sent again goes on where the last one was cut."""
@@ -484,14 +475,19 @@ class RedisModelStore:
         )
 
 
-def _inputs_call(tag: bytes, request: bytes, selectors: Sequence[bytes]) -> ScriptCall:
+def _inputs_call(
+    key: ModelKey, request: RequestDigest | None, selectors: Sequence[Selector] | None
+) -> ScriptCall:
+    tag = keys.model_tag(key)
     slot = (
         keys.model_key(tag),
         keys.contributions_key(tag),
         keys.waiting_key(tag),
         keys.requests_key(tag),
     )
-    return ScriptCall(_READ_UPDATE_INPUTS, slot, (request, *selectors))
+    name = request.name if request else b""
+    named = [] if selectors is None else layouts.selectors_to_bytes(key.tenant, selectors)
+    return ScriptCall(_READ_UPDATE_INPUTS, slot, (name, *named))
 
 
 def _update_inputs(answer: list[bytes]) -> UpdateInputs | None:
@@ -499,7 +495,9 @@ def _update_inputs(answer: list[bytes]) -> UpdateInputs | None:
         return None
     incarnation, spec, head, remembered, *found = answer
     version = layouts.version_from_bytes(head)
-    return UpdateInputs(incarnation, spec, version, remembered, tuple(sorted(set(found))))
+    waiting = map(layouts.waiting_from_bytes, sorted(set(found)))
+    known = layouts.remembered_from_bytes(remembered)
+    return UpdateInputs(incarnation, spec, version, known, tuple(waiting))
 
 
 def parts_expired() -> Unavailable:

@@ -100,7 +100,7 @@ class RedisSessionStore:
             start.expected_epoch,
             _ANY_CHUNK if start.expected_chunk_seq is None else start.expected_chunk_seq,
             start.restored_epoch,
-            start.request or bytes(16),
+            layouts.epoch_request_to_bytes(start.request),
             start.head.ttl_ms,
             MARKER_MS,
             layouts.epoch_tail_to_bytes(start),

@@ -33,6 +33,7 @@ from rnn_engine import (
     rnn_forward,
 )
 from service.domain import weights
+from service.domain.digests import request_digest
 from service.domain.errors import DomainError
 from service.domain.ports import ModelRecord, NewVersion
 from service.domain.types import (
@@ -291,7 +292,7 @@ async def test_moments_that_an_older_server_let_overflow_are_not_carried_on(
     version = Version(1, weights.version_digest(*stored))
     record = ModelRecord(secrets.token_bytes(16), weights.spec_to_bytes(spec), version, 0, 0, 0)
     await replicas[0].store.models.create_model(
-        ModelKey(tenant, "m"), record, NewVersion(version, *stored), b"", b""
+        ModelKey(tenant, "m"), record, NewVersion(version, *stored), request_digest("")
     )
     await replicas[0].models.create_checkpoint(ModelKey(tenant, "m"), "c", None)
     refused = await refusal(

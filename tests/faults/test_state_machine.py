@@ -43,7 +43,7 @@ from rnn_engine import (
     sum_grads,
 )
 from scenes.figures import figure
-from service.domain.digests import chunk_digest, first_token, next_token
+from service.domain.digests import chunk_digest, contribution_key, first_token, next_token
 from service.domain.errors import DomainError
 from service.domain.types import (
     Backward,
@@ -76,6 +76,9 @@ if TYPE_CHECKING:
         Grads,
         Params,
         Tape,
+    )
+    from service.domain.types import (
+        ContributionKey,
     )
 
 NAMES = ("a", "b", "c")
@@ -173,7 +176,7 @@ class Machine(RuleBasedStateMachine):
         self.params: dict[Version, Params] = {self.head: params}
         self.moments = init_moments(self.optimizer, self.params[self.head])
         self.sessions = {name: Local() for name in NAMES}
-        self.grads: dict[bytes, Grads] = {}  # contributions that wait, by name
+        self.grads: dict[ContributionKey, Grads] = {}  # contributions that wait
         self.counted: dict[tuple[str, int, int], tuple[Backward, Any]] = {}
         self.backups: dict[str, tuple[Backup, Local]] = {}
         self.updates: list[tuple[Any, Any]] = []
@@ -372,7 +375,7 @@ class Machine(RuleBasedStateMachine):
         assert np.array_equal(done.dh0, made.dh0)
         assert (done.version, done.replayed) == (chunk.version, False)
         local.waiting.discard(seq)
-        contribution = self.replica.store.models.contribution_name(
+        contribution = contribution_key(
             SessionKey(self.tenant, op.session_id), op.epoch, op.chunk_seq
         )
         self.grads[contribution] = made.grads

@@ -11,9 +11,16 @@ import pytest
 from instruments.replicas import Backup, refusal
 from rnn_engine import SGD
 from service.domain.errors import UnsupportedLayout
-from service.domain.ports import ChunkOutcome
+from service.domain.ports import ChunkOutcome, Remembered, StepAnswer, WaitingContribution
 from service.domain.tapes import tape_to_bytes
-from service.domain.types import ModelKey, ModelSpec, SessionKey, Version
+from service.domain.types import (
+    ContributionKey,
+    ModelKey,
+    ModelSpec,
+    RequestDigest,
+    SessionKey,
+    Version,
+)
 from service.domain.weights import spec_to_bytes
 from service.store import keys, layouts, models
 from service.store.scripts import Script
@@ -48,7 +55,7 @@ async def test_a_sessions_keys_are_written_as_layout_1(
 ) -> None:
     """Literal bytes, so that no change of the code goes unseen; the two times are the store's."""
     writer, tag = Writer(opened, tenant), keys.session_tag(SessionKey(tenant, "s"))
-    await writer.begin(restored_epoch=7)
+    await writer.begin(restored_epoch=7, request=RequestDigest(b"r" * 16, b"c" * 16))
     await writer.commit(1, tape=b"tape")
     record = await raw.get(tag)
     assert record is not None
@@ -56,13 +63,31 @@ async def test_a_sessions_keys_are_written_as_layout_1(
         "01" "02" "0001" "00000020" "0000000000000007" "0000000000000001" "000000000036ee80"
     )  # fmt: skip
     assert record[:32].hex() == head
-    assert record[40:80].hex() == "00" * 16 + "0000000201000000" + "69" * 16
+    assert record[40:80].hex() == "72" * 8 + "63" * 8 + "0000000201000000" + "69" * 16
     first = bytes(24) + token(0) + bytes(24) + bytes(32)
     second = bytes([*bytes(7), 1]) + b"d" * 16 + token(1) + bytes([*bytes(7), 1]) + b"v" * 16
     assert record[80:] == b"m" + first + second + b"\x01" * 32
     assert await raw.get(keys.marker_key(tag)) == bytes([*bytes(7), 7]) + b"L"
     (entry,) = (await raw.hgetall(keys.tape_index_key(tag))).values()
     assert entry[8:] == bytes([*bytes(7), 4]) + b"W" + token(1)
+
+
+def test_what_is_remembered_of_a_step_is_written_as_layout_1() -> None:
+    """Version, norm, whether it was clipped, and the number of contributions."""
+    answer = StepAnswer(Version(5, b"v" * 16), 0.5, clipped=True, contribution_count=3)
+    written = bytes([*bytes(7), 5]) + b"v" * 16 + bytes.fromhex("3fe00000000000000100000003")
+    assert layouts.step_answer_to_bytes(answer) == written
+    assert layouts.remembered_from_bytes(b"c" * 16 + written) == Remembered(b"c" * 16, answer)
+
+
+def test_the_names_of_contributions_sort_as_their_keys() -> None:
+    """By session, epoch and chunk: gradients are summed in this order."""
+    drawn = [
+        ContributionKey(b"%c" % s * 16, e, c) for s in b"ba" for e in (300, 2) for c in (256, 1)
+    ]
+    assert sorted(drawn, key=layouts.contribution_name) == sorted(drawn)
+    waiting = WaitingContribution(drawn[0], b"d" * 16)
+    assert layouts.waiting_from_bytes(layouts.waiting_to_bytes(waiting)) == waiting
 
 
 def test_a_tape_is_written_as_layout_1() -> None:
@@ -85,7 +110,7 @@ async def test_a_models_entries_are_written_as_layout_1(model: Model, raw: Any) 
     tag = keys.model_tag(model.key)
     (waiting,) = (await raw.hgetall(keys.contributions_key(tag))).values()
     assert waiting == b"W" + b"g" * 16 + struct.pack(">Q", 8)
-    await model.published(2, model.name(1))
+    await model.published(2, model.contribution(1))
     (consumed,) = (await raw.hgetall(keys.contributions_key(tag))).values()
     assert consumed == b"C" + b"g" * 16
     await model.store.create_checkpoint(model.key, INCARNATION, "c", None)
@@ -153,9 +178,11 @@ async def test_a_settled_tape_is_of_a_session_that_is_known(
 DECISIONS: dict[str, Decision] = {
     "delete_model": lambda model, name: model.store.delete_model(model.key, name),
     "record_contribution": lambda model, name: model.count(1, incarnation=name),
-    "publish_version": lambda model, name: model.published(3, model.name(1), incarnation=name),
+    "publish_version": lambda model, name: model.published(
+        3, model.contribution(1), incarnation=name
+    ),
     "discard_contributions": lambda model, name: model.store.discard_contributions(
-        model.key, name, [b""]
+        model.key, name, ()
     ),
     "create_checkpoint": lambda model, name: model.store.create_checkpoint(
         model.key, name, "new", version(2)

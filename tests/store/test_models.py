@@ -9,6 +9,7 @@ import pytest
 
 from instruments.replicas import patient
 from service.domain.blob import Blob
+from service.domain.digests import contribution_key
 from service.domain.ports import (
     CheckpointOutcome,
     Contribution,
@@ -19,22 +20,36 @@ from service.domain.ports import (
     Publication,
     PublishOutcome,
     RecordOutcome,
+    StepAnswer,
+    WaitingContribution,
 )
-from service.domain.types import ModelKey, SessionKey, Version
+from service.domain.types import (
+    ModelKey,
+    RequestDigest,
+    Selector,
+    SessionKey,
+    Version,
+)
 from service.settings import MIB, Limits
 from service.store import keys
 from service.store.connect import open_store
+from service.store.layouts import contribution_name
 from service.store.models import ORPHAN_MS, PART_BYTES, _version_parts
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
     from service.domain.ports import Bytes
+    from service.domain.types import (
+        ContributionKey,
+    )
     from service.store.connect import Store
     from service.store.models import RedisModelStore
 
 NEVER_MS = 2**53  # when a tape expires that does not
-INCARNATION, NO_REQUEST = b"i" * 16, b"n" * 16
+INCARNATION = b"i" * 16
+CREATION = RequestDigest(b"n" * 16, b"c" * 16)
+OTHER_CONTENT, OTHER_REQUEST = b"x" * 16, RequestDigest(b"o" * 16, b"c" * 16)
 
 
 def version(number: int, letter: bytes = b"d") -> Version:
@@ -48,6 +63,11 @@ def content(number: int, letter: bytes = b"d", size: int = 8) -> NewVersion:
     return NewVersion(version(number, letter), Blob((one,)), Blob((one, one)))
 
 
+def step_answer(number: int) -> StepAnswer:
+    """Return what the step to version `number` answered."""
+    return StepAnswer(version(number), 0.5, clipped=False, contribution_count=0)
+
+
 @dataclass
 class Model:
     """One model of a tenant, over a store."""
@@ -55,14 +75,14 @@ class Model:
     store: RedisModelStore
     key: ModelKey
 
-    async def create(self, request: bytes = NO_REQUEST, digest: bytes = b"c" * 16) -> CreateOutcome:
+    async def create(self, request: RequestDigest = CREATION) -> CreateOutcome:
         """Create it."""
         record = ModelRecord(INCARNATION, b"spec", version(1), 0, 0, 0)
-        return await self.store.create_model(self.key, record, content(1), request, digest)
+        return await self.store.create_model(self.key, record, content(1), request)
 
-    def name(self, number: int, session_id: str = "s") -> bytes:
-        """Return a contribution's name."""
-        return self.store.contribution_name(SessionKey(self.key.tenant, session_id), 7, number)
+    def contribution(self, number: int) -> ContributionKey:
+        """Return which contribution of session "s" it is."""
+        return contribution_key(SessionKey(self.key.tenant, "s"), 7, number)
 
     async def count(
         self,
@@ -73,21 +93,21 @@ class Model:
     ) -> RecordOutcome:
         """Count a contribution."""
         contribution = Contribution(
-            incarnation, self.name(number), digest, Blob((gradient,)), NEVER_MS
+            incarnation, self.contribution(number), digest, Blob((gradient,)), NEVER_MS
         )
         return await self.store.record_contribution(self.key, contribution)
 
-    def publication(self, number: int, *names: bytes, request: bytes = b"") -> Publication:
+    def publication(self, number: int, *taken: ContributionKey) -> Publication:
         """Lay out the publication from version number-1 to number."""
-        named = request or number.to_bytes(16, "big")
+        request = RequestDigest(number.to_bytes(16, "big"), b"c" * 16)
         base, new = version(number - 1), content(number)
-        return Publication(INCARNATION, base, new, named, b"c" * 16, b"answer", names)
+        return Publication(INCARNATION, base, new, request, step_answer(number), taken)
 
     async def published(
-        self, number: int, *names: bytes, incarnation: bytes = INCARNATION
+        self, number: int, *taken: ContributionKey, incarnation: bytes = INCARNATION
     ) -> PublishOutcome:
         """Make the next version."""
-        publication = replace(self.publication(number, *names), incarnation=incarnation)
+        publication = replace(self.publication(number, *taken), incarnation=incarnation)
         outcome, _ = await self.store.publish_version(self.key, publication)
         return outcome
 
@@ -108,8 +128,8 @@ async def test_creation_is_once_by_its_request(model: Model) -> None:
     """The same request replays, with other content it is REUSED, another one finds it taken."""
     assert await model.create() is CreateOutcome.CREATED
     assert await model.create() is CreateOutcome.REPLAYED
-    assert await model.create(digest=b"x" * 16) is CreateOutcome.REUSED
-    assert await model.create(request=b"o" * 16) is CreateOutcome.EXISTS
+    assert await model.create(CREATION._replace(content=OTHER_CONTENT)) is CreateOutcome.REUSED
+    assert await model.create(OTHER_REQUEST) is CreateOutcome.EXISTS
 
 
 async def test_a_flip_moves_the_head_once(model: Model) -> None:
@@ -118,17 +138,17 @@ async def test_a_flip_moves_the_head_once(model: Model) -> None:
     publication = model.publication(2)
     assert await model.store.publish_version(model.key, publication) == (
         PublishOutcome.PUBLISHED,
-        b"",
+        None,
     )
     assert await model.store.publish_version(model.key, publication) == (
         PublishOutcome.REPLAYED,
-        b"answer",
+        step_answer(2),
     )
-    other = replace(publication, content_digest=b"x" * 16)
+    other = replace(publication, request=publication.request._replace(content=OTHER_CONTENT))
     assert (await model.store.publish_version(model.key, other))[0] is PublishOutcome.REUSED
-    late = replace(publication, request=b"l" * 16)
+    late = replace(publication, request=OTHER_REQUEST)
     assert (await model.store.publish_version(model.key, late))[0] is PublishOutcome.STALE
-    gone = replace(publication, request=b"l" * 16, incarnation=b"j" * 16)
+    gone = replace(publication, request=OTHER_REQUEST, incarnation=b"j" * 16)
     assert (await model.store.publish_version(model.key, gone))[0] is PublishOutcome.GONE
 
 
@@ -139,14 +159,18 @@ async def test_a_contribution_is_consumed_once(model: Model, raw: Redis) -> None
     assert await model.count(1) is RecordOutcome.REPLAYED
     assert await model.count(1, digest=b"x" * 16) is RecordOutcome.REUSED
     assert await model.waiting() == (1, 8)
-    assert await model.published(2, model.name(1)) is PublishOutcome.PUBLISHED
+    assert await model.published(2, model.contribution(1)) is PublishOutcome.PUBLISHED
     assert await model.waiting() == (0, 0)
     assert await model.count(1) is RecordOutcome.CONSUMED
     assert await model.count(1, digest=b"x" * 16) is RecordOutcome.REUSED
-    assert await model.published(3, model.name(1)) is PublishOutcome.STALE
+    assert await model.published(3, model.contribution(1)) is PublishOutcome.STALE
     tag = keys.model_tag(model.key)
-    assert await raw.exists(keys.gradient_prefix(tag) + model.name(1)) == 0
-    found = await model.store.read_gradients(model.key, [model.name(1) + b"g" * 16], 8)
+    assert (
+        await raw.exists(keys.gradient_prefix(tag) + contribution_name(model.contribution(1))) == 0
+    )
+    found = await model.store.read_gradients(
+        model.key, [WaitingContribution(model.contribution(1), b"g" * 16)], 8
+    )
     assert found is None
 
 
@@ -160,7 +184,7 @@ async def test_contributions_are_bounded_in_number_and_bytes(store_url: str, ten
     assert await model.count(2, bytes(13)) is RecordOutcome.QUOTA
     assert await model.count(2) is RecordOutcome.COUNTED
     assert await model.count(3, b"") is RecordOutcome.QUOTA
-    await model.published(2, model.name(1))
+    await model.published(2, model.contribution(1))
     assert await model.count(3) is RecordOutcome.COUNTED
     await store.close()
 
@@ -174,10 +198,10 @@ async def test_what_is_remembered_of_contributions_is_bounded(
     await model.create()
     await model.count(1)
     await model.count(2)
-    await model.published(2, model.name(1), model.name(2))
+    await model.published(2, model.contribution(1), model.contribution(2))
     assert await model.count(3) is RecordOutcome.FULL
     expiry = keys.expiry_key(keys.model_tag(ModelKey(tenant, "m")))
-    await raw.zadd(expiry, {model.name(1): 1, model.name(2): 1})
+    await raw.zadd(expiry, {contribution_name(model.contribution(number)): 1 for number in (1, 2)})
     assert await model.count(3) is RecordOutcome.COUNTED
     assert await raw.zcard(expiry) == 1
     await store.close()
@@ -188,17 +212,19 @@ async def test_a_contribution_nobody_takes_goes_with_its_bytes(model: Model, raw
     await model.create()
     await model.count(1)
     tag = keys.model_tag(model.key)
-    await raw.zadd(keys.expiry_key(tag), {model.name(1): 1})
+    await raw.zadd(keys.expiry_key(tag), {contribution_name(model.contribution(1)): 1})
     await model.count(2)
     assert await model.waiting() == (1, 8)
-    assert await raw.exists(keys.gradient_prefix(tag) + model.name(1)) == 0
-    assert await model.store.find_contribution(model.key, model.name(1)) is None
+    assert (
+        await raw.exists(keys.gradient_prefix(tag) + contribution_name(model.contribution(1))) == 0
+    )
+    assert await model.store.find_contribution(model.key, model.contribution(1)) is None
 
 
 async def test_a_contribution_whose_tape_has_expired_is_not_counted(model: Model) -> None:
     """A writer that stood still so long may come after its name was forgotten: it would count twice."""
     await model.create()
-    late = Contribution(INCARNATION, model.name(1), b"g" * 16, Blob((b"gradient",)), 1)
+    late = Contribution(INCARNATION, model.contribution(1), b"g" * 16, Blob((b"gradient",)), 1)
     assert await model.store.record_contribution(model.key, late) is RecordOutcome.EXPIRED
     assert await model.waiting() == (0, 0)
 
@@ -207,7 +233,7 @@ async def test_a_contribution_that_was_counted_answers_also_after_its_tape(model
     """A retry learns that it was counted, whatever has expired since."""
     await model.create()
     await model.count(1)
-    late = Contribution(INCARNATION, model.name(1), b"g" * 16, Blob((b"gradient",)), 1)
+    late = Contribution(INCARNATION, model.contribution(1), b"g" * 16, Blob((b"gradient",)), 1)
     assert await model.store.record_contribution(model.key, late) is RecordOutcome.REPLAYED
 
 
@@ -216,9 +242,9 @@ async def test_a_contribution_is_found_as_it_stands(model: Model) -> None:
     await model.create()
     await model.count(1)
     find = model.store.find_contribution
-    assert await find(model.key, model.name(1)) is ContributionState.WAITING
-    await model.published(2, model.name(1))
-    assert await find(model.key, model.name(1)) is ContributionState.CONSUMED
+    assert await find(model.key, model.contribution(1)) is ContributionState.WAITING
+    await model.published(2, model.contribution(1))
+    assert await find(model.key, model.contribution(1)) is ContributionState.CONSUMED
 
 
 async def test_a_look_finds_what_selectors_name(model: Model) -> None:
@@ -226,23 +252,25 @@ async def test_a_look_finds_what_selectors_name(model: Model) -> None:
     await model.create()
     for number in (3, 1, 2):
         await model.count(number)
-    other = model.store.contribution_name(SessionKey(model.key.tenant, "t"), 8, 1)
+    other = contribution_key(SessionKey(model.key.tenant, "t"), 8, 1)
     contribution = Contribution(INCARNATION, other, b"g" * 16, Blob((b"gradient",)), NEVER_MS)
     await model.store.record_contribution(model.key, contribution)
-    mine = [model.name(number) for number in (1, 2, 3)]
-    prefix = model.store.contribution_prefix
+    mine = [model.contribution(number) for number in (1, 2, 3)]
 
-    async def look(*selectors: bytes) -> list[bytes]:
-        found = await model.store.read_update_inputs(model.key, NO_REQUEST, selectors)
+    async def read(*selectors: Selector) -> list[ContributionKey]:
+        found = await model.store.read_update_inputs(model.key, None, selectors)
         assert found is not None
-        return [entry[:32] for entry in found.waiting]
+        return [one.key for one in found.waiting]
 
-    assert await look(b"") == sorted([*mine, other])
-    assert await look(prefix(SessionKey(model.key.tenant, "s"), 0)) == mine
-    assert await look(prefix(SessionKey(model.key.tenant, "s"), 7)) == mine
-    assert await look(prefix(SessionKey(model.key.tenant, "s"), 8)) == []
-    assert await look(prefix(SessionKey(model.key.tenant, "t"), 8), other) == [other]
-    assert await look(mine[1], mine[1], model.name(9)) == [mine[1]]
+    assert await read() == sorted([*mine, other])
+    assert await read(Selector("s")) == mine
+    assert await read(Selector("s", 7)) == mine
+    assert await read(Selector("s", 8)) == []
+    assert await read(Selector("t", 8), Selector("t", 8, (1,))) == [other]
+    assert await read(Selector("s", 7, (2, 2, 9))) == [mine[1]]
+    nothing = await model.store.read_update_inputs(model.key, None, None)
+    assert nothing is not None
+    assert nothing.waiting == ()
 
 
 async def test_requests_are_remembered_by_number_and_time(
@@ -251,7 +279,9 @@ async def test_requests_are_remembered_by_number_and_time(
     """The oldest go when there are too many or they are old; not before."""
     store = await open_store(store_url, patient(Limits(remembered_requests_per_model=3)))
     model = Model(store.models, ModelKey(tenant, "m"))
-    await model.create(request=(1).to_bytes(16, "big"))  # within a millisecond the name decides
+    await model.create(
+        CREATION._replace(name=(1).to_bytes(16, "big"))
+    )  # within a millisecond the name decides
     for number in range(2, 8):
         await model.published(number)
     requests = keys.requests_key(keys.model_tag(ModelKey(tenant, "m")))
@@ -321,16 +351,16 @@ async def test_a_large_gradient_goes_in_parts_and_leaves_none(model: Model, raw:
     for number in (1, 2):
         assert await model.count(number, gradient) is RecordOutcome.COUNTED
         assert await model.count(number, gradient) is RecordOutcome.REPLAYED
-    found = await model.store.read_update_inputs(model.key, NO_REQUEST, [b""])
+    found = await model.store.read_update_inputs(model.key, None, ())
     assert found is not None
     size = len(gradient)
     read = await model.store.read_gradients(model.key, found.waiting, size)
     assert read == [gradient, gradient]
     assert {await raw.pttl(key) for key in await parts()} == {-1}
-    await model.published(2, model.name(1))
+    await model.published(2, model.contribution(1))
     assert await model.waiting() == (1, size)
     assert len(await parts()) == 2
-    await model.store.discard_contributions(model.key, INCARNATION, [model.name(2)])
+    await model.store.discard_contributions(model.key, INCARNATION, [Selector("s", 7, (2,))])
     assert await parts() == []
     await model.count(3, gradient)
     await model.store.delete_model(model.key, INCARNATION)
@@ -385,16 +415,16 @@ async def test_discarding_frees_and_remembers(model: Model) -> None:
     for number in (1, 2, 3):
         await model.count(number)
 
-    async def discard(*selectors: bytes) -> int | None:
+    async def discard(*selectors: Selector) -> int | None:
         return await model.store.discard_contributions(model.key, INCARNATION, selectors)
 
-    assert await discard(model.name(1), model.name(9)) == 1
+    assert await discard(Selector("s", 7, (1, 9))) == 1
     assert await model.waiting() == (2, 16)
-    assert await discard(model.store.contribution_prefix(SessionKey(model.key.tenant, "s"), 7)) == 2
-    assert await discard(b"") == 0
+    assert await discard(Selector("s", 7)) == 2
+    assert await discard() == 0
     assert await model.count(1) is RecordOutcome.CONSUMED
     assert await model.waiting() == (0, 0)
-    other = model.store.discard_contributions(model.key, b"j" * 16, [b""])
+    other = model.store.discard_contributions(model.key, b"j" * 16, ())
     assert await other is None
 
 
@@ -406,9 +436,7 @@ async def test_names_of_models_are_bounded_listed_and_forgotten(
     model = Model(store.models, ModelKey(tenant, "m"))
     await model.create()
     record = ModelRecord(INCARNATION, b"spec", version(1), 0, 0, 0)
-    other = store.models.create_model(
-        ModelKey(tenant, "n"), record, content(1), NO_REQUEST, b"c" * 16
-    )
+    other = store.models.create_model(ModelKey(tenant, "n"), record, content(1), CREATION)
     assert await other is CreateOutcome.QUOTA
     assert await store.models.list_models(tenant, "", 10) == ["m"]
     assert await store.models.delete_model(ModelKey(tenant, "m"), INCARNATION)

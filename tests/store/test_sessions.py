@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from instruments.replicas import patient
+from service.domain.digests import request_digest
 from service.domain.ports import (
     Absence,
     AbsentSession,
@@ -22,7 +23,7 @@ from service.domain.ports import (
     SessionSnapshot,
     StoredState,
 )
-from service.domain.types import SessionKey, Version
+from service.domain.types import RequestDigest, SessionKey, Version
 from service.settings import DAY_MS, HOUR_MS, Limits
 from service.store import keys, layouts
 from service.store.connect import open_store
@@ -45,7 +46,7 @@ def token(number: int) -> bytes:
 def start(mode: EpochMode = EpochMode.FAIL, **facts: object) -> EpochStart:
     """Lay out the beginning of an epoch."""
     first = StoredState(0, bytes(16), token(0), Version(0, bytes(16)), STATE)
-    made = EpochStart(mode, HEAD, first, b"")
+    made = EpochStart(mode, HEAD, first, request_digest(""))
     return replace(made, **facts)  # type: ignore[arg-type]
 
 
@@ -270,12 +271,13 @@ async def test_a_session_that_must_exist_is_never_begun(writer: Writer, raw: Red
 
 async def test_a_request_is_known_by_its_name_and_its_content(writer: Writer) -> None:
     """The same 16 bytes replay, the same first 8 with others are REUSED, none are never known."""
-    name, content = b"request.", b"content."
-    assert await writer.begin(request=name + content) is EpochOutcome.BEGUN
-    assert await writer.begin(request=name + content) is EpochOutcome.REPLAYED
-    assert await writer.begin(request=name + b"another.") is EpochOutcome.REUSED
-    assert await writer.begin(EpochMode.RESET, request=b"") is EpochOutcome.BEGUN
-    assert await writer.begin(EpochMode.FAIL, request=b"") is EpochOutcome.EXISTS
+    request = RequestDigest(b"r" * 16, b"c" * 16)
+    other = RequestDigest(b"r" * 16, b"d" * 16)
+    assert await writer.begin(request=request) is EpochOutcome.BEGUN
+    assert await writer.begin(request=request) is EpochOutcome.REPLAYED
+    assert await writer.begin(request=other) is EpochOutcome.REUSED
+    assert await writer.begin(EpochMode.RESET) is EpochOutcome.BEGUN
+    assert await writer.begin(EpochMode.FAIL) is EpochOutcome.EXISTS
 
 
 async def test_a_restored_epoch_must_be_newer_than_what_is_there(writer: Writer) -> None:
