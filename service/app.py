@@ -38,8 +38,8 @@ from service.domain.updates import Updates
 from service.domain.use_cases import UseCases
 from service.domain.waiting import WaitingWork
 from service.failpoints import FailpointError, Failpoints
+from service.listening import try_to_bind
 from service.logs import log_to_stderr
-from service.ports import try_to_bind
 from service.rpc.server import RpcServer
 from service.rpc.server_info import ServerInfo
 from service.rpc.stream import StreamRules
@@ -198,6 +198,7 @@ def build_server(
     settings: Settings,
     store: Store,
     stack: contextlib.AsyncExitStack,
+    *,
     authenticator: Authenticator | None = None,
     points: Failpoints | None = None,
     observer: Observer = NULL_OBSERVER,
@@ -262,7 +263,12 @@ def build_server(
         deadline_s=limits.default_deadline_ms / 1000, age_s=settings.connection_age_ms / 1000
     )
     return RpcServer(
-        use_cases, info, authenticator=authenticator, rules=rules, reuse_port=settings.supervised
+        use_cases,
+        info,
+        authenticator=authenticator,
+        observer=observer,
+        rules=rules,
+        reuse_port=settings.supervised,
     )
 
 

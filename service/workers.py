@@ -18,8 +18,8 @@ import sys
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Final
 
+from service.listening import shared_port
 from service.logs import log_to_stderr
-from service.ports import shared_port
 from service.settings import Limits, Settings
 from service.store.embedded import EmbeddedStore, EmbeddedStoreError
 

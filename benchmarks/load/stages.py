@@ -13,9 +13,7 @@ from rnn_engine import Params, rnn_forward, rnn_forward_many
 from service.domain.digests import chunk_digest, next_token
 from service.domain.ports import ChunkCommit, StoredState
 from service.domain.types import ForwardResult, SessionKey, Version
-from service.rpc.admission import Admission
-from service.rpc.auth import AllowAll
-from service.rpc.gate import Gate
+from service.rpc.codec import Codec
 from service.rpc.time_rnn_messages import OperationReader, fill_forward
 from service.settings import Limits
 from service.store import keys, layouts
@@ -35,10 +33,7 @@ class Stages:
     def __init__(self) -> None:
         """Make the messages, the state and the weights."""
         limits = Limits()
-        admission = Admission(limits.operations_in_flight, limits.request_bytes_in_flight)
-        self._gate = Gate(
-            AllowAll(), admission, message_bytes=limits.message_bytes, default_deadline_s=60.0
-        )
+        self._codec = Codec(limits.message_bytes)
         self._reader = OperationReader(limits)
         self._params = Params(**make_weights(SMALL))
         self._h0 = np.zeros((1, SMALL.hidden), np.float32)
@@ -72,7 +67,7 @@ class Stages:
         return [self._parse(count) for _ in range(COPIES // count)]
 
     def _parse(self, count: int) -> pb.StreamRequest:
-        return self._gate.parse(pb.StreamRequest, self._requests[count])
+        return self._codec.parse(pb.StreamRequest, self._requests[count])
 
     def _decode(self, request: pb.ForwardRequest) -> object:
         return self._reader.forward(request)

@@ -9,63 +9,71 @@ from service.rpc.errors import overloaded
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from service.rpc.auth import Principal
+
 
 class Admission:
-    """Counts what is in work or waiting in this process.
-
-    Something larger than the whole budget of bytes is let in while nothing else is in work, so that
-    no size within the limits is refused for ever.
+    """Counts what this process has in work or waiting; a `Share` takes from it and gives back.
 
     Attributes:
-        operations: Operations in work or waiting.
-        request_bytes: Bytes of their requests and of the answers to come, and of uploads and downloads
+        operations: Operations in work.
+        request_bytes: Bytes of requests and of the answers to come, and of uploads and downloads
             under way.
+        max_operations: The bound of the first.
+        max_bytes: The bound of the second. Something larger is let in while nobody else holds any
+            bytes, so that no size within the limits is refused for ever.
     """
 
-    __slots__ = ("_max_bytes", "_max_operations", "operations", "request_bytes")
+    __slots__ = ("max_bytes", "max_operations", "operations", "request_bytes")
 
     def __init__(self, max_operations: int, max_bytes: int) -> None:
-        self._max_operations = max_operations
-        self._max_bytes = max_bytes
+        self.max_operations = max_operations
+        self.max_bytes = max_bytes
         self.operations = 0
         self.request_bytes = 0
 
-    def enter(self, size_bytes: int, held_bytes: int = 0) -> None:
-        """Count one operation in, for one who holds some bytes already, or raise OVERLOADED."""
-        if self.operations >= self._max_operations:
-            raise overloaded("operations_in_flight", f"is at its limit of {self._max_operations}")
-        self.add_bytes(size_bytes, held_bytes)
-        self.operations += 1
 
-    def add_bytes(self, size_bytes: int, held_bytes: int = 0) -> None:
-        """Count more bytes for one who holds some already, or raise OVERLOADED."""
-        others_bytes = self.request_bytes - held_bytes
-        if others_bytes and self.request_bytes + size_bytes > self._max_bytes:
-            raise overloaded("request_bytes_in_flight", f"is at its limit of {self._max_bytes}")
-        self.request_bytes += size_bytes
+class Share:
+    """What one call, or one stream, holds of the replica; given back when its `with` block ends.
 
-    def leave(self, size_bytes: int, operations: int = 1) -> None:
-        """Count operations out with all their bytes."""
-        self.operations -= operations
-        self.request_bytes -= size_bytes
-
-
-class Ticket:
-    """One call's share, given back when its `with` block ends.
-
-    Without an admission it counts nowhere: health is never refused, and a stream counts each of its
-    operations.
+    Attributes:
+        principal: For whom.
+        operations: Operations held.
+        held_bytes: Bytes held.
     """
 
-    __slots__ = ("_admission", "_size_bytes")
+    __slots__ = ("_admission", "held_bytes", "operations", "principal")
 
-    def __init__(self, admission: Admission | None, size_bytes: int) -> None:
+    def __init__(self, admission: Admission, principal: Principal) -> None:
         self._admission = admission
-        self._size_bytes = size_bytes
+        self.principal = principal
+        self.operations = 0
+        self.held_bytes = 0
+
+    def take(self, size_bytes: int, operations: int = 0) -> None:
+        """Hold more, or raise OVERLOADED and hold what was held before."""
+        admission = self._admission
+        if operations and admission.operations >= admission.max_operations:
+            limit = admission.max_operations
+            raise overloaded("operations_in_flight", f"is at its limit of {limit}")
+        total_bytes = admission.request_bytes
+        if total_bytes > self.held_bytes and total_bytes + size_bytes > admission.max_bytes:
+            limit = admission.max_bytes
+            raise overloaded("request_bytes_in_flight", f"is at its limit of {limit}")
+        admission.request_bytes = total_bytes + size_bytes
+        admission.operations += operations
+        self.held_bytes += size_bytes
+        self.operations += operations
+
+    def give_back(self, size_bytes: int, operations: int = 0) -> None:
+        """Hold less."""
+        admission = self._admission
+        admission.request_bytes -= size_bytes
+        admission.operations -= operations
+        self.held_bytes -= size_bytes
+        self.operations -= operations
 
     def __enter__(self) -> Self:
-        if self._admission:
-            self._admission.enter(self._size_bytes)
         return self
 
     def __exit__(
@@ -74,11 +82,4 @@ class Ticket:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._admission:
-            self._admission.leave(self._size_bytes)
-
-    def reserve(self, size_bytes: int) -> None:
-        """Count more bytes that this call is about to hold, or raise OVERLOADED."""
-        if self._admission:
-            self._admission.add_bytes(size_bytes, self._size_bytes)
-            self._size_bytes += size_bytes
+        self.give_back(self.held_bytes, self.operations)

@@ -1,8 +1,13 @@
-"""Who is calling: the one question that every call answers before anything else."""
+"""Who calls, asked once a call, and whether they may do a thing, asked for every operation.
+
+The two are apart because a Stream outlives the moment in which it was opened: it carries operations that
+need different roles, and its credential may expire or be revoked while it is open.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 if TYPE_CHECKING:
@@ -13,25 +18,71 @@ if TYPE_CHECKING:
 DEFAULT_TENANT = "default"
 
 
+class Role(Enum):
+    """What a credential is good for."""
+
+    INFER = "infer"
+    TRAIN = "train"
+    ADMIN = "admin"
+    OPERATOR = "operator"
+
+
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """Who calls, as its credential says; nothing in a request can change it."""
+    """Who calls, as the credential says; nothing in a request can change it.
+
+    Attributes:
+        tenant: Whose data the call sees.
+        roles: What the credential is good for.
+        name: The credential's own name, for logs; empty where there is none.
+        expire_time_s: When the credential ends, in seconds since 1970; None for never.
+    """
 
     tenant: str
+    roles: frozenset[Role] = frozenset(Role)
+    name: str = ""
+    expire_time_s: float | None = None
+
+
+class Caller(Protocol):
+    """Where a transport keeps the credentials of a call; gRPC's own context is one."""
+
+    def invocation_metadata(self) -> Any:
+        """Return the pairs of key and value that came with the call, or None."""
+
+    def peer(self) -> str:
+        """Return the address at the other end."""
+
+    def auth_context(self) -> Any:
+        """Return what the connection proved: property names of a TLS certificate to lists of bytes."""
 
 
 class Authenticator(Protocol):
-    """Turns a call's credential into a principal."""
+    """Decides who calls and what they may do."""
 
-    def authenticate(self, method: str, context: Context) -> Principal:
-        """Return who calls `method`, as "/package.Service/Method", or raise a DomainError."""
+    def authenticate(self, caller: Caller) -> Principal:
+        """Return who calls, or raise Unauthenticated; called once for each RPC."""
+
+    def authorise(self, principal: Principal, method: str) -> None:
+        """Return if the principal may do this now; else raise Unauthenticated or PermissionDenied.
+
+        Called for each RPC and again for each operation on a stream, so it must not wait.
+
+        Args:
+            principal: What `authenticate` returned, perhaps minutes ago.
+            method: The RPC that the operation is, or that a stream's operation stands for, such as
+                "/timernn.v1.TimeRnnService/Forward".
+        """
 
 
 class AllowAll:
-    """Lets everybody in as the one tenant there is."""
+    """Lets everybody do everything, as the one tenant there is."""
 
     _principal = Principal(DEFAULT_TENANT)
 
-    def authenticate(self, method: str, context: Context) -> Principal:  # noqa: ARG002 - the port's
-        """Return the default tenant."""
+    def authenticate(self, caller: Caller) -> Principal:  # noqa: ARG002 - the protocol's
+        """Return the default tenant with every role."""
         return self._principal
+
+    def authorise(self, principal: Principal, method: str) -> None:
+        """Refuse nothing."""

@@ -28,6 +28,8 @@ from service.domain.errors import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from google.protobuf.message import Message
 
 ERROR_DOMAIN: Final = "timernn"
@@ -47,8 +49,20 @@ class DeadlineExceeded(DomainError):
     """Not done in the time that there was."""
 
 
+class Unauthenticated(DomainError):
+    """There is no credential, or it is not good, or not any more."""
+
+
+class PermissionDenied(DomainError):
+    """The credential is good, but not for this."""
+
+
+class UnknownService(NotFound):
+    """What the health protocol answers for a name that is not served; it has no details."""
+
+
 class Bug(DomainError):
-    """Something that is ours to mend."""
+    """A fault of the server's own code."""
 
 
 _CODES: Final[dict[type[DomainError], grpc.StatusCode]] = {
@@ -60,24 +74,52 @@ _CODES: Final[dict[type[DomainError], grpc.StatusCode]] = {
     ResourceExhausted: grpc.StatusCode.RESOURCE_EXHAUSTED,
     Unavailable: grpc.StatusCode.UNAVAILABLE,
     DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
+    Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+    PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
     Bug: grpc.StatusCode.INTERNAL,
 }
-_CODE_BY_NUMBER: Final = {code.value[0]: code for code in grpc.StatusCode}
 
 
-def status_of(error: BaseException, method: str) -> status_pb2.Status:
-    """Return what a client is told about an exception.
+def refusal_of(error: BaseException, method: str) -> DomainError:
+    """Return the refusal that an exception is to a client.
 
     Args:
         error: What a handler raised. A CancelledError here is one that the call did not ask for.
         method: What was called, for the log.
     """
-    return _status(_told(error, method))
+    if isinstance(error, DomainError) and _code_for(type(error)):
+        return error
+    if isinstance(error, TimeoutError):
+        return DeadlineExceeded(
+            "DEADLINE_EXCEEDED",
+            "not done in time; whether it was applied is unknown: send the same again",
+        )
+    if isinstance(error, asyncio.CancelledError):
+        return Unavailable(
+            "UNKNOWN_OUTCOME",
+            "interrupted; whether it was applied is unknown: send the same again",
+            retry_after_s=0.1,
+        )
+    if isinstance(error, MemoryError):
+        return overloaded("memory", "is used up")
+    error_id = secrets.token_hex(8)
+    _LOGGER.error("internal error %s in %s", error_id, method, exc_info=error)
+    return Bug("BUG", f"internal error, id {error_id}", id=error_id)
 
 
-def code_of(status: status_pb2.Status) -> grpc.StatusCode:
-    """Return a status's code as gRPC's own enumeration."""
-    return _CODE_BY_NUMBER[status.code]
+def code_of(refusal: DomainError) -> grpc.StatusCode:
+    """Return the status code of a refusal's branch."""
+    return _code_for(type(refusal)) or grpc.StatusCode.INTERNAL
+
+
+def refusal_to_status(refusal: DomainError) -> status_pb2.Status:
+    """Return a refusal as a message: code, text and details."""
+    code = code_of(refusal)
+    status = status_pb2.Status(code=code.value[0], message=_cut(refusal.message, MAX_MESSAGE_BYTES))
+    if not isinstance(refusal, UnknownService):
+        for detail in _details_of(refusal, code, status.message):
+            status.details.add().Pack(detail)
+    return status
 
 
 def overloaded(bound: str, state: str) -> ResourceExhausted:
@@ -124,46 +166,20 @@ def idle_stream(idle_s: float) -> DeadlineExceeded:
     )
 
 
-def _told(error: BaseException, method: str) -> DomainError:
-    if isinstance(error, DomainError) and _code_for(type(error)):
-        return error
-    if isinstance(error, TimeoutError):
-        return DeadlineExceeded(
-            "DEADLINE_EXCEEDED",
-            "not done in time; whether it was applied is unknown: send the same again",
-        )
-    if isinstance(error, asyncio.CancelledError):
-        return Unavailable(
-            "UNKNOWN_OUTCOME",
-            "interrupted; whether it was applied is unknown: send the same again",
-            retry_after_s=0.1,
-        )
-    if isinstance(error, MemoryError):
-        return overloaded("memory", "is used up")
-    error_id = secrets.token_hex(8)
-    _LOGGER.error("internal error %s in %s", error_id, method, exc_info=error)
-    return Bug("BUG", f"internal error, id {error_id}", id=error_id)
-
-
 def _code_for(kind: type[BaseException]) -> grpc.StatusCode | None:
     return next((_CODES[each] for each in kind.__mro__ if each in _CODES), None)
 
 
-def _status(error: DomainError) -> status_pb2.Status:
-    code = _code_for(type(error)) or grpc.StatusCode.INTERNAL
-    status = status_pb2.Status(code=code.value[0], message=_cut(error.message, MAX_MESSAGE_BYTES))
-    details: list[Message] = [_error_info(error)]
+def _details_of(error: DomainError, code: grpc.StatusCode, message: str) -> Iterator[Message]:
+    yield _error_info(error)
     if error.retry_after_s is not None:
         delay = Duration()
         delay.FromMilliseconds(round(error.retry_after_s * 1000))
-        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+        yield error_details_pb2.RetryInfo(retry_delay=delay)
     if error.field:
-        details.append(_bad_request(error, status.message))
+        yield _bad_request(error, message)
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
-        details.append(_quota_failure(error, status.message))
-    for detail in details:
-        status.details.add().Pack(detail)
-    return status
+        yield _quota_failure(error, message)
 
 
 def _error_info(error: DomainError) -> error_details_pb2.ErrorInfo:

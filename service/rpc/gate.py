@@ -1,106 +1,88 @@
-"""The one place every call passes, whichever service it is for.
+"""Between gRPC and the dispatcher: the one place that every RPC passes, whichever service it is for.
 
-The gate asks who calls, whether the server drains and whether there is room; parses; gives the call
-its deadline; and turns whatever goes wrong into a status. It wraps the handlers of a service by the
-service's descriptor, so a new method cannot forget it. Messages reach gRPC as bytes: what cannot be
-parsed is then refused here and not by gRPC with UNKNOWN.
+The gate gives a call its deadline, reads and writes its messages as bytes, turns whatever goes wrong
+into a status and reports the end; the dispatcher decides who is let in and what is done. The gate
+wraps the handlers of a service by the service's descriptor, so a new method cannot forget it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import grpc
 import grpc.aio
-from google.protobuf.message import DecodeError, Message
-from google.protobuf.message_factory import GetMessageClass
 
 from service.deadlines import Deadlines
-from service.rpc.admission import Ticket
-from service.rpc.errors import (
-    DETAILS_KEY,
-    code_of,
-    draining,
-    malformed,
-    message_too_large,
-    status_of,
-)
-from service.rpc.wire import Wire
+from service.rpc.errors import DETAILS_KEY, code_of, refusal_of, refusal_to_status
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 
     from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
+    from google.protobuf.message import Message
 
-    from service.rpc.admission import Admission
-    from service.rpc.auth import Authenticator, Context, Principal
+    from service.domain.errors import DomainError
+    from service.rpc.admission import Share
+    from service.rpc.auth import Context
+    from service.rpc.codec import Codec
+    from service.rpc.dispatcher import Dispatcher, Operation
+    from service.telemetry import Observer
 
-    Behaviour: TypeAlias = Callable[..., Any]
-    Handler: TypeAlias = Callable[[Any, Context], Awaitable[Any]]
+    Handler: TypeAlias = Callable[[Any, Context, "Traffic"], Awaitable[bytes | None]]
 
-M = TypeVar("M", bound=Message)
 T = TypeVar("T")
 
+_CANCELLED = grpc.StatusCode.CANCELLED.name
+_OK = grpc.StatusCode.OK.name
+
 _LOGGER = logging.getLogger(__name__)
-_WORD_START: Final = re.compile(r"(?<!^)(?=[A-Z])")
+
+
+@dataclass(slots=True)
+class Traffic:
+    """What a call has read and written so far, in bytes of messages."""
+
+    request_bytes: int = 0
+    answer_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
-    """One call that was let in.
+class RpcCall:
+    """One RPC with a stream of messages that was let in.
 
     Attributes:
-        principal: Who calls.
         context: gRPC's side of the call.
-        ticket: The call's share of what the replica takes at once.
+        share: What the call holds of the replica, and for whom.
     """
 
-    principal: Principal
     context: Context
-    ticket: Ticket
+    share: Share
 
     @property
     def tenant(self) -> str:
         """Return whose data the call sees."""
-        return self.principal.tenant
-
-
-@dataclass(frozen=True, slots=True)
-class Method:
-    """What the gate knows of one RPC."""
-
-    path: str
-    request_class: type[Message]
-    is_open: bool  # neither counted nor refused while draining: health, reflection
+        return self.share.principal.tenant
 
 
 class Gate:
-    """Lets calls in.
-
-    Attributes:
-        admission: What this replica has in work; a stream counts each operation there itself.
-        is_draining: Set once the server takes no more calls.
-    """
+    """Serves the methods of services over gRPC."""
 
     def __init__(
         self,
-        authenticator: Authenticator,
-        admission: Admission,
+        dispatcher: Dispatcher,
+        codec: Codec,
         *,
-        message_bytes: int,
+        observer: Observer,
         default_deadline_s: float,
     ) -> None:
-        self._authenticator = authenticator
-        self._message_bytes = message_bytes
-        self._wires: dict[type[Message], Wire] = {}
+        self._dispatcher = dispatcher
+        self._codec = codec
+        self._observer = observer
         self._deadlines = Deadlines(default_deadline_s)
-        self.admission = admission
-        self.is_draining = False
 
     def wrap(
         self, service: ServiceDescriptor, servicer: object, *, is_open: bool = False
@@ -109,10 +91,11 @@ class Gate:
 
         Args:
             service: The contract.
-            servicer: Has a method for each of the contract's, named in snake case:
-                `f(call, request) -> response`; with a streaming answer an async iterator; with a
-                streaming request `f(call, requests)` over an async iterator; with both
-                `f(call) -> None`, which reads and writes bytes on `call.context` itself.
+            servicer: Has an attribute for each of the contract's methods, named in snake case: for a
+                unary one what `Dispatcher.register` says; with a streaming answer an async iterator
+                `f(call, request)`; with a streaming request `f(call, requests) -> response` over an
+                async iterator; with both `f(call) -> None`, which reads and writes bytes on
+                `call.context` itself.
             is_open: Whether it is served also when the replica is full or drains.
         """
         handlers = {
@@ -121,137 +104,150 @@ class Gate:
         }
         return grpc.method_handlers_generic_handler(service.full_name, handlers)
 
-    def parse(self, message_class: type[M], raw: bytes) -> M:
-        """Return a message from its bytes, or raise MALFORMED or MESSAGE_TOO_LARGE."""
-        if len(raw) > self._message_bytes:
-            raise message_too_large("request", len(raw), self._message_bytes)
-        wire = self._wires.get(message_class)
-        if wire is None:
-            wire = self._wires[message_class] = Wire(message_class)
-        wire.check(raw)
-        try:
-            return message_class.FromString(raw)
-        except DecodeError as error:
-            raise malformed(message_class.DESCRIPTOR.name) from error
-
-    def serialize(self, message: Message) -> bytes:
-        """Return a message's bytes, or raise MESSAGE_TOO_LARGE."""
-        raw = message.SerializeToString()
-        if len(raw) > self._message_bytes:
-            raise message_too_large("answer", len(raw), self._message_bytes)
-        return raw
-
     def _handler(
-        self, descriptor: MethodDescriptor, servicer: object, *, is_open: bool
+        self, method: MethodDescriptor, servicer: object, *, is_open: bool
     ) -> grpc.RpcMethodHandler[Any, Any]:
-        path = f"/{descriptor.containing_service.full_name}/{descriptor.name}"
-        method = Method(path, GetMessageClass(descriptor.input_type), is_open)
-        behaviour = getattr(servicer, _WORD_START.sub("_", descriptor.name).lower())
-        shape = (descriptor.client_streaming, descriptor.server_streaming)
+        operation = self._dispatcher.register(method, servicer, is_open=is_open)
         build, serve = {
             (False, False): (grpc.unary_unary_rpc_method_handler, self._unary),
             (False, True): (grpc.unary_stream_rpc_method_handler, self._server_stream),
             (True, False): (grpc.stream_unary_rpc_method_handler, self._client_stream),
             (True, True): (grpc.stream_stream_rpc_method_handler, self._duplex),
-        }[shape]
-        return build(self._guard(method, serve(method, behaviour)))
+        }[method.client_streaming, method.server_streaming]
+        # What an open service is asked is no operation, and a duplex call reports each of its own.
+        is_operation = not (is_open or serve == self._duplex)
+        return build(self._guard(operation, serve(operation), is_operation=is_operation))
 
-    def _guard(self, method: Method, handler: Handler) -> Handler:
-        """Turn everything that a handler raises into a status."""
+    def _guard(
+        self, operation: Operation, handler: Handler, *, is_operation: bool
+    ) -> Callable[[Any, Context], Awaitable[Any]]:
+        """Turn everything that a handler raises into a status, and report how the call ended."""
+        method, observer = operation.method, self._observer
 
         async def guarded(request: Any, context: Context) -> Any:
             if _LOGGER.isEnabledFor(logging.DEBUG):
                 watched: Any = context  # its stubs tell another kind of callback
-                watched.add_done_callback(_log_end_of(method.path))
+                watched.add_done_callback(_log_end_of(method))
+            observer.rpc_started(method)
+            began, traffic = time.perf_counter(), Traffic()
+            code = outcome = _CANCELLED
             try:
-                return await handler(request, context)
-            except grpc.aio.BaseError:
-                raise  # an abort, or gRPC's word that the client is gone
-            except asyncio.CancelledError as error:
-                task = asyncio.current_task()
-                if task is None or task.cancelling():
-                    raise  # the client went away, or the server stops
-                status = status_of(error, method.path)
-            except Exception as error:  # noqa: BLE001 - the outermost boundary
-                status = status_of(error, method.path)
-            trailers = ((DETAILS_KEY, status.SerializeToString()),)
-            return await context.abort(code_of(status), status.message, trailers)
+                answer = await handler(request, context, traffic)
+                code = outcome = _OK
+            except (Exception, asyncio.CancelledError) as error:
+                if _is_over(error):
+                    raise
+                refusal = refusal_of(error, method)
+                code, outcome = code_of(refusal).name, refusal.reason
+            else:
+                return answer
+            finally:
+                duration_s = time.perf_counter() - began
+                observer.rpc_ended(method, code=code, duration_s=duration_s)
+                if is_operation:
+                    observer.operation_ended(
+                        operation.kind,
+                        outcome=outcome,
+                        duration_s=duration_s,
+                        request_bytes=traffic.request_bytes,
+                        answer_bytes=traffic.answer_bytes,
+                    )
+            return await _abort(context, refusal)
 
         return guarded
-
-    def _admit(self, method: Method, context: Context) -> Principal:
-        principal = self._authenticator.authenticate(method.path, context)
-        if self.is_draining and not method.is_open:
-            raise draining()
-        return principal
 
     def _bounded(self, context: Context, steps: Coroutine[Any, Any, T]) -> Coroutine[Any, Any, T]:
         # A client's own deadline is gRPC's to keep: it cancels the handler.
         is_bounded = context.time_remaining() is not None
         return steps if is_bounded else self._deadlines.bound(steps)
 
-    def _ticket(self, method: Method, size_bytes: int) -> Ticket:
-        return Ticket(None if method.is_open else self.admission, size_bytes)
+    def _unary(self, operation: Operation) -> Handler:
+        dispatcher, codec = self._dispatcher, self._codec
 
-    def _unary(self, method: Method, behaviour: Behaviour) -> Handler:
-        async def handle(raw: bytes, context: Context) -> bytes:
-            principal = self._admit(method, context)
-            with self._ticket(method, len(raw)) as ticket:
-                request = self.parse(method.request_class, raw)
-                steps = behaviour(Call(principal, context, ticket), request)
-                response = await self._bounded(context, steps)
-                return self.serialize(response)
-
-        return handle
-
-    def _server_stream(self, method: Method, behaviour: Behaviour) -> Handler:
-        async def handle(raw: bytes, context: Context) -> None:
-            principal = self._admit(method, context)
-            with self._ticket(method, len(raw)) as ticket:
-                request = self.parse(method.request_class, raw)
-                call = Call(principal, context, ticket)
-                if method.is_open:  # a health watch has no end
-                    await self._write_all(context, behaviour(call, request))
-                    return
-                writing = self._write_all(context, behaviour(call, request))
-                await self._bounded(context, writing)
+        async def handle(raw: bytes, context: Context, traffic: Traffic) -> bytes:
+            traffic.request_bytes = len(raw)
+            with dispatcher.let_in(operation, context) as share:
+                share.take(len(raw), operations=1)
+                request = codec.parse(operation.request_class, raw)
+                steps = dispatcher.call(operation, request, share)
+                answer = codec.serialize(await self._bounded(context, steps))
+                traffic.answer_bytes = len(answer)
+                return answer
 
         return handle
 
-    def _client_stream(self, method: Method, behaviour: Behaviour) -> Handler:
-        async def handle(_: object, context: Context) -> bytes:
-            principal = self._admit(method, context)
-            with self._ticket(method, 0) as ticket:
-                call = Call(principal, context, ticket)
-                steps = behaviour(call, self._read_all(method, context))
-                response = await self._bounded(context, steps)
-                return self.serialize(response)
+    def _server_stream(self, operation: Operation) -> Handler:
+        async def handle(raw: bytes, context: Context, traffic: Traffic) -> None:
+            traffic.request_bytes = len(raw)
+            with self._dispatcher.let_in(operation, context) as share:
+                share.take(len(raw), operations=1)
+                request = self._codec.parse(operation.request_class, raw)
+                messages = operation.behaviour(RpcCall(context, share), request)
+                writing = self._write_all(context, messages, traffic)
+                # A health watch has no end.
+                await (writing if operation.is_open else self._bounded(context, writing))
 
         return handle
 
-    def _duplex(self, method: Method, behaviour: Behaviour) -> Handler:
-        async def handle(_: object, context: Context) -> None:
-            principal = self._admit(method, context)
-            await behaviour(Call(principal, context, Ticket(None, 0)))
+    def _client_stream(self, operation: Operation) -> Handler:
+        async def handle(_: object, context: Context, traffic: Traffic) -> bytes:
+            with self._dispatcher.let_in(operation, context) as share:
+                share.take(0, operations=1)
+                requests = self._read_all(operation, context, traffic)
+                steps = operation.behaviour(RpcCall(context, share), requests)
+                answer = self._codec.serialize(await self._bounded(context, steps))
+                traffic.answer_bytes = len(answer)
+                return answer
 
         return handle
 
-    async def _write_all(self, context: Context, messages: AsyncIterator[Message]) -> None:
+    def _duplex(self, operation: Operation) -> Handler:
+        async def handle(_: object, context: Context, _traffic: Traffic) -> None:
+            with self._dispatcher.let_in(operation, context) as share:
+                await operation.behaviour(RpcCall(context, share))
+
+        return handle
+
+    async def _write_all(
+        self, context: Context, messages: AsyncIterator[Message], traffic: Traffic
+    ) -> None:
         async for message in messages:
-            await context.write(self.serialize(message))
+            raw = self._codec.serialize(message)
+            await context.write(raw)
+            traffic.answer_bytes += len(raw)
 
-    async def _read_all(self, method: Method, context: Context) -> AsyncIterator[Message]:
+    async def _read_all(
+        self, operation: Operation, context: Context, traffic: Traffic
+    ) -> AsyncIterator[Message]:
         while (raw := await context.read()) is not grpc.aio.EOF:
-            yield self.parse(method.request_class, raw)
+            traffic.request_bytes += len(raw)
+            yield self._codec.parse(operation.request_class, raw)
 
 
-def _log_end_of(path: str) -> Callable[[Any], None]:
+def _is_over(error: BaseException) -> bool:
+    """Return whether nobody waits for an answer any more, so that there is none to give."""
+    if isinstance(error, grpc.aio.BaseError):
+        return True  # gRPC's word that the client is gone
+    if not isinstance(error, asyncio.CancelledError):
+        return False
+    task = asyncio.current_task()
+    return task is None or bool(task.cancelling())  # by gRPC: the client went, or the server stops
+
+
+async def _abort(context: Context, refusal: DomainError) -> None:
+    """End a call with the status of a refusal."""
+    status = refusal_to_status(refusal)
+    trailers = ((DETAILS_KEY, status.SerializeToString()),) if status.details else ()
+    await context.abort(code_of(refusal), status.message, trailers)
+
+
+def _log_end_of(method: str) -> Callable[[Any], None]:
     """Return what writes the line of a call when it has ended; ids and contents stay out of it."""
     began = time.perf_counter()
 
     def log(ended: Any) -> None:
         code = ended.code() or grpc.StatusCode.OK
         name = getattr(code, "name", code)
-        _LOGGER.debug("%s %s in %.1f ms", path, name, 1000 * (time.perf_counter() - began))
+        _LOGGER.debug("%s %s in %.1f ms", method, name, 1000 * (time.perf_counter() - began))
 
     return log

@@ -1,8 +1,8 @@
 """grpc.health.v1: whether this replica should be sent calls.
 
 The servicer that comes with gRPC writes to a watcher while it holds the lock that a change of status
-needs; one watcher that reads nothing would then stop the server from telling anybody. Here a watcher
-waits for an event of its own.
+needs; one watcher that reads nothing would then keep every other from the news. Here a watcher waits
+for an event of its own.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Final
 
-import grpc
 from grpc_health.v1 import health_pb2
+
+from service.rpc.errors import UnknownService
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
 
-    from service.rpc.gate import Call
+    from service.rpc.gate import RpcCall
 
 LIVENESS: Final = "liveness"
 """A name that is SERVING as long as the process answers, whatever the store does."""
@@ -27,7 +28,7 @@ _SERVICE_UNKNOWN: Final = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
 
 
 class Health:
-    """Tells one status for the server and each of its services, and that the process lives.
+    """Reports one status for the server and each of its services, and that the process lives.
 
     Attributes:
         is_serving: The status; NOT_SERVING until set.
@@ -40,42 +41,44 @@ class Health:
         self.is_serving = False
 
     def set_serving(self, is_serving: bool) -> None:  # noqa: FBT001 - a setter
-        """Change the status and wake who watches."""
+        """Change the status and wake the watchers."""
         if is_serving != self.is_serving:
             self.is_serving = is_serving
             self._wake_watchers()
 
     def end(self) -> None:
-        """Tell NOT_SERVING to who watches and send them away, so that none holds up a stop.
+        """Report NOT_SERVING to the watchers and end their calls, so that none holds up a stop.
 
-        They leave with OK: before an error, gRPC drops what a client has not read yet.
+        The calls end with OK: before an error, gRPC drops what a client has not read yet.
         """
         self.is_serving = False
         self._is_ended = True
         self._wake_watchers()
 
     async def check(
-        self, call: Call, request: health_pb2.HealthCheckRequest
+        self,
+        tenant: str,  # noqa: ARG002 - the dispatcher's signature
+        request: health_pb2.HealthCheckRequest,
     ) -> health_pb2.HealthCheckResponse:
         """Return the status now."""
         if request.service not in self._names:
-            await call.context.abort(grpc.StatusCode.NOT_FOUND, "unknown service")
+            raise UnknownService("NOT_FOUND", "unknown service")
         return self._response(request.service)
 
     async def watch(
         self,
-        call: Call,  # noqa: ARG002 - the gate's signature
+        call: RpcCall,  # noqa: ARG002 - the gate's signature
         request: health_pb2.HealthCheckRequest,
     ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
         """Yield the status now and each time it changes."""
         changed = asyncio.Event()
         self._watchers.add(changed)
         try:
-            told = None
+            reported = None
             while True:
                 response = self._response(request.service)
-                if response != told:
-                    told = response
+                if response != reported:
+                    reported = response
                     yield response
                 elif self._is_ended:
                     return

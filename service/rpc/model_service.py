@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from service.domain.errors import InvalidArgument
     from service.domain.models import Models
-    from service.rpc.gate import Call
+    from service.rpc.gate import RpcCall
     from service.rpc.server_info import ServerInfo
 
 PART_BYTES: Final = 1 << 20
@@ -45,18 +45,18 @@ class ModelService:
     info: ServerInfo
 
     async def create_model(
-        self, call: Call, request: pb.CreateModelRequest
+        self, tenant: str, request: pb.CreateModelRequest
     ) -> pb.CreateModelResponse:
         """Create a model."""
         limits = self.info.limits
         spec = spec_from_proto(request.spec, limits)
         weights = initial_weights_from_proto(request, limits)
         request_id = check_request_id("request_id", request.request_id)
-        view, replayed = await self.models.create(call.tenant, spec, weights, request_id)
+        view, replayed = await self.models.create(tenant, spec, weights, request_id)
         return pb.CreateModelResponse(model=model_to_proto(view), replayed=replayed)
 
     async def import_model(
-        self, call: Call, requests: AsyncIterator[pb.ImportModelRequest]
+        self, call: RpcCall, requests: AsyncIterator[pb.ImportModelRequest]
     ) -> pb.ImportModelResponse:
         """Create a model from a file."""
         first = await anext(requests, None)
@@ -68,36 +68,38 @@ class ModelService:
         limit = self.models.check_size(spec)
         if total_bytes > limit:
             raise message_too_large("weights file", total_bytes, limit, _OF_OTHER_SIZES)
-        call.ticket.reserve(total_bytes)
+        call.share.take(total_bytes)
         data = await _collect(requests, total_bytes)
         view, replayed = await self.models.import_model(call.tenant, spec, data, request_id)
         return pb.ImportModelResponse(model=model_to_proto(view), replayed=replayed)
 
-    async def get_model(self, call: Call, request: pb.GetModelRequest) -> pb.GetModelResponse:
+    async def get_model(self, tenant: str, request: pb.GetModelRequest) -> pb.GetModelResponse:
         """Return one model."""
         model_id = check_id("model_id", request.model_id)
         return pb.GetModelResponse(
-            model=model_to_proto(await self.models.get(ModelKey(call.tenant, model_id)))
+            model=model_to_proto(await self.models.get(ModelKey(tenant, model_id)))
         )
 
-    async def list_models(self, call: Call, request: pb.ListModelsRequest) -> pb.ListModelsResponse:
+    async def list_models(
+        self, tenant: str, request: pb.ListModelsRequest
+    ) -> pb.ListModelsResponse:
         """Return a page of models."""
         page = check_page(request.page_size, request.page_token)
-        views, next_token = await self.models.list_page(call.tenant, *page)
+        views, next_token = await self.models.list_page(tenant, *page)
         return pb.ListModelsResponse(models=map(model_to_proto, views), next_page_token=next_token)
 
     async def delete_model(
-        self, call: Call, request: pb.DeleteModelRequest
+        self, tenant: str, request: pb.DeleteModelRequest
     ) -> pb.DeleteModelResponse:
         """Delete a model with all that belongs to it."""
         model_id = check_id("model_id", request.model_id)
         deleted = await self.models.delete(
-            ModelKey(call.tenant, model_id), allow_missing=request.allow_missing
+            ModelKey(tenant, model_id), allow_missing=request.allow_missing
         )
         return pb.DeleteModelResponse(deleted=deleted)
 
     async def get_weights(
-        self, call: Call, request: pb.GetWeightsRequest
+        self, call: RpcCall, request: pb.GetWeightsRequest
     ) -> AsyncIterator[pb.GetWeightsResponse]:
         """Yield one version's file in parts."""
         model_id = check_id("model_id", request.model_id)
@@ -106,13 +108,13 @@ class ModelService:
             optional_version("version", request),
             include_moments=request.include_moments,
         )
-        call.ticket.reserve(len(data))
+        call.share.take(len(data))
         part_bytes = min(PART_BYTES, self.info.limits.message_bytes - _PART_OVERHEAD_BYTES)
         for part in weights_parts(version, data, part_bytes):
             yield part
 
     async def put_weights(
-        self, call: Call, requests: AsyncIterator[pb.PutWeightsRequest]
+        self, call: RpcCall, requests: AsyncIterator[pb.PutWeightsRequest]
     ) -> pb.PutWeightsResponse:
         """Make a file the model's next version."""
         header = await _header(requests)
@@ -123,7 +125,7 @@ class ModelService:
         limit = await self.models.upload_limit(ModelKey(call.tenant, model_id))
         if total_bytes > limit:
             raise message_too_large("weights file", total_bytes, limit, _OF_OTHER_SIZES)
-        call.ticket.reserve(total_bytes)
+        call.share.take(total_bytes)
         data = await _collect(requests, total_bytes)
         version, replayed = await self.models.put_weights(
             ModelKey(call.tenant, model_id), expected, request_id, data
@@ -131,7 +133,7 @@ class ModelService:
         return pb.PutWeightsResponse(version=version_to_proto(version), replayed=replayed)
 
     async def find_versions(
-        self, call: Call, request: pb.FindVersionsRequest
+        self, tenant: str, request: pb.FindVersionsRequest
     ) -> pb.FindVersionsResponse:
         """Tell which versions are kept."""
         model_id = check_id("model_id", request.model_id)
@@ -140,38 +142,36 @@ class ModelService:
             raise bad_field("numbers", text)
         for number in request.numbers:
             check_number("numbers", number, 1)
-        head, kept = await self.models.find_versions(
-            ModelKey(call.tenant, model_id), request.numbers
-        )
+        head, kept = await self.models.find_versions(ModelKey(tenant, model_id), request.numbers)
         return pb.FindVersionsResponse(
             head=version_to_proto(head), versions=map(version_to_proto, kept)
         )
 
     async def create_checkpoint(
-        self, call: Call, request: pb.CreateCheckpointRequest
+        self, tenant: str, request: pb.CreateCheckpointRequest
     ) -> pb.CreateCheckpointResponse:
         """Keep a version under a name."""
         checkpoint = await self.models.create_checkpoint(
-            ModelKey(call.tenant, check_id("model_id", request.model_id)),
+            ModelKey(tenant, check_id("model_id", request.model_id)),
             check_id("checkpoint_id", request.checkpoint_id),
             optional_version("version", request),
         )
         return pb.CreateCheckpointResponse(checkpoint=checkpoint_to_proto(checkpoint))
 
     async def list_checkpoints(
-        self, call: Call, request: pb.ListCheckpointsRequest
+        self, tenant: str, request: pb.ListCheckpointsRequest
     ) -> pb.ListCheckpointsResponse:
         """Return a model's checkpoints."""
         model_id = check_id("model_id", request.model_id)
-        checkpoints = await self.models.list_checkpoints(ModelKey(call.tenant, model_id))
+        checkpoints = await self.models.list_checkpoints(ModelKey(tenant, model_id))
         return pb.ListCheckpointsResponse(checkpoints=map(checkpoint_to_proto, checkpoints))
 
     async def restore_checkpoint(
-        self, call: Call, request: pb.RestoreCheckpointRequest
+        self, tenant: str, request: pb.RestoreCheckpointRequest
     ) -> pb.RestoreCheckpointResponse:
         """Make a checkpoint the model's next version."""
         version, replayed = await self.models.restore_checkpoint(
-            ModelKey(call.tenant, check_id("model_id", request.model_id)),
+            ModelKey(tenant, check_id("model_id", request.model_id)),
             check_id("checkpoint_id", request.checkpoint_id),
             expected_version(request),
             check_request_id("request_id", request.request_id, required=True),
@@ -179,11 +179,11 @@ class ModelService:
         return pb.RestoreCheckpointResponse(version=version_to_proto(version), replayed=replayed)
 
     async def delete_checkpoint(
-        self, call: Call, request: pb.DeleteCheckpointRequest
+        self, tenant: str, request: pb.DeleteCheckpointRequest
     ) -> pb.DeleteCheckpointResponse:
         """Delete a checkpoint's name."""
         deleted = await self.models.delete_checkpoint(
-            ModelKey(call.tenant, check_id("model_id", request.model_id)),
+            ModelKey(tenant, check_id("model_id", request.model_id)),
             check_id("checkpoint_id", request.checkpoint_id),
             allow_missing=request.allow_missing,
         )
@@ -191,7 +191,7 @@ class ModelService:
 
     async def get_server_info(
         self,
-        call: Call,  # noqa: ARG002 - the gate's signature
+        call: RpcCall,  # noqa: ARG002 - the gate's signature
         request: pb.GetServerInfoRequest,  # noqa: ARG002
     ) -> pb.GetServerInfoResponse:
         """Return limits, build and replica."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Final
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
 
 import grpc.aio
 from google.protobuf.internal import api_implementation
@@ -12,43 +13,61 @@ from grpc_reflection.v1alpha import reflection_pb2
 
 from service.rpc.admission import Admission
 from service.rpc.auth import AllowAll
+from service.rpc.codec import Codec
+from service.rpc.dispatcher import Dispatcher
 from service.rpc.gate import Gate
 from service.rpc.health import Health
 from service.rpc.model_service import ModelService
 from service.rpc.reflection import Reflection
 from service.rpc.session_service import SessionService
-from service.rpc.stream import StreamRules
+from service.rpc.stream import StreamRules, Streams
 from service.rpc.time_rnn_service import TimeRnnService
+from service.telemetry import NULL_OBSERVER
 from timernn.v1 import model_service_pb2, session_service_pb2, time_rnn_service_pb2
 
 if TYPE_CHECKING:
     from service.domain.use_cases import UseCases
     from service.rpc.auth import Authenticator
     from service.rpc.server_info import ServerInfo
+    from service.telemetry import Observer
 
 # Beyond the limit on messages, so that one a little too large is refused by us, with a reason.
 _MESSAGE_MARGIN_BYTES: Final = 64 << 10
 _HANDOVER_S: Final = 0.05
 
-_SERVICES: Final = {
-    name: module.DESCRIPTOR.services_by_name[name]
-    for module, name in (
-        (model_service_pb2, "ModelService"),
-        (session_service_pb2, "SessionService"),
-        (time_rnn_service_pb2, "TimeRnnService"),
-        (health_pb2, "Health"),
-        (reflection_pb2, "ServerReflection"),
-    )
-}
-SERVICE_NAMES: Final = tuple(service.full_name for service in _SERVICES.values())
+_MODEL: Final = model_service_pb2.DESCRIPTOR.services_by_name["ModelService"]
+_SESSION: Final = session_service_pb2.DESCRIPTOR.services_by_name["SessionService"]
+_TIME_RNN: Final = time_rnn_service_pb2.DESCRIPTOR.services_by_name["TimeRnnService"]
+_HEALTH: Final = health_pb2.DESCRIPTOR.services_by_name["Health"]
+_REFLECTION: Final = reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"]
+
+SERVICES: Final = (_MODEL, _SESSION, _TIME_RNN, _HEALTH, _REFLECTION)
+SERVICE_NAMES: Final = tuple(service.full_name for service in SERVICES)
+
+
+@dataclass(frozen=True, slots=True)
+class _Service:
+    """A service to be served.
+
+    Attributes:
+        contract: Its descriptor.
+        servicer: What serves them.
+        is_open: Whether it is served also when the replica is full or drains.
+    """
+
+    contract: Any
+    servicer: object
+    is_open: bool = False
 
 
 class RpcServer:
     """Serves the contract on one port.
 
     Attributes:
-        health: NOT_SERVING until told otherwise.
+        health: NOT_SERVING until set.
         admission: What is in work.
+        dispatcher: The table of what is served.
+        streams: The open streams.
     """
 
     def __init__(
@@ -57,6 +76,7 @@ class RpcServer:
         info: ServerInfo,
         *,
         authenticator: Authenticator | None = None,
+        observer: Observer = NULL_OBSERVER,
         rules: StreamRules | None = None,
         reuse_port: bool = False,
     ) -> None:
@@ -66,19 +86,27 @@ class RpcServer:
         limits = info.limits
         deadline_s = limits.default_deadline_ms / 1000
         rules = rules or StreamRules(deadline_s=deadline_s)
+        codec = Codec(limits.message_bytes)
         self.admission = Admission(limits.operations_in_flight, limits.request_bytes_in_flight)
+        self.dispatcher = Dispatcher(authenticator or AllowAll(), self.admission)
         self.health = Health(SERVICE_NAMES)
-        self._gate = Gate(
-            authenticator or AllowAll(),
-            self.admission,
-            message_bytes=limits.message_bytes,
-            default_deadline_s=deadline_s,
+        self.streams = Streams(
+            self.dispatcher, codec, observer=observer, limits=limits, rules=rules
         )
-        self._streams = TimeRnnService(use_cases, self._gate, limits, rules)
+        gate = Gate(self.dispatcher, codec, observer=observer, default_deadline_s=deadline_s)
+        services = [
+            _Service(_MODEL, ModelService(use_cases.models, info)),
+            _Service(_SESSION, SessionService(use_cases.sessions, limits)),
+            _Service(_TIME_RNN, TimeRnnService(use_cases, limits, self.streams)),
+            _Service(_HEALTH, self.health, is_open=True),
+            _Service(_REFLECTION, Reflection(SERVICE_NAMES, codec), is_open=True),
+        ]
         self._server = grpc.aio.server(
             options=_options(limits.message_bytes, rules, reuse_port=reuse_port)
         )
-        self._add_services(use_cases, info)
+        self._server.add_generic_rpc_handlers(
+            [gate.wrap(each.contract, each.servicer, is_open=each.is_open) for each in services]
+        )
 
     async def start(self, listen: str) -> str:
         """Open the port and begin to serve; return the address with the port that was taken.
@@ -102,31 +130,13 @@ class RpcServer:
         A second call with less grace hastens the first.
         """
         self.health.end()
-        self._gate.is_draining = True
-        self._streams.drain()
+        self.dispatcher.is_draining = True
+        self.streams.drain()
         if grace_s:
             # gRPC's stop cancels what it has accepted and not yet handed over; until then the gate still
             # refuses it, with a reason.
             await asyncio.sleep(_HANDOVER_S)
         await self._server.stop(grace_s)
-
-    def _add_services(self, use_cases: UseCases, info: ServerInfo) -> None:
-        gate = self._gate
-        names = ("ModelService", "SessionService", "TimeRnnService")
-        servicers = (
-            ModelService(use_cases.models, info),
-            SessionService(use_cases.sessions, info.limits),
-            self._streams,
-        )
-        handlers = [
-            gate.wrap(_SERVICES[name], servicer)
-            for name, servicer in zip(names, servicers, strict=True)
-        ]
-        handlers += [
-            gate.wrap(_SERVICES["Health"], self.health, is_open=True),
-            gate.wrap(_SERVICES["ServerReflection"], Reflection(SERVICE_NAMES, gate), is_open=True),
-        ]
-        self._server.add_generic_rpc_handlers(handlers)
 
 
 def _options(message_bytes: int, rules: StreamRules, *, reuse_port: bool) -> list[tuple[str, int]]:

@@ -19,7 +19,6 @@ from timernn.v1 import session_service_pb2 as pb
 
 if TYPE_CHECKING:
     from service.domain.sessions import Sessions
-    from service.rpc.gate import Call
     from service.settings import Limits
 
 
@@ -31,57 +30,61 @@ class SessionService:
     limits: Limits
 
     async def open_session(
-        self, call: Call, request: pb.OpenSessionRequest
+        self, tenant: str, request: pb.OpenSessionRequest
     ) -> pb.OpenSessionResponse:
         """Open, resume or reset a session."""
         wanted = open_session_from_proto(request, self.limits)
-        return open_session_to_proto(await self.sessions.open(call.tenant, wanted))
+        return open_session_to_proto(await self.sessions.open(tenant, wanted))
 
-    async def get_session(self, call: Call, request: pb.GetSessionRequest) -> pb.GetSessionResponse:
+    async def get_session(
+        self, tenant: str, request: pb.GetSessionRequest
+    ) -> pb.GetSessionResponse:
         """Return one session."""
         session_id = check_id("session_id", request.session_id)
-        view = await self.sessions.get(SessionKey(call.tenant, session_id))
+        view = await self.sessions.get(SessionKey(tenant, session_id))
         return pb.GetSessionResponse(session=session_to_proto(view))
 
     async def list_sessions(
-        self, call: Call, request: pb.ListSessionsRequest
+        self, tenant: str, request: pb.ListSessionsRequest
     ) -> pb.ListSessionsResponse:
         """Return a page of live sessions."""
         model_id = check_optional_id("model_id", request.model_id)
         page = check_page(request.page_size, request.page_token)
-        views, next_token = await self.sessions.list_page(call.tenant, model_id, *page)
+        views, next_token = await self.sessions.list_page(tenant, model_id, *page)
         return pb.ListSessionsResponse(
             sessions=map(session_to_proto, views), next_page_token=next_token
         )
 
-    async def get_state(self, call: Call, request: pb.GetStateRequest) -> pb.GetStateResponse:
+    async def get_state(self, tenant: str, request: pb.GetStateRequest) -> pb.GetStateResponse:
         """Return a session's hidden state."""
         session_id = check_id("session_id", request.session_id)
         opened = await self.sessions.get_state(
-            SessionKey(call.tenant, session_id), extend_ttl=request.extend_ttl
+            SessionKey(tenant, session_id), extend_ttl=request.extend_ttl
         )
         return pb.GetStateResponse(
             session=session_to_proto(opened.session), state=tensor_to_proto(opened.state)
         )
 
-    async def set_state(self, call: Call, request: pb.SetStateRequest) -> pb.SetStateResponse:
+    async def set_state(self, tenant: str, request: pb.SetStateRequest) -> pb.SetStateResponse:
         """Replace a session's hidden state."""
         wanted = new_epoch_from_proto(request, self.limits)
-        view, replayed = await self.sessions.begin_epoch(call.tenant, wanted)
+        view, replayed = await self.sessions.begin_epoch(tenant, wanted)
         return pb.SetStateResponse(session=session_to_proto(view), replayed=replayed)
 
-    async def reset_state(self, call: Call, request: pb.ResetStateRequest) -> pb.ResetStateResponse:
+    async def reset_state(
+        self, tenant: str, request: pb.ResetStateRequest
+    ) -> pb.ResetStateResponse:
         """Set a session's hidden state to zero."""
         wanted = new_epoch_from_proto(request, self.limits)
-        view, replayed = await self.sessions.begin_epoch(call.tenant, wanted)
+        view, replayed = await self.sessions.begin_epoch(tenant, wanted)
         return pb.ResetStateResponse(session=session_to_proto(view), replayed=replayed)
 
     async def fork_session(
-        self, call: Call, request: pb.ForkSessionRequest
+        self, tenant: str, request: pb.ForkSessionRequest
     ) -> pb.ForkSessionResponse:
         """Open another session from this one's state."""
         wanted = fork_session_from_proto(request, self.limits)
-        opened = await self.sessions.fork(call.tenant, wanted)
+        opened = await self.sessions.fork(tenant, wanted)
         return pb.ForkSessionResponse(
             session=session_to_proto(opened.session),
             state=tensor_to_proto(opened.state),
@@ -89,10 +92,10 @@ class SessionService:
         )
 
     async def close_session(
-        self, call: Call, request: pb.CloseSessionRequest
+        self, tenant: str, request: pb.CloseSessionRequest
     ) -> pb.CloseSessionResponse:
         """End a session."""
         session_id = check_id("session_id", request.session_id)
         expected_epoch = check_number("expected_epoch", request.expected_epoch, 0)
-        closed = await self.sessions.close(SessionKey(call.tenant, session_id), expected_epoch)
+        closed = await self.sessions.close(SessionKey(tenant, session_id), expected_epoch)
         return pb.CloseSessionResponse(closed=closed)

@@ -1,37 +1,44 @@
 """TimeRnnService.Stream: many operations for many sessions over one call.
 
-One task reads, one writes; between them a chunk is a callback that the domain is given, with no task of
-its own. Answers that are ready together leave in one message. What a stream may hold is
-bounded three ways: operations unanswered, bytes of requests, and bytes of answers not yet taken by
-the client. At a bound nothing more is read, and at the last one nothing more is started.
+One task reads, one writes. Between them a chunk has no task of its own: the domain is given a callback.
+Answers that are ready together leave in one message.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from enum import Enum
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, Final
 
 import grpc.aio
 
 from service.domain.errors import bad_field
-from service.rpc.errors import idle_stream, message_too_large, status_of
+from service.rpc.errors import (
+    idle_stream,
+    message_too_large,
+    refusal_of,
+    refusal_to_status,
+)
 from service.rpc.histories import Histories
-from service.rpc.lanes import Lanes, StreamOperation
-from service.rpc.time_rnn_messages import fill_backward, fill_discard, fill_forward, fill_update
+from service.rpc.operation_order import OperationOrder, StreamOperation
+from service.rpc.stream_budget import StreamBudget
 from timernn.v1 import time_rnn_service_pb2 as pb
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Mapping
 
-    from service.rpc.admission import Admission
-    from service.rpc.auth import Context
-    from service.rpc.gate import Gate
-    from service.rpc.operations import Operations
+    from service.rpc.codec import Codec
+    from service.rpc.dispatcher import Dispatcher, Operation
+    from service.rpc.gate import RpcCall
     from service.settings import Limits
+    from service.telemetry import Observer
 
-METHOD = "/timernn.v1.TimeRnnService/Stream"
+METHOD: Final = "/timernn.v1.TimeRnnService/Stream"
+_FORWARD: Final = "forward"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +50,8 @@ class StreamRules:
         idle_s: Nothing in work and nothing coming; then the stream ends with IDLE_STREAM.
         age_s: A stream; then the client is asked to open another, so that streams spread over
             replicas again and none is cut off when its connection reaches its age.
-        goodbye_s: For the client to half-close after it was told to go.
-        sweep_s: Between two looks at deadlines, idleness and age.
+        goodbye_s: For the client to half-close after the message `draining`.
+        sweep_s: Between two checks of deadlines, idleness and age.
     """
 
     deadline_s: float = 60.0
@@ -54,170 +61,216 @@ class StreamRules:
     sweep_s: float = 1.0
 
 
-class OperationStream:
-    """One call of Stream."""
+class _State(Enum):
+    """How far a stream has come; it only goes on, never back."""
+
+    OPEN = 0  # operations are accepted
+    ENDING = 1  # none is accepted; the stream ends when those accepted are answered
+    DRAINING = 2  # the same, and the client is asked to open another stream
+    CLOSED = 3  # nothing is answered any more
+
+
+# Looking a member up in an Enum is a call of a Python function up to Python 3.11.
+_OPEN, _CLOSED = _State.OPEN, _State.CLOSED
+
+
+class Streams:
+    """The open streams of a server, and what they share.
+
+    Attributes:
+        dispatcher: Runs their operations.
+        codec: Parses what comes.
+        observer: Sees each operation end.
+        limits: The limits in force.
+        rules: How long things may take.
+        open: The streams.
+    """
 
     def __init__(
         self,
-        context: Context,
-        operations: Operations,
-        gate: Gate,
+        dispatcher: Dispatcher,
+        codec: Codec,
+        *,
+        observer: Observer,
         limits: Limits,
         rules: StreamRules,
     ) -> None:
-        self._context = context
-        self._operations = operations
-        self._gate = gate
-        self._admission: Admission = gate.admission
-        self._limits = limits
-        self._rules = rules
-        self._loop = asyncio.get_running_loop()
+        self.dispatcher = dispatcher
+        self.codec = codec
+        self.observer = observer
+        self.limits = limits
+        self.rules = rules
+        self.open: set[OperationStream] = set()
 
-        self._lanes = Lanes()
-        self._histories = Histories(limits.replay_window + 1, self._lanes)
+    @cached_property
+    def operations(self) -> Mapping[str, Operation]:
+        """Return what each field of the message `Operation` holds, once the table is complete."""
+        fields: Any = pb.Operation.DESCRIPTOR.oneofs_by_name["operation"].fields
+        return {field.name: self.dispatcher.operation_of(field.message_type) for field in fields}
+
+    async def serve(self, call: RpcCall) -> None:
+        """Serve one stream of operations."""
+        stream = OperationStream(call, self)
+        self.open.add(stream)
+        try:
+            await stream.run()
+        finally:
+            self.open.discard(stream)
+
+    def drain(self) -> None:
+        """Ask every stream to end once it has answered what it accepted."""
+        for stream in list(self.open):
+            stream.drain()
+
+
+class OperationStream:
+    """One call of Stream.
+
+    Attributes:
+        budget: What it holds.
+    """
+
+    def __init__(self, call: RpcCall, streams: Streams) -> None:
+        self._call = call
+        self._streams = streams
+        self._order = OperationOrder()
+        self._histories = Histories(streams.limits.replay_window + 1, self._order)
         self._startable: deque[StreamOperation] = deque()
         self._started: set[StreamOperation] = set()
         self._answers: deque[bytes] = deque()
-        self._in_flight = 0  # read and not yet written
-        self._admitted = 0
-        self._request_bytes = 0
-        self._answer_bytes = 0
-        self._expected_bytes = 0  # of the answers of what was started, at most
+        self.budget = StreamBudget(call.share, streams.limits)
 
-        self._wake = asyncio.Event()  # for the writer: an answer, or the end
-        self._room = asyncio.Event()  # for the reader
-        self._is_starting = False
-        self._is_ending = False  # nothing more is accepted
-        self._is_draining = False
-        self._is_closed = False
+        self._wake_writer = asyncio.Event()  # an answer, or the end
+        self._wake_reader = asyncio.Event()  # room, or the end
+        self._is_starting = False  # an operation may be answered while it is started
+        self._state = _OPEN
         self._failure: Exception | None = None
-        self._born = self._last_read = self._loop.time()
+        self._is_used = False  # since the last sweep
+        self._born = self._last_used = time.perf_counter()
 
     async def run(self) -> None:
         """Serve until the client half-closes, fails or goes away, or the server drains."""
         # Not cancelled at the end: gRPC ends its read with the call, and a read that is cancelled
         # leaks (grpc/grpc#43360).
         self._reader = asyncio.create_task(self._read(), name="stream reader")
-        self._sweeper = self._loop.call_later(self._rules.sweep_s, self._sweep)
+        self._schedule_sweep()
         try:
             await self._write()
             if self._failure:
                 raise self._failure
-            if self._is_draining:
+            if self._state is _State.DRAINING:
                 await self._say_goodbye()
         finally:
             self._sweeper.cancel()
             self._close()
 
     def drain(self) -> None:
-        """Accept nothing more; answer what was accepted, say so, and end."""
-        self._is_draining = True
-        self._end()
+        """Accept nothing more; answer what was accepted, ask the client to move, and end."""
+        self._end(_State.DRAINING)
 
-    def _end(self, failure: Exception | None = None) -> None:
-        if not self._is_ending:
-            self._is_ending = True
+    def _end(self, state: _State = _State.ENDING, failure: Exception | None = None) -> None:
+        """Go on to a later state; the first failure of an open stream is what it ends with."""
+        if self._state is _OPEN:
             self._failure = failure
-        self._wake.set()
-        self._room.set()
+        if state.value > self._state.value:
+            self._state = state
+        self._wake_writer.set()
+        self._wake_reader.set()
 
     async def _say_goodbye(self) -> None:
-        """Ask the client to go, and give it a moment: a write after the end fails it confusingly."""
-        await self._context.write(pb.StreamResponse(draining=True).SerializeToString())
-        await asyncio.wait({self._reader}, timeout=self._rules.goodbye_s)
+        """Ask the client to move, and wait a moment until it has.
+
+        A client that writes into an ended call is told INTERNAL by its own library.
+        """
+        await self._call.context.write(pb.StreamResponse(draining=True).SerializeToString())
+        await asyncio.wait({self._reader}, timeout=self._streams.rules.goodbye_s)
+
+    # --- reading ----------------------------------------------------------------------------------
 
     async def _read(self) -> None:
-        """Accept what comes; once the stream is ending, let it pass until the client has gone."""
+        """Accept what comes; once the stream is ending, drop it until the client has gone."""
+        context = self._call.context
         try:
-            while not self._is_closed:
-                if not self._is_ending and self._is_full():
-                    await self._wait_for_room()
+            while self._state is not _CLOSED:
+                if self._state is _OPEN and self.budget.is_full():
+                    self._wake_reader.clear()
+                    await self._wake_reader.wait()
                     continue
-                raw = await self._context.read()
+                raw = await context.read()
                 if raw is grpc.aio.EOF:
                     break
-                if not self._is_ending:
+                if self._state is _OPEN:
                     self._accept(raw)
         except grpc.aio.BaseError:
             pass  # the call is over
-        except Exception as error:  # noqa: BLE001 - told to the client by the writer
-            self._end(error)
+        except Exception as error:  # noqa: BLE001 - the writer raises it
+            self._end(failure=error)
         self._end()
 
-    async def _wait_for_room(self) -> None:
-        self._room.clear()
-        await self._room.wait()
-
-    def _is_full(self) -> bool:
-        return (
-            self._in_flight >= self._limits.stream_operations_in_flight
-            or self._request_bytes >= self._limits.message_bytes
-            or self._answer_bytes >= self._limits.message_bytes
-        )
-
     def _accept(self, raw: bytes) -> None:
-        self._last_read = self._loop.time()
-        operations = self._gate.parse(pb.StreamRequest, raw).operations
-        count, limit = len(operations), self._limits.operations_per_message
+        self._is_used = True
+        operations = self._streams.codec.parse(pb.StreamRequest, raw).operations
+        limits = self._streams.limits
+        count, limit = len(operations), limits.operations_per_message
         if count > limit:
             raise bad_field("operations", f"must be at most {limit} a message, got {count}")
-        max_names = self._limits.contributions_per_model
+        max_names = limits.contributions_per_model
         for operation in operations[:]:  # a slice: the end of a field's iterator is an exception
-            self._enqueue(StreamOperation(operation, len(raw) // count, max_names))
+            self._enqueue(StreamOperation(operation, max_names), len(raw) // count)
         self._start_ready()
 
-    def _enqueue(self, operation: StreamOperation) -> None:
-        self._in_flight += 1
+    def _enqueue(self, operation: StreamOperation, request_bytes: int) -> None:
         try:
-            self._admission.add_bytes(operation.size_bytes)
+            self.budget.read(operation, request_bytes)
         except Exception as error:  # noqa: BLE001 - answered in the operation's turn
             operation.refusal = error
-        else:
-            self._request_bytes += operation.size_bytes
-        if self._lanes.add(operation):
+        if not operation.field:
+            operation.refusal = bad_field("operation", "required")
+        if self._order.add(operation):
             self._startable.append(operation)
 
+    # --- an operation -----------------------------------------------------------------------------
+
     def _start_ready(self) -> None:
-        """Start what can be started, unless the client leaves its answers lying."""
+        """Start what can be started, unless the client does not take its answers."""
         if self._is_starting:
             return
         self._is_starting = True
-        while self._startable and self._has_room():
+        while self._startable and self.budget.has_room():
             self._start(self._startable.popleft())
         self._is_starting = False
 
-    def _has_room(self) -> bool:
-        """Tell whether the answers that wait, and those to come, leave room for another."""
-        return self._answer_bytes + self._expected_bytes < self._limits.message_bytes
-
     def _start(self, operation: StreamOperation) -> None:
-        if operation.refusal:
-            self._answer_error(operation, operation.refusal)
-            return
-        operation.started_at = self._loop.time()
+        operation.started_at = time.perf_counter()
         self._started.add(operation)
+        if operation.refusal:
+            self._finish(operation, operation.refusal)
+            return
         try:
-            # Admitted only now: what waits here for its session, or for a client that does not read,
-            # must take nobody else's place.
-            self._operations.submit(operation, self._histories, self._admit, self._told)
+            operation.task = self._streams.dispatcher.begin(
+                self._streams.operations[operation.field],
+                operation.request,
+                principal=self._call.share.principal,
+                complete=self._complete,
+                admit=partial(self.budget.start, operation),
+                on_done=partial(self._finish, operation),
+            )
         except Exception as error:  # noqa: BLE001 - answered on the stream
-            self._told(operation, error)
+            self._finish(operation, error)
 
-    def _admit(self, operation: StreamOperation, answer_bytes: int) -> None:
-        held_bytes = self._request_bytes + self._expected_bytes
-        self._admission.enter(answer_bytes, held_bytes)
-        self._admitted += 1
-        operation.is_admitted = True
-        operation.expected_bytes = answer_bytes
-        self._expected_bytes += answer_bytes
+    def _complete(self, request: Any) -> None:
+        """Fill in the previous_token that a chunk leaves out, as this stream has answered it."""
+        if type(request) is not pb.ForwardRequest or request.previous_token:
+            return
+        if session_id := request.session_id:
+            token = self._histories.previous_token(session_id, request.epoch, request.chunk_seq)
+            request.previous_token = token
 
-    def _told(self, operation: StreamOperation, outcome: Any) -> None:
+    def _finish(self, operation: StreamOperation, outcome: Any) -> None:
         """Answer an operation with its result or its error, unless it was given up."""
-        if self._is_closed or operation not in self._started:
+        if self._state is _CLOSED or operation not in self._started:
             return
         self._started.remove(operation)
-        if isinstance(outcome, asyncio.CancelledError) and operation.is_overdue:
-            outcome = TimeoutError()
         if isinstance(outcome, BaseException):
             self._answer_error(operation, outcome)
             return
@@ -226,107 +279,118 @@ class OperationStream:
         except Exception as failure:  # noqa: BLE001 - answered on the stream
             self._answer_error(operation, failure)
             return
+        self._observe(operation, "OK", len(raw))
         self._answer(operation, raw)
 
     def _encode(self, operation: StreamOperation, result: Any) -> bytes:
         """Return the bytes of a StreamResponse with one result; joined they are one with many."""
+        field = operation.field
         response = pb.StreamResponse()
         answer = response.results.add()
         answer.tag = operation.tag
-        if operation.kind == "forward":
-            if result.session_id:
-                self._histories.answered(
-                    result.session_id, result.epoch, result.chunk_seq, result.token
-                )
-            fill_forward(answer.forward, result)
-        else:
-            _FILL[operation.kind](getattr(answer, operation.kind), result)
+        if field == _FORWARD and result.session_id:
+            self._histories.answered(
+                result.session_id, result.epoch, result.chunk_seq, result.token
+            )
+        self._streams.operations[field].behaviour.encode(getattr(answer, field), result)
         raw = response.SerializeToString()
-        if len(raw) > self._limits.message_bytes:
-            raise message_too_large("answer", len(raw), self._limits.message_bytes)
+        if len(raw) > self._streams.limits.message_bytes:
+            raise message_too_large("answer", len(raw), self._streams.limits.message_bytes)
         return raw
 
     def _answer_error(self, operation: StreamOperation, error: BaseException) -> None:
-        if operation.kind == "forward" and operation.request.session_id:
+        if operation.is_overdue and isinstance(error, asyncio.CancelledError):
+            error = TimeoutError()
+        if operation.field == _FORWARD and operation.request.session_id:
             request = operation.request
             self._histories.failed(request.session_id, request.epoch, request.chunk_seq)
+        refusal = refusal_of(error, METHOD)
+        self._observe(operation, refusal.reason)
         response = pb.StreamResponse()
         answer = response.results.add()
         answer.tag = operation.tag
-        answer.error.CopyFrom(status_of(error, METHOD))
+        answer.error.CopyFrom(refusal_to_status(refusal))
         self._answer(operation, response.SerializeToString())
 
     def _answer(self, operation: StreamOperation, raw: bytes) -> None:
-        if operation.refusal is None:
-            held = operation.size_bytes + operation.expected_bytes
-            self._admission.leave(held, int(operation.is_admitted))
-            self._expected_bytes -= operation.expected_bytes
-            self._admitted -= operation.is_admitted
-            self._request_bytes -= operation.size_bytes
+        self.budget.answered(operation, len(raw))
         self._answers.append(raw)
-        self._answer_bytes += len(raw)
-        self._startable.extend(self._lanes.remove(operation))
+        self._startable.extend(self._order.remove(operation))
         if self._startable:
             self._start_ready()
-        self._wake.set()
+        self._wake_writer.set()
+
+    def _observe(self, operation: StreamOperation, outcome: str, answer_bytes: int = 0) -> None:
+        if not operation.field:
+            return
+        self._streams.observer.operation_ended(
+            self._streams.operations[operation.field].kind,
+            outcome=outcome,
+            duration_s=time.perf_counter() - operation.started_at,
+            request_bytes=operation.request_bytes,
+            answer_bytes=answer_bytes,
+        )
+
+    # --- writing ----------------------------------------------------------------------------------
 
     async def _write(self) -> None:
         """Write answers as they come until nothing more can come."""
-        while not (self._is_ending and not self._in_flight):
+        budget = self.budget
+        while self._state is _OPEN or budget.operations:
             if not self._answers:
-                self._wake.clear()
-                await self._wake.wait()
+                self._wake_writer.clear()
+                await self._wake_writer.wait()
                 continue
             count, frame = self._take_frame()
-            await self._context.write(frame)
-            self._answer_bytes -= len(frame)
-            self._in_flight -= count
-            self._room.set()
-            self._start_ready()
+            await self._call.context.write(frame)
+            budget.written(count, len(frame))
+            self._wake_reader.set()
+            if self._startable:
+                self._start_ready()
 
     def _take_frame(self) -> tuple[int, bytes]:
         """Take as many answers as fit into one message, at least one."""
         answers = self._answers
         parts = [answers.popleft()]
         size = len(parts[0])
-        while answers and size + len(answers[0]) <= self._limits.message_bytes:
+        while answers and size + len(answers[0]) <= self._streams.limits.message_bytes:
             size += len(answers[0])
             parts.append(answers.popleft())
         return len(parts), parts[0] if len(parts) == 1 else b"".join(parts)
 
+    # --- ends -------------------------------------------------------------------------------------
+
+    def _schedule_sweep(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._sweeper = loop.call_later(self._streams.rules.sweep_s, self._sweep)
+
     def _sweep(self) -> None:
         """Give up what is overdue; end the stream when it is idle or old."""
-        now = self._loop.time()
+        now, rules = time.perf_counter(), self._streams.rules
         for operation in [
-            each for each in self._started if now - each.started_at > self._rules.deadline_s
+            each for each in self._started if now - each.started_at > rules.deadline_s
         ]:
             self._give_up(operation)
-        if not self._in_flight and now - self._last_read > self._rules.idle_s:
-            self._end(idle_stream(self._rules.idle_s))
-        if now - self._born > self._rules.age_s:
+        if self._is_used or self.budget.operations:
+            self._is_used, self._last_used = False, now
+        elif now - self._last_used > rules.idle_s:
+            self._end(failure=idle_stream(rules.idle_s))
+        if now - self._born > rules.age_s:
             self.drain()
-        self._sweeper = self._loop.call_later(self._rules.sweep_s, self._sweep)
+        self._schedule_sweep()
 
     def _give_up(self, operation: StreamOperation) -> None:
-        """Answer what took too long; a task is asked to end first, a chunk is carried to its end."""
+        """Answer what took too long; a task is asked to end first, a chunk goes on to its end."""
         if operation.task is None:
-            self._told(operation, TimeoutError())
+            self._finish(operation, TimeoutError())
         else:
             operation.is_overdue = True
             operation.task.cancel()
 
     def _close(self) -> None:
-        """Give back what is held, whatever the stream ended with."""
-        self._is_closed = True
-        self._end()
-        self._admission.leave(self._request_bytes + self._expected_bytes, self._admitted)
+        """Cancel what still runs, whatever the stream ended with; the share is its caller's."""
+        self._end(_CLOSED)
         for operation in self._started:
+            self._observe(operation, "CANCELLED")
             if operation.task:
                 operation.task.cancel()
-
-
-_FILL: dict[str, Callable[[Any, Any], None]] = {
-    "backward": fill_backward,
-    "update": fill_update,
-    "discard_gradients": fill_discard,
-}

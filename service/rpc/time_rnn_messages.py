@@ -179,7 +179,7 @@ class OperationReader:
         return self.update(request.update, is_inline=True)
 
 
-def fill_forward(message: pb.ForwardResponse, result: ForwardResult) -> None:
+def fill_forward(message: pb.ForwardResponse, result: ForwardResult) -> pb.ForwardResponse:
     """Write a chunk's answer into an empty message."""
     if result.session_id:
         message.session_id = result.session_id
@@ -194,9 +194,10 @@ def fill_forward(message: pb.ForwardResponse, result: ForwardResult) -> None:
     version.digest = result.version.digest
     if result.replayed:
         message.replayed = True
+    return message
 
 
-def fill_backward(message: pb.BackwardResponse, result: BackwardResult) -> None:
+def fill_backward(message: pb.BackwardResponse, result: BackwardResult) -> pb.BackwardResponse:
     """Write a Backward's answer into an empty message."""
     message.session_id = result.session_id
     message.epoch = result.epoch
@@ -212,9 +213,10 @@ def fill_backward(message: pb.BackwardResponse, result: BackwardResult) -> None:
     message.replayed = result.replayed
     if result.update is not None:
         fill_update(message.update, result.update)
+    return message
 
 
-def fill_update(message: pb.UpdateResponse, result: UpdateResult) -> None:
+def fill_update(message: pb.UpdateResponse, result: UpdateResult) -> pb.UpdateResponse:
     """Write an optimizer step's answer into an empty message."""
     message.model_id = result.model_id
     message.version.number = result.version.number
@@ -223,14 +225,18 @@ def fill_update(message: pb.UpdateResponse, result: UpdateResult) -> None:
     message.clipped = result.clipped
     message.contribution_count = result.contribution_count
     message.replayed = result.replayed
+    return message
 
 
-def fill_discard(message: pb.DiscardGradientsResponse, result: DiscardResult) -> None:
+def fill_discard(
+    message: pb.DiscardGradientsResponse, result: DiscardResult
+) -> pb.DiscardGradientsResponse:
     """Write what was dropped into an empty message."""
     # An empty message inside a oneof is not there until something is written into it.
     message.SetInParent()
     message.contribution_count = result.contribution_count
     message.tape_count = result.tape_count
+    return message
 
 
 def waiting_to_proto(waiting: Waiting) -> pb.ListWaitingResponse:

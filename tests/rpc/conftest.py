@@ -23,6 +23,7 @@ from service.domain.use_cases import UseCases
 from service.rpc.server import RpcServer
 from service.rpc.server_info import ServerInfo
 from service.settings import Limits
+from service.telemetry import NULL_OBSERVER
 from timernn.v1 import tensor_pb2
 from timernn.v1.model_service_pb2_grpc import ModelServiceStub
 from timernn.v1.session_service_pb2_grpc import SessionServiceStub
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     )
     from service.rpc.auth import Authenticator
     from service.rpc.stream import StreamRules
+    from service.telemetry import Observer
 
     OnDone = Callable[[ForwardResult | Exception], None]
 
@@ -243,7 +245,7 @@ def domain() -> StandIn:
 
 @pytest.fixture
 async def serve(domain: StandIn) -> AsyncIterator[Callable[..., Awaitable[Served]]]:
-    """Start a server on a free port, with the limits, rules or authenticator a test needs."""
+    """Start a server on a free port, with the limits, rules, authenticator or observer a test needs."""
     running: list[tuple[RpcServer, grpc.aio.Channel]] = []
 
     async def serve(
@@ -251,6 +253,7 @@ async def serve(domain: StandIn) -> AsyncIterator[Callable[..., Awaitable[Served
         limits: Limits | None = None,
         rules: StreamRules | None = None,
         authenticator: Authenticator | None = None,
+        observer: Observer = NULL_OBSERVER,
     ) -> Served:
         info = ServerInfo("1.2.3", "replica", 1_700_000_000_123, limits or Limits(), "primary")
         stand_in: Any = domain
@@ -259,6 +262,7 @@ async def serve(domain: StandIn) -> AsyncIterator[Callable[..., Awaitable[Served
             info,
             rules=rules,
             authenticator=authenticator,
+            observer=observer,
         )
         address = await server.start("127.0.0.1:0")
         server.health.set_serving(True)

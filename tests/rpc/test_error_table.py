@@ -89,7 +89,7 @@ async def make_lab(tenant: str, tmp_path: Path, store: EmbeddedStore) -> AsyncIt
             settings = Settings(limits=Limits(**row.limits), store_timeout_ms=300)
             opened = await open_store(own.url, settings)
             stack.push_async_callback(opened.close)
-            server = build_server(settings, opened, stack, TenantOfTheTest(tenant))
+            server = build_server(settings, opened, stack, authenticator=TenantOfTheTest(tenant))
             address = await server.start("127.0.0.1:0")
             stack.push_async_callback(server.drain, 0)
             channel = await stack.enter_async_context(grpc.aio.insecure_channel(address))
@@ -523,7 +523,7 @@ async def unknown_outcome(lab: Lab) -> None:
 @row("UNAVAILABLE", "DRAINING")
 async def draining(lab: Lab) -> None:
     """A call that slips in while the server stops."""
-    lab.server._gate.is_draining = True
+    lab.server.dispatcher.is_draining = True
     await lab.forward(1, epoch=1)
 
 
@@ -537,7 +537,8 @@ async def bug(lab: Lab) -> None:
     def broken(*_arguments: Any) -> None:
         raise ZeroDivisionError('File "/usr/lib/secret" in redis')
 
-    lab.server._streams._use_cases.recurrence.begin_forward = broken
+    forward = lab.server.dispatcher.operation_of(pb.ForwardRequest.DESCRIPTOR).behaviour
+    forward.run.__self__.sizes = broken
     await lab.forward(1, epoch=1)
 
 

@@ -20,7 +20,7 @@ from service.domain.errors import (
     UnsupportedLayout,
     bad_field,
 )
-from service.rpc.errors import MAX_DETAILS_BYTES, code_of, status_of
+from service.rpc.errors import MAX_DETAILS_BYTES, code_of, refusal_of, refusal_to_status
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,8 +41,8 @@ CODES = [
 def test_each_branch_has_its_code(kind: type[DomainError], code: grpc.StatusCode) -> None:
     """A branch, or a class under it, has the branch's code."""
     narrower = type("Narrower", (kind,), {})
-    assert code_of(status_of(kind("REASON", "text"), "/m")) is code
-    assert code_of(status_of(narrower("REASON", "text"), "/m")) is code
+    assert code_of(kind("REASON", "text")) is code
+    assert code_of(narrower("REASON", "text")) is code
 
 
 def test_no_branch_of_the_domains_tree_is_without_a_code() -> None:
@@ -58,7 +58,7 @@ def test_no_branch_of_the_domains_tree_is_without_a_code() -> None:
 def test_details_carry_reason_metadata_field_and_delay(unpack: Callable[[Any], Any]) -> None:
     """What a program needs is in the details, as Google's standard messages."""
     error = ResourceExhausted("TAPE_QUOTA", "too many", retry_after_s=1.5, field="mode", limit=8)
-    refusal = unpack(status_of(error, "/m"))
+    refusal = unpack(refusal_to_status(error))
     assert (refusal.reason, refusal.metadata) == ("TAPE_QUOTA", {"limit": "8"})
     assert refusal.details["RetryInfo"].retry_delay.ToMilliseconds() == 1500
     assert refusal.details["BadRequest"].field_violations[0].field == "mode"
@@ -67,7 +67,7 @@ def test_details_carry_reason_metadata_field_and_delay(unpack: Callable[[Any], A
 
 def test_a_field_without_a_delay_has_only_its_violation(unpack: Callable[[Any], Any]) -> None:
     """Trying the same again does not help, so nothing says it might."""
-    refusal = unpack(status_of(bad_field("epoch", "required"), "/m"))
+    refusal = unpack(refusal_to_status(bad_field("epoch", "required")))
     assert set(refusal.details) == {"ErrorInfo", "BadRequest"}
 
 
@@ -77,7 +77,7 @@ def test_details_stay_small_enough_for_the_trailers(unpack: Callable[[Any], Any]
     error = ResourceExhausted(
         "REASON", "é" * 10_000, field="f" * 10_000, retry_after_s=1, **metadata
     )
-    status = status_of(error, "/m")
+    status = refusal_to_status(error)
     assert status.ByteSize() <= MAX_DETAILS_BYTES
     assert len(status.message.encode()) <= 512
     assert status.details[0].TypeName() == "google.rpc.ErrorInfo"
@@ -85,6 +85,6 @@ def test_details_stay_small_enough_for_the_trailers(unpack: Callable[[Any], Any]
 
 def test_an_unknown_exception_leaks_nothing(unpack: Callable[[Any], Any]) -> None:
     """The text of a bug stays in the log."""
-    refusal = unpack(status_of(KeyError("/usr/lib/secret"), "/m"))
+    refusal = unpack(refusal_to_status(refusal_of(KeyError("/usr/lib/secret"), "/m")))
     assert (refusal.code, refusal.reason) == ("INTERNAL", "BUG")
     assert "secret" not in str(refusal)

@@ -12,9 +12,10 @@ import grpc.aio
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from service.domain.errors import DomainError, NotFound, Unavailable
-from service.rpc.auth import Principal
-from service.rpc.server import _SERVICES as SERVICES
+from service.domain.errors import DomainError, Unavailable
+from service.rpc.auth import AllowAll, Principal
+from service.rpc.errors import PermissionDenied
+from service.rpc.server import SERVICES
 from service.settings import Limits
 from timernn.v1 import time_rnn_service_pb2 as pb
 
@@ -23,12 +24,14 @@ if TYPE_CHECKING:
 
     from google.protobuf.descriptor import MethodDescriptor
 
+    from service.rpc.auth import Caller
+
     Serve = Callable[..., Awaitable[Any]]
     Refused = Callable[[Awaitable[Any]], Awaitable[Any]]
     MakeTensor = Callable[..., Any]
     Until = Callable[[Callable[[], Any]], Awaitable[None]]
 
-METHODS = [method for service in SERVICES.values() for method in service.methods]
+METHODS = [method for service in SERVICES for method in service.methods]
 
 
 def path_of(method: MethodDescriptor) -> str:
@@ -56,27 +59,28 @@ async def call_raw(
     return await channel.unary_unary(path)(raw)
 
 
-class DenyAll:
-    """Lets nobody in and notes who tried."""
+class DenyAll(AllowAll):
+    """Knows everybody, permits nothing, and notes what was tried."""
 
     def __init__(self) -> None:
         self.tried: list[str] = []
 
-    def authenticate(self, method: str, context: Any) -> Principal:  # noqa: ARG002
+    def authorise(self, principal: Principal, method: str) -> None:
         """Refuse."""
+        del principal
         self.tried.append(method)
-        raise NotFound("NOBODY", "nobody may call")
+        raise PermissionDenied("NOBODY", "nobody may call")
 
 
 @pytest.mark.parametrize("method", METHODS, ids=path_of)
 async def test_every_method_passes_the_authenticator(
     serve: Serve, refused: Refused, method: MethodDescriptor
 ) -> None:
-    """No method of any service, health and reflection included, is reached without a principal."""
+    """No method of any service, health and reflection included, is reached without permission."""
     gatekeeper = DenyAll()
     served = await serve(authenticator=gatekeeper)
     refusal = await refused(call_raw(served.channel, method, b"", writes=False))
-    assert refusal.reason == "NOBODY"
+    assert (refusal.code, refusal.reason) == ("PERMISSION_DENIED", "NOBODY")
     assert gatekeeper.tried == [path_of(method)]
 
 
@@ -110,8 +114,9 @@ async def test_an_unknown_method_is_unimplemented(serve: Serve) -> None:
 async def test_the_tenant_comes_from_the_principal(serve: Serve, tensor: MakeTensor) -> None:
     """The domain is asked for the tenant that the authenticator named."""
 
-    class Tenant:
-        def authenticate(self, method: str, context: Any) -> Principal:  # noqa: ARG002
+    class Tenant(AllowAll):
+        def authenticate(self, caller: Caller) -> Principal:
+            del caller
             return Principal("tenant-7")
 
     served = await serve(authenticator=Tenant())

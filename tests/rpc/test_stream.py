@@ -326,9 +326,9 @@ async def test_a_client_that_does_not_read_costs_bounded_memory(
 
     sending = asyncio.ensure_future(send_all())
     await until(lambda: served.domain.asked)
-    (stream,) = served.server._streams._streams
-    await until(lambda: stream._answer_bytes >= limit)
-    assert stream._answer_bytes < 2 * limit
+    (stream,) = served.server.streams.open
+    await until(lambda: stream.budget.answer_bytes >= limit)
+    assert stream.budget.answer_bytes < 2 * limit
     assert len(served.domain.asked) < 400
     results = await read_results(call, 400)
     assert len({result.tag for result in results}) == 400
@@ -366,8 +366,8 @@ async def test_a_client_that_does_not_read_takes_nobody_elses_place(
     greedy = served.rnn.Stream()
     for seq in range(1, 101):
         await send(greedy, *(chunk("greedy", 4 * seq + k, steps=16) for k in range(4)))
-    (stream,) = served.server._streams._streams
-    await until(lambda: stream._answer_bytes >= limit and stream._in_flight > 10)
+    (stream,) = served.server.streams.open
+    await until(lambda: stream.budget.answer_bytes >= limit and stream.budget.operations > 10)
     assert served.server.admission.operations == 0
     other = served.rnn.Stream()
     await send(other, chunk("modest", 1))

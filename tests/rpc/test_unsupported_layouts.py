@@ -107,7 +107,7 @@ async def place(tenant: str, store_url: str) -> AsyncIterator[Place]:
             settings = Settings(limits=Limits(head_max_age_ms=0), store_timeout_ms=20_000)
             opened = await open_store(store_url, settings)
             stack.push_async_callback(opened.close)
-            server = build_server(settings, opened, stack, TenantOfTheTest(tenant))
+            server = build_server(settings, opened, stack, authenticator=TenantOfTheTest(tenant))
             address = await server.start("127.0.0.1:0")
             stack.push_async_callback(server.drain, 0)
             channel = await stack.enter_async_context(grpc.aio.insecure_channel(address))

@@ -11,7 +11,7 @@ import pytest
 from google.rpc import status_pb2  # type: ignore[import-untyped]  # has no stubs
 from safetensors.numpy import save
 
-from service.rpc.auth import Principal
+from service.rpc.auth import AllowAll, Principal
 from timernn.v1 import model_service_pb2 as model_pb
 from timernn.v1 import session_service_pb2 as session_pb
 from timernn.v1 import tensor_pb2
@@ -22,6 +22,8 @@ from timernn.v1.time_rnn_service_pb2_grpc import TimeRnnServiceStub
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable
+
+    from service.rpc.auth import Caller
 
 D, H = 3, 4
 
@@ -34,13 +36,13 @@ class RefusedOnStreamError(Exception):
         self.status = status
 
 
-class TenantOfTheTest:
+class TenantOfTheTest(AllowAll):
     """Gives every caller the test's own tenant, so that tests share a store."""
 
     def __init__(self, tenant: str) -> None:
         self._principal = Principal(tenant)
 
-    def authenticate(self, method: str, context: Any) -> Principal:  # noqa: ARG002
+    def authenticate(self, caller: Caller) -> Principal:  # noqa: ARG002 - the protocol's
         """Return the tenant."""
         return self._principal
 

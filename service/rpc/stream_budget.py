@@ -1,0 +1,92 @@
+"""What one stream may hold, counted in one place.
+
+A stream is bounded three ways: operations whose answers were not written yet, bytes of their requests, and
+bytes of answers, both those that the client has not taken yet and those to come. At a bound nothing more
+is read; at the last one nothing more is started. Besides, what its operations hold counts in the
+stream's share of the replica.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from service.rpc.admission import Share
+    from service.rpc.operation_order import StreamOperation
+    from service.settings import Limits
+
+
+class StreamBudget:
+    """Counts a stream's operations and their bytes as they are read, started, answered and written.
+
+    Each operation passes the four methods in this order. The `with` block of the share gives back what is
+    held when the stream ends before that.
+
+    Attributes:
+        operations: Read, and their answers not written yet.
+        request_bytes: Of the requests of those that are not answered yet.
+        expected_bytes: The most that the answers of those that were started can have.
+        answer_bytes: Of the answers that are not written yet.
+    """
+
+    __slots__ = (
+        "_message_bytes",
+        "_operations_limit",
+        "_share",
+        "answer_bytes",
+        "expected_bytes",
+        "operations",
+        "request_bytes",
+    )
+
+    def __init__(self, share: Share, limits: Limits) -> None:
+        self._share = share
+        self._operations_limit = limits.stream_operations_in_flight
+        self._message_bytes = limits.message_bytes
+        self.operations = 0
+        self.request_bytes = 0
+        self.expected_bytes = 0
+        self.answer_bytes = 0
+
+    def is_full(self) -> bool:
+        """Return whether nothing more may be read."""
+        return (
+            self.operations >= self._operations_limit
+            or self.request_bytes >= self._message_bytes
+            or self.answer_bytes >= self._message_bytes
+        )
+
+    def has_room(self) -> bool:
+        """Return whether the answers, those to come included, leave room for another operation."""
+        return self.answer_bytes + self.expected_bytes < self._message_bytes
+
+    def read(self, operation: StreamOperation, request_bytes: int) -> None:
+        """Count an operation in, or raise OVERLOADED and count it without its bytes."""
+        self.operations += 1
+        self._share.take(request_bytes)
+        operation.request_bytes = request_bytes
+        self.request_bytes += request_bytes
+
+    def start(self, operation: StreamOperation, answer_bytes: int) -> None:
+        """Count an operation as in work, with the most that its answer can have, or raise OVERLOADED.
+
+        Only now: what waits for its session, or for a client that does not read, takes nobody
+        else's room.
+        """
+        self._share.take(answer_bytes, operations=1)
+        operation.is_admitted = True
+        operation.expected_bytes = answer_bytes
+        self.expected_bytes += answer_bytes
+
+    def answered(self, operation: StreamOperation, answer_bytes: int) -> None:
+        """Count what an operation held out, and the bytes of its answer in."""
+        request_bytes, expected_bytes = operation.request_bytes, operation.expected_bytes
+        self._share.give_back(request_bytes + expected_bytes, int(operation.is_admitted))
+        self.request_bytes -= request_bytes
+        self.expected_bytes -= expected_bytes
+        self.answer_bytes += answer_bytes
+
+    def written(self, operations: int, answer_bytes: int) -> None:
+        """Count operations out whose answers the client has taken."""
+        self.operations -= operations
+        self.answer_bytes -= answer_bytes
