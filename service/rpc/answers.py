@@ -1,7 +1,7 @@
-"""How large an answer may become, told before it is computed.
+"""An upper bound on the size of an answer, known before it is computed.
 
 A request of a few kilobytes can ask for an answer of a whole message: T is in the request, H is the
-model's. What is in work is bounded by what it will hold, not by what it was sent in.
+model's. Admission therefore counts the bytes that an operation will hold, not only those of its request.
 """
 
 from __future__ import annotations

@@ -61,7 +61,11 @@ class Authenticator(Protocol):
     """Decides who calls and what they may do."""
 
     def authenticate(self, caller: Caller) -> Principal:
-        """Return who calls, or raise Unauthenticated; called once for each RPC."""
+        """Return who calls, or raise Unauthenticated; called once for each RPC.
+
+        A caller without any credential may be a principal as well: a method that is open to everybody,
+        such as health, is left to `authorise`.
+        """
 
     def authorise(self, principal: Principal, method: str) -> None:
         """Return if the principal may do this now; else raise Unauthenticated or PermissionDenied.

@@ -1,12 +1,12 @@
-"""One way from a request message to the domain and back, whatever the operation came in.
+"""From a request message to the domain and back, the same way for every operation.
 
-A unary call, an operation on a stream and one of another protocol on the same port pass the same
-steps: authorise the principal, decode the request, admit what it and its answer will hold, run, encode.
-What differs is what stands around them: a unary call waits for its answer, a stream is called back.
+A unary call and an operation on a stream pass the same steps: authorise the principal, decode the
+request, admit what it and its answer will hold, run, encode. A unary call awaits its answer (`let_in`,
+`call`), a stream is called back (`begin`). Nothing here depends on gRPC, so another protocol on the same
+port can do either.
 
-The table is made of the contract: `register` is given every method of every service that is
-served, by its descriptor. An operation on a stream is of the kind whose method takes the same
-request message.
+The table has a row for each method of the contract, made from its descriptor by `register`. An operation
+on a stream stands for the unary method that takes the same request message.
 """
 
 from __future__ import annotations
@@ -67,6 +67,12 @@ class Steps:
     encode: Callable[[Any, Any], Any] = _is_the_response
     begin: Begin | None = None
 
+    def prepare(self, tenant: str, request: Message, admit: Callable[[int], None]) -> Any:
+        """Return the value of a request once there is room for its answer."""
+        value = self.decode(request)
+        admit(self.answer_bytes(tenant, value))
+        return value
+
 
 @dataclass(frozen=True, slots=True)
 class Operation:
@@ -78,7 +84,7 @@ class Operation:
         request_class: The message that it takes.
         response_class: The message that it returns.
         behaviour: What serves it: the `Steps` of a unary method, and of others what the gate calls.
-        is_open: Whether it is served also when the replica is full or drains: health, reflection.
+        is_always_served: Whether it is served also when the replica is full or drains: health, reflection.
     """
 
     method: str
@@ -86,7 +92,7 @@ class Operation:
     request_class: type[Message]
     response_class: type[Message]
     behaviour: Any
-    is_open: bool = False
+    is_always_served: bool = False
 
 
 class Dispatcher:
@@ -95,6 +101,7 @@ class Dispatcher:
     Attributes:
         admission: What this replica has in work.
         is_draining: Set once the server takes no more calls.
+        operations: The rows of the table by their method.
     """
 
     def __init__(self, authenticator: Authenticator, admission: Admission) -> None:
@@ -102,10 +109,11 @@ class Dispatcher:
         self.is_draining = False
         self._authenticator = authenticator
         self._unbounded = Admission(sys.maxsize, sys.maxsize)  # for what is open
+        self.operations: dict[str, Operation] = {}
         self._by_request: dict[str, Operation] = {}
 
     def register(
-        self, method: MethodDescriptor, servicer: object, *, is_open: bool = False
+        self, method: MethodDescriptor, servicer: object, *, is_always_served: bool = False
     ) -> Operation:
         """Add a method to the table and return its row.
 
@@ -113,7 +121,7 @@ class Dispatcher:
             method: The method, as the contract describes it.
             servicer: Has an attribute for each method of its service, named in snake case: for a unary
                 one `Steps`, or `f(tenant, request) -> response`, which is all steps in one.
-            is_open: Whether it is served also when the replica is full or drains.
+            is_always_served: Whether it is served also when the replica is full or drains.
         """
         kind = _WORD_START.sub("_", method.name).lower()
         behaviour = getattr(servicer, kind)
@@ -126,8 +134,9 @@ class Dispatcher:
             request_class=GetMessageClass(method.input_type),
             response_class=GetMessageClass(method.output_type),
             behaviour=behaviour,
-            is_open=is_open,
+            is_always_served=is_always_served,
         )
+        self.operations[operation.method] = operation
         if is_unary:
             self._by_request[method.input_type.full_name] = operation
         return operation
@@ -140,9 +149,9 @@ class Dispatcher:
         """Return an empty share for a call, or refuse it by who calls or because the server drains."""
         principal = self._authenticator.authenticate(caller)
         self._authenticator.authorise(principal, operation.method)
-        if self.is_draining and not operation.is_open:
+        if self.is_draining and not operation.is_always_served:
             raise draining()
-        return Share(self._unbounded if operation.is_open else self.admission, principal)
+        return Share(self._unbounded if operation.is_always_served else self.admission, principal)
 
     async def call(self, operation: Operation, request: Message, share: Share) -> Message:
         """Run an operation that was let in, and return its response.
@@ -154,7 +163,7 @@ class Dispatcher:
         """
         steps: Steps = operation.behaviour
         tenant = share.principal.tenant
-        value = _admitted(steps, tenant, request, share.take)
+        value = steps.prepare(tenant, request, share.take)
         result = await steps.run(tenant, value)
         response: Message = steps.encode(operation.response_class(), result)
         return response
@@ -187,20 +196,13 @@ class Dispatcher:
         complete(request)
         steps: Steps = operation.behaviour
         tenant = principal.tenant
-        value = _admitted(steps, tenant, request, admit)
+        value = steps.prepare(tenant, request, admit)
         if steps.begin:
             steps.begin(tenant, value, on_done)
             return None
         task = asyncio.ensure_future(steps.run(tenant, value))
         task.add_done_callback(partial(_report, on_done))
         return task
-
-
-def _admitted(steps: Steps, tenant: str, request: Message, admit: Callable[[int], None]) -> Any:
-    """Return the value of a request once there is room for its answer."""
-    value = steps.decode(request)
-    admit(steps.answer_bytes(tenant, value))
-    return value
 
 
 def _report(on_done: Callable[[Any], None], task: asyncio.Task[Any]) -> None:

@@ -141,6 +141,7 @@ def message_too_large(
     what: str,
     size_bytes: int,
     limit_bytes: int,
+    *,
     advice: str = "split the chunk along T, or ask for less in return",
 ) -> ResourceExhausted:
     """Make the refusal of a message beyond the limit; `what` is "request" or "answer"."""

@@ -1,4 +1,4 @@
-"""Between gRPC and the dispatcher: the one place that every RPC passes, whichever service it is for.
+"""Between gRPC and the dispatcher: what every RPC passes, whichever service it is for.
 
 The gate gives a call its deadline, reads and writes its messages as bytes, turns whatever goes wrong
 into a status and reports the end; the dispatcher decides who is let in and what is done. The gate
@@ -85,7 +85,7 @@ class Gate:
         self._deadlines = Deadlines(default_deadline_s)
 
     def wrap(
-        self, service: ServiceDescriptor, servicer: object, *, is_open: bool = False
+        self, service: ServiceDescriptor, servicer: object, *, is_always_served: bool = False
     ) -> grpc.GenericRpcHandler:
         """Return a service's handlers, each behind the gate.
 
@@ -96,18 +96,18 @@ class Gate:
                 `f(call, request)`; with a streaming request `f(call, requests) -> response` over an
                 async iterator; with both `f(call) -> None`, which reads and writes bytes on
                 `call.context` itself.
-            is_open: Whether it is served also when the replica is full or drains.
+            is_always_served: Whether it is served also when the replica is full or drains.
         """
         handlers = {
-            method.name: self._handler(method, servicer, is_open=is_open)
+            method.name: self._handler(method, servicer, is_always_served=is_always_served)
             for method in service.methods
         }
         return grpc.method_handlers_generic_handler(service.full_name, handlers)
 
     def _handler(
-        self, method: MethodDescriptor, servicer: object, *, is_open: bool
+        self, method: MethodDescriptor, servicer: object, *, is_always_served: bool
     ) -> grpc.RpcMethodHandler[Any, Any]:
-        operation = self._dispatcher.register(method, servicer, is_open=is_open)
+        operation = self._dispatcher.register(method, servicer, is_always_served=is_always_served)
         build, serve = {
             (False, False): (grpc.unary_unary_rpc_method_handler, self._unary),
             (False, True): (grpc.unary_stream_rpc_method_handler, self._server_stream),
@@ -115,7 +115,7 @@ class Gate:
             (True, True): (grpc.stream_stream_rpc_method_handler, self._duplex),
         }[method.client_streaming, method.server_streaming]
         # What an open service is asked is no operation, and a duplex call reports each of its own.
-        is_operation = not (is_open or serve == self._duplex)
+        is_operation = not (is_always_served or serve == self._duplex)
         return build(self._guard(operation, serve(operation), is_operation=is_operation))
 
     def _guard(
@@ -126,7 +126,7 @@ class Gate:
 
         async def guarded(request: Any, context: Context) -> Any:
             if _LOGGER.isEnabledFor(logging.DEBUG):
-                watched: Any = context  # its stubs tell another kind of callback
+                watched: Any = context  # its stubs declare another kind of callback
                 watched.add_done_callback(_log_end_of(method))
             observer.rpc_started(method)
             began, traffic = time.perf_counter(), Traffic()
@@ -185,7 +185,7 @@ class Gate:
                 messages = operation.behaviour(RpcCall(context, share), request)
                 writing = self._write_all(context, messages, traffic)
                 # A health watch has no end.
-                await (writing if operation.is_open else self._bounded(context, writing))
+                await (writing if operation.is_always_served else self._bounded(context, writing))
 
         return handle
 
@@ -227,11 +227,12 @@ class Gate:
 def _is_over(error: BaseException) -> bool:
     """Return whether nobody waits for an answer any more, so that there is none to give."""
     if isinstance(error, grpc.aio.BaseError):
-        return True  # gRPC's word that the client is gone
+        return True  # raised by gRPC when the client is gone
     if not isinstance(error, asyncio.CancelledError):
         return False
     task = asyncio.current_task()
-    return task is None or bool(task.cancelling())  # by gRPC: the client went, or the server stops
+    # gRPC cancels the task of a call when the client goes away or the server stops.
+    return task is None or bool(task.cancelling())
 
 
 async def _abort(context: Context, refusal: DomainError) -> None:

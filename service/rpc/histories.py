@@ -1,9 +1,8 @@
-"""What one stream has answered for each session, to fill in an empty previous_token.
+"""The tokens that one stream has answered for each session, to fill in an empty previous_token.
 
-Chunks in flight cannot name the token of an answer that does not exist yet, so the stream names it
-for them: the token of the chunk before, as this stream answered it. After a chunk has failed, or
-when one is missing in between, there is no such token. Trying the following chunks unchecked could
-then continue a rival writer's history, so they are answered SEQ_GAP here.
+A chunk that is sent before the previous one is answered cannot carry that answer's token. The stream
+fills it in when the chunk's turn comes. If the previous chunk has failed, or is missing, there is no such
+token. Without it the chunk could be applied to the history of another writer, so it is answered SEQ_GAP.
 """
 
 from __future__ import annotations
@@ -16,8 +15,10 @@ from service.domain.types import NO_TOKEN
 if TYPE_CHECKING:
     from collections.abc import Container
 
+    from service.domain.types import ForwardResult
+
 MAX_SESSIONS: Final = 16_384
-"""Sessions remembered a stream; beyond, the one answered longest ago is forgotten."""
+"""Sessions remembered per stream; beyond it, the one answered longest ago is forgotten."""
 
 
 class _History:
@@ -36,9 +37,9 @@ class Histories:
     """Remembers the tokens of a stream's answers.
 
     Args:
-        depth: Answers remembered a session; the replay window and one more, so that every chunk that
-            can be sent again finds the token before it.
-        busy: The sessions with operations in work or waiting; they are never forgotten.
+        depth: Answers remembered per session: the replay window and one more, so that for every chunk
+            that can be replayed the token before it is known.
+        busy: The sessions with operations that run or wait; they are never forgotten.
         max_sessions: Sessions remembered.
     """
 
@@ -69,12 +70,13 @@ class Histories:
             )
         return history.tokens.get(chunk_seq - 1, history.newest)
 
-    def answered(self, session_id: str, epoch: int, chunk_seq: int, token: bytes) -> None:
-        """Remember the answer to a chunk."""
+    def answered(self, result: ForwardResult) -> None:
+        """Remember the answer to a chunk of a session."""
+        session_id, epoch, chunk_seq = result.session_id, result.epoch, result.chunk_seq
         history = self._by_session.pop(session_id, None)
         if history is None or history.epoch != epoch:
             history = _History(epoch, chunk_seq + 1)
-        history.newest = history.tokens[chunk_seq] = token
+        history.newest = history.tokens[chunk_seq] = result.token
         history.next_seq = max(history.next_seq, chunk_seq + 1)
         if len(history.tokens) > self._depth:
             del history.tokens[next(iter(history.tokens))]

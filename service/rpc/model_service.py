@@ -67,7 +67,7 @@ class ModelService:
         total_bytes = check_size("total_bytes", first.header.total_bytes, 1 << 62)
         limit = self.models.check_size(spec)
         if total_bytes > limit:
-            raise message_too_large("weights file", total_bytes, limit, _OF_OTHER_SIZES)
+            raise message_too_large("weights file", total_bytes, limit, advice=_OF_OTHER_SIZES)
         call.share.take(total_bytes)
         data = await _collect(requests, total_bytes)
         view, replayed = await self.models.import_model(call.tenant, spec, data, request_id)
@@ -124,7 +124,7 @@ class ModelService:
         total_bytes = check_size("total_bytes", header.total_bytes, 1 << 62)
         limit = await self.models.upload_limit(ModelKey(call.tenant, model_id))
         if total_bytes > limit:
-            raise message_too_large("weights file", total_bytes, limit, _OF_OTHER_SIZES)
+            raise message_too_large("weights file", total_bytes, limit, advice=_OF_OTHER_SIZES)
         call.share.take(total_bytes)
         data = await _collect(requests, total_bytes)
         version, replayed = await self.models.put_weights(
@@ -135,7 +135,7 @@ class ModelService:
     async def find_versions(
         self, tenant: str, request: pb.FindVersionsRequest
     ) -> pb.FindVersionsResponse:
-        """Tell which versions are kept."""
+        """Return the head and which of some versions are kept."""
         model_id = check_id("model_id", request.model_id)
         if not 1 <= len(request.numbers) <= MAX_NUMBERS:
             text = f"must be 1 to {MAX_NUMBERS} numbers, got {len(request.numbers)}"

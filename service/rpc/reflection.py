@@ -1,4 +1,4 @@
-"""grpc.reflection.v1alpha: what the services look like, for tools such as grpcurl."""
+"""grpc.reflection.v1alpha: the descriptors of the services, for tools such as grpcurl."""
 
 from __future__ import annotations
 

@@ -52,12 +52,12 @@ class _Service:
     Attributes:
         contract: Its descriptor.
         servicer: What serves them.
-        is_open: Whether it is served also when the replica is full or drains.
+        is_always_served: Whether it is served also when the replica is full or drains.
     """
 
     contract: Any
     servicer: object
-    is_open: bool = False
+    is_always_served: bool = False
 
 
 class RpcServer:
@@ -98,14 +98,17 @@ class RpcServer:
             _Service(_MODEL, ModelService(use_cases.models, info)),
             _Service(_SESSION, SessionService(use_cases.sessions, limits)),
             _Service(_TIME_RNN, TimeRnnService(use_cases, limits, self.streams)),
-            _Service(_HEALTH, self.health, is_open=True),
-            _Service(_REFLECTION, Reflection(SERVICE_NAMES, codec), is_open=True),
+            _Service(_HEALTH, self.health, is_always_served=True),
+            _Service(_REFLECTION, Reflection(SERVICE_NAMES, codec), is_always_served=True),
         ]
         self._server = grpc.aio.server(
             options=_options(limits.message_bytes, rules, reuse_port=reuse_port)
         )
         self._server.add_generic_rpc_handlers(
-            [gate.wrap(each.contract, each.servicer, is_open=each.is_open) for each in services]
+            [
+                gate.wrap(each.contract, each.servicer, is_always_served=each.is_always_served)
+                for each in services
+            ]
         )
 
     async def start(self, listen: str) -> str:

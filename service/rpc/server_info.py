@@ -1,4 +1,4 @@
-"""What a server tells of itself, and its limits as a message."""
+"""What GetServerInfo answers, and the limits as a message."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ServerInfo:
-    """What GetServerInfo tells.
+    """What GetServerInfo answers.
 
     Attributes:
         server_version: The build.

@@ -180,7 +180,7 @@ class OperationStream:
     async def _say_goodbye(self) -> None:
         """Ask the client to move, and wait a moment until it has.
 
-        A client that writes into an ended call is told INTERNAL by its own library.
+        The library of a client that writes into an ended call reports INTERNAL.
         """
         await self._call.context.write(pb.StreamResponse(draining=True).SerializeToString())
         await asyncio.wait({self._reader}, timeout=self._streams.rules.goodbye_s)
@@ -289,9 +289,7 @@ class OperationStream:
         answer = response.results.add()
         answer.tag = operation.tag
         if field == _FORWARD and result.session_id:
-            self._histories.answered(
-                result.session_id, result.epoch, result.chunk_seq, result.token
-            )
+            self._histories.answered(result)
         self._streams.operations[field].behaviour.encode(getattr(answer, field), result)
         raw = response.SerializeToString()
         if len(raw) > self._streams.limits.message_bytes:
