@@ -64,7 +64,7 @@ class Contestant(Protocol):
 
 
 class Engine:
-    """rnn_engine itself."""
+    """The engine under measurement, `rnn_engine` itself."""
 
     def __init__(self, work: Work) -> None:
         params, xs, h0, dhs = work.params, work.xs, work.h0, work.dhs

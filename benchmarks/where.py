@@ -332,7 +332,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--before", type=Path, help="an earlier checkout, to compare its server with"
     )
-    parser.add_argument("--render", action="store_true", help="measure nothing, lay out the file")
+    parser.add_argument("--render", action="store_true", help="measure nothing, render the file")
     parser.add_argument("--write", action="store_true", help="into docs/performance.md")
     return parser.parse_args(arguments)
 

@@ -62,5 +62,5 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _is_fault_run(path: Path) -> bool:
-    """Tell a minutes-long fault run from the tests of the instruments it uses."""
+    """Return whether this is a minutes-long fault run, not a test of its instruments."""
     return path.is_relative_to(_FAULTS) and not path.is_relative_to(_FAULTS / "instruments")

@@ -150,7 +150,7 @@ class Fleet:
 
     @property
     def stores(self) -> int:
-        """Store processes."""
+        """The number of store processes."""
         return max(1, self.masters)
 
     @property

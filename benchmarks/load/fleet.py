@@ -16,7 +16,7 @@ from benchmarks.load.costs import MAX_BATCH, Array, Costs, Fleet
 
 SESSIONS = 1_000_000
 WARM_UP = 0.25  # of the time, not counted: the fleet begins empty
-LOOKS = 1_000  # at what is in flight
+INSTANTS = 1_000  # at what is in flight
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,8 @@ def simulate(
     counted = arrivals >= window[0]
     latencies = (finished - arrivals)[counted]
     p50, p99 = np.percentile(latencies, (50, 99))
-    looks = np.linspace(*window, LOOKS)
-    in_flight = np.searchsorted(arrivals, looks) - np.searchsorted(np.sort(finished), looks)
+    instants = np.linspace(*window, INSTANTS)
+    in_flight = np.searchsorted(arrivals, instants) - np.searchsorted(np.sort(finished), instants)
     return Outcome(
         rate=1e6 * float(np.sum((finished >= window[0]) & (finished <= window[1]))) / span,
         p50_us=float(p50),

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 ROWS, STEPS, INPUTS, HIDDEN = 1, 16, 32, 64
 FRAME_SESSIONS = 64
-ROUND = 100  # chunks between two looks at the clock
+ROUND = 100  # chunks between two readings of the clock
 XS = np.random.default_rng(0).standard_normal((ROWS, STEPS, INPUTS)).astype(np.float32)
 
 
@@ -90,7 +90,7 @@ class Loops:
 
 
 def rounds(until: float) -> Iterator[int]:
-    """Count, with a look at the clock every `ROUND` times, until time is over."""
+    """Count, reading the clock every `ROUND` times, until time is over."""
     for number in cycle(range(ROUND)):
         if number == 0 and time.perf_counter() >= until:
             return

@@ -178,7 +178,7 @@ class _Flights:
         return self._adapter.stream_request(session)
 
     def land(self, index: int) -> tuple[Session, float]:
-        """Tell whose the next answer is and when its request was sent."""
+        """Return the session of the next answer and when its request was sent."""
         return self._queue(index).popleft()
 
     def _queue(self, index: int) -> "deque[tuple[Session, float]]":

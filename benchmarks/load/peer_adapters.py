@@ -41,7 +41,7 @@ class EchoAdapter(GrpcAdapter):
 
 
 class AfternoonAdapter(GrpcAdapter):
-    """The afternoon server."""
+    """Speaks to the afternoon server."""
 
     def __init__(self, target: str, sizes: Sizes) -> None:
         """Make the stub."""

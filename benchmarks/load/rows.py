@@ -91,7 +91,7 @@ def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def rows_table(rows: Sequence[Row]) -> str:
-    """Lay out comparisons."""
+    """Render comparisons as a table."""
     header = ("bench", "unit", "ours", "peer", "ratio", "noise", "bar", "holds")
     return table(header, [_cells(row) for row in rows])
 

@@ -120,7 +120,7 @@ def test_deleting_what_is_not_there_may_be_fine(timernn: Timernn) -> None:
 
 
 def test_a_deleted_model_is_gone(timernn: Timernn) -> None:
-    """Deleting ends it."""
+    """A deleted model is not found any more."""
     create(timernn, "gone")
     assert timernn("models", "delete", "gone").code == 0
     assert timernn("models", "show", "gone").code == 1

@@ -340,7 +340,7 @@ def stand_in() -> Iterator[StandIn]:
 
 @pytest.fixture
 def other_stand_in() -> Iterator[StandIn]:
-    """A second one."""
+    """A second stand-in for the service."""
     server = StandIn("two")
     yield server
     server.stop()

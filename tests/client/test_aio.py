@@ -1,4 +1,4 @@
-"""The asyncio face: the same core, awaited."""
+"""The asyncio frontend: the same core, awaited."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def public(kind: type) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("kind", ["Client", "Session"])
-def test_both_faces_have_the_same_names(kind: str) -> None:
+def test_both_frontends_have_the_same_names(kind: str) -> None:
     """Whatever one has, the other has, with the same arguments."""
     assert public(getattr(timernn, kind)) == public(getattr(timernn.aio, kind))
 
 
 @pytest.mark.parametrize("kind", [timernn.Client, timernn.Session, timernn.aio.Session])
 def test_methods_are_documented(kind: type) -> None:
-    """Help shows the core's docstrings on either face."""
+    """Help shows the core's docstrings on either frontend."""
     assert [name for name in public(kind) if not inspect.getdoc(getattr(kind, name))] == []
 
 
@@ -251,7 +251,7 @@ async def test_a_stream_that_begins_as_its_client_is_closed_ends(stand_in: Any, 
 async def test_a_program_started_again_takes_what_waits(
     replicas: list[str], model_id: str, rng: np.random.Generator
 ) -> None:
-    """The asyncio face lists what an earlier client left, finishes its tape and takes all in one step."""
+    """The asyncio frontend lists what an earlier client left, finishes its tape and takes all in one step."""
     chunks = [rng.normal(size=(1, 3, 3)) for _ in range(2)]
     async with timernn.aio.connect(replicas) as killed:
         await killed.create_model(model_id, input_size=3, hidden_size=2)

@@ -134,10 +134,10 @@ def test_a_wrong_argument_is_refused_by_name(
 
 
 @pytest.mark.parametrize("parameter", list(parameters(timernn.aio)), ids=lambda p: ".".join(p[:3]))
-async def test_a_wrong_argument_of_the_asyncio_face_is_refused_by_name(
+async def test_a_wrong_argument_of_the_asyncio_frontend_is_refused_by_name(
     parameter: Parameter, stand_in: Any
 ) -> None:
-    """The asyncio face refuses the same in the same words."""
+    """The asyncio frontend refuses the same in the same words."""
     async with timernn.aio.connect(stand_in.address) as client:
         session = await client.session("m", train=True)
         await session.forward(GOOD["xs"])
@@ -226,7 +226,7 @@ def test_a_masked_array_that_masks_nothing_is_data(client: timernn.Client) -> No
 
 
 async def test_a_session_of_another_client_is_refused(stand_in: Any) -> None:
-    """Two clients would number its chunks; the other face's has another kind of lock, too."""
+    """Two clients would number its chunks; the other frontend's has another kind of lock, too."""
     with timernn.connect(stand_in.address) as one, timernn.connect(stand_in.address) as two:
         async with timernn.aio.connect(stand_in.address) as three, three.session("m") as aio:
             session = two.session("m")

@@ -52,7 +52,7 @@ def test_a_model_of_any_size_is_created_in_one_call(
 async def test_so_it_is_with_asyncio(
     live: timernn.Client, model_id: str, weights: dict[str, Any]
 ) -> None:
-    """The other face sends the same."""
+    """The other frontend sends the same."""
     addresses = await asyncio.to_thread(lambda: live._core.context.caller.addresses)
     async with timernn.aio.connect(addresses) as client:
         await client.create_model(model_id, input_size=D, hidden_size=H, **weights)

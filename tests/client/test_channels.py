@@ -177,7 +177,7 @@ def test_a_second_event_loop_is_refused(stand_in: Any) -> None:
 
 
 class Channel:
-    """What `Links` makes."""
+    """Stands for a channel that `Links` makes."""
 
     def __init__(self, target: str, options: Any) -> None:
         self.target, self.options = target, dict(options)

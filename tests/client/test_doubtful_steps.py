@@ -181,7 +181,7 @@ def test_a_step_made_with_a_backward_is_asked_for_by_itself(
 
 
 @pytest.mark.parametrize("again", [True, False])
-def test_a_servers_bug_behind_a_counted_gradient_leaves_its_backward_in_doubt(
+def test_a_servers_bug_behind_a_recorded_gradient_leaves_its_backward_in_doubt(
     stand_in: Any, refusal: Any, trainer: timernn.Session, *, again: bool
 ) -> None:
     """INTERNAL says nothing of what was recorded: asked again or settled, it counts once, and one step is made."""
@@ -200,7 +200,7 @@ def test_a_servers_bug_behind_a_counted_gradient_leaves_its_backward_in_doubt(
     )
 
 
-async def test_the_asyncio_face_tells_it_too(
+async def test_the_asyncio_frontend_raises_it_too(
     stand_in: Any, refusal: Any, quick: timernn.RetryPolicy
 ) -> None:
     """An old step in doubt, and one that settling makes."""

@@ -47,7 +47,7 @@ DESIGNED = {
 
 
 class _Failed(grpc.RpcError):
-    """A failed call."""
+    """A failed call with a given code, details and trailing metadata."""
 
     def __init__(self, code: grpc.StatusCode, text: str, trailing: Any = ()) -> None:
         self._code, self._text, self._trailing = code, text, trailing

@@ -1,6 +1,6 @@
 """An exception at every step of the core: the session is before the call or behind it, never between.
 
-The core's generators are driven here, in place of a face, by calls of the stand-in: so a trace can
+The core's generators are driven here, in place of a frontend, by calls of the stand-in: so a trace can
 raise at the k-th instruction that the core executes, for every k, and an operation can be closed at
 every one of its effects.
 """
@@ -79,13 +79,13 @@ class Steps:
                 raise Interrupt
 
     def __enter__(self) -> None:
-        """Begin."""
+        """Begin to interrupt."""
         gc.disable()  # else other clients' ends would be interrupted, which Python ignores
         if self._kind == "instruction":
             sys.settrace(self.trace)
 
     def __exit__(self, *_: object) -> None:
-        """End, whatever came."""
+        """Restore the state before, whatever was raised."""
         sys.settrace(None)
         gc.enable()
 

@@ -146,7 +146,7 @@ def test_healing_one_session_does_not_bring_back_another(
 
 
 @pytest.mark.parametrize("inline", [False, True])
-def test_a_counted_gradient_is_not_counted_again(
+def test_a_recorded_gradient_is_not_recorded_again(
     live: timernn.Client, model: str, raw: Any, rng: np.random.Generator, *, inline: bool
 ) -> None:
     """A lost session healed after the names were forgotten: its step stands, nothing waits."""
@@ -160,7 +160,7 @@ def test_a_counted_gradient_is_not_counted_again(
     assert (waiting(live, model), live.get_model(model).head) == (0, made)
 
 
-def test_a_gradient_that_another_took_is_not_counted_again(
+def test_a_gradient_that_another_took_is_not_recorded_again(
     live: timernn.Client, model: str, raw: Any, rng: np.random.Generator
 ) -> None:
     """Its step is not in this client's log: once its tape's time is over it is not sent."""

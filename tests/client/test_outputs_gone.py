@@ -136,7 +136,7 @@ def test_what_is_not_on_record_either_is_refused(
     assert len(stand_in.requests["Forward"]) == 2
 
 
-async def test_the_asyncio_face_goes_on_as_well(
+async def test_the_asyncio_frontend_goes_on_as_well(
     stand_in: Any, refusal: Any, quick: timernn.RetryPolicy
 ) -> None:
     """By itself, on a stream and in a frame."""

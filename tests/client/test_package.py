@@ -15,7 +15,7 @@ import timernn
 from timernn import aio, errors
 
 _ROOT = Path(__file__).parents[2]
-FACES = [timernn.Client, timernn.Session, aio.Client, aio.Session]
+FRONTENDS = [timernn.Client, timernn.Session, aio.Client, aio.Session]
 
 
 def printed_by(program: str) -> list[str]:
@@ -91,13 +91,15 @@ def test_mypy_sees_every_name(tmp_path: Path) -> None:
     assert [line.rpartition("[")[2] for line in wrong] == ["attr-defined]", "arg-type]"]
 
 
-@pytest.mark.parametrize("face", FACES, ids=lambda face: f"{face.__module__}.{face.__name__}")
-def test_help_shows_results_and_nothing_of_the_core(face: type) -> None:
+@pytest.mark.parametrize(
+    "frontend", FRONTENDS, ids=lambda frontend: f"{frontend.__module__}.{frontend.__name__}"
+)
+def test_help_shows_results_and_nothing_of_the_core(frontend: type) -> None:
     """`help()` names what a method returns; every method has a docstring and its own class's name."""
-    for name, method in inspect.getmembers(face, inspect.isfunction):
+    for name, method in inspect.getmembers(frontend, inspect.isfunction):
         if not name.startswith("_"):
             assert method.__doc__, name
-            assert method.__qualname__ == f"{face.__name__}.{name}"
+            assert method.__qualname__ == f"{frontend.__name__}.{name}"
             assert "Op[" not in pydoc.plain(pydoc.render_doc(method)), name
 
 
@@ -108,13 +110,16 @@ def test_help_shows_what_a_method_of_the_core_ends_in() -> None:
 
 
 @pytest.mark.parametrize(
-    ("face", "name"),
+    ("frontend", "name"),
     [
         *(("Client", name) for name in ("session", "update", "frame")),
         ("Session", "fork"),
     ],
 )
-def test_both_faces_document_a_method_alike(face: str, name: str) -> None:
+def test_both_frontends_document_a_method_alike(frontend: str, name: str) -> None:
     """What is written out in both, so that an editor shows it, says the same."""
-    blocking, awaited = getattr(getattr(timernn, face), name), getattr(getattr(aio, face), name)
+    blocking, awaited = (
+        getattr(getattr(timernn, frontend), name),
+        getattr(getattr(aio, frontend), name),
+    )
     assert inspect.getdoc(blocking) == inspect.getdoc(awaited)

@@ -44,7 +44,7 @@ def test_forward_equals_a_local_network(
 def test_stream_equals_a_local_network(
     live: timernn.Client, model_id: str, local: TimeRNN, rng: np.random.Generator
 ) -> None:
-    """Pipelined, in order."""
+    """A pipelined stream returns the outputs of a local network in order."""
     given = chunks(rng, 30)
     session = live.session(model_id)
     for xs, hs in zip(given, session.stream(iter(given)), strict=True):
@@ -136,7 +136,7 @@ def test_what_a_refused_step_recorded_is_taken_by_the_next(
 async def test_what_a_refused_step_recorded_is_taken_by_the_next_awaited(
     live: timernn.Client, model_id: str, local: TimeRNN, replicas: list[str]
 ) -> None:
-    """The same of the other face, by an update over sessions."""
+    """The same of the other frontend, by an update over sessions."""
     async with timernn.aio.connect(replicas, timeout=20) as client:
         session = await client.session(model_id, train=True)
         hs = await session.forward(np.ones((1, 3, D)))

@@ -363,7 +363,7 @@ def test_a_new_state_makes_a_new_epoch(session: timernn.Session) -> None:
     assert session.h.tolist() == [[1, 1]]
 
 
-def test_a_gradient_that_was_counted_before_its_tape_went_is_taken_by_the_next_update(
+def test_a_gradient_that_was_recorded_before_its_tape_went_is_taken_by_the_next_update(
     trainer: timernn.Session, stand_in: Any, refusal: Any
 ) -> None:
     """The answer was lost, and the retry found the tape pushed out: the contribution waits all the same."""

@@ -61,7 +61,7 @@ class Alarm:
         return result
 
     def restore(self) -> None:
-        """Do as before."""
+        """Stop the timer and restore the signal handler."""
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, self._before)
 

@@ -432,13 +432,13 @@ class Clock:
     ahead_s: float = 0.0
 
     def now(self) -> float:
-        """Return seconds."""
+        """Return the clock's time in seconds."""
         return time.monotonic() + self.ahead_s
 
 
 @pytest.fixture
 def clock(client: timernn.Client) -> Clock:
-    """The client's clock."""
+    """The client's clock, which the test advances."""
     made = Clock()
     client._core.context.caller.clock = made.now
     return made

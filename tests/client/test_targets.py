@@ -37,7 +37,7 @@ def test_a_host_without_a_port_gets_the_servers(given: str, reached: str) -> Non
     "target", ["", "localhost:", ":7", "a:99999", "a:0", "a b", "a:1,b:2", "http://a:1", "[a]:1"]
 )
 def test_what_is_no_target_is_refused(target: str) -> None:
-    """Before any call."""
+    """An invalid target is refused before any call is made."""
     with pytest.raises(timernn.BadField, match="target"):
         timernn.connect(target)
 

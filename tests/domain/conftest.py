@@ -48,7 +48,7 @@ async def replicas(make_replica: ReplicaMaker) -> tuple[Replica, Replica]:
 
 @pytest_asyncio.fixture
 async def raw(store_url: str) -> AsyncIterator[Redis]:
-    """A plain connection to the store, to look and to break with."""
+    """A plain connection to the store, to inspect and to break it."""
     async with Redis.from_url(store_url) as client:
         yield client
 

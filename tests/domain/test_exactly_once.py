@@ -520,7 +520,7 @@ async def test_a_refused_chunk_in_flight_does_not_stop_those_behind_it(
     open_session: ClientMaker,
     rng: np.random.Generator,
 ) -> None:
-    """Refused chunks in one lane are each refused, and the good one behind them is applied."""
+    """Refused chunks that queue for one session are each refused, and the good one behind them is applied."""
     await make_model()
     client = await open_session()
     await client.forward(draw(rng))
@@ -535,14 +535,14 @@ async def test_a_refused_chunk_in_flight_does_not_stop_those_behind_it(
     assert {first.replayed, last.replayed} == {True, False}
 
 
-async def test_a_waiting_lane_of_refused_chunks_does_not_recurse(
+async def test_a_queue_of_refused_chunks_does_not_recurse(
     replicas: Pair,
     tenant: str,
     make_model: ModelMaker,
     open_session: ClientMaker,
     rng: np.random.Generator,
 ) -> None:
-    """On the replica that has the session in hand a long lane of refusals ends one by one."""
+    """On the replica that has the session cached a long queue of refusals ends one by one."""
     await make_model()
     client = await open_session()
     client.replicas = replicas[:1]
@@ -554,7 +554,7 @@ async def test_a_waiting_lane_of_refused_chunks_does_not_recurse(
     await replicas[0].recurrence.drain()
 
 
-async def test_state_in_hand_does_not_keep_a_chunks_outputs(
+async def test_a_cached_state_does_not_keep_a_chunks_outputs(
     replicas: Pair,
     tenant: str,
     make_model: ModelMaker,

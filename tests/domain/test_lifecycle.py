@@ -192,7 +192,7 @@ async def test_closing_twice_is_fine_and_closing_the_unknown_is_not(
     ).reason == "SESSION_NOT_FOUND"
 
 
-async def test_a_new_life_fences_writers_of_the_old_one(
+async def test_a_session_begun_again_fences_writers_of_the_old_one(
     replicas: Pair, tenant: str, make_model: ModelMaker, open_session: ClientMaker
 ) -> None:
     """An id used again after Close has a greater epoch, and old chunks do not answer in it."""
@@ -224,15 +224,15 @@ async def test_all_keys_expire_together_but_the_marker(
     present = await session_keys(raw, tenant)
     assert [key[:1] for key in present] == [b"", b"e", b"t", b"t", b"t", b"t"]
     tag = keys.session_tag(SessionKey(tenant, "s"))
-    lives = {key: await raw.pttl(tag + key) for key in present}
-    assert all(0 < lives[key] <= lives[b""] for key in present if key != b"e")
-    assert lives[b"e"] > lives[b""]
+    ttls = {key: await raw.pttl(tag + key) for key in present}
+    assert all(0 < ttls[key] <= ttls[b""] for key in present if key != b"e")
+    assert ttls[b"e"] > ttls[b""]
     await expire(raw, tenant)
     assert await session_keys(raw, tenant) == [b"e"]
     assert (await refusal(client.forward(draw(rng)))).reason == "SESSION_EXPIRED"
 
 
-async def test_a_shorter_life_shortens_the_tapes_too(
+async def test_a_shorter_ttl_shortens_the_tapes_too(
     replicas: Pair,
     tenant: str,
     make_model: ModelMaker,
@@ -247,8 +247,8 @@ async def test_a_shorter_life_shortens_the_tapes_too(
     tag = keys.session_tag(SessionKey(tenant, "s"))
     tapes = [key for key in await session_keys(raw, tenant) if key.startswith(b"t")]
     assert len(tapes) == 2
-    lives = [await raw.pttl(tag + key) for key in tapes]
-    assert all(0 < life <= 5_000 for life in lives)
+    ttls = [await raw.pttl(tag + key) for key in tapes]
+    assert all(0 < ttl <= 5_000 for ttl in ttls)
 
 
 async def test_tapes_of_an_ended_epoch_take_no_place(

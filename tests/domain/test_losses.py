@@ -1,7 +1,7 @@
 """A store that lost acknowledged writes is noticed, never continued as if nothing had been lost.
 
 A failover is a slot put back to an earlier copy of itself, each slot on its own; the replicas keep what
-they have in hand.
+they have cached.
 """
 
 from __future__ import annotations

@@ -246,13 +246,13 @@ async def test_weights_for_a_model_made_again_meanwhile_are_refused(
         ModelKey(tenant, "m"), None, include_moments=False
     )
     store = replicas[0].store.models
-    look = store.read_update_inputs
+    read = store.read_update_inputs
 
     async def overtaken(*arguments: object) -> object:
         monkeypatch.undo()
         await replicas[1].models.delete(ModelKey(tenant, "m"), allow_missing=False)
         await make_model(sizes=(INPUTS + 1, HIDDEN))
-        return await look(*arguments)  # type: ignore[arg-type]
+        return await read(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(store, "read_update_inputs", overtaken)
     refused = await refusal(replicas[0].models.put_weights(ModelKey(tenant, "m"), None, "p", data))

@@ -176,7 +176,7 @@ async def test_a_replay_never_answers_nan(replicas: tuple[Replica, Replica], ten
 @pytest.mark.parametrize("rows", [1, 2, 5, 64])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_that_becomes_nan_stays_nan(rng: np.random.Generator, dtype: str, rows: int) -> None:
-    """Whoever looks at the last state of a chunk has seen every NaN of its outputs."""
+    """A check of the last state of a chunk finds every NaN of its outputs."""
     for _ in range(50):
         scale = rng.choice([1.0, huge(dtype)], size=(3, 1))
         params = Params(

@@ -73,7 +73,7 @@ async def test_a_backward_sent_again_counts_once(
     assert await head_of(replicas[0], tenant) == head
 
 
-async def test_other_gradients_for_a_counted_chunk_are_refused(
+async def test_other_gradients_for_a_recorded_chunk_are_refused(
     make_model: ModelMaker, open_session: ClientMaker, rng: np.random.Generator
 ) -> None:
     """Another dhs or dh_next is SEQ_REUSED, before and after the Update."""
@@ -121,7 +121,7 @@ async def test_racing_backwards_count_once(
     open_session: ClientMaker,
     rng: np.random.Generator,
 ) -> None:
-    """Twenty times the same Backward on two replicas: one counts, all get the same gradient."""
+    """Twenty times the same Backward on two replicas: one is recorded, all get the same gradient."""
     await make_model()
     client = await open_session()
     await client.forward(draw(rng), train=True)
@@ -182,7 +182,7 @@ async def test_an_old_tape_uses_its_own_weights(
 async def test_a_tape_whose_version_is_gone_says_so(
     make_replica: ReplicaMaker, tenant: str, make_model: ModelMaker, rng: np.random.Generator
 ) -> None:
-    """VERSION_GONE, and whether the contribution was counted before."""
+    """VERSION_GONE, and whether the contribution was recorded before."""
     await make_model()
     limits = Limits(superseded_bytes_per_model=1)
     trainer, fresh = [await make_replica(limits) for _ in range(2)]
@@ -196,12 +196,12 @@ async def test_a_tape_whose_version_is_gone_says_so(
         await other.forward(draw(rng), train=True)
         await other.backward(draw(rng, size=HIDDEN))
         await other.update("m", f"u{k}")
-    for chunk_seq, counted in ((1, "false"), (2, "true")):
+    for chunk_seq, is_recorded in ((1, "false"), (2, "true")):
         refused = await refusal(
             fresh.backpropagation.backward(tenant, client.gradient(dhs, chunk_seq))
         )
         assert refused.reason == "VERSION_GONE"
-        assert refused.metadata["counted"] == counted
+        assert refused.metadata["counted"] == is_recorded
 
 
 @pytest.mark.parametrize("problem", ["infer", "discarded", "expired"])
@@ -214,7 +214,7 @@ async def test_without_a_tape_there_is_no_backward(
     rng: np.random.Generator,
     problem: str,
 ) -> None:
-    """A chunk that ran in INFER mode, or whose tape is gone, is TAPE_MISSING and not counted."""
+    """A chunk that ran in INFER mode, or whose tape is gone, is TAPE_MISSING and not recorded."""
     await make_model()
     client = await open_session()
     await client.forward(draw(rng), train=problem != "infer")
@@ -229,10 +229,10 @@ async def test_without_a_tape_there_is_no_backward(
     assert (refused.reason, refused.metadata["counted"]) == ("TAPE_MISSING", "false")
 
 
-async def test_a_tape_pushed_out_after_it_was_counted_says_counted(
+async def test_a_tape_evicted_after_it_was_recorded_says_counted(
     make_replica: ReplicaMaker, tenant: str, make_model: ModelMaker, rng: np.random.Generator
 ) -> None:
-    """A late retry of a Backward whose tape is gone learns that its contribution counts."""
+    """A late retry of a Backward whose tape is gone learns that its contribution is recorded."""
     await make_model()
     replica = await make_replica(Limits(counted_tapes_per_session=1))
     client = Client([replica], tenant, "s", (await open_on(replica, tenant)).session.epoch)
@@ -263,7 +263,7 @@ async def test_a_backward_beyond_the_session_is_a_gap(
 async def test_a_backward_of_another_history_is_reported(
     make_model: ModelMaker, open_session: ClientMaker, rng: np.random.Generator
 ) -> None:
-    """A token that is not its chunk's is HISTORY_FORKED; nothing is counted."""
+    """A token that is not its chunk's is HISTORY_FORKED; nothing is recorded."""
     await make_model()
     client = await open_session()
     await client.forward(draw(rng), train=True)
@@ -279,7 +279,7 @@ async def test_an_ended_epoch_takes_only_what_is_sent_again(
     open_session: ClientMaker,
     rng: np.random.Generator,
 ) -> None:
-    """After a reset a new Backward is fenced, a counted one replays, a resent one counts."""
+    """After a reset a new Backward is fenced, a recorded one replays, a resent one is recorded."""
     await make_model()
     client = await open_session()
     dhs = draw(rng, size=HIDDEN)
@@ -361,7 +361,7 @@ async def test_contributions_survive_a_reset_and_a_replica(
     open_session: ClientMaker,
     rng: np.random.Generator,
 ) -> None:
-    """What was counted waits for an Update on a replica that was not there before."""
+    """What was recorded waits for an Update on a replica that was not there before."""
     await make_model()
     client = await open_session()
     await client.forward(draw(rng), train=True)
@@ -427,7 +427,7 @@ async def test_what_waits_of_a_session_is_listed(
     assert waiting.contributions == named
 
 
-async def test_a_tape_whose_gradient_was_counted_does_not_wait(
+async def test_a_tape_whose_gradient_was_recorded_does_not_wait(
     replicas: Pair,
     tenant: str,
     make_model: ModelMaker,
@@ -557,7 +557,7 @@ async def test_what_was_computed_early_counts_nothing_in_a_closed_session(
 async def test_a_retry_reads_the_tape_that_was_let_go(
     replicas: Pair, make_model: ModelMaker, open_session: ClientMaker, rng: np.random.Generator
 ) -> None:
-    """Once its contribution is counted a replica does not keep a tape; the store does."""
+    """Once its contribution is recorded a replica does not keep a tape; the store does."""
     await make_model()
     client = await open_session()
     client.replicas = replicas[:1]
@@ -610,10 +610,10 @@ async def test_a_look_that_came_before_its_count_is_taken_again(
     store = replicas[0].store.models
 
     async def read_and_record(
-        key: ModelKey, contribution: Contribution, *look: Any
+        key: ModelKey, contribution: Contribution, *selectors: Any
     ) -> tuple[RecordOutcome, UpdateInputs | None]:
-        looked = await store.read_update_inputs(key, *look)
-        return await store.record_contribution(key, contribution), looked
+        inputs = await store.read_update_inputs(key, *selectors)
+        return await store.record_contribution(key, contribution), inputs
 
     monkeypatch.setattr(store, "record_and_read", read_and_record)
     await client.forward(draw(rng), train=True)

@@ -12,7 +12,7 @@ from examples.weather.report import draw, errors, table
 
 @pytest.fixture(scope="module")
 def stations() -> list[Station]:
-    """The four years."""
+    """One station for each of the four years."""
     return load_stations()
 
 

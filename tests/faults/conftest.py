@@ -85,7 +85,7 @@ def pytest_terminal_summary(
 
 
 def run_of(terminal: pytest.TerminalReporter, config: pytest.Config) -> Run:
-    """Tell which run this was: whole, as `make faults` makes it, or of a part."""
+    """Return which run this was: whole, as `make faults` makes it, or of a part."""
     counts = {name: len(terminal.stats.get(name, ())) for name in ("passed", "failed", "error")}
     options = config.option
     is_whole = not (options.keyword or options.deselect) and [

@@ -147,7 +147,7 @@ def test_a_call_in_every_state_of_a_move_is_right(
             pending = None
             for state in cluster.move_slot(slot, target):
                 proof.hit(f"slot {state}")
-                # Only what has the state in hand gets by with one key.
+                # Only a replica that has the state cached needs one key alone.
                 probe = chance.choice((one, two)) if is_train else one
                 pending = pending or place.chunk(draw(rng, 1)[0], train=is_train)
                 reply = probe.ask(probe.rnn.Forward, pending)

@@ -106,10 +106,10 @@ async def train(failover: Failover, model: Model, well: Wire, seed: int) -> list
         found.append(gradient.state_token)
         if failover.has_update:
             gradient.update.CopyFrom(update)
-        counted = await trainer.count(failover, gradient)
-        found.append((counted.dxs.data, counted.dh0.data, counted.gradient_norm))
+        recorded = await trainer.record(failover, gradient)
+        found.append((recorded.dxs.data, recorded.dh0.data, recorded.gradient_norm))
         if failover.has_update:
-            made = counted.update
+            made = recorded.update
             trainer.known = made.version
         else:
             made = await trainer.step(failover, update)

@@ -41,7 +41,7 @@ promise = pytest.mark.promise("R29", "a program killed and started again trains 
 
 @pytest.fixture(scope="module")
 def fleet() -> Iterator[Fleet]:
-    """Two replicas."""
+    """Two replicas over one store."""
     with Fleet(2, "--store-timeout-ms", "5000") as running:
         yield running
 

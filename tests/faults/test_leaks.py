@@ -65,7 +65,7 @@ class Growth:
         self._samples: dict[str, list[int]] = {name: [] for name in meters}
 
     def sample(self) -> None:
-        """Measure all."""
+        """Take one sample of each meter."""
         for name, meter in self._meters.items():
             self._samples[name].append(meter())
 

@@ -317,7 +317,7 @@ def test_a_store_whose_file_lost_its_end_is_healed(proof: Proof, seed: int, roun
 @pytest.mark.timeout(300)
 @pytest.mark.promise("R23", "a store killed under load comes back with its file and is healed")
 def test_a_store_that_comes_back_empty_is_reported(proof: Proof, seed: int) -> None:
-    """Without its file nothing of the old life is answered, and a new one needs no restart."""
+    """Without its file nothing of the lost data is answered, and new data needs no restart."""
     rng = np.random.default_rng(seed)
     with RedisServer() as store, replicas_on(store.url) as replicas:
         addresses = addresses_of(replicas)
@@ -354,7 +354,7 @@ def _expect_absent(call: Callable[[], object], proof: Proof) -> None:
     except timernn.Error as error:
         proof.violated(f"{error!r} of a store that came back empty")
     else:
-        proof.violated("a store that came back empty answered of its old life")
+        proof.violated("a store that came back empty answered from its lost data")
 
 
 def _file_bytes(store: RedisServer) -> int:

@@ -164,7 +164,7 @@ def waiting(client: timernn.Client, model_id: str) -> int:
 def expect_expired(
     other: timernn.Client, session: timernn.Session, xs: np.ndarray, proof: Proof
 ) -> None:
-    """Use a session whose time is over; look whether that brought it back."""
+    """Use a session whose time to live is over; check whether that brought it back."""
     try:
         session.forward(xs)
         proof.violated(f"{session.session_id} went on after its end")

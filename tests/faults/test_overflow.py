@@ -77,7 +77,7 @@ def try_all(client: timernn.Client, model_id: str, rows: int, proof: Proof, *, t
         except timernn.NonFiniteResult:
             proof.hit("refused")
             proof.require(np.array_equal(session.state, before), "a refused chunk changed h")
-            proof.require(session.get_info().chunk_seq == seq, "a refused chunk was counted")
+            proof.require(session.get_info().chunk_seq == seq, "a refused chunk was applied")
         else:
             proof.hit("was finite")
             proof.require(np.isfinite(hs).all(), f"{model_id}, N={rows}: hs is not finite")

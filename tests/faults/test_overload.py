@@ -228,7 +228,7 @@ async def test_goodput_holds_at_four_times_the_capacity(
     await steady_traffic(proof, wires, small, rng)
     bench = Bench(wires, fleet.replicas, model_id, rng)
     gc.collect()
-    gc.freeze()  # what earlier tests left would be looked through while calls are timed
+    gc.freeze()  # what earlier tests left would be scanned by the collector while calls are timed
     await bench.capacity(0.5)  # warm
     trial = await Trial.run(bench, seconds)
     missed = trial.shortfalls()

@@ -104,10 +104,10 @@ async def go_on(
 @pytest.mark.timeout(300)
 @pytest.mark.promise("R6", "a replica that wakes up late overwrites nothing")
 @figure("rounds", 20, 200)
-async def test_a_gradient_computed_before_the_pause_is_not_counted_after_its_step(
+async def test_a_gradient_computed_before_the_pause_is_not_recorded_after_its_step(
     fleet: Fleet, proof: Proof, seed: int, rounds: int
 ) -> None:
-    """While it is stopped before counting, the other counts the same, consumes it and goes on."""
+    """While it is stopped before recording, the other records the same, consumes it and goes on."""
     rng, zombie = np.random.default_rng(seed), fleet.replicas[0]
     async with Wire(fleet.addresses[0]) as paused, Wire(fleet.addresses[1]) as other:
         model = await Model.create(other, rng, f"zombie-backward-{seed}-{rounds}")
@@ -115,23 +115,25 @@ async def test_a_gradient_computed_before_the_pause_is_not_counted_after_its_ste
         trainer = await Trainer.start(model, other, rng)
         for number in range(rounds):
             gradient = await trainer.taped(other)
-            late = await stop_at(zombie, "before_count", trainer.count(paused, gradient))
+            late = await stop_at(zombie, "before_count", trainer.record(paused, gradient))
             try:
-                counted = await trainer.count(other, gradient)
+                recorded = await trainer.record(other, gradient)
                 taken = await trainer.step(other, trainer.update(f"{number}"))
                 await trainer.whole_step(other, f"{number} more")
                 head = await trainer.head(other)
             finally:
                 zombie.resume()
             answer = await outcome(late)
-            if counted.replayed:
-                continue  # stopped too late: it had been counted
+            if recorded.replayed:
+                continue  # stopped too late: it had been recorded
             proof.hit("stopped before counting")
             proof.require(getattr(answer, "replayed", False), f"{answer!r} is no replay")
-            proof.require(answer.dxs == counted.dxs, "the late answer has another dxs")
+            proof.require(answer.dxs == recorded.dxs, "the late answer has another dxs")
             proof.require(taken.contribution_count == 1, "more than one contribution was taken")
             none = await outcome(trainer.step(paused, trainer.update(f"{number} none")))
-            proof.require(getattr(none, "reason", "") == "NO_GRADIENTS", f"{none!r}: counted again")
+            proof.require(
+                getattr(none, "reason", "") == "NO_GRADIENTS", f"{none!r}: recorded again"
+            )
             proof.require(await trainer.head(paused) == head, "the head moved")
 
 
@@ -148,7 +150,7 @@ async def test_a_step_computed_before_the_pause_is_not_made_after_it(
         await steady_traffic(proof, [other], model, rng, sessions=8)
         trainer = await Trainer.start(model, other, rng)
         for number in range(rounds):
-            await trainer.count(other, await trainer.taped(other))
+            await trainer.record(other, await trainer.taped(other))
             base, is_rival = await trainer.head(other), bool(number % 2)
             request = trainer.update(f"{number}", base)
             late = await stop_at(zombie, "before_update", trainer.step(paused, request))

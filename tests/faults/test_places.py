@@ -38,7 +38,9 @@ def refused_open(number: int, now_ms: int) -> session_pb.OpenSessionRequest:
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.promise("R32", "refused Opens take no place in the quota, what lives keeps its own")
+@pytest.mark.promise(
+    "R32", "refused Opens take nothing of the quota, live sessions keep their entries"
+)
 @figure("rounds", 4, 40)
 def test_refused_opens_fill_no_quota(proof: Proof, seed: int, rounds: int) -> None:
     """A hundred a round from eight callers on two replicas beside Opens that are let in and closed."""

@@ -26,7 +26,7 @@ RACERS = 20
 
 @pytest.fixture(scope="module")
 def fleet() -> Iterator[Fleet]:
-    """Three replicas."""
+    """Three replicas over one store."""
     with Fleet(3, "--store-timeout-ms", "5000") as running:
         yield running
 

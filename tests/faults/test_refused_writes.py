@@ -68,7 +68,7 @@ class Scene:
         replica: Whose commands are refused.
         other: Another one, which is not disturbed.
         tenant: Whose keys nobody else touches.
-        client: Of session `s`, which has applied chunks 1 (counted) and 2 (its tape waits).
+        client: Of session `s`, which has applied chunks 1 (its gradient recorded) and 2 (its tape waits).
         rng: Draws data; equal seeds give equal scenes.
     """
 
@@ -79,7 +79,7 @@ class Scene:
     rng: np.random.Generator
 
     async def contents(self, raw: Redis) -> dict[bytes, bytes | None]:
-        """Read what counts: all keys of the session's and the model's slots but what is only staged."""
+        """Read what must not change: all keys of the session's and the model's slots but what is only staged."""
         found: dict[bytes, bytes | None] = {}
         for name in ("s", "twin", "new"):
             tag = keys.session_tag(SessionKey(self.tenant, name))
@@ -95,7 +95,7 @@ class Scene:
         return found
 
     async def summary(self) -> list[object]:
-        """Tell where all stands, in words that do not depend on when it came there."""
+        """Describe the state of everything, independently of when it got there."""
         return [
             *[await self._session(name) for name in ("s", "twin", "new")],
             *[await self._model(name) for name in ("m", "n")],
@@ -174,12 +174,12 @@ async def _discard(scene: Scene) -> Act:
 
 
 def _open(session_id: str, on_exists: OnExists) -> Callable[[Scene], Awaitable[Act]]:
-    async def lay(scene: Scene) -> Act:
+    async def prepare(scene: Scene) -> Act:
         return lambda: open_on(
             scene.replica, scene.tenant, session_id, on_exists=on_exists, request_id="open"
         )
 
-    return lay
+    return prepare
 
 
 async def _set_state(scene: Scene) -> Act:

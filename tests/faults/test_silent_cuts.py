@@ -104,8 +104,8 @@ def weights(line: Line) -> None:
         line.proof.require(put.number > held.version.number, "upload: no new version")
 
 
-def asyncio_face(line: Line) -> None:
-    """A call, a stream and a frame of the asyncio face."""
+def asyncio_frontend(line: Line) -> None:
+    """A call, a stream and a frame of the asyncio frontend."""
 
     async def several(times: int) -> AsyncIterator[Any]:
         for _ in range(times):
@@ -135,7 +135,7 @@ def asyncio_face(line: Line) -> None:
 @pytest.mark.promise("C3", "a connection cut without a word costs a call 20 s at most")
 def test_calls_after_a_silent_cut_succeed_soon(proof: Proof) -> None:
     """Each kind of call on a connection that was cut, side by side."""
-    kinds: tuple[Callable[[Line], None], ...] = (forward, stream, frame, weights, asyncio_face)
+    kinds: tuple[Callable[[Line], None], ...] = (forward, stream, frame, weights, asyncio_frontend)
     with Fleet(1) as fleet, ThreadPoolExecutor(len(kinds)) as pool:
         address = fleet.addresses[0]
         note_steady_traffic(address, proof)

@@ -52,7 +52,7 @@ class Case:
 
     @property
     def asked_bytes(self) -> int:
-        """Of all answers."""
+        """The bytes of all answers that were asked for."""
         return self.streams * self.operations * self.steps * HIDDEN * 4
 
     @property
@@ -117,7 +117,7 @@ class Hog:
         await self._call.read()
 
     def cancel(self) -> None:
-        """Go away."""
+        """Cancel the call without reading it."""
         self._call.cancel()
 
     async def _place(self) -> dict[str, Any]:

@@ -116,12 +116,12 @@ class Local:
 
     @property
     def h(self) -> Array:
-        """The hidden state."""
+        """The hidden state after the newest chunk."""
         return np.ascontiguousarray(self.chunks[-1].tape.hs[:, -1]) if self.chunks else self.h0
 
     @property
     def token(self) -> bytes:
-        """The state token."""
+        """The state token of the newest chunk."""
         return self.chunks[-1].token if self.chunks else first_token(self.h0.tobytes())
 
     def begin(self, epoch: int, h0: Array | None = None) -> None:
@@ -148,7 +148,7 @@ class World:
         return self.loop.run_until_complete(steps)
 
     def close(self) -> None:
-        """End everything."""
+        """End replicas and store."""
         for replica in self.replicas:
             self.run(replica.close())
         self.run(self.raw.aclose())
@@ -169,7 +169,7 @@ class Machine(RuleBasedStateMachine):
         self.rng = np.random.default_rng(0)  # each example anew, so that it can be shrunk
         self.optimizer = Adam(lr=1e-2)
         self.spec = ModelSpec("m", INPUTS, HIDDEN, "float32", self.optimizer)
-        self.turn = self.looks = 0
+        self.turn = self.reads = 0
         world.run(self.replica.models.create(self.tenant, self.spec, InitialWeights(3), ""))
         self.head: Version = world.run(head_of(self.replica, self.tenant))
         params = world.run(head_params(self.replica, self.tenant, self.spec))
@@ -177,7 +177,7 @@ class Machine(RuleBasedStateMachine):
         self.moments = init_moments(self.optimizer, self.params[self.head])
         self.sessions = {name: Local() for name in NAMES}
         self.grads: dict[ContributionKey, Grads] = {}  # contributions that wait
-        self.counted: dict[tuple[str, int, int], tuple[Backward, Any]] = {}
+        self.recorded: dict[tuple[str, int, int], tuple[Backward, Any]] = {}
         self.backups: dict[str, tuple[Backup, Local]] = {}
         self.updates: list[tuple[Any, Any]] = []
 
@@ -322,7 +322,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(which=WHICH, hole=st.integers(1, 3))
     def gap(self, which: int, hole: int) -> None:
-        """Leave chunks out."""
+        """Send a chunk whose number leaves out others."""
         name = self.name_of(which)
         if self.is_live(name):
             seq = self.sessions[name].seq + 1
@@ -363,8 +363,8 @@ class Machine(RuleBasedStateMachine):
         op = Backward(name, local.epoch, seq, chunk.token, dhs, return_dxs=True)
         key = (name, local.epoch, seq)
         call = self.replica.backpropagation.backward
-        if key in self.counted:  # counted before the store lost the session's last chunks
-            if self.counted[key][0].token == chunk.token:
+        if key in self.recorded:  # recorded before the store lost the session's last chunks
+            if self.recorded[key][0].token == chunk.token:
                 self.again(key)
             else:
                 self.expect(call(self.tenant, op), "SEQ_REUSED")
@@ -379,7 +379,7 @@ class Machine(RuleBasedStateMachine):
             SessionKey(self.tenant, op.session_id), op.epoch, op.chunk_seq
         )
         self.grads[contribution] = made.grads
-        self.counted[key] = (op, made)
+        self.recorded[key] = (op, made)
 
     @rule(which=WHICH, count=st.integers(1, 4))
     def train(self, which: int, count: int) -> None:
@@ -392,14 +392,14 @@ class Machine(RuleBasedStateMachine):
 
     @rule(which=WHICH)
     def backward_again(self, which: int) -> None:
-        """Send a Backward again that was counted, consumed by now or not."""
+        """Send a Backward again that was recorded, consumed by now or not."""
         name = self.name_of(which)
         local = self.sessions[name]
-        mine = [key for key in self.counted if key[:2] == (name, local.epoch)]
+        mine = [key for key in self.recorded if key[:2] == (name, local.epoch)]
         if local.state != "live" or not mine or mine[-1][2] > local.seq:
             return
         self.fault("duplicate")
-        op, chunk = self.counted[mine[-1]][0], local.chunks[mine[-1][2] - 1]
+        op, chunk = self.recorded[mine[-1]][0], local.chunks[mine[-1][2] - 1]
         if op.token == chunk.token:
             self.again(mine[-1])
             return
@@ -409,11 +409,11 @@ class Machine(RuleBasedStateMachine):
 
     def again(self, key: tuple[str, int, int]) -> None:
         """Send a Backward again and compare."""
-        op, made = self.counted[key]
+        op, made = self.recorded[key]
         done = self.answer(self.replica.backpropagation.backward(self.tenant, op))
         assert done.replayed
         assert np.array_equal(done.dxs, made.dxs)
-        # Its tape may wait once more where the store has lost that it was counted.
+        # Its tape may wait once more where the store has lost that it was recorded.
         self.sessions[key[0]].waiting.discard(key[2])
 
     @rule(which=WHICH)
@@ -456,7 +456,7 @@ class Machine(RuleBasedStateMachine):
             done = self.answer(self.replica.updates.update(self.tenant, op))
             assert (done.version, done.replayed) == (first.version, True)
 
-    # -- lives --------------------------------------------------------------------------------------
+    # -- times to live ------------------------------------------------------------------------------
 
     @rule(name=st.sampled_from(NAMES), on_exists=st.sampled_from(OnExists))
     def open(self, name: str, on_exists: OnExists) -> None:
@@ -568,7 +568,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(which=WHICH)
     def lose_writes(self, which: int) -> None:
-        """Lose what a session did since some time ago, a whole life perhaps."""
+        """Lose what a session did since some time ago, perhaps since it was opened."""
         if self.backups:
             self.lose(sorted(self.backups)[which % len(self.backups)])
 
@@ -602,8 +602,8 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def one_session_stands_where_it_should(self) -> None:
         """The store's view of a session, and its keys, are those that the history gives."""
-        self.looks += 1
-        self.check(NAMES[self.looks % len(NAMES)])
+        self.reads += 1
+        self.check(NAMES[self.reads % len(NAMES)])
 
     def check(self, name: str) -> None:
         """Compare a session with what is known of it here."""

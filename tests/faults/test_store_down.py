@@ -49,7 +49,7 @@ def store() -> Iterator[RedisServer]:
 
 @pytest.fixture(scope="module")
 def replicas(store: RedisServer) -> Iterator[list[ServiceProcess]]:
-    """Two replicas."""
+    """Two replicas over one store."""
     with replicas_on(store.url) as running:
         yield running
 

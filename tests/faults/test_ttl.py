@@ -81,43 +81,43 @@ async def test_sessions_live_by_use_and_end_whole_whatever_the_replicas_clocks_s
         model = await Model.create(fast, rng, f"ttl-{seed}-{sessions}")
         await steady_traffic(proof, wires, model, rng)
         proof.hit("skewed clock", len(fleet.replicas))
-        lives = [
+        trainers = [
             await Trainer.start(model, wires[k % 2], rng, ttl=timedelta(seconds=TTL_S))
             for k in range(sessions)
         ]
-        for k, life in enumerate(lives):
-            await life.count(wires[k % 2], await life.taped(wires[k % 2]))
-            await life.taped(wires[k % 2])  # one tape waits, one was counted
-        for life in lives:
-            found = keys_of(fleet, life.writer.session.session_id)
+        for k, trainer in enumerate(trainers):
+            await trainer.record(wires[k % 2], await trainer.taped(wires[k % 2]))
+            await trainer.taped(wires[k % 2])  # one tape waits, one is consumed
+        for trainer in trainers:
+            found = keys_of(fleet, trainer.writer.session.session_id)
             proof.require(found == ["", "e", "t", "t", "t"], f"keys {found}")
-        used, kept, idle = lives[::3], lives[1::3], lives[2::3]
-        # Past the first end of life: the used live by their chunks, the kept by asking for it.
+        used, kept, idle = trainers[::3], trainers[1::3], trainers[2::3]
+        # Past the first expiry: the used ones live on by their chunks, the kept ones by asking for it.
         for k in range(6):
             await asyncio.sleep(TTL_S / 4)
-            for n, life in enumerate(used):
-                request = life.writer.chunk(draw(rng))
-                life.writer.took(await wires[(n + k) % 2].forward(request))
-            for n, life in enumerate(kept):
-                await read(wires[(n + k) % 2], life, extend_ttl=True)
-            for n, life in enumerate(idle if k < 2 else ()):
-                await read(wires[(n + k) % 2], life, extend_ttl=False)
-                wrong = life.writer.chunk(draw(rng, size=H))
+            for n, trainer in enumerate(used):
+                request = trainer.writer.chunk(draw(rng))
+                trainer.writer.took(await wires[(n + k) % 2].forward(request))
+            for n, trainer in enumerate(kept):
+                await read(wires[(n + k) % 2], trainer, extend_ttl=True)
+            for n, trainer in enumerate(idle if k < 2 else ()):
+                await read(wires[(n + k) % 2], trainer, extend_ttl=False)
+                wrong = trainer.writer.chunk(draw(rng, size=H))
                 bad = await refusal(wires[n % 2].rnn.Forward(wrong, timeout=TIMEOUT_S))
                 proof.require(bad.reason == "BAD_TENSOR", f"{bad!r}")
-        for life in (*used, *kept):
-            found = keys_of(fleet, life.writer.session.session_id)
+        for trainer in (*used, *kept):
+            found = keys_of(fleet, trainer.writer.session.session_id)
             proof.require(found == ["", "e"], f"alive, its tapes over: keys {found}")
         await require_expired(fleet, wires, idle, proof)
         await asyncio.sleep(TTL_S + 1)
-        await require_expired(fleet, wires, lives, proof)
-        await require_fenced_life(wires, model, lives[0], rng, proof)
+        await require_expired(fleet, wires, trainers, proof)
+        await require_fenced(wires, model, trainers[0], rng, proof)
 
 
-async def read(wire: Wire, life: Trainer, *, extend_ttl: bool) -> Any:
-    """Read a session's state, as a sign of life or not."""
+async def read(wire: Wire, trainer: Trainer, *, extend_ttl: bool) -> Any:
+    """Read a session's state, extending its time to live or not."""
     request = session_pb.GetStateRequest(
-        session_id=life.writer.session.session_id, extend_ttl=extend_ttl
+        session_id=trainer.writer.session.session_id, extend_ttl=extend_ttl
     )
     answer = await outcome(wire.sessions.GetState(request, timeout=TIMEOUT_S))
     assert not extend_ttl or isinstance(answer, session_pb.GetStateResponse), answer
@@ -125,40 +125,40 @@ async def read(wire: Wire, life: Trainer, *, extend_ttl: bool) -> Any:
 
 
 async def require_expired(
-    fleet: Fleet, wires: tuple[Wire, ...], lives: list[Trainer], proof: Proof
+    fleet: Fleet, wires: tuple[Wire, ...], trainers: list[Trainer], proof: Proof
 ) -> None:
     """Check that nothing but the marker is left, and that every replica says so."""
-    for life in lives:
-        found = keys_of(fleet, life.writer.session.session_id)
+    for trainer in trainers:
+        found = keys_of(fleet, trainer.writer.session.session_id)
         proof.require(found == ["e"], f"expired: keys {found}")
         for wire in wires:
-            gone = await refusal(read(wire, life, extend_ttl=False))
+            gone = await refusal(read(wire, trainer, extend_ttl=False))
             proof.require(gone.reason == "SESSION_EXPIRED", f"{gone!r}")
-            request = life.writer.chunk(np.zeros((2, 3, 4), np.float32))
+            request = trainer.writer.chunk(np.zeros((2, 3, 4), np.float32))
             gone = await refusal(wire.rnn.Forward(request, timeout=TIMEOUT_S))
             proof.require(gone.reason == "SESSION_EXPIRED", f"{gone!r}")
         proof.hit("session expired")
 
 
-async def require_fenced_life(
+async def require_fenced(
     wires: tuple[Wire, ...],
     model: Model,
-    life: Trainer,
+    trainer: Trainer,
     rng: np.random.Generator,
     proof: Proof,
 ) -> None:
-    """Open an expired name anew on each replica: its epoch grows, the earlier life is fenced."""
-    epoch = life.writer.session.epoch
+    """Open an expired name anew on each replica: its epoch grows, writers of the earlier epoch are fenced."""
+    epoch = trainer.writer.session.epoch
     for wire in wires:
         opened = await model.open(
-            wire, life.writer.session.session_id, on_exists=session_pb.ON_EXISTS_RESET
+            wire, trainer.writer.session.session_id, on_exists=session_pb.ON_EXISTS_RESET
         )
         proof.require(opened.session.epoch > epoch, "the epoch did not grow over the skewed clocks")
         proof.require(opened.session.epoch < epoch + SKEW_S * 1000, "a replica's clock was used")
         epoch = opened.session.epoch
         xs = draw(rng)
         opened.check(await wire.forward(opened.chunk(xs)), xs, proof)
-    old = life.writer.chunk(draw(rng), 1, previous_token=b"")
+    old = trainer.writer.chunk(draw(rng), 1, previous_token=b"")
     for wire in wires:
         fenced = await refusal(wire.rnn.Forward(old, timeout=TIMEOUT_S))
         proof.require(fenced.reason == "EPOCH_FENCED", f"{fenced!r}")

@@ -42,7 +42,7 @@ NOT_COMPARED = {"expire_time", "create_time", "digest"}
 
 @pytest.fixture(params=RECORDINGS, ids=lambda path: path.stem)
 def recording(request: pytest.FixtureRequest) -> Recording:
-    """One release's recording."""
+    """The recorded store of one release."""
     return Recording.load(request.param)
 
 
@@ -106,7 +106,7 @@ def test_every_state_goes_on_as_its_own_release_would_have(
 
 
 def test_what_was_recorded_is_what_this_release_writes(recording: Recording) -> None:
-    """Read and laid out again, specifications, states and tapes are the same bytes."""
+    """Read and written again, specifications, states and tapes are the same bytes."""
     found = dict.fromkeys(("specification", "state", "tape"), 0)
     for record in recording.records:
         slot, _, role = to_bytes(record["key"]).partition(b"}")
@@ -138,7 +138,7 @@ def states_of(record: bytes) -> Iterator[bytes]:
 
 
 def check_tape_again(tape: bytes) -> None:
-    """Read a tape, of either dtype, and lay it out again."""
+    """Read a tape, of either dtype, and write it again."""
     try:
         read = tape_from_bytes(tape, "float32")
     except UnsupportedLayout:  # of another length, if it is not of this dtype

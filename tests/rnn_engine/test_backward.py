@@ -117,18 +117,18 @@ def _strided(array: Array) -> Array:
     return np.repeat(array, 2, axis=-1)[..., ::2]
 
 
-@pytest.mark.parametrize("lay", [_unaligned, _strided, np.asfortranarray])
+@pytest.mark.parametrize("arrange", [_unaligned, _strided, np.asfortranarray])
 @pytest.mark.parametrize("n", [1, 16])
 @pytest.mark.parametrize("h", [5, 64, 100])
 def test_a_tape_from_elsewhere_gives_the_same_bits(
-    case_of: CaseMaker, n: int, h: int, lay: Callable[[Array], Array]
+    case_of: CaseMaker, n: int, h: int, arrange: Callable[[Array], Array]
 ) -> None:
     """However a tape and gradients lie in memory, as read from a store too, no bit changes."""
     case = case_of(n, 5, 100, h, dtype=np.float32)
     tape = rnn_forward(case.params, case.xs, case.h0)
-    stored = Tape(lay(tape.xs), lay(tape.h0), lay(tape.hs))
+    stored = Tape(arrange(tape.xs), arrange(tape.h0), arrange(tape.hs))
     here = _by_name(rnn_backward(case.params, tape, case.dhs, case.dh_next))
-    there = _by_name(rnn_backward(case.params, stored, lay(case.dhs), lay(case.dh_next)))
+    there = _by_name(rnn_backward(case.params, stored, arrange(case.dhs), arrange(case.dh_next)))
     for name in NAMES:
         assert here[name].tobytes() == there[name].tobytes(), name
 

@@ -74,20 +74,20 @@ def _strided(array: Array) -> Array:
     return np.repeat(array, 2, axis=-1)[..., ::2]
 
 
-@pytest.mark.parametrize("lay", [_unaligned, _strided, np.asfortranarray])
+@pytest.mark.parametrize("arrange", [_unaligned, _strided, np.asfortranarray])
 @pytest.mark.parametrize("n", [1, 16])
 @pytest.mark.parametrize("h", [5, 64, 100, 200])
 def test_where_the_inputs_lie_changes_no_bit(
-    case_of: CaseMaker, n: int, h: int, lay: Callable[[Array], Array]
+    case_of: CaseMaker, n: int, h: int, arrange: Callable[[Array], Array]
 ) -> None:
     """Read-only, unaligned, strided and transposed inputs give the same bits as plain ones."""
     case = case_of(n, 5, 100, h, dtype=np.float32)
     p = case.params
     expected = rnn_forward(p, case.xs, case.h0).hs
     for params, xs, h0 in [
-        (p, lay(case.xs), case.h0),
-        (p, case.xs, lay(case.h0)),
-        (Params(lay(p.Wx), lay(p.Wh), lay(p.b)), case.xs, case.h0),
+        (p, arrange(case.xs), case.h0),
+        (p, case.xs, arrange(case.h0)),
+        (Params(arrange(p.Wx), arrange(p.Wh), arrange(p.b)), case.xs, case.h0),
     ]:
         assert rnn_forward(params, xs, h0).hs.tobytes() == expected.tobytes()
 

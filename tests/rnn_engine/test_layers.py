@@ -1,4 +1,4 @@
-"""The classic interface."""
+"""The module with the classic interface."""
 
 from __future__ import annotations
 

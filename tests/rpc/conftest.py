@@ -72,12 +72,12 @@ class StandIn:
     hidden_size: int = HIDDEN_SIZE
 
     def sizes(self, key: SessionKey, model_id: str) -> tuple[int, int]:
-        """Tell D and H."""
+        """Return the sizes D and H."""
         del key, model_id
         return 1, self.hidden_size
 
     def begin_forward(self, tenant: str, forward: Forward, on_done: OnDone) -> None:
-        """Take a chunk."""
+        """Take a chunk and answer it soon, or hold it."""
         self.asked.append((tenant, forward))
         if self.hold:
             self.held.append((forward, on_done))
@@ -141,7 +141,7 @@ class StandIn:
         )
 
     async def discard(self, tenant: str, discard: Any) -> DiscardResult:
-        """Drop nothing."""
+        """Discard nothing: there is no store."""
         await self._asked("discard", tenant, discard)
         return DiscardResult(0, 0)
 
@@ -190,7 +190,7 @@ class Served(NamedTuple):
 
 
 class Refusal(NamedTuple):
-    """A status as tests look at it."""
+    """A status in the form that tests compare."""
 
     code: str
     reason: str

@@ -239,7 +239,7 @@ async def no_model(lab: Lab) -> None:
 
 
 @row("NOT_FOUND", "MODEL_NOT_FOUND")
-async def model_of_another_life(lab: Lab) -> None:
+async def model_of_another_incarnation(lab: Lab) -> None:
     """A model deleted and made again is not the session's any more."""
     await (await lab.opened()).forward(1)
     await lab.models.DeleteModel(model_pb.DeleteModelRequest(model_id="m"))
@@ -313,7 +313,7 @@ async def checkpoint_exists(lab: Lab) -> None:
 
 @row("ABORTED", "SEQ_GAP", "expected chunk_seq 2")
 async def seq_gap(lab: Lab) -> None:
-    """A hole."""
+    """A chunk whose number leaves out the next."""
     await (await lab.opened()).forward(1)
     await lab.forward(3)
 
@@ -437,7 +437,7 @@ async def non_finite_step(lab: Lab) -> None:
 
 @row("FAILED_PRECONDITION", "UNSUPPORTED_LAYOUT", "found layout 2, this server knows layout 1")
 async def unsupported_layout(lab: Lab) -> None:
-    """A session whose record a later release has laid out."""
+    """A session whose record a later release has written."""
     await (await lab.opened()).forward(1)
     async with Redis.from_url(lab.store.url) as client:
         await client.setrange(keys.session_tag(SessionKey(lab.tenant, "s")), 0, b"\x02")

@@ -66,7 +66,7 @@ class DenyAll(AllowAll):
         self.tried: list[str] = []
 
     def authorise(self, principal: Principal, method: str) -> None:
-        """Refuse."""
+        """Refuse every caller."""
         del principal
         self.tried.append(method)
         raise PermissionDenied("NOBODY", "nobody may call")

@@ -352,7 +352,7 @@ def test_an_update_says_what_it_was_asked() -> None:
 
 
 def test_more_contributions_than_can_wait_are_refused() -> None:
-    """A list longer than what a model may hold is refused before it is looked at."""
+    """A list longer than what a model may hold is refused before it is read."""
     selector = pb.ContributionSelector(session_id="s", epoch=1, chunk_seqs=range(1, 12))
     text = refusal(selectors_from_proto, [selector], Limits(contributions_per_model=10))
     assert text == "contributions: must name at most 10, got 11"

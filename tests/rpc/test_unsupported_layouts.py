@@ -1,4 +1,4 @@
-"""What another release laid out is refused by every operation, whole, and left as it is."""
+"""A record with the layout of another release is refused by every operation, whole, and left as it is."""
 
 from __future__ import annotations
 
@@ -225,7 +225,7 @@ OF_A_MODEL: dict[str, Operation] = {
 # Those that meet no record of a session and no model, and the one that carries all the others.
 OF_NOTHING = {"GetServerInfo", "Stream"}
 
-# --- what another release may have laid out, with what is said of it ---------------------------------
+# --- records that another release may have written, with what is said of each ---------------------------------
 
 
 async def other_layout(place: Place) -> None:
@@ -379,7 +379,7 @@ async def test_a_session_of_another_layout_is_refused(
 async def test_a_model_of_another_layout_is_refused(
     place: Place, unpack: Unpack, name: str
 ) -> None:
-    """Its specification governs the whole slot: what is remembered, waits or is kept is not looked at."""
+    """Its specification governs the whole slot: what is remembered, waits or is kept is not read."""
     await check_all(place, OF_A_MODEL[name], unpack, MODEL_CHANGES)
 
 

@@ -26,7 +26,7 @@ def limits() -> Limits:
 
 @pytest_asyncio.fixture
 async def opened(store_url: str, limits: Limits) -> AsyncIterator[Store]:
-    """An open store."""
+    """An open store on the test's server."""
     store = await open_store(store_url, patient(limits))
     yield store
     await store.close()
@@ -34,6 +34,6 @@ async def opened(store_url: str, limits: Limits) -> AsyncIterator[Store]:
 
 @pytest_asyncio.fixture
 async def raw(store_url: str) -> AsyncIterator[Redis]:
-    """A plain connection to the store, to look and to break with."""
+    """A plain connection to the store, to inspect and to break it."""
     async with Redis.from_url(store_url) as client:
         yield client

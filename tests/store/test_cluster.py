@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """Three masters."""
+    """A cluster of three masters."""
     with Cluster(with_replicas=False) as running:
         yield running
 

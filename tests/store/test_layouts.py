@@ -106,7 +106,7 @@ def test_a_tanh_models_specification_is_written_as_layout_1() -> None:
 async def test_a_models_entries_are_written_as_layout_1(model: Model, raw: Any) -> None:
     """An entry of each kind."""
     await model.create()
-    await model.count(1)
+    await model.record(1)
     tag = keys.model_tag(model.key)
     (waiting,) = (await raw.hgetall(keys.contributions_key(tag))).values()
     assert waiting == b"W" + b"g" * 16 + struct.pack(">Q", 8)
@@ -149,7 +149,7 @@ async def test_a_batch_goes_on_beside_a_refused_session(
 async def test_a_ring_of_another_layout_is_not_widened(
     opened: Store, tenant: str, raw: Any
 ) -> None:
-    """A chunk that the ring has no room for would be the one that lays it out anew."""
+    """A chunk that the ring has no room for would be the one that widens it."""
     writer, tag = Writer(opened, tenant), keys.session_tag(SessionKey(tenant, "s"))
     await writer.begin()
     await writer.commit(1, acknowledged_seq=0)
@@ -163,7 +163,7 @@ async def test_a_ring_of_another_layout_is_not_widened(
 async def test_a_settled_tape_is_of_a_session_that_is_known(
     opened: Store, tenant: str, raw: Any
 ) -> None:
-    """A contribution may be counted before another release lays out the session anew."""
+    """A contribution may be recorded before another release rewrites the session."""
     writer, tag = Writer(opened, tenant), keys.session_tag(SessionKey(tenant, "s"))
     await writer.begin()
     await writer.commit(1, tape=b"tape")
@@ -177,7 +177,7 @@ async def test_a_settled_tape_is_of_a_session_that_is_known(
 # Each script that changes a model, asked in the name of another incarnation.
 DECISIONS: dict[str, Decision] = {
     "delete_model": lambda model, name: model.store.delete_model(model.key, name),
-    "record_contribution": lambda model, name: model.count(1, incarnation=name),
+    "record_contribution": lambda model, name: model.record(1, incarnation=name),
     "publish_version": lambda model, name: model.published(
         3, model.contribution(1), incarnation=name
     ),
@@ -199,7 +199,7 @@ async def test_a_models_script_compares_the_incarnation_first(
 ) -> None:
     """Who does not know it learns nothing of entries that it would refuse, and changes nothing."""
     await model.create()
-    await model.count(1)
+    await model.record(1)
     await model.published(2)
     await model.store.create_checkpoint(model.key, INCARNATION, "kept", None)
     tag = keys.model_tag(model.key)

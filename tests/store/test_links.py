@@ -177,10 +177,10 @@ def test_health_finds_a_connection_beside_kept_ones(server: RedisServer, connect
 
     async def scene() -> None:
         store = await open_store(server.url, Settings(store_connections=connections))
-        looks = (
+        checks = (
             store.sessions.read_session(SessionKey("t", f"s{number}")) for number in range(CALLS)
         )
-        await asyncio.gather(*looks)
+        await asyncio.gather(*checks)
         await store.check()
         await store.close()
 

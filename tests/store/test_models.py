@@ -1,4 +1,4 @@
-"""Model scripts: versions, flips, contributions, requests, blobs."""
+"""Model scripts: versions, publications, contributions, requests, blobs."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Model:
     key: ModelKey
 
     async def create(self, request: RequestDigest = CREATION) -> CreateOutcome:
-        """Create it."""
+        """Create the model in the store."""
         record = ModelRecord(INCARNATION, b"spec", version(1), 0, 0, 0)
         return await self.store.create_model(self.key, record, content(1), request)
 
@@ -84,14 +84,14 @@ class Model:
         """Return which contribution of session "s" it is."""
         return contribution_key(SessionKey(self.key.tenant, "s"), 7, number)
 
-    async def count(
+    async def record(
         self,
         number: int,
         gradient: bytes = b"gradient",
         digest: bytes = b"g" * 16,
         incarnation: bytes = INCARNATION,
     ) -> RecordOutcome:
-        """Count a contribution."""
+        """Record a contribution in the model's slot."""
         contribution = Contribution(
             incarnation, self.contribution(number), digest, Blob((gradient,)), NEVER_MS
         )
@@ -132,7 +132,7 @@ async def test_creation_is_once_by_its_request(model: Model) -> None:
     assert await model.create(OTHER_REQUEST) is CreateOutcome.EXISTS
 
 
-async def test_a_flip_moves_the_head_once(model: Model) -> None:
+async def test_a_publication_moves_the_head_once(model: Model) -> None:
     """Sent again it replays its answer; with other content it is REUSED; from an old head STALE."""
     await model.create()
     publication = model.publication(2)
@@ -153,16 +153,16 @@ async def test_a_flip_moves_the_head_once(model: Model) -> None:
 
 
 async def test_a_contribution_is_consumed_once(model: Model, raw: Redis) -> None:
-    """A publication takes it with its bytes; its name stays, so that it neither counts nor flips again."""
+    """A publication takes it with its bytes; its name stays, so that it is neither recorded nor consumed again."""
     await model.create()
-    assert await model.count(1) is RecordOutcome.COUNTED
-    assert await model.count(1) is RecordOutcome.REPLAYED
-    assert await model.count(1, digest=b"x" * 16) is RecordOutcome.REUSED
+    assert await model.record(1) is RecordOutcome.COUNTED
+    assert await model.record(1) is RecordOutcome.REPLAYED
+    assert await model.record(1, digest=b"x" * 16) is RecordOutcome.REUSED
     assert await model.waiting() == (1, 8)
     assert await model.published(2, model.contribution(1)) is PublishOutcome.PUBLISHED
     assert await model.waiting() == (0, 0)
-    assert await model.count(1) is RecordOutcome.CONSUMED
-    assert await model.count(1, digest=b"x" * 16) is RecordOutcome.REUSED
+    assert await model.record(1) is RecordOutcome.CONSUMED
+    assert await model.record(1, digest=b"x" * 16) is RecordOutcome.REUSED
     assert await model.published(3, model.contribution(1)) is PublishOutcome.STALE
     tag = keys.model_tag(model.key)
     assert (
@@ -180,12 +180,12 @@ async def test_contributions_are_bounded_in_number_and_bytes(store_url: str, ten
     store = await open_store(store_url, patient(tight))
     model = Model(store.models, ModelKey(tenant, "m"))
     await model.create()
-    await model.count(1)
-    assert await model.count(2, bytes(13)) is RecordOutcome.QUOTA
-    assert await model.count(2) is RecordOutcome.COUNTED
-    assert await model.count(3, b"") is RecordOutcome.QUOTA
+    await model.record(1)
+    assert await model.record(2, bytes(13)) is RecordOutcome.QUOTA
+    assert await model.record(2) is RecordOutcome.COUNTED
+    assert await model.record(3, b"") is RecordOutcome.QUOTA
     await model.published(2, model.contribution(1))
-    assert await model.count(3) is RecordOutcome.COUNTED
+    assert await model.record(3) is RecordOutcome.COUNTED
     await store.close()
 
 
@@ -196,13 +196,13 @@ async def test_what_is_remembered_of_contributions_is_bounded(
     store = await open_store(store_url, patient(Limits(remembered_contributions_per_model=2)))
     model = Model(store.models, ModelKey(tenant, "m"))
     await model.create()
-    await model.count(1)
-    await model.count(2)
+    await model.record(1)
+    await model.record(2)
     await model.published(2, model.contribution(1), model.contribution(2))
-    assert await model.count(3) is RecordOutcome.FULL
+    assert await model.record(3) is RecordOutcome.FULL
     expiry = keys.expiry_key(keys.model_tag(ModelKey(tenant, "m")))
     await raw.zadd(expiry, {contribution_name(model.contribution(number)): 1 for number in (1, 2)})
-    assert await model.count(3) is RecordOutcome.COUNTED
+    assert await model.record(3) is RecordOutcome.COUNTED
     assert await raw.zcard(expiry) == 1
     await store.close()
 
@@ -210,10 +210,10 @@ async def test_what_is_remembered_of_contributions_is_bounded(
 async def test_a_contribution_nobody_takes_goes_with_its_bytes(model: Model, raw: Redis) -> None:
     """After its time the next count forgets it whole."""
     await model.create()
-    await model.count(1)
+    await model.record(1)
     tag = keys.model_tag(model.key)
     await raw.zadd(keys.expiry_key(tag), {contribution_name(model.contribution(1)): 1})
-    await model.count(2)
+    await model.record(2)
     assert await model.waiting() == (1, 8)
     assert (
         await raw.exists(keys.gradient_prefix(tag) + contribution_name(model.contribution(1))) == 0
@@ -221,7 +221,7 @@ async def test_a_contribution_nobody_takes_goes_with_its_bytes(model: Model, raw
     assert await model.store.find_contribution(model.key, model.contribution(1)) is None
 
 
-async def test_a_contribution_whose_tape_has_expired_is_not_counted(model: Model) -> None:
+async def test_a_contribution_whose_tape_has_expired_is_not_recorded(model: Model) -> None:
     """A writer that stood still so long may come after its name was forgotten: it would count twice."""
     await model.create()
     late = Contribution(INCARNATION, model.contribution(1), b"g" * 16, Blob((b"gradient",)), 1)
@@ -229,10 +229,10 @@ async def test_a_contribution_whose_tape_has_expired_is_not_counted(model: Model
     assert await model.waiting() == (0, 0)
 
 
-async def test_a_contribution_that_was_counted_answers_also_after_its_tape(model: Model) -> None:
+async def test_a_contribution_that_was_recorded_answers_also_after_its_tape(model: Model) -> None:
     """A retry learns that it was counted, whatever has expired since."""
     await model.create()
-    await model.count(1)
+    await model.record(1)
     late = Contribution(INCARNATION, model.contribution(1), b"g" * 16, Blob((b"gradient",)), 1)
     assert await model.store.record_contribution(model.key, late) is RecordOutcome.REPLAYED
 
@@ -240,7 +240,7 @@ async def test_a_contribution_that_was_counted_answers_also_after_its_tape(model
 async def test_a_contribution_is_found_as_it_stands(model: Model) -> None:
     """It waits, until a step has taken it."""
     await model.create()
-    await model.count(1)
+    await model.record(1)
     find = model.store.find_contribution
     assert await find(model.key, model.contribution(1)) is ContributionState.WAITING
     await model.published(2, model.contribution(1))
@@ -251,7 +251,7 @@ async def test_a_look_finds_what_selectors_name(model: Model) -> None:
     """All, one session's, one epoch's, or exactly those named; sorted, each once."""
     await model.create()
     for number in (3, 1, 2):
-        await model.count(number)
+        await model.record(number)
     other = contribution_key(SessionKey(model.key.tenant, "t"), 8, 1)
     contribution = Contribution(INCARNATION, other, b"g" * 16, Blob((b"gradient",)), NEVER_MS)
     await model.store.record_contribution(model.key, contribution)
@@ -349,8 +349,8 @@ async def test_a_large_gradient_goes_in_parts_and_leaves_none(model: Model, raw:
         return [key async for key in raw.scan_iter(match=prefix + b"*", count=1000)]
 
     for number in (1, 2):
-        assert await model.count(number, gradient) is RecordOutcome.COUNTED
-        assert await model.count(number, gradient) is RecordOutcome.REPLAYED
+        assert await model.record(number, gradient) is RecordOutcome.COUNTED
+        assert await model.record(number, gradient) is RecordOutcome.REPLAYED
     found = await model.store.read_update_inputs(model.key, None, ())
     assert found is not None
     size = len(gradient)
@@ -362,7 +362,7 @@ async def test_a_large_gradient_goes_in_parts_and_leaves_none(model: Model, raw:
     assert len(await parts()) == 2
     await model.store.discard_contributions(model.key, INCARNATION, [Selector("s", 7, (2,))])
     assert await parts() == []
-    await model.count(3, gradient)
+    await model.record(3, gradient)
     await model.store.delete_model(model.key, INCARNATION)
     assert await parts() == []
 
@@ -379,7 +379,7 @@ async def test_what_a_dead_writer_left_goes_by_itself(model: Model, raw: Redis) 
     assert all([await raw.pttl(prefix + name) == -1 for prefix in prefixes])
 
 
-async def test_a_flip_without_all_its_parts_keeps_none(
+async def test_a_publication_without_all_its_parts_keeps_none(
     model: Model, raw: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When a part has expired the head stays, and no other part is made to stay for ever."""
@@ -413,7 +413,7 @@ async def test_discarding_frees_and_remembers(model: Model) -> None:
     """By name, by session or all; a name once discarded is known."""
     await model.create()
     for number in (1, 2, 3):
-        await model.count(number)
+        await model.record(number)
 
     async def discard(*selectors: Selector) -> int | None:
         return await model.store.discard_contributions(model.key, INCARNATION, selectors)
@@ -422,7 +422,7 @@ async def test_discarding_frees_and_remembers(model: Model) -> None:
     assert await model.waiting() == (2, 16)
     assert await discard(Selector("s", 7)) == 2
     assert await discard() == 0
-    assert await model.count(1) is RecordOutcome.CONSUMED
+    assert await model.record(1) is RecordOutcome.CONSUMED
     assert await model.waiting() == (0, 0)
     other = model.store.discard_contributions(model.key, b"j" * 16, ())
     assert await other is None

@@ -240,14 +240,14 @@ async def test_what_was_lost_once_is_not_made_known_by_a_refusal(
     link: Any = replica.store._client
     round_trip = link.round_trip
 
-    async def lose_a_flip(commands: Any, *options: Any) -> Any:
+    async def lose_a_publication(commands: Any, *options: Any) -> Any:
         answers = await round_trip(commands, *options)
         if any(answer == [b"PUBLISHED"] for answer in answers):
             await raw.config_set("maxmemory", 1)
             raise redis.ConnectionError("the reply was lost")
         return answers
 
-    link.round_trip = lose_a_flip
+    link.round_trip = lose_a_publication
     assert (await refusal(client.update("m", "u"))).reason == "UNKNOWN_OUTCOME"
     assert (await client.update("m", "u")).replayed
     await replica.close()

@@ -23,13 +23,13 @@ def masters() -> Iterator[Pair]:
 
 
 class Sentinels:
-    """Name a master."""
+    """Stands for sentinels that name a given master."""
 
     def __init__(self, master: RedisServer) -> None:
         self.master = master
 
     async def discover_master(self, _name: str) -> tuple[str, int]:
-        """Tell where it is."""
+        """Return the host and port of the master."""
         return "127.0.0.1", self.master.port
 
     async def aclose(self) -> None:
@@ -61,7 +61,7 @@ async def test_a_connection_to_an_earlier_master_is_made_again(masters: Pair) ->
 async def test_idle_connections_leave_an_earlier_master_when_it_is_looked_for(
     masters: Pair,
 ) -> None:
-    """A look each second moves a process that has no reason of its own to reconnect."""
+    """A check each second moves a process that has no reason of its own to reconnect."""
     sentinels = Sentinels(masters[0])
     pool = make_pool(sentinels)
     await pool.release(await pool.get_connection())

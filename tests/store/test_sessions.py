@@ -72,7 +72,7 @@ class Writer:
         return decided.why
 
     def chunk(self, number: int, **facts: object) -> ChunkCommit:
-        """Lay out chunk `number`, whose digest, token and state name it."""
+        """Build chunk `number`, whose digest, token and state name it."""
         state = StoredState(number, b"d" * 16, token(number), VERSION, bytes([number]) * 32)
         made = ChunkCommit(self.key, self.epoch, token(number - 1), state, number - 1)
         return replace(made, **facts)  # type: ignore[arg-type]
@@ -83,8 +83,8 @@ class Writer:
         assert isinstance(outcome, ChunkOutcome), outcome
         return outcome
 
-    async def look(self, number: int = 0) -> SessionSnapshot:
-        """Read the session."""
+    async def read(self, number: int = 0) -> SessionSnapshot:
+        """Read the session with one script."""
         found = await self.store.read_session(self.key, number)
         assert isinstance(found, SessionSnapshot), found
         return found
@@ -106,7 +106,7 @@ async def test_a_commit_replaces_the_state(writer: Writer) -> None:
     """Epoch, numbers, token and state are read as they were written."""
     assert await writer.begin() is EpochOutcome.BEGUN
     assert await writer.commit(1) is ChunkOutcome.OK
-    found = await writer.look(1)
+    found = await writer.read(1)
     assert (found.head.epoch, found.head.chunk_seq, found.head.model_id) == (writer.epoch, 1, "m")
     assert found.last == found.at == writer.chunk(1).state
     assert found.before is not None
@@ -130,9 +130,9 @@ async def test_anything_but_a_match_is_stale_and_changes_nothing(
     """A used number, a hole, another state, epoch or session."""
     await writer.begin()
     await writer.commit(1)
-    before = await writer.look()
+    before = await writer.read()
     assert await writer.commit(number, **facts) is ChunkOutcome.STALE
-    after = await writer.look()
+    after = await writer.read()
     assert (after.head, after.last) == (before.head, before.last)
 
 
@@ -154,7 +154,7 @@ async def test_commits_of_many_sessions_are_decided_each_by_itself(
     outcomes = await opened.sessions.commit_chunks(chunks)
     ok, stale = ChunkOutcome.OK, ChunkOutcome.STALE
     assert outcomes == [ok, stale, ok, ok]
-    assert [(await one.look()).head.chunk_seq for one in writers] == [1, 0, 1, 1]
+    assert [(await one.read()).head.chunk_seq for one in writers] == [1, 0, 1, 1]
 
 
 @pytest.mark.parametrize(("waits", "slots"), [(True, 2), (False, 5)])
@@ -165,13 +165,13 @@ async def test_the_ring_grows_only_for_chunks_in_flight(
     await writer.begin()
     for number in range(1, 12):
         await writer.commit(number, acknowledged_seq=number - 1 if waits else 0)
-        assert (await writer.look()).last.h == bytes([number]) * 32
+        assert (await writer.read()).last.h == bytes([number]) * 32
     record = await raw.get(keys.session_tag(SessionKey(tenant, "s")))
     assert record is not None
     assert record[1] == slots
     assert len(record) == layouts.HEAD.size + 1 + slots * (layouts.SLOT.size + len(STATE))
     for number in range(1, 12):
-        found = await writer.look(number)
+        found = await writer.read(number)
         assert (found.at is not None) is (number > 11 - slots)
         assert (found.before is not None) is (number - 1 > 11 - slots)
         assert found.at in (None, writer.chunk(number).state)
@@ -184,7 +184,7 @@ async def test_the_ring_keeps_what_it_held_when_it_grows(writer: Writer, when: i
     for number in range(1, when + 4):
         await writer.commit(number, acknowledged_seq=min(number - 1, when - 1))
     for number in range(when, when + 4):
-        found = await writer.look(number)
+        found = await writer.read(number)
         assert found.at == writer.chunk(number).state
         assert found.before is not None
         assert found.before.token == token(number - 1)
@@ -195,7 +195,7 @@ async def test_a_chunk_that_never_was_is_not_found(writer: Writer) -> None:
     await writer.begin()
     await writer.commit(1)
     for number in (2, 3, 100, (1 << 53) - 1, 1 << 53, (1 << 53) + 1):
-        assert (await writer.look(number)).at is None
+        assert (await writer.read(number)).at is None
 
 
 @pytest.mark.parametrize("stay_ms", [0, HOUR_MS // 4 + 1])
@@ -240,10 +240,10 @@ async def test_a_live_session_is_left_resumed_or_begun_anew(writer: Writer) -> N
     assert await writer.begin(EpochMode.FAIL) is EpochOutcome.EXISTS
     assert await writer.begin(EpochMode.RESUME) is EpochOutcome.RESUMED
     assert await writer.begin(EpochMode.MUST_EXIST) is EpochOutcome.RESUMED
-    assert (await writer.look()).head.chunk_seq == 1
+    assert (await writer.read()).head.chunk_seq == 1
     assert await writer.begin(EpochMode.RESET) is EpochOutcome.BEGUN
     assert writer.epoch > first
-    assert (await writer.look()).head.chunk_seq == 0
+    assert (await writer.read()).head.chunk_seq == 0
 
 
 async def test_only_a_live_session_gets_a_new_state(writer: Writer) -> None:
@@ -323,7 +323,7 @@ async def test_a_marker_outlives_its_session_by_a_day(
 
 
 @pytest.mark.parametrize("ends", ["closed", "reset", "extended"])
-async def test_a_marker_outlives_every_life_that_was_promised(
+async def test_a_marker_outlives_every_ttl_that_was_promised(
     writer: Writer, tenant: str, raw: Redis, ends: str
 ) -> None:
     """Closed, or begun again for a shorter time: within the first time to live the end is known."""
@@ -345,7 +345,7 @@ async def test_a_close_minds_the_epoch_expected(writer: Writer, tenant: str) -> 
     await writer.begin()
     decision = await writer.store.close_session(writer.key, writer.epoch + 1)
     assert decision == CloseDecision(CloseOutcome.FENCED, writer.epoch)
-    assert (await writer.look()).head.epoch == writer.epoch
+    assert (await writer.read()).head.epoch == writer.epoch
 
 
 async def test_tapes_wait_count_and_are_pushed_out(store_url: str, tenant: str, raw: Redis) -> None:
@@ -357,7 +357,7 @@ async def test_tapes_wait_count_and_are_pushed_out(store_url: str, tenant: str, 
     for number in (1, 2):
         assert await writer.commit(number, tape=b"tape") is ChunkOutcome.OK
     assert await writer.commit(3, tape=b"tape") is ChunkOutcome.QUOTA
-    assert (await writer.look()).head.chunk_seq == 2
+    assert (await writer.read()).head.chunk_seq == 2
     for number in (1, 2):
         await writer.store.mark_tape_consumed(
             SessionKey(tenant, "s"), writer.epoch, number, token(number)
@@ -374,7 +374,7 @@ async def test_tapes_wait_count_and_are_pushed_out(store_url: str, tenant: str, 
     await store.close()
 
 
-async def test_counted_tapes_are_bounded_in_bytes(store_url: str, tenant: str) -> None:
+async def test_consumed_tapes_are_bounded_in_bytes(store_url: str, tenant: str) -> None:
     """However few, they go when they hold more than they may."""
     store = await open_store(store_url, patient(Limits(counted_tape_bytes_per_session=10)))
     writer = Writer(store, tenant)

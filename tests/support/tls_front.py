@@ -73,7 +73,7 @@ class TlsFront:
 
     @property
     def port(self) -> int:
-        """Where it listens."""
+        """The port that it listens on."""
         return int(self._listening.getsockname()[1])
 
     def __enter__(self) -> Self:

@@ -33,7 +33,7 @@ CONTENT = np.ones((1, 2, 3), np.float32)
 
 
 def test_the_documentation_has_the_lists() -> None:
-    """Row by row; this is how a row has to look."""
+    """Row by row; this is the form of a row."""
     rows = {
         "keys": permissions.KEY_PATTERNS,
         "commands": permissions.COMMANDS,

@@ -85,7 +85,7 @@ def test_sigterm_drains_every_worker(supervisor: ServiceProcess) -> None:
 
 
 def test_workers_end_when_their_supervisor_is_killed(supervisor: ServiceProcess) -> None:
-    """A supervisor that dies at once leaves no worker that nobody looks after."""
+    """A supervisor that dies at once leaves no worker behind."""
     workers = children(supervisor.pid)
     supervisor.kill()
     wait_until("the workers have ended", lambda: not any(map(is_alive, workers)))

@@ -53,7 +53,7 @@ class Verdict(Generic[Ask, Answer]):
         outcome: How it ended.
         explained: The longest run of operations that has an order.
         stuck: The operations that might have come next, none of which the model accepts.
-        states: How many pairs of (operations done, state) were looked at.
+        states: How many pairs of (operations done, state) were visited.
     """
 
     outcome: Outcome

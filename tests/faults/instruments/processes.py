@@ -174,7 +174,7 @@ class Child:
 
     @property
     def pid(self) -> int:
-        """The process id."""
+        """The id of the running process."""
         assert self._process is not None, f"{self.name} has not been started"
         return self._process.pid
 

@@ -382,7 +382,7 @@ class _Connection:
             self.cut(how)
 
     def cut(self, how: How) -> None:
-        """Cut both sides."""
+        """Cut the connections on both sides."""
         _cut(self._down.writer, how)
         _cut(self._up.writer, how)
 

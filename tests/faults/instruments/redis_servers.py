@@ -72,7 +72,7 @@ class RedisServer(Child):
 
     @property
     def url(self) -> str:
-        """Its `redis://` URL."""
+        """The `redis://` URL of the server."""
         return f"redis://127.0.0.1:{self.port}"
 
     @property
@@ -137,7 +137,7 @@ class Group:
             server.close()
 
     def __enter__(self) -> Self:
-        """Give the group."""
+        """Return the group of servers."""
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -116,7 +116,7 @@ class SessionState:
 
     @property
     def last(self) -> Chunk:
-        """The newest record."""
+        """The newest chunk in the record."""
         return self.chunks[-1]
 
     def find(self, seq: int) -> Chunk | None:

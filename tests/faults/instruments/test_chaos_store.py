@@ -14,7 +14,7 @@ INCREMENT = "return redis.call('INCR', KEYS[1])"
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[RedisServer]:
-    """A real server."""
+    """A real store server for these tests."""
     with RedisServer(append_only=False) as running:
         yield running
 
@@ -29,13 +29,13 @@ async def client(server: RedisServer) -> AsyncIterator[Any]:
 
 
 class Account:
-    """A tiny store."""
+    """A tiny store with one account, whose calls can fail."""
 
     def __init__(self) -> None:
         self.balance = 0
 
     async def deposit(self, amount: int) -> int:
-        """Add."""
+        """Add an amount to the account."""
         self.balance += amount
         return self.balance
 

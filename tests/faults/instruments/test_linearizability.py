@@ -81,7 +81,7 @@ def contribute(k: int, version: Version = V1) -> Contribute:
 
 
 def names(*ks: int) -> frozenset[str]:
-    """Name contributions."""
+    """Return the names of contributions."""
     return frozenset(f"c{k}" for k in ks)
 
 

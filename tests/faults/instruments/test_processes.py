@@ -29,7 +29,7 @@ def is_running(pid: int) -> bool:
 
 
 def test_a_child_is_killed_and_starts_again() -> None:
-    """A killed child reports its signal; its log of the next life starts anew."""
+    """A killed child reports its signal; its log starts again with the next process."""
     with Child(SLEEP) as child:
         first = child.pid
         child.wait_for_line("up")

@@ -21,7 +21,7 @@ def proved(promise: str, seed: int = 1) -> Proof:
 
 
 def test_a_proof_with_faults_traffic_and_checks_is_one() -> None:
-    """Nothing is missing."""
+    """A proof with faults, traffic and checks misses nothing."""
     assert proved("R1").shortcomings() == []
 
 
@@ -62,7 +62,7 @@ def test_rows_sum_the_proofs_of_a_promise_in_natural_order() -> None:
     assert rows[0].faults == {"reset": 6, "drop_reply": 4}
 
 
-def test_the_report_is_written_where_git_does_not_look(tmp_path: Path) -> None:
+def test_the_report_is_written_where_git_ignores_it(tmp_path: Path) -> None:
     """A markdown table, a JSON document, and a .gitignore beside them."""
     report = Report()
     proof = proved("R1")

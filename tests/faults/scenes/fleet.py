@@ -81,7 +81,7 @@ class Fleet:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End everything."""
+        """End all processes and proxies."""
         self._stack.close()
 
     @property

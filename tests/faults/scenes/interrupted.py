@@ -198,7 +198,7 @@ class Program:
         self.check_place(session, h, done)
 
     def epochs(self) -> None:
-        """set_state and reset_state."""
+        """Begin epochs by set_state and reset_state, interrupted and repeated."""
         session = self.client.session(self.name)
         half = np.full((1, HIDDEN), 0.5)
         self._new_epoch(session, lambda: session.set_state(half), half)
@@ -291,7 +291,7 @@ class Program:
             self.until_done(session.update, lambda: session.last_update is not made)
 
     async def cancelled(self, cancels: int) -> None:
-        """Forwards of the asyncio face, cancelled at random moments and repeated."""
+        """Forwards of the asyncio frontend, cancelled at random moments and repeated."""
         async with aio.connect(self.address, timeout=TIMEOUT_S) as client:
             session, h, chunks = await client.session(self.name), np.zeros((1, HIDDEN)), 0
             while self.counts["cancels"] < cancels:

@@ -181,7 +181,7 @@ class Ending:
     """How a run ends to which nothing happens."""
 
     def __init__(self, client: timernn.Client, model_id: str, data: Sequence[Array]) -> None:
-        """Make that run."""
+        """Train on the data undisturbed, and keep version, outputs and moments."""
         trainer = Trainer(client, model_id)
         self.version = trainer.run(data, lambda _number, _comes: None)
         self.outputs = trainer.outputs

@@ -46,7 +46,7 @@ class Probe:
     """The stubs of one replica over a connection of its own."""
 
     def __init__(self, address: str) -> None:
-        """Connect."""
+        """Connect to the replica."""
         self.channel = grpc.insecure_channel(address)
         self.sessions: Any = SessionServiceStub(self.channel)
         self.rnn: Any = TimeRnnServiceStub(self.channel)
@@ -82,7 +82,7 @@ class Probe:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close it."""
+        """Close the connection."""
         self.channel.close()
 
 

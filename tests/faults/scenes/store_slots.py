@@ -48,7 +48,7 @@ class Slots:
     """Gives slots of one store over one connection."""
 
     def __init__(self, url: str) -> None:
-        """Connect."""
+        """Connect to the store."""
         self._redis: Any = redis.Redis.from_url(url)
 
     def of_session(self, session_id: str) -> Slot:
@@ -64,5 +64,5 @@ class Slots:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close it."""
+        """Close the connection."""
         self._redis.close()

@@ -32,15 +32,15 @@ class Trainer:
         return cls(model, await model.open(wire, **fields), rng)
 
     async def taped(self, wire: Any) -> rnn_pb.BackwardRequest:
-        """Apply a drawn chunk in training mode; lay out its Backward."""
+        """Apply a drawn chunk in training mode; make the request of its Backward."""
         # Without it a replica may serve a head that is a moment old, and the run be another.
         request = self.writer.chunk(draw(self.rng), train=True, minimum_version=self.known)
         answer = await wire.forward(request)
         self.writer.took(answer)
         return self.writer.backward(draw(self.rng, size=H))
 
-    async def count(self, wire: Any, request: rnn_pb.BackwardRequest) -> Any:
-        """Send a Backward."""
+    async def record(self, wire: Any, request: rnn_pb.BackwardRequest) -> Any:
+        """Send a Backward, which records its contribution."""
         return await answer_of(wire.rnn.Backward(request, timeout=TIMEOUT_S))
 
     def update(self, request_id: str, expected: tuple[int, bytes] | None = None) -> Any:
@@ -59,7 +59,7 @@ class Trainer:
 
     async def whole_step(self, wire: Wire, request_id: str) -> None:
         """Forward, Backward and Update on one replica."""
-        await self.count(wire, await self.taped(wire))
+        await self.record(wire, await self.taped(wire))
         await self.step(wire, self.update(request_id))
 
     async def head(self, wire: Wire) -> tuple[int, bytes]:

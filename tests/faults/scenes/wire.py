@@ -77,7 +77,7 @@ class Wire:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Close it."""
+        """Close the channel."""
         await self.channel.close()
 
 

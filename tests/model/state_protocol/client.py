@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from state_protocol import lives
+from state_protocol import durations
 from state_protocol.log import Entry, Log, as_sent_again, promised_by
 from state_protocol.messages import (
     Backward,
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from state_protocol.world import World
 
 UNDECIDED = {"STORE_FULL", "OVERLOADED", "GAVE_UP"}
-"""Refusals that were decided before anything was looked at."""
+"""Refusals that were decided before anything was read."""
 _LOSS = {
     "SEQ_GAP",
     "SESSION_NOT_FOUND",
@@ -170,7 +170,7 @@ class Client:
             self._require_knowable(op)
             answer = self._call(op, is_own=True)
         except Refused as refused:
-            if not self._is_counted(op, refused):
+            if not self._is_recorded(op, refused):
                 self._heal(op, refused, rounds)
                 return True
             answer = BackwardAnswer(self._gradient(op.request), step=refused)
@@ -201,16 +201,16 @@ class Client:
 
     def _may_be_forgotten(self, sent_at: float, head: Version) -> bool:
         """Return whether a step that nobody remembers may have taken what was sent then."""
-        if self.now - sent_at <= lives.COUNTED_NAME:
+        if self.now - sent_at <= durations.RECORDED_NAME:
             return False
         now = self._read_model().head
         return now != head and now.number >= head.number
 
-    def _is_counted(self, op: Operation, refused: Refused) -> bool:
+    def _is_recorded(self, op: Operation, refused: Refused) -> bool:
         return (
             refused.reason == "TAPE_MISSING"
             and isinstance(op.request, Backward)
-            and refused.is_counted
+            and refused.is_recorded
             and self._rules.on("counted-answer")
         )
 
@@ -254,7 +254,7 @@ class Client:
         self.known = max(self.known, answer.version)
 
     def _stepped(self, request: Update, answer: UpdateAnswer) -> None:
-        taken = self._world.store.counted(answer.version)[-len(request.names) :]
+        taken = self._world.store.consumed(answer.version)[-len(request.names) :]
         is_exact = sorted(request.names) == taken
         require(is_exact, "a step has taken other contributions than it named")
         self.known = answer.version
@@ -328,7 +328,7 @@ class Client:
         return refused.reason in _LOSS
 
     def _is_lost_head(self, op: Operation, refused: Refused, rounds: Rounds) -> bool:
-        """Tell from the head that a conflict names whether the expected version was lost."""
+        """Return whether the expected version was lost, by the head that a conflict names."""
         assert isinstance(op.request, Update)
         expected, head = op.request.expected, refused.head
         assert expected is not None
@@ -386,7 +386,7 @@ class Client:
         if not self._rules.on("skip-held") or not self._holds(model, maker):
             return True
         is_listed = model.kept.get(maker.number) is not None
-        is_there = name in self._world.store.counted(model.head)
+        is_there = name in self._world.store.consumed(model.head)
         require(is_there or not is_listed, "a step that was lost is taken for made")
         return False
 

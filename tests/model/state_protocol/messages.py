@@ -111,12 +111,12 @@ class UpdateAnswer:
 
 @dataclass(frozen=True, slots=True)
 class BackwardAnswer:
-    """A contribution was counted.
+    """A contribution was recorded.
 
     Attributes:
         gradient: The gradient of the weights.
         step: What came of the step that was asked for; None where none was.
-        is_replayed: Whether it had been counted before.
+        is_replayed: Whether it had been recorded before.
     """
 
     gradient: int

@@ -189,9 +189,9 @@ class Replica:
         yield "read tape"
         tape = self._find_tape(op)
         if tape is None:
-            yield "read whether it is counted"
-            is_counted = self._store.find_contribution(op.name) is not None
-            raise Refused("TAPE_MISSING", is_counted=is_counted)
+            yield "read whether it is recorded"
+            is_recorded = self._store.find_contribution(op.name) is not None
+            raise Refused("TAPE_MISSING", is_recorded=is_recorded)
         if tape.token != op.token and self._rules.on("token"):
             raise Refused("HISTORY_FORKED")
         yield "read weights"
@@ -225,14 +225,14 @@ class Replica:
         except CommandRefused:
             if not self._rules.on("read-before-full"):
                 raise Refused("STORE_FULL") from None
-        yield "read whether it is counted"
+        yield "read whether it is recorded"
         known = self._store.find_contribution(op.name)
         if known is None:
             raise Refused("STORE_FULL")
         return "REPLAYED" if known.digest == digest else "REUSED"
 
     def _step_of(self, update: Update) -> Generator[str, None, UpdateAnswer | Refused]:
-        """Make the step of a Backward that has been counted, or return why there is none."""
+        """Make the step of a Backward that has been recorded, or return why there is none."""
         try:
             return (yield from self._update(update))
         except Refused as refused:
@@ -266,9 +266,9 @@ class Replica:
                 is_full = True
                 yield "read all at once"
                 continue
-            yield "flip"
+            yield "publish"
             try:
-                made = self._flip(op, base, new, names, is_staged=is_staged)
+                made = self._publish(op, base, new, names, is_staged=is_staged)
             except CommandRefused:
                 is_full = True
                 yield "read all at once"
@@ -279,7 +279,7 @@ class Replica:
             yield "read all at once"
         raise self._overtaken(is_staged=is_staged)
 
-    def _flip(
+    def _publish(
         self, op: Update, base: Version, new: Version, names: list[Name], *, is_staged: bool
     ) -> Version | None:
         return self._run(

@@ -100,8 +100,8 @@ def run(seed: int, faults: Faults, rules: Rules | None = None) -> Outcome:
     outcome = Outcome(end, trainer.refusals, world.rollbacks)
     world.settle()
     for version in [world.store.model.head, trainer.client.known]:
-        names = world.store.counted(version)
-        require(len(names) == len(set(names)), "a contribution was counted twice")
+        names = world.store.consumed(version)
+        require(len(names) == len(set(names)), "a contribution was consumed twice")
     if not faults.rival:
         _check_alone(world, trainer, outcome)
     return outcome

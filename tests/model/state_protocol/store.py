@@ -6,7 +6,7 @@ import copy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
-from state_protocol import lives
+from state_protocol import durations
 from state_protocol.values import (
     CommandRefused,
     Refused,
@@ -58,7 +58,7 @@ class Tape:
 
 @dataclass(slots=True)
 class Record:
-    """A live session."""
+    """The record of a live session."""
 
     epoch: int
     seq: int
@@ -70,7 +70,7 @@ class Record:
 
     @property
     def last(self) -> State:
-        """The last state."""
+        """The newest state in the ring."""
         return self.ring[self.seq]
 
 
@@ -88,7 +88,7 @@ class SessionSlot:
     """One session's keys.
 
     Attributes:
-        record: The session while it lives.
+        record: The session while it durations.
         marker: Says how it ended.
         tapes: By epoch and chunk.
         ended: The epochs that truly ended with their session; no replica reads it.
@@ -102,11 +102,11 @@ class SessionSlot:
 
 @dataclass(slots=True)
 class Contribution:
-    """A contribution that waits, or the name of one that was counted."""
+    """A contribution that waits, or the name of one that was consumed."""
 
     digest: int
     gradient: int
-    is_counted: bool
+    is_consumed: bool
     expires: float
 
 
@@ -130,7 +130,7 @@ class ModelSlot:
 
     def waiting(self) -> list[Name]:
         """Name the contributions that wait, sorted."""
-        return sorted(n for n, c in self.contributions.items() if not c.is_counted)
+        return sorted(n for n, c in self.contributions.items() if not c.is_consumed)
 
 
 class Store:
@@ -203,7 +203,7 @@ class Store:
             del self._models[at + 1 :]
             self.model = copy.deepcopy(self._models[at])
 
-    def counted(self, version: Version) -> list[Name]:
+    def consumed(self, version: Version) -> list[Name]:
         """Name the contributions that a version is made of."""
         return [name for name, _ in self.lineage[version.digest]]
 
@@ -260,7 +260,7 @@ class Store:
         self.session.record = Record(
             epoch, 0, request_id, {0: first}, ttl, self.now + ttl, self.now
         )
-        self._mark(epoch, self.now + lives.marker(ttl))
+        self._mark(epoch, self.now + durations.marker(ttl))
         return "BEGUN", epoch
 
     def commit_chunk(
@@ -276,10 +276,10 @@ class Store:
             return "STALE"
         follows = state.h == mix(record.last.h, payload, state.version)
         require(follows, "a stored chunk does not follow from the one stored before it")
-        oldest = seq - lives.REPLAY_WINDOW
+        oldest = seq - durations.REPLAY_WINDOW
         record.ring = {k: kept for k, kept in record.ring.items() if k >= oldest} | {seq: state}
         record.seq = seq
-        expires = self.now + min(lives.TAPE, self.ttl)
+        expires = self.now + min(durations.TAPE, self.ttl)
         tape = Tape(payload, base.h, state.version, state.token, expires)
         self.session.tapes[epoch, seq] = tape
         self.extend_session()
@@ -293,7 +293,7 @@ class Store:
         record.expires = self.now + record.ttl
         if self.now - record.touched >= record.ttl / 4:
             record.touched = self.now
-            self._mark(record.epoch, self.now + lives.marker(record.ttl))
+            self._mark(record.epoch, self.now + durations.marker(record.ttl))
 
     def close_session(self) -> None:
         """End the session; its marker stays."""
@@ -302,14 +302,14 @@ class Store:
             return
         self.session.ended.add(record.epoch)
         longer = self.rules.on("closed-marker")
-        extra = lives.marker(record.ttl) if longer else lives.MARKER_EXTRA
+        extra = durations.marker(record.ttl) if longer else durations.MARKER_EXTRA
         self.session.record, self.session.tapes = None, {}
         if not longer:
             self.session.marker = None  # the one before would make up for it
         self._mark(record.epoch, self.now + extra, is_closed=True)
 
     def _mark(self, epoch: int, expires: float, *, is_closed: bool = False) -> None:
-        """Write the marker; others may rely on the longer life that it had."""
+        """Write the marker; others may rely on the longer time to live that it had."""
         before = self.session.marker
         if before is not None and self.rules.on("longest-marker"):
             expires = max(expires, before.expires)
@@ -318,7 +318,7 @@ class Store:
     # -- the model's slot --------------------------------------------------------------------------
 
     def find_contribution(self, name: Name) -> Contribution | None:
-        """Read a contribution, or the name of one that was counted."""
+        """Read a contribution, or the name of one that was consumed."""
         found = self.model.contributions
         for old in [old for old, entry in found.items() if entry.expires <= self.now]:
             del found[old]
@@ -329,23 +329,23 @@ class Store:
         known = self.find_contribution(name)
         if known is not None:
             return "REPLAYED" if known.digest == digest else "REUSED"
-        again = name in self.counted(self.model.head)
-        require(not again, "a contribution that a step has taken waits to be counted again")
-        expires = self.now + lives.CONTRIBUTION
+        again = name in self.consumed(self.model.head)
+        require(not again, "a contribution that a step has taken waits to be consumed again")
+        expires = self.now + durations.CONTRIBUTION
         self.model.contributions[name] = Contribution(digest, gradient, False, expires)
         return "COUNTED"
 
     def find_request(self, request_id: str) -> Version | None:
         """Return what was answered to a request id."""
         known = self.model.requests.get(request_id)
-        if known is None or known[1] + lives.COUNTED_NAME <= self.now:
+        if known is None or known[1] + durations.RECORDED_NAME <= self.now:
             return None
         return known[0] if self.rules.on("request-id") else None
 
     def publish_version(
         self, base: Version, new: Version, names: list[Name], request_id: str, *, is_staged: bool
     ) -> Version | None:
-        """Make a version the head and consume what it is made of; None: not as it was looked at."""
+        """Make a version the head and consume what it is made of; None: it has changed since it was read."""
         known = self.find_request(request_id)
         if known is not None:
             return known
@@ -355,8 +355,8 @@ class Store:
         taken = tuple((name, model.contributions[name].gradient) for name in names)
         self.lineage[new.digest] = self.lineage[base.digest] + taken
         for name in names:
-            model.contributions[name].is_counted = True
-            model.contributions[name].expires = self.now + lives.COUNTED_NAME
+            model.contributions[name].is_consumed = True
+            model.contributions[name].expires = self.now + durations.RECORDED_NAME
             if not self.rules.on("recorded-name"):
                 del model.contributions[name]
         model.head, model.versions[new.number] = new, new.digest
@@ -367,6 +367,6 @@ class Store:
 
     def _drop_versions(self) -> None:
         old = self.model.superseded
-        for number in sorted(old)[: -lives.VERSIONS_KEPT]:
-            if old[number] + lives.TAPE <= self.now:
+        for number in sorted(old)[: -durations.VERSIONS_KEPT]:
+            if old[number] + durations.TAPE <= self.now:
                 del old[number], self.model.versions[number]

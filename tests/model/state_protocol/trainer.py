@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-from state_protocol import lives
+from state_protocol import durations
 from state_protocol.client import UNDECIDED, Client
 from state_protocol.values import Refused
 
@@ -114,7 +114,7 @@ class Trainer:
             self._world.happen()
         if self._chance.random() < self._world.faults.sleep:
             ttl = self._world.store.ttl
-            days = [1.1 * ttl, lives.marker(ttl) + lives.HOUR, 2 * lives.DAY]
-            hours = [1.1 * lives.TAPE, 1.1 * lives.COUNTED_NAME]
+            days = [1.1 * ttl, durations.marker(ttl) + durations.HOUR, 2 * durations.DAY]
+            hours = [1.1 * durations.TAPE, 1.1 * durations.RECORDED_NAME]
             is_long = self._chance.random() < self._world.faults.days
             self._world.sleep(self._chance.choice(days if is_long else hours))

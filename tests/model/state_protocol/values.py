@@ -28,7 +28,7 @@ class Refused(Exception):
         reason: As in the table of errors.
         head: The head that a VERSION_CONFLICT names.
         epoch: The epoch that an EPOCH_FENCED names.
-        is_counted: Whether a TAPE_MISSING says that the contribution was counted.
+        is_recorded: Whether a TAPE_MISSING says that the contribution was recorded.
     """
 
     def __init__(
@@ -37,10 +37,10 @@ class Refused(Exception):
         *,
         head: Version | None = None,
         epoch: int = 0,
-        is_counted: bool = False,
+        is_recorded: bool = False,
     ) -> None:
         super().__init__(reason)
-        self.reason, self.head, self.epoch, self.is_counted = reason, head, epoch, is_counted
+        self.reason, self.head, self.epoch, self.is_recorded = reason, head, epoch, is_recorded
 
 
 class CommandRefused(Exception):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from state_protocol import lives
+from state_protocol import durations
 from state_protocol.messages import Forward, Update
 from state_protocol.replica import Replica
 from state_protocol.store import Contribution, Store
@@ -29,11 +29,11 @@ class Faults:
         roll: Chance at each moment that a slot is set back.
         rival: Chance at each moment that somebody else does something.
         rivals: What the others do: "forward" on the session, a "step" from a gradient of their own,
-            "take all" that waits into a step, "close" the session, or "reset" it to a short life.
+            "take all" that waits into a step, "close" the session, or "reset" it with a short ttl.
         fill: Chance at each moment that the store becomes full, or has room again.
         tight: Share of writes that the store has no room for.
         raising: Share of scripts that raise.
-        overload: Share of attempts that are refused before anything is looked at.
+        overload: Share of attempts that are refused before anything is read.
         impatient: Share of calls that are given up after a few attempts.
         sleep: Chance after each operation that the client sleeps.
         days: Share of these sleeps that are longer than a session's time to live.
@@ -80,7 +80,7 @@ class World:
     def __init__(self, rules: Rules, faults: Faults, chance: random.Random) -> None:
         self.rules, self.faults, self.chance = rules, faults, chance
         # A ttl of days matters to a client that sleeps.
-        ttl = chance.choice(lives.SESSION_TTLS) if faults.sleep else lives.SESSION_TTLS[0]
+        ttl = chance.choice(durations.SESSION_TTLS) if faults.sleep else durations.SESSION_TTLS[0]
         self.store = Store(rules, chance, ttl)
         self.store.raising, self.store.tight = faults.raising, faults.tight
         self.replicas = [Replica(self.store), Replica(self.store)]
@@ -148,7 +148,7 @@ class World:
 
     def sleep(self, seconds: float) -> None:
         """Let the client sleep while the others go on."""
-        if seconds > lives.LONGEST_PAUSE:
+        if seconds > durations.LONGEST_PAUSE:
             self.settle()
         self.slept += seconds
         for _ in range(8):
@@ -173,8 +173,8 @@ class World:
             self.send(Forward(record.epoch, record.seq + 1, None, payload))
         elif action == "step":
             name = ("rival", 1, self.chance.getrandbits(32))
-            expires = store.now + lives.CONTRIBUTION
-            contribution = Contribution(0, name[2], is_counted=False, expires=expires)
+            expires = store.now + durations.CONTRIBUTION
+            contribution = Contribution(0, name[2], is_consumed=False, expires=expires)
             store.model.contributions[name] = contribution
             self.send(Update(f"rival {name}", None, (name,)))
         elif action == "take all":
@@ -182,4 +182,4 @@ class World:
         elif action == "close":
             store.close_session()
         elif action == "reset":
-            store.begin_epoch(f"rival {self.chance.random()}", "rival", ttl=lives.HOUR)
+            store.begin_epoch(f"rival {self.chance.random()}", "rival", ttl=durations.HOUR)
