@@ -96,7 +96,7 @@ TAPE_NAME = struct.Struct(">QQ")
 CONTRIBUTION_NAME = struct.Struct(">16sQQ")
 STEP_ANSWER = struct.Struct(">Q16sd?I")
 DIGEST_BYTES = 16
-_COMMIT = struct.Struct(">QQ16sQ16s16sQ16sII")
+_COMMIT = struct.Struct(">QQ16sIIQ16s16sQ16s")  # the last five are a slot's head
 _EPOCH_TAIL = struct.Struct(">16sIBxxx16s")
 
 DTYPES = {"float32": 1, "float64": 2}
@@ -202,13 +202,13 @@ def commit_to_parts(commit: ChunkCommit) -> tuple[bytes, bytes]:
         commit.epoch,
         commit.acknowledged_seq,
         commit.base_token,
+        len(state.h),
+        len(commit.tape or b""),
         state.chunk_seq,
         state.digest,
         state.token,
         state.version.number,
         state.version.digest,
-        len(state.h),
-        len(commit.tape or b""),
     )
     return fixed, state.h
 

@@ -1,10 +1,14 @@
-"""Runs the Lua scripts: one file each in `lua/`, named as the method that calls it."""
+"""Loads and runs the Lua scripts: one file each in `lua/`, named as the method that calls it.
+
+What several scripts need stands once in `lua/lib/`; a script gets only the files that its head names.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
 import itertools
+import re
 from dataclasses import dataclass, replace
 from importlib import resources
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -30,6 +34,10 @@ WAIT_MARK = b"timernn-wait"  # the key that is written so that WAIT has somethin
 # A script, because a full store takes a write from one that says so: there too replays are covered.
 _WRITE_MARK = "#!lua flags=allow-oom\nredis.call('SET', KEYS[1], 1)"
 _READS_ONLY = "flags=no-writes"
+_LIBRARY = re.compile(r"^-- Library: (.+)$", re.MULTILINE)
+_FUNCTION = re.compile(r"^local function (\w+)", re.MULTILINE)
+_CONSTANT = re.compile(r"^local ([A-Z]\w*) <const> = ('[^']*'|\d+)[^\n]*\n", re.MULTILINE)
+_TOKEN = re.compile(r"--[^\n]*|'(?:\\.|[^'\\])*'|\b\w+\b")
 
 Argument = bytes | memoryview | str | int
 
@@ -70,12 +78,44 @@ class ScriptCall:
 
 
 def load_script(name: str) -> Script:
-    """Read a script of this package."""
-    text = resources.files("service.store").joinpath("lua", f"{name}.lua").read_text("utf-8")
+    """Read a script of this package, complete with what it uses of the library."""
+    text = with_library(_read(f"{name}.lua"))
     first, _, rest = text.partition("\n")
     if _READS_ONLY in first:
         return _script(name, text)
     return _script(name, text, _script(name, f"#!lua {_READS_ONLY}\n{rest}"))
+
+
+def with_library(text: str) -> str:
+    """Complete a script with the functions that it uses of the library files that its head names.
+
+    A run makes every function and every variable of a script anew. So functions that it does not use
+    are left out, and a constant (`local NAME <const> = value`) becomes its value where it is used.
+    """
+    first, _, body = text.partition("\n")
+    library = library_of(text)
+    for block in reversed([block for file in library.values() for block in file.split("\n\n")]):
+        function = _FUNCTION.search(block)
+        if function and re.search(rf"\b{function[1]}\b", body):
+            body = f"{block.strip()}\n\n{body}"
+    values = dict(_CONSTANT.findall("\n".join([*library.values(), text])))
+    body = _CONSTANT.sub("", body)
+    folded = _TOKEN.sub(lambda token: values.get(token[0], token[0]), body)
+    return f"{first}\n{folded}"
+
+
+def library_of(text: str) -> dict[str, str]:
+    """Return the library files that a Lua file names, and before each those that it names itself."""
+    found: dict[str, str] = {}
+    for names in _LIBRARY.findall(text):
+        for name in names.split(", "):
+            file = _read(f"lib/{name}.lua")
+            found |= library_of(file) | {name: file}
+    return found
+
+
+def _read(path: str) -> str:
+    return resources.files("service.store").joinpath("lua", path).read_text("utf-8")
 
 
 def _script(name: str, text: str, reader: Script | None = None) -> Script:

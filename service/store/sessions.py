@@ -285,24 +285,24 @@ class RedisSessionStore:
             limits.counted_tape_bytes_per_session,
             b"".join(part for commit in commits for part in layouts.commit_to_parts(commit)),
         )
-        first = [_lay_tape(commit) for commit in commits if commit.tape is not None]
+        first = [_stage_tape(commit) for commit in commits if commit.tape is not None]
         return ScriptCall(_COMMIT_CHUNKS, slot, arguments, first)
 
 
 def _chunk_outcomes(commits: Sequence[ChunkCommit], ran: Ran) -> Iterator[ChunkOutcome | Exception]:
-    laid = iter(ran.first)
+    staged = iter(ran.first)
     for commit, outcome in zip(commits, ran.answer, strict=True):
-        lay = next(laid) if commit.tape is not None else None
+        stage = next(staged) if commit.tape is not None else None
         if isinstance(outcome, Exception):
             yield as_domain_error(outcome)
-        elif outcome == b"UNLAID":
-            yield lay if isinstance(lay, Exception) else ChunkOutcome.STALE
+        elif outcome == b"UNSTAGED":
+            yield stage if isinstance(stage, Exception) else ChunkOutcome.STALE
         else:
             yield _CHUNK_OUTCOMES[outcome]
 
 
-def _lay_tape(commit: ChunkCommit) -> Command:
-    """Return the command that lays down a tape for its commit, which gives it its right name."""
+def _stage_tape(commit: ChunkCommit) -> Command:
+    """Return the command that stages a tape for its commit, which renames it."""
     tag = keys.session_tag(commit.key)
     return ("SET", keys.staged_tape_key(tag, commit.state.token), commit.tape, "PX", ORPHAN_MS)
 
@@ -313,5 +313,5 @@ def _tape_keys(commit: ChunkCommit) -> list[bytes]:
         return []
     tag = keys.session_tag(commit.key)
     name = layouts.TAPE_NAME.pack(commit.epoch, commit.state.chunk_seq)
-    laid = keys.staged_tape_key(tag, commit.state.token)
-    return [keys.tape_index_key(tag), keys.tape_key(tag, name), laid]
+    staged = keys.staged_tape_key(tag, commit.state.token)
+    return [keys.tape_index_key(tag), keys.tape_key(tag, name), staged]

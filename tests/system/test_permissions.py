@@ -171,5 +171,5 @@ def commands_run(server: RedisServer) -> set[str]:
 
 def commands_of_scripts() -> set[str]:
     """Return what the scripts call, so that a new one is not left out of the run."""
-    texts = (path.read_text() for path in LUA.glob("*.lua"))
+    texts = (path.read_text() for path in LUA.rglob("*.lua"))
     return {name.lower() for text in texts for name in re.findall(r"call\('(\w+)'", text)}

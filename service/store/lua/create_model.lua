@@ -3,30 +3,23 @@
 -- KEYS[1] model  KEYS[2] versions  KEYS[3] requests  KEYS[4] request times
 -- ARGV[1] incarnation  ARGV[2] specification  ARGV[3] head: number (8) and digest (16)
 -- ARGV[4] 16 bytes that name the request, or ''  ARGV[5] digest of its content
--- ARGV[6] entry of the version: digest (16) bytes (8) parts (2) moments' parts (2) pins (2)
--- ARGV[7] prefix of weights  ARGV[8] prefix of moments
+-- ARGV[6] entry of the version  ARGV[7] prefix of weights  ARGV[8] prefix of moments
 -- Returns CREATED | REPLAYED | EXISTS | REUSED | STALE: a part is not there, or not any more
-if redis.call('EXISTS', KEYS[1]) == 1 then
-  local known = ARGV[4] ~= '' and redis.call('HGET', KEYS[3], ARGV[4])
+-- Library: bytes, clock, models, requests, versions
+local model_key, versions_key, requests_key, request_times_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local incarnation, specification, head, request, content = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
+local entry, weights, moments = ARGV[6], ARGV[7], ARGV[8]
+local now = now_ms()
+
+if redis.call('EXISTS', model_key) == 1 then
+  local known = request ~= '' and redis.call('HGET', requests_key, request)
   if not known then return 'EXISTS' end
-  return string.sub(known, 1, 16) == ARGV[5] and 'REPLAYED' or 'REUSED'
+  return request_content(known) == content and 'REPLAYED' or 'REUSED'
 end
-local time = redis.call('TIME')
-local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
-local parts, moment_parts = struct.unpack('>I2I2', ARGV[6], 25)
-local name = string.sub(ARGV[3], 9, 24) .. string.sub(ARGV[3], 1, 8)
-local keys = {}
-for part = 0, parts - 1 do keys[#keys + 1] = ARGV[7] .. name .. struct.pack('>I2', part) end
-for part = 0, moment_parts - 1 do keys[#keys + 1] = ARGV[8] .. name .. struct.pack('>I2', part) end
-for _, key in ipairs(keys) do
-  if redis.call('EXISTS', key) == 0 then return 'STALE' end
-end
-for _, key in ipairs(keys) do redis.call('PERSIST', key) end
-redis.call('HSET', KEYS[1], 'incarnation', ARGV[1], 'spec', ARGV[2], 'head', ARGV[3],
-  'created', string.format('%.0f', now), 'waiting', '0', 'superseded', '0')
-redis.call('HSET', KEYS[2], string.sub(ARGV[3], 1, 8), ARGV[6])
-if ARGV[4] ~= '' then
-  redis.call('HSET', KEYS[3], ARGV[4], ARGV[5])
-  redis.call('ZADD', KEYS[4], now, ARGV[4])
-end
+local number = struct.unpack(VERSION_NAME, head)
+if not persist_all(weights_keys(weights, number, entry), moments_keys(moments, number, entry)) then return 'STALE' end
+redis.call('HSET', model_key, INCARNATION, incarnation, SPECIFICATION, specification, HEAD, head,
+  'created', decimal(now), WAITING_BYTES, 0, SUPERSEDED_BYTES, 0)
+redis.call('HSET', versions_key, number, entry)
+if request ~= '' then remember_request(requests_key, request_times_key, request, content, now) end
 return 'CREATED'

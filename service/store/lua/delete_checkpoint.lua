@@ -4,32 +4,23 @@
 -- ARGV[1] incarnation  ARGV[2] name  ARGV[3] prefix of moments
 -- Returns DELETED | ABSENT | GONE; UNSUPPORTED_LAYOUT, an error: another release laid out the checkpoint or the
 -- version's entry
+-- Library: checkpoints, clock, models, versions
+local checkpoints_key, incarnation, name = KEYS[4], ARGV[1], ARGV[2]
+local slot = {model = KEYS[1], versions = KEYS[2], superseded = KEYS[3], moments = ARGV[3]}
 
--- The refusal of an entry of another length than ours; nil for our own, or for none.
-local function unknown_entry(what, entry, size)
-  if entry and #entry ~= size then return redis.error_reply('UNSUPPORTED_LAYOUT ' .. what .. ' ' .. #entry .. ' bytes') end
+if not is_incarnation(slot.model, incarnation) then return 'GONE' end
+local checkpoint, refusal = read_checkpoint(checkpoints_key, name)
+if not checkpoint then return 'ABSENT' end
+if refusal then return refusal end
+local number = struct.unpack(VERSION_NAME, checkpoint)
+local entry = redis.call('HGET', slot.versions, number)
+refusal = check_version(entry)
+if refusal then return refusal end
+redis.call('HDEL', checkpoints_key, name)
+local others = checkpoint_count(entry) - 1
+if others > 0 or struct.unpack(VERSION_NAME, read_model_head(slot.model)) == number then
+  redis.call('HSET', slot.versions, number, with_checkpoints(entry, others))
+else
+  supersede(slot, number, entry, now_ms())
 end
-
-local model = redis.call('HMGET', KEYS[1], 'incarnation', 'head')
-if model[1] ~= ARGV[1] then return 'GONE' end
-local known = redis.call('HGET', KEYS[4], ARGV[2])
-if not known then return 'ABSENT' end
-local number = string.sub(known, 1, 8)
-local entry = redis.call('HGET', KEYS[2], number)
-local unknown = unknown_entry('checkpoint', known, 32) or unknown_entry('version_entry', entry, 30)
-if unknown then return unknown end
-redis.call('HDEL', KEYS[4], ARGV[2])
-local pins = struct.unpack('>I2', entry, 29) - 1
-if pins > 0 or string.sub(model[2], 1, 8) == number then
-  redis.call('HSET', KEYS[2], number, string.sub(entry, 1, 28) .. struct.pack('>I2', pins))
-  return 'DELETED'
-end
-for part = 0, struct.unpack('>I2', entry, 27) - 1 do
-  redis.pcall('UNLINK', ARGV[3] .. string.sub(entry, 1, 16) .. number .. struct.pack('>I2', part))
-end
-local time = redis.call('TIME')
-local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
-redis.call('HSET', KEYS[2], number, string.sub(entry, 1, 26) .. '\0\0\0\0')
-redis.call('ZADD', KEYS[3], now, number)
-redis.call('HINCRBY', KEYS[1], 'superseded', string.format('%.0f', struct.unpack('>I8', entry, 17) + 4096))
 return 'DELETED'

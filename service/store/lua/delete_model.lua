@@ -4,44 +4,41 @@
 -- KEYS[6] waiting  KEYS[7] expiry  KEYS[8] requests  KEYS[9] request times
 -- ARGV[1] incarnation  ARGV[2] prefix of weights  ARGV[3] prefix of moments  ARGV[4] prefix of gradients
 -- Returns DELETED or ABSENT; UNSUPPORTED_LAYOUT, an error: another release laid out an entry
+-- Library: contributions, models, parts, versions
+local model_key, versions_key, contributions_key, waiting_key = KEYS[1], KEYS[2], KEYS[5], KEYS[6]
+local incarnation, weights, moments, gradients = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+local slot = {contributions = contributions_key, gradients = gradients}
 
--- The refusal of an entry of another length than ours; nil for our own, or for none.
-local function unknown_entry(what, entry, size)
-  if entry and #entry ~= size then return redis.error_reply('UNSUPPORTED_LAYOUT ' .. what .. ' ' .. #entry .. ' bytes') end
-end
-
--- The refusal of a contribution's entry of another length than ours; nil for our own, or for none.
-local function unknown_contribution(entry)
-  if not entry or #entry == (string.sub(entry, 1, 1) == 'W' and 25 or 17) then return end
-  return redis.error_reply('UNSUPPORTED_LAYOUT contribution ' .. #entry .. ' bytes')
-end
-
-if redis.call('HGET', KEYS[1], 'incarnation') ~= ARGV[1] then return 'ABSENT' end
-local versions = redis.call('HGETALL', KEYS[2])
-for i = 2, #versions, 2 do
-  local unknown = unknown_entry('version_entry', versions[i], 30)
-  if unknown then return unknown end
-end
-local waiting = redis.call('ZRANGE', KEYS[6], 0, -1)
-for i, name in ipairs(waiting) do
-  waiting[i] = {name, redis.call('HGET', KEYS[5], name)}
-  local unknown = unknown_contribution(waiting[i][2])
-  if unknown then return unknown end
-end
-for i = 1, #versions, 2 do
-  local parts, moment_parts = struct.unpack('>I2I2', versions[i + 1], 25)
-  local name = string.sub(versions[i + 1], 1, 16) .. versions[i]
-  for part = 0, parts - 1 do redis.pcall('UNLINK', ARGV[2] .. name .. struct.pack('>I2', part)) end
-  for part = 0, moment_parts - 1 do redis.pcall('UNLINK', ARGV[3] .. name .. struct.pack('>I2', part)) end
-end
--- Remove a waiting gradient: one value, or parts of 4 MiB whose names carry its digest as well.
-local function drop_gradient(name, entry)
-  local parts = math.ceil(struct.unpack('>I8', entry, 18) / 4194304)
-  if parts <= 1 then redis.pcall('UNLINK', ARGV[4] .. name) return end
-  for part = 0, parts - 1 do
-    redis.pcall('UNLINK', ARGV[4] .. name .. string.sub(entry, 2, 17) .. struct.pack('>I2', part))
+-- Return the versions' numbers and entries in turn; and their refusal.
+local function read_versions()
+  local versions = redis.call('HGETALL', versions_key)
+  for i = 2, #versions, 2 do
+    local refusal = check_version(versions[i])
+    if refusal then return versions, refusal end
   end
+  return versions
 end
-for _, one in ipairs(waiting) do drop_gradient(one[1], one[2]) end
+
+-- Return the entries of waiting contributions by name; and their refusal.
+local function read_waiting()
+  local entries = {}
+  for _, name in ipairs(redis.call('ZRANGE', waiting_key, 0, -1)) do
+    local entry, refusal = read_contribution(slot, name)
+    if refusal then return entries, refusal end
+    entries[name] = entry
+  end
+  return entries
+end
+
+if not is_incarnation(model_key, incarnation) then return 'ABSENT' end
+local versions, refusal = read_versions()
+if refusal then return refusal end
+local waiting, refused = read_waiting()
+if refused then return refused end
+for i = 1, #versions, 2 do
+  drop_all(weights_keys(weights, versions[i], versions[i + 1]))
+  drop_all(moments_keys(moments, versions[i], versions[i + 1]))
+end
+for name, entry in pairs(waiting) do drop_gradient(slot, name, entry) end
 for _, key in ipairs(KEYS) do redis.call('UNLINK', key) end
 return 'DELETED'

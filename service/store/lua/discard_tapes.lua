@@ -3,36 +3,30 @@
 -- KEYS[1] record  KEYS[2] tape index
 -- ARGV[1] the epoch (8), or '': of any  ARGV[2] the chunk_seqs, 8 bytes each, or '': all
 -- Returns their number; UNSUPPORTED_LAYOUT, an error: another release laid out the record or an entry
+-- Library: bytes, sessions, tapes
+local record_key, index_key, epoch, chunk_seqs = KEYS[1], KEYS[2], ARGV[1], ARGV[2]
+local NUMBER_BYTES <const> = 8
 
--- The refusal of a record that another release laid out, as its first byte says; nil for our own.
-local function unknown_record(head)
-  if string.byte(head) ~= 1 then return redis.error_reply('UNSUPPORTED_LAYOUT session layout ' .. string.byte(head)) end
-  if #head < 80 then return redis.error_reply('UNSUPPORTED_LAYOUT session ' .. #head .. ' bytes') end
-end
-
--- The refusal of a list of tapes with an entry of another length than ours; nil for our own.
-local function unknown_tapes(index)
-  for i = 2, #index, 2 do
-    if #index[i] ~= 33 then return redis.error_reply('UNSUPPORTED_LAYOUT tape_entry ' .. #index[i] .. ' bytes') end
-  end
-end
-
-local head = redis.call('GETRANGE', KEYS[1], 0, 79)
-local dropped, index = 0, redis.call('HGETALL', KEYS[2])
-local unknown = head ~= '' and unknown_record(head) or unknown_tapes(index)
-if unknown then return unknown end
-local function named(name)
-  if ARGV[1] ~= '' and string.sub(name, 1, 8) ~= ARGV[1] then return false end
-  if ARGV[2] == '' then return true end
-  for at = 1, #ARGV[2], 8 do
-    if string.sub(ARGV[2], at, at + 7) == string.sub(name, 9) then return true end
+-- Return whether the tape of this name, epoch and chunk_seq, is one that the caller means.
+local function is_meant(name)
+  if epoch ~= '' and slice(name, 0, NUMBER_BYTES) ~= epoch then return false end
+  if chunk_seqs == '' then return true end
+  for at = 0, #chunk_seqs - 1, NUMBER_BYTES do
+    if slice(chunk_seqs, at, NUMBER_BYTES) == slice(name, NUMBER_BYTES, NUMBER_BYTES) then return true end
   end
   return false
 end
+
+local _, refusal = read_head(record_key)
+if refusal then return refusal end
+local index, refused = read_tapes(index_key)
+if refused then return refused end
+local dropped = 0
 for i = 1, #index, 2 do
-  if string.sub(index[i + 1], 17, 17) == 'W' and named(index[i]) then
-    redis.call('HDEL', KEYS[2], index[i])
-    redis.pcall('UNLINK', KEYS[2] .. index[i])
+  local _, _, state = struct.unpack(TAPE_ENTRY, index[i + 1])
+  if state == TAPE_WAITING and is_meant(index[i]) then
+    redis.call('HDEL', index_key, index[i])
+    redis.pcall('UNLINK', index_key .. index[i])
     dropped = dropped + 1
   end
 end

@@ -1,37 +1,23 @@
 #!lua flags=no-writes
--- Read in one look what an Update decides from: request id, head and contributions. In two looks a
+-- Read a consistent snapshot of what an Update decides from: request id, head and contributions. In two reads a
 -- late duplicate would find the contributions gone and be refused for a step that was made.
 -- KEYS[1] model  KEYS[2] contributions  KEYS[3] waiting  KEYS[4] requests
 -- ARGV[1] 16 bytes that name the request
--- ARGV[2…] each a name (32), what names begin with (16 or 24), or '' for all that wait
+-- ARGV[2…] selectors: each a name (32), what names begin with (16 or 24), or '' for all that wait
 -- Returns {incarnation, specification, head, what was remembered of the request or '', then for each
--- contribution that waits its name (32) and digest (16)}; {} without a model; UNSUPPORTED_LAYOUT, an error: another release laid out
--- a contribution
+-- contribution that waits its name (32) and digest (16)}; {} without a model; UNSUPPORTED_LAYOUT, an error: another
+-- release laid out a contribution
+-- Library: contributions, models, selectors
+local model_key, slot, requests_key, request = KEYS[1], {contributions = KEYS[2], waiting = KEYS[3]}, KEYS[4], ARGV[1]
 
--- The refusal of a contribution's entry of another length than ours; nil for our own, or for none.
-local function unknown_contribution(entry)
-  if not entry or #entry == (string.sub(entry, 1, 1) == 'W' and 25 or 17) then return end
-  return redis.error_reply('UNSUPPORTED_LAYOUT contribution ' .. #entry .. ' bytes')
-end
-
-local model = redis.call('HMGET', KEYS[1], 'incarnation', 'spec', 'head')
-if not model[1] then return {} end
-local answer = {model[1], model[2], model[3], redis.call('HGET', KEYS[4], ARGV[1]) or ''}
+local incarnation, specification, head = unpack(redis.call('HMGET', model_key, INCARNATION, SPECIFICATION, HEAD))
+if not incarnation then return {} end
+local answer = {incarnation, specification, head, redis.call('HGET', requests_key, request) or ''}
 for i = 2, #ARGV do
-  if #ARGV[i] == 32 then
-    local entry = redis.call('HGET', KEYS[2], ARGV[i])
-    local unknown = unknown_contribution(entry)
-    if unknown then return unknown end
-    if entry and string.sub(entry, 1, 1) == 'W' then answer[#answer + 1] = ARGV[i] .. string.sub(entry, 2, 17) end
-  else
-    local from = ARGV[i] == '' and '-' or '[' .. ARGV[i]
-    local to = ARGV[i] == '' and '+' or '[' .. ARGV[i] .. string.rep('\255', 17)
-    for _, name in ipairs(redis.call('ZRANGEBYLEX', KEYS[3], from, to)) do
-      local entry = redis.call('HGET', KEYS[2], name)
-      local unknown = unknown_contribution(entry)
-      if unknown then return unknown end
-      answer[#answer + 1] = name .. string.sub(entry, 2, 17)
-    end
+  for _, name in ipairs(selected_names(slot.waiting, ARGV[i])) do
+    local entry, refusal = read_contribution(slot, name)
+    if refusal then return refusal end
+    if is_waiting(entry) then answer[#answer + 1] = name .. contribution_digest(entry) end
   end
 end
 return answer
