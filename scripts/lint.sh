@@ -25,6 +25,7 @@ check "ruff check" ruff check --no-fix "${dirs[@]}"
 check "ruff format" ruff format --check --diff "${dirs[@]}"
 check "mypy" mypy "${dirs[@]}"
 check "import-linter" lint-imports --no-cache
+check "words" pytest -q tests/architecture/test_words.py
 check "buf lint" buf lint
 # What the last release promised to its clients; `make release-proto` renews it.
 if [[ -f proto/released.binpb ]]; then

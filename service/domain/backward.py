@@ -218,7 +218,7 @@ def _own_selector(op: Backward) -> Selector:
 def _finite_norm(gradients: ChunkGradients) -> float:
     norm = global_norm(gradients.grads)
     if not (math.isfinite(norm) and is_finite(gradients.dxs) and is_finite(gradients.dh0)):
-        text = "the gradients are not finite; nothing was counted"
+        text = "the gradients are not finite; nothing was recorded"
         raise FailedPrecondition("NON_FINITE_RESULT", text)
     return norm
 

@@ -130,7 +130,7 @@ class Contributions:
         chunk_seq = recording.chunk_seq
         if outcome is RecordOutcome.REUSED:
             text = (
-                f"a gradient of chunk {chunk_seq} was counted with different content: "
+                f"a gradient of chunk {chunk_seq} was recorded with different content: "
                 "another writer uses this session, or other data was sent for the same chunk"
             )
             raise AlreadyExists("SEQ_REUSED", text, chunk_seq=chunk_seq)

@@ -73,7 +73,7 @@ class ModelCache:
         observer.cache_added("moments", self._moments.counts)
 
     def now(self) -> float:
-        """Return the time by which a head's age is told."""
+        """Return the time by which a head's age is measured."""
         return self._clock()
 
     def get_cached(self, key: ModelKey) -> KnownModel | None:
@@ -114,7 +114,7 @@ class ModelCache:
         """Return the model in the life that a session was opened in.
 
         Raises:
-            NotFound: MODEL_NOT_FOUND, also when the name has a new life.
+            NotFound: MODEL_NOT_FOUND, also when the name belongs to a new incarnation.
         """
         model = await self.get(key)
         if model.incarnation != incarnation:
@@ -125,7 +125,7 @@ class ModelCache:
         """Read a model again.
 
         Raises:
-            NotFound: MODEL_NOT_FOUND, also when the name has a new life.
+            NotFound: MODEL_NOT_FOUND, also when the name belongs to a new incarnation.
         """
         renewed = await self.get(model.key, fresh=True)
         return _same_incarnation(renewed, model.incarnation)
@@ -226,7 +226,9 @@ class ModelCache:
     def _stop_reading(self, key: ModelKey, done: asyncio.Task[KnownModel]) -> None:
         del self._reading[key]
         if not done.cancelled():
-            done.exception()  # told to those who wait; a read ahead has nobody to tell
+            # Those who wait get the exception. Nothing waits for a read ahead: without this, asyncio
+            # would log that its exception was never retrieved.
+            done.exception()
 
     async def _read(self, key: ModelKey) -> KnownModel:
         read_at = self._clock()
@@ -265,5 +267,5 @@ def _same_incarnation(model: KnownModel, incarnation: bytes) -> KnownModel:
 
 
 def is_at_least(head: Version, minimum: Version) -> bool:
-    """Tell whether a head is the minimum itself or has a higher number."""
+    """Return whether a head is the minimum itself or has a higher number."""
     return head.number > minimum.number or minimum.names(head)

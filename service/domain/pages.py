@@ -36,7 +36,7 @@ def position_from_token(token: str) -> tuple[str, str] | None:
 
 
 def _is_whole(score: object) -> TypeGuard[str]:
-    """Tell whether a position is a time in milliseconds, or empty."""
+    """Return whether a position is a time in milliseconds, or empty."""
     return isinstance(score, str) and (score == "" or (score.isascii() and score.isdigit()))
 
 

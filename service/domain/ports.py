@@ -56,7 +56,7 @@ class SessionHead:
 
 @dataclass(frozen=True, slots=True)
 class SessionSnapshot:
-    """A session in one look; `before` and `at` are the states around the chunk asked for."""
+    """A snapshot of a session; `before` and `at` are the states around the chunk that was asked for."""
 
     head: SessionHead
     expire_time_ms: int
@@ -165,7 +165,7 @@ class ChunkOutcome(Enum):
     """What came of a chunk's commit."""
 
     OK = "OK"
-    TOUCH = "TOUCH"  # OK, and the tenant's list is to be told that the session lives on
+    TOUCH = "TOUCH"  # OK, and the session's entry in the tenant's list has to be extended
     STALE = "STALE"
     QUOTA = "QUOTA"
 
@@ -398,7 +398,7 @@ class SessionStore(Protocol):
     async def mark_tape_consumed(
         self, key: SessionKey, epoch: int, chunk_seq: int, token: bytes
     ) -> None:
-        """Note that the contribution of a tape was counted."""
+        """Note that the contribution of a tape was recorded."""
 
     async def discard_tapes(self, key: SessionKey, epoch: int, chunk_seqs: Sequence[int]) -> int:
         """Drop tapes that wait for their Backward; epoch 0: any, no chunks: all."""

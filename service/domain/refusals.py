@@ -136,7 +136,7 @@ def tape_missing(chunk_seq: int, state: ContributionState | None) -> FailedPreco
         state: What has become of its contribution; None if it was never recorded.
     """
     if state:
-        text = f"the gradient of chunk {chunk_seq} was counted; its tape is not kept any more"
+        text = f"the gradient of chunk {chunk_seq} was recorded; its tape is not kept any more"
     else:
         text = (
             f"chunk {chunk_seq} has no tape: it ran in INFER mode, or its tape has expired, "

@@ -198,7 +198,7 @@ class Sessions:
         return await self._create(SessionKey(tenant, new_id), start)
 
     async def close(self, key: SessionKey, expected_epoch: int) -> bool:
-        """End a session; tell whether this call ended it."""
+        """End a session; return whether this call ended it."""
         decision = await self._store.close_session(key, expected_epoch)
         self._session_cache.drop(key)
         if isinstance(decision, AbsentSession):
@@ -315,8 +315,8 @@ class Sessions:
         except STORE_FAILURES as error:
             if error.reason == "UNKNOWN_OUTCOME":
                 raise
-            # No session can begin either where the store takes no writes, so none needs an entry; but
-            # one that is live can go on, and what was begun before be told.
+            # If the store refuses writes, no session can begin either, so that none needs an entry; but
+            # a live one can go on, and a retry of an Open that was carried out gets its answer.
             return None
         if reserved is not None:
             return reserved

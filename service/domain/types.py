@@ -66,7 +66,7 @@ class Version(NamedTuple):
     digest: bytes = b""
 
     def names(self, other: Version) -> bool:
-        """Tell whether this name, digest optional, is the other's."""
+        """Return whether this name, which may lack a digest, is that of the other version."""
         return self.number == other.number and self.digest in (b"", other.digest)
 
 

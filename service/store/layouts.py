@@ -26,7 +26,7 @@ Session record: head (80) | tail: model id | ring of `slots` slots, chunk k at k
 | 8 | 8 | epoch |
 | 16 | 8 | chunk_seq |
 | 24 | 8 | ttl in ms |
-| 32 | 8 | when the tenant's list was last told, ms |
+| 32 | 8 | when the entry in the tenant's list was last extended, ms |
 | 40 | 16 | names the request which began the epoch (8) and its content (8) |
 | 56 | 4 | batch size |
 | 60 | 1 | dtype; three bytes of padding |

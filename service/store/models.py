@@ -64,7 +64,7 @@ class RedisModelStore:
     """The ModelStore port over a Redis or Valkey server."""
 
     def __init__(self, runner: ScriptRunner, limits: Limits) -> None:
-        """Keep what the scripts are told."""
+        """Keep the runner and the limits that the scripts get as arguments."""
         self._runner = runner
         self._limits = limits
 

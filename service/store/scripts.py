@@ -235,12 +235,12 @@ class ScriptRunner:
             for call, form in zip(calls, forms, strict=True)
             for command in (*call.first, form)
         ]
-        told = await self._send(calls[0].script.name, commands)
+        answers = await self._send(calls[0].script.name, commands)
         # A script decides by what it finds: it says what was done, whatever became of what was sent
         # before it.
         ends = itertools.accumulate(len(call.first) + 1 for call in calls)
         return [
-            Ran(told[end - 1], told[end - 1 - len(call.first) : end - 1])
+            Ran(answers[end - 1], answers[end - 1 - len(call.first) : end - 1])
             for call, end in zip(calls, ends, strict=True)
         ]
 

@@ -65,7 +65,7 @@ class RedisSessionStore:
     """The SessionStore port over a Redis or Valkey server."""
 
     def __init__(self, runner: ScriptRunner, limits: Limits) -> None:
-        """Keep what the scripts are told."""
+        """Keep the runner and the limits that the scripts get as arguments."""
         self._runner = runner
         self._limits = limits
 
@@ -127,9 +127,9 @@ class RedisSessionStore:
     async def _commit_groups(
         self, groups: Sequence[Sequence[ChunkCommit]]
     ) -> list[ChunkOutcome | Exception]:
-        told = await self._runner.run_many([self._commit_call(some) for some in groups])
+        runs = await self._runner.run_many([self._commit_call(some) for some in groups])
         answers: list[ChunkOutcome | Exception] = []
-        for some, ran in zip(groups, told, strict=True):
+        for some, ran in zip(groups, runs, strict=True):
             if not isinstance(ran.answer, Exception):
                 answers += _chunk_outcomes(some, ran)
             elif len(some) > 1 and is_refusal(ran.answer):
@@ -186,7 +186,7 @@ class RedisSessionStore:
     async def mark_tape_consumed(
         self, key: SessionKey, epoch: int, chunk_seq: int, token: bytes
     ) -> None:
-        """Note that the contribution of a tape was counted."""
+        """Note that the contribution of a tape was recorded."""
         tag = keys.session_tag(key)
         name = layouts.TAPE_NAME.pack(epoch, chunk_seq)
         slot = (keys.record_key(tag), keys.tape_index_key(tag))

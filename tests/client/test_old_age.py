@@ -53,7 +53,7 @@ def forget_session(raw: Any, session: timernn.Session) -> None:
 
 
 def forget_counted(raw: Any, model_id: str) -> None:
-    """Let the time pass for which the names of counted contributions are remembered."""
+    """Let the time pass for which the names of recorded contributions are remembered."""
     tag = keys.model_tag(ModelKey("default", model_id))
     for name in raw.zrange(keys.expiry_key(tag), 0, -1):
         raw.hdel(keys.contributions_key(tag), name)
@@ -178,7 +178,7 @@ def test_a_gradient_that_another_took_is_not_recorded_again(
 def test_a_gradient_that_no_step_took_is_sent_however_old(
     live: timernn.Client, model: str, slots: Any, rng: np.random.Generator
 ) -> None:
-    """While the head is the one it was counted beside, no step can have taken it."""
+    """While the head is the one that was known when it was recorded, no step can have consumed it."""
     session = live.session(model, train=True, ttl=TTL_S)
     slot = slots.of_model(model)
     session.backward(session.forward(rng.normal(size=(1, 3, D))))
@@ -223,7 +223,7 @@ def test_a_steps_gradients_come_back_with_it(
 def test_a_backward_is_not_finished_on_a_tape_made_again(
     live: timernn.Client, model: str, raw: Any, rng: np.random.Generator
 ) -> None:
-    """Beyond the first tape's time the server may have forgotten that the gradient was counted."""
+    """Beyond the first tape's time the server may have forgotten that the gradient was recorded."""
     session = live.session(model, train=True, ttl=TTL_S)
     hs = session.forward(rng.normal(size=(1, 3, D)))
     (taped,) = session._core.state.tapes

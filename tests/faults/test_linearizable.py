@@ -145,7 +145,7 @@ class ModelRival:
     """One of several trainers of a model, with a session of its own and lost answers.
 
     They name what they take, also what a rival has counted: a step over all that waits takes what it
-    finds at its beginning, and what is counted while it is under way may be left for the next.
+    finds at its beginning, and what is recorded while it is under way may be left for the next.
     """
 
     def __init__(

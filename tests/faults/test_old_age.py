@@ -57,7 +57,7 @@ def forget_session(raw: Any, session_id: str) -> None:
 
 
 def forget_counted(raw: Any, model_id: str) -> None:
-    """Let the time pass for which the names of counted contributions are remembered."""
+    """Let the time pass for which the names of recorded contributions are remembered."""
     tag = keys.model_tag(ModelKey("default", model_id))
     for name in raw.zrange(keys.expiry_key(tag), 0, -1):
         if raw.hget(keys.contributions_key(tag), name).startswith(b"C"):
@@ -66,7 +66,7 @@ def forget_counted(raw: Any, model_id: str) -> None:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.promise("R34", "what ended or was counted is not taken for lost, however late")
+@pytest.mark.promise("R34", "what ended or was recorded is not taken for lost, however late")
 @figure("rounds", 30, 200)
 def test_who_comes_back_late_brings_nothing_back_and_counts_nothing_twice(
     store: RedisServer, replicas: list[ServiceProcess], proof: Proof, seed: int, rounds: int

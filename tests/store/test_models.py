@@ -230,7 +230,7 @@ async def test_a_contribution_whose_tape_has_expired_is_not_recorded(model: Mode
 
 
 async def test_a_contribution_that_was_recorded_answers_also_after_its_tape(model: Model) -> None:
-    """A retry learns that it was counted, whatever has expired since."""
+    """A retry learns that it was recorded, whatever has expired since."""
     await model.create()
     await model.record(1)
     late = Contribution(INCARNATION, model.contribution(1), b"g" * 16, Blob((b"gradient",)), 1)
