@@ -1,4 +1,4 @@
-"""The same recurrence in the libraries that users would take instead, each as well as it can be put.
+"""The same recurrence in the libraries that users would take instead, each in its fastest form.
 
 Every peer holds its weights and inputs in its own arrays and layout before the clock starts.
 """

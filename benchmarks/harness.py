@@ -1,7 +1,7 @@
-"""How to measure: one core, interleaved repetitions, the machine beside the figures.
+"""Measures on one core with interleaved repetitions, and describes the machine beside the figures.
 
-A sample is the mean of as many calls as fill a slice of time; the contestants take turns, so that what
-disturbs the machine disturbs all of them; what counts is the median of the samples.
+A sample is the mean over as many calls as fill a slice of time. The contestants take turns, so that what
+disturbs the machine disturbs all of them; the result is the median of the samples.
 """
 
 import gc

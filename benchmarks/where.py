@@ -82,7 +82,7 @@ def _weigh(lab: Lab, scenario: Scenario, server: str) -> dict[str, float]:
         "store": lab.store.pid,
     }
     order = scenario.peer_orders.get(server, scenario.order)
-    # What is opened and warmed up is not to be counted, and what is counted is to be all that was done.
+    # Opening and warming up must not be measured, and the divisor must be all chunks that were measured.
     lab.measure("warm-up", server, client, **order, seconds=WARM_UP_S, warmup_s=0)
     before, kernel_s = _processor_s(pids), psutil.Process(pids["server"]).cpu_times().system
     calls = _script_calls(lab)

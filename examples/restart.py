@@ -4,8 +4,8 @@ Run it with `python -m examples.restart localhost:50051` beside `timernn serve`;
 The weights that it ends with are those of a run to which nothing happens, digest for digest.
 
 It keeps no file. A step makes one version of the weights, so the number of the head says how many
-steps are made. The step in which it was killed is gone through again with the same data and the same
-chunk number: what had been applied is answered again, what had not is applied now.
+steps are made. The step in which it was killed is repeated with the same data and the same chunk number:
+what had been applied is answered again, what had not is applied now.
 """
 
 from __future__ import annotations

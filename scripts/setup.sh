@@ -49,7 +49,7 @@ echo "Installing requirements/$lock.lock into $venv" >&2
 pip=("$venv/bin/python" -m pip --disable-pip-version-check -qq)
 # uv takes seconds where pip takes a minute; pip is the way out where uv has no wheel or no route.
 install() {
-  # The machine's own certificates, as pip is told to use them behind a company's proxy.
+  # The machine's own certificates, the same that pip is configured to use behind a company's proxy.
   VIRTUAL_ENV=$PWD/$venv UV_SYSTEM_CERTS=1 "$venv/bin/uv" pip install --quiet "$@" 2>/dev/null ||
     "${pip[@]}" install "$@"
 }

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 READY: Final = b"timernn ready on "
 FIRST_RESTART_S: Final = 0.2
 LAST_RESTART_S: Final = 10.0
-STARTS_TRIED: Final = 3  # if a worker does not become ready in so many starts, the supervisor ends
+# If a worker does not become ready in so many starts, the supervisor ends.
+STARTS_TRIED: Final = 3
 
 _LOGGER = logging.getLogger(__name__)
 

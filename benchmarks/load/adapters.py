@@ -1,7 +1,7 @@
 """What the loops know of a server: how a chunk is sent, and how an answer is read.
 
-There is one adapter a server. All use the raw stubs, with no client library in between, and make each
-request anew, as a client with new data would.
+There is one adapter per server. All use the raw stubs, with no client library in between, and build each
+request again, as a client with new data would.
 """
 
 from abc import ABC, abstractmethod

@@ -1,8 +1,8 @@
 """The arithmetic of capacity: from what a chunk costs each process to how many processes a load needs.
 
-A worker is one server process on one core. While it is busy chunks gather, and what has gathered is its
-next batch: the fuller its batches, the cheaper a chunk. So a worker has no fixed cost a chunk; how large its
-batches are at some load is the stationary state of a small Markov chain (`Costs.batches`).
+A worker is one server process on one core. Chunks that arrive while it is busy are its next batch: the
+larger its batches, the cheaper a chunk. So a worker has no fixed cost per chunk; the size of its batches at
+a given load is the stationary state of a small Markov chain (`Costs.batches`).
 """
 
 import math

@@ -1,9 +1,9 @@
-"""A fleet played through: sessions hashed over workers and masters, chunks one by one.
+"""Simulates a fleet chunk by chunk: sessions are hashed over workers and masters.
 
-Chunks come as a Poisson stream, each of a session drawn at random. A worker that is free takes all that
-has gathered, up to a full batch; when it is done their commits leave, one round trip a master; a master
-does one round trip after another; a chunk is answered when its trip is. Nothing flows back, so the workers
-are played first and the masters after them.
+Chunks arrive as a Poisson stream, each of a session drawn at random. A worker that is free takes all chunks
+that are queued, up to a full batch; when it is done it sends their commits, one round trip per master; a
+master does one round trip after another; a chunk is answered when its round trip is. Masters do not affect
+workers, so the workers are simulated first and the masters after them.
 """
 
 from bisect import bisect_right

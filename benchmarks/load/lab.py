@@ -36,7 +36,7 @@ class Plan:
 
     Attributes:
         seconds: Of one measurement.
-        warmup_s: Before each, not counted, seconds.
+        warmup_s: The warm-up before each measurement, whose answers are left out, in seconds.
         repetitions: Of each measurement; the servers take turns.
         is_long: Whether benches that take minutes run at full length.
     """

@@ -1,4 +1,4 @@
-"""The closed loops: every client sends its next chunk when the answer before has come.
+"""The closed loops: every client sends its next chunk when the answer to the last one has arrived.
 
 Three ways to send: unary calls, streams with one chunk of a session in flight (ping-pong) or several
 (pipelined), and frames, where one stream message carries a chunk of each session. Answers count when they

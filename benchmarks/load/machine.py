@@ -1,4 +1,4 @@
-"""What the figures hold for: the machine and the versions of all that takes part."""
+"""What the figures are valid for: the machine and the versions of everything that takes part."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Child processes of a benchmark: started, waited for by their ready line, stopped with certainty."""
+"""Child processes of a benchmark: started, awaited by their ready line, always stopped."""
 
 import json
 import select

@@ -1,4 +1,4 @@
-"""What a run leaves behind: the tables, the JSON file, the charts."""
+"""The output of a run: the tables, the JSON file, the charts."""
 
 import statistics
 from collections.abc import Sequence

@@ -1,8 +1,8 @@
-"""Round trips of commits to a real store: what they take, and whose processor time it is.
+"""Round trips of commits to a real store: how long they take, and which process spends the time.
 
-One store that is not a cluster gets a batch as one call of the script. A cluster's masters get one call
-a chunk, and a batch is spread over as many round trips as masters have a part in it; here all of these
-lead to the one store, each over a client of its own, as they would.
+A store that is not a cluster gets a batch as one call of the script. The masters of a cluster get one call
+per chunk, and a batch takes one round trip for each master that holds some of its sessions; here all round
+trips go to the one store, each over a client of its own.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""What is left of a run: a picture and a table."""
+"""The output of a run: a picture and a table."""
 
 from __future__ import annotations
 

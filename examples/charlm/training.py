@@ -58,8 +58,8 @@ class History:
         seconds: How long the training took, the crash included.
         crash_step: Steps done when the server was killed.
         down_s: From the kill until the server was ready again.
-        chunk_seq: Chunks that the server counts for the session.
-        versions: New versions of the weights that the server counts.
+        chunk_seq: The session's chunk number on the server: the chunks that were applied.
+        versions: New versions of the weights on the server.
     """
 
     losses: list[float] = field(default_factory=list)

@@ -44,9 +44,11 @@ wait "$store"; code=$?
 kill "$guard" 2>/dev/null
 exit "$code"
 """
-_SOCKET_PATH_BYTES = 100  # sun_path holds 104 bytes on macOS and 108 on Linux, with a final zero
+# sun_path holds 104 bytes on macOS and 108 on Linux, with a final zero.
+_SOCKET_PATH_BYTES = 100
 _POLL_S = 0.005
-_LEFTOVER_S = 10.0  # what a leftover server gets for writing its file out before SIGKILL
+# The time that a leftover server gets to sync its file before SIGKILL.
+_LEFTOVER_S = 10.0
 
 
 class EmbeddedStoreError(Exception):
