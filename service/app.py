@@ -226,7 +226,9 @@ def build_server(
     session_tapes = SessionTapes(
         store.sessions, tapes, model_cache=model_cache, contributions=contributions
     )
-    updates = Updates(contributions, publisher, model_cache=model_cache, scheduler=scheduler)
+    updates = Updates(
+        contributions, publisher, model_cache=model_cache, scheduler=scheduler, limits=limits
+    )
     recurrence = Recurrence(
         store.sessions,
         model_cache=model_cache,
@@ -250,7 +252,7 @@ def build_server(
             limits=limits,
         ),
         updates=updates,
-        waiting=WaitingWork(store.sessions, model_cache, contributions),
+        waiting=WaitingWork(store.sessions, model_cache, contributions, limits=limits),
     )
     info = ServerInfo(
         server_version=version("timernn"),

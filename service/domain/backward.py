@@ -27,6 +27,7 @@ from service.domain.refusals import (
     recorded,
     recorded_metadata,
 )
+from service.domain.rules import InputRules
 from service.domain.types import BackwardResult, ModelKey, Selector, SessionKey
 from service.domain.weights import grads_to_blob
 
@@ -72,9 +73,11 @@ class Backpropagation:
         self._model_cache = model_cache
         self._scheduler = scheduler
         self._limits = limits
+        self._rules = InputRules(limits)
 
     async def backward(self, tenant: str, op: Backward) -> BackwardResult:
         """Compute a chunk's gradients and record them once; then make a step, if one is asked for."""
+        self._rules.check_backward(op)
         cached = self._tapes.get_cached(op)
         found, early = await asyncio.gather(
             self._tapes.read(tenant, op, cached), self._compute_early(op, cached)

@@ -38,6 +38,14 @@ from service.domain.refusals import (
     weights_forked,
 )
 from service.domain.replacements import RestoreStep, UploadStep
+from service.domain.rules import (
+    InputRules,
+    check_id,
+    check_request_id,
+    check_version,
+    check_version_numbers,
+    checked_page_size,
+)
 from service.domain.types import (
     DIGEST_BYTES,
     InitialWeights,
@@ -81,6 +89,7 @@ class Models:
         self._publisher = publisher
         self._scheduler = scheduler
         self._limits = limits
+        self._rules = InputRules(limits)
         self._carrier = Carrier()
         self._turns: WeakValueDictionary[ModelKey, asyncio.Lock] = WeakValueDictionary()
 
@@ -88,24 +97,34 @@ class Models:
         self, tenant: str, spec: ModelSpec, first: InitialWeights, request_id: str
     ) -> tuple[ModelView, bool]:
         """Create a model; return whether an earlier try of this request had created it."""
-        self.check_size(spec)
+        self._rules.check_spec(spec)
+        self._rules.check_initial_weights(first)
+        check_request_id("request_id", request_id)
+        self._check_size(spec)
         return await self._carrier.carry(self._create_in_turn(tenant, spec, first, request_id))
 
     async def import_model(
         self, tenant: str, spec: ModelSpec, data: bytes, request_id: str
     ) -> tuple[ModelView, bool]:
         """Create a model from a safetensors file, as `create` does."""
+        self.import_limit(spec, request_id)
         params, moments = await self._scheduler.run(len(data), weights.from_safetensors, spec, data)
         first = InitialWeights(given=params, moments=moments)
         return await self.create(tenant, spec, first, request_id)
 
-    def check_size(self, spec: ModelSpec) -> int:
-        """Refuse a model whose own step could not fit; return the most bytes that its file can need."""
+    def import_limit(self, spec: ModelSpec, request_id: str) -> int:
+        """Return the most bytes that the file of an import can need; refuse what no file could save."""
+        self._rules.check_spec(spec)
+        check_request_id("request_id", request_id, required=True)
+        self._check_size(spec)
+        return weights.file_bytes_limit(spec)
+
+    def _check_size(self, spec: ModelSpec) -> None:
+        """Refuse a model whose own step could not fit."""
         for name, least, limit in self._least_sizes(spec):
             if least > limit:
                 text = f"{name} would need {least} bytes, over the limit of {limit}"
                 raise bad_field("spec.hidden_size", text)
-        return weights.file_bytes_limit(spec)
 
     async def _create_in_turn(
         self, tenant: str, spec: ModelSpec, first: InitialWeights, request_id: str
@@ -145,12 +164,14 @@ class Models:
 
     async def get(self, key: ModelKey) -> ModelView:
         """Return one model."""
+        check_id("model_id", key.model_id)
         return _view(await self._model_cache.get(key, fresh=True))
 
     async def list_page(
         self, tenant: str, page_size: int, page_token: str
     ) -> tuple[list[ModelView], str]:
         """Return a page of models, sorted by name, and the token of the next page."""
+        page_size = checked_page_size(page_size, page_token)
         after, _ = pages.position_from_token(page_token) or ("", "")
         names = await self._store.list_models(tenant, after, page_size)
         views = []
@@ -163,6 +184,7 @@ class Models:
 
     async def delete(self, key: ModelKey, *, allow_missing: bool) -> bool:
         """Delete a model; return whether this call did."""
+        check_id("model_id", key.model_id)
         try:
             model = await self._model_cache.get(key, fresh=True)
         except NotFound:
@@ -178,6 +200,8 @@ class Models:
         self, key: ModelKey, numbers: Sequence[int]
     ) -> tuple[Version, list[Version]]:
         """Return a model's head, and those of the versions of these numbers that are kept."""
+        check_id("model_id", key.model_id)
+        check_version_numbers(numbers)
         # The head first: a version above it was not made yet when it was read.
         model = await self._model_cache.get(key, fresh=True)
         wanted = sorted(set(numbers))
@@ -187,6 +211,8 @@ class Models:
         self, key: ModelKey, version: Version | None, *, include_moments: bool
     ) -> tuple[Version, bytes]:
         """Return a version as a safetensors file."""
+        check_id("model_id", key.model_id)
+        check_version("version", version)
         for _ in range(_TRIES):
             model = await self._model_cache.get(key, fresh=True)
             try:
@@ -203,8 +229,9 @@ class Models:
             return found, weights.to_safetensors(params, moments)
         raise _overtaken()
 
-    async def upload_limit(self, key: ModelKey) -> int:
-        """Return the most bytes that an upload for this model can need."""
+    async def upload_limit(self, key: ModelKey, expected: Version | None, request_id: str) -> int:
+        """Return the most bytes that an upload can need; refuse what no upload could save."""
+        _check_next_version(key, expected, request_id)
         model = await self._model_cache.get(key)
         return weights.file_bytes_limit(model.spec)
 
@@ -212,6 +239,7 @@ class Models:
         self, key: ModelKey, expected: Version | None, request_id: str, data: bytes
     ) -> tuple[Version, bool]:
         """Make a safetensors file the model's next version."""
+        _check_next_version(key, expected, request_id)
         model = await self._model_cache.get(key, fresh=True)
         params, moments = await self._scheduler.run(
             len(data), weights.from_safetensors, model.spec, data
@@ -228,6 +256,9 @@ class Models:
         self, key: ModelKey, checkpoint_id: str, version: Version | None
     ) -> Checkpoint:
         """Keep a version under a name."""
+        check_id("model_id", key.model_id)
+        check_id("checkpoint_id", checkpoint_id)
+        check_version("version", version)
         model = await self._model_cache.get(key, fresh=True)
         if version is not None and not version.digest:
             found = await self._store.find_version(key, version.number)
@@ -243,6 +274,7 @@ class Models:
 
     async def list_checkpoints(self, key: ModelKey) -> list[Checkpoint]:
         """Return a model's checkpoints, sorted by name."""
+        check_id("model_id", key.model_id)
         await self._model_cache.get(key, fresh=True)
         return await self._store.list_checkpoints(key)
 
@@ -254,6 +286,8 @@ class Models:
         request_id: str,
     ) -> tuple[Version, bool]:
         """Make a checkpoint's weights and moments the model's next version."""
+        _check_next_version(key, expected, request_id)
+        check_id("checkpoint_id", checkpoint_id)
         content = (b"restore", checkpoint_id.encode(), _expected_bytes(expected))
         request = StepRequest(key, request_digest(request_id, *content), expected)
         answer = await self._publisher.publish(
@@ -265,6 +299,8 @@ class Models:
         self, key: ModelKey, checkpoint_id: str, *, allow_missing: bool
     ) -> bool:
         """Take a checkpoint's name away; return whether this call did."""
+        check_id("model_id", key.model_id)
+        check_id("checkpoint_id", checkpoint_id)
         model = await self._model_cache.get(key, fresh=True)
         deleted = await self._store.delete_checkpoint(key, model.incarnation, checkpoint_id)
         if not deleted and not allow_missing:
@@ -338,6 +374,12 @@ class Models:
             quota = "checkpoints_per_model"
             return ResourceExhausted("MAX_CHECKPOINTS", text, quota=quota, limit=limit)
         return model_not_found(model.key.model_id)
+
+
+def _check_next_version(key: ModelKey, expected: Version | None, request_id: str) -> None:
+    check_id("model_id", key.model_id)
+    check_version("expected_version", expected)
+    check_request_id("request_id", request_id, required=True)
 
 
 def _first_params(spec: ModelSpec, first: InitialWeights) -> Params:

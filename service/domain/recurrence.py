@@ -27,9 +27,7 @@ from service.domain.errors import (
     FailedPrecondition,
     NotFound,
     UnsupportedLayout,
-    bad_field,
     bad_tensor,
-    quoted,
 )
 from service.domain.finite import is_finite
 from service.domain.model_cache import is_at_least
@@ -54,6 +52,7 @@ from service.domain.refusals import (
     session_absent,
     tape_quota,
 )
+from service.domain.rules import InputRules
 from service.domain.session_cache import cached_from_snapshot, state_from_bytes
 from service.domain.tapes import StoredTape, tape_to_bytes
 from service.domain.types import ForwardResult, ModelKey, ReturnHs, SessionKey
@@ -132,6 +131,7 @@ class Recurrence:
         self._tapes = tapes
         self._scheduler = scheduler
         self._limits = limits
+        self._rules = InputRules(limits)
         self._observer = observer
         self._committer = Committer(store)
         # Of each session with a chunk that runs: the chunks that wait behind it, first in first out.
@@ -156,8 +156,12 @@ class Recurrence:
         Args:
             tenant: The caller's tenant.
             op: The chunk.
-            on_done: Called on the event loop, once, with the result or the error.
+            on_done: Called on the event loop, once, with the result or the error; not if this raises.
+
+        Raises:
+            InvalidArgument: If the request can never be right.
         """
+        self._rules.check_forward(op)
         pending = _PendingChunk(SessionKey(tenant, op.session_id), op, on_done)
         if not op.session_id:
             self._spawn(pending, self._run_stateless(pending))
@@ -175,7 +179,7 @@ class Recurrence:
 
     def sizes(self, key: SessionKey, model_id: str) -> tuple[int, int]:
         """Return D and H of the model that a request would run; their limits if it is not cached."""
-        cached = self._session_cache.get(key) if key.session_id else None
+        cached = self._session_cache.peek(key) if key.session_id else None
         spec = self._model_cache.spec(
             ModelKey(key.tenant, model_id) if cached is None else cached.model_key
         )
@@ -261,8 +265,6 @@ class Recurrence:
         model = await self._model_cache.get_incarnation(
             ModelKey(key.tenant, snapshot.head.model_id), snapshot.head.incarnation
         )
-        if op.model_id and op.model_id != model.spec.model_id:
-            raise bad_field("model_id", f"the session runs {quoted(model.spec.model_id)}")
         self._check_chunk(op, model.spec, snapshot.head.batch_size)
         pending.digest = await self._scheduler.run(hash_work(op.xs.nbytes), _digest, op)
         cached = cached_from_snapshot(key.tenant, snapshot)

@@ -43,6 +43,13 @@ from service.domain.refusals import (
     request_id_reused,
     session_absent,
 )
+from service.domain.rules import (
+    InputRules,
+    check_id,
+    check_number,
+    check_optional_id,
+    checked_page_size,
+)
 from service.domain.session_cache import cached_from_snapshot, state_from_bytes
 from service.domain.types import (
     DIGEST_BYTES,
@@ -91,6 +98,7 @@ class Sessions:
         self._model_cache = model_cache
         self._session_cache = session_cache
         self._limits = limits
+        self._rules = InputRules(limits)
         self._carrier = Carrier()
 
     async def open(self, tenant: str, op: OpenSession) -> OpenedSession:
@@ -98,10 +106,11 @@ class Sessions:
 
         MUST_EXIST reserves nothing: what it goes on with is on the tenant's list already.
         """
+        self._rules.check_open(op)
         model = await self._model_cache.get(ModelKey(tenant, op.model_id), fresh=True)
         key = SessionKey(tenant, op.session_id or new_session_id())
         state = self._first_state(model.spec, op.batch_size, op.initial_state, "initial_state")
-        ttl_ms = op.ttl_ms or self._limits.default_ttl_ms
+        ttl_ms = self._limits.default_ttl_ms if op.ttl_ms is None else op.ttl_ms
         start = EpochStart(
             mode=EpochMode(op.on_exists.value),
             head=SessionHead(
@@ -123,12 +132,15 @@ class Sessions:
 
     async def get(self, key: SessionKey) -> SessionView:
         """Return one session."""
+        check_id("session_id", key.session_id)
         return _view(key.session_id, await self._read(key))
 
     async def list_page(
         self, tenant: str, model_id: str, page_size: int, page_token: str
     ) -> tuple[list[SessionView], str]:
         """Return a page of live sessions and the token of the next page."""
+        check_optional_id("model_id", model_id)
+        page_size = checked_page_size(page_size, page_token)
         after = pages.position_from_token(page_token)
         listed = await self._store.list_sessions(tenant, after, page_size)
         views = []
@@ -140,6 +152,7 @@ class Sessions:
 
     async def get_state(self, key: SessionKey, *, extend_ttl: bool) -> OpenedSession:
         """Return a session with its state; extend its time to live only when asked."""
+        check_id("session_id", key.session_id)
         snapshot = await self._read(key)
         if extend_ttl:
             head = snapshot.head
@@ -151,6 +164,7 @@ class Sessions:
 
     async def begin_epoch(self, tenant: str, op: NewEpoch) -> tuple[SessionView, bool]:
         """Give a live session a new state and fence off the writers of the old epoch."""
+        self._rules.check_new_epoch(op)
         key = SessionKey(tenant, op.session_id)
         for _ in range(_TRIES):
             head = (await self._read(key)).head
@@ -178,13 +192,14 @@ class Sessions:
 
     async def fork(self, tenant: str, op: ForkSession) -> OpenedSession:
         """Open another session from this one's present state."""
+        self._rules.check_fork(op)
         source = await self._read(SessionKey(tenant, op.session_id))
         head = source.head
         model = await self._model_cache.get_incarnation(
             ModelKey(tenant, head.model_id), head.incarnation
         )
         new_id = op.new_session_id or new_session_id()
-        ttl_ms = op.ttl_ms or head.ttl_ms
+        ttl_ms = head.ttl_ms if op.ttl_ms is None else op.ttl_ms
         start = EpochStart(
             mode=EpochMode.FAIL,
             head=SessionHead(
@@ -199,6 +214,8 @@ class Sessions:
 
     async def close(self, key: SessionKey, expected_epoch: int) -> bool:
         """End a session; return whether this call ended it."""
+        check_id("session_id", key.session_id)
+        check_number("expected_epoch", expected_epoch, 0)
         decision = await self._store.close_session(key, expected_epoch)
         self._session_cache.drop(key)
         if isinstance(decision, AbsentSession):

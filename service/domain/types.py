@@ -134,7 +134,7 @@ class OpenSession:
     session_id: str
     batch_size: int
     initial_state: Array | None
-    ttl_ms: int  # 0: the default
+    ttl_ms: int | None  # None: the default
     on_exists: OnExists
     request_id: str
     restored_epoch: int  # 0: a new one
@@ -168,7 +168,7 @@ class ForkSession:
 
     session_id: str
     new_session_id: str
-    ttl_ms: int  # 0: the source's
+    ttl_ms: int | None  # None: the source's
     request_id: str
 
 

@@ -17,6 +17,7 @@ from service.domain.digests import contribution_key, request_name, update_digest
 from service.domain.errors import DomainError, FailedPrecondition, UnsupportedLayout
 from service.domain.publisher import CandidateVersion, StepRequest
 from service.domain.refusals import UNCHANGED
+from service.domain.rules import InputRules
 from service.domain.types import (
     ModelKey,
     Reduction,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
         Update,
         Version,
     )
+    from service.settings import Limits
 
 
 class Updates:
@@ -52,8 +54,10 @@ class Updates:
         *,
         model_cache: ModelCache,
         scheduler: Scheduler,
+        limits: Limits,
     ) -> None:
         """Keep the parts that a step uses."""
+        self._rules = InputRules(limits)
         self._contributions = contributions
         self._publisher = publisher
         self._model_cache = model_cache
@@ -61,6 +65,7 @@ class Updates:
 
     async def update(self, tenant: str, op: Update) -> UpdateResult:
         """Make one optimizer step from waiting contributions."""
+        self._rules.check_update(op)
         return await self.publish(self.step(tenant, op))
 
     def step(self, tenant: str, op: Update) -> OptimizerStep:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from service.domain.ports import AbsentSession
 from service.domain.refusals import after_decision, session_absent
+from service.domain.rules import InputRules, check_id
 from service.domain.types import DiscardResult, ModelKey, SessionKey, Waiting
 
 if TYPE_CHECKING:
@@ -18,21 +19,29 @@ if TYPE_CHECKING:
     from service.domain.model_cache import ModelCache
     from service.domain.ports import SessionStore
     from service.domain.types import DiscardGradients
+    from service.settings import Limits
 
 
 class WaitingWork:
     """The DiscardGradients and ListWaiting operations."""
 
     def __init__(
-        self, sessions: SessionStore, model_cache: ModelCache, contributions: Contributions
+        self,
+        sessions: SessionStore,
+        model_cache: ModelCache,
+        contributions: Contributions,
+        *,
+        limits: Limits,
     ) -> None:
         """Keep the parts that the operations use."""
+        self._rules = InputRules(limits)
         self._sessions = sessions
         self._model_cache = model_cache
         self._contributions = contributions
 
     async def discard(self, tenant: str, op: DiscardGradients) -> DiscardResult:
         """Drop waiting contributions, and the waiting tapes of the sessions named."""
+        self._rules.check_discard(op)
         model = await self._model_cache.get(ModelKey(tenant, op.model_id), fresh=True)
         keys = [SessionKey(tenant, one.session_id) for one in op.selectors]
         # A session of an unknown layout is refused here, before anything is dropped.
@@ -50,6 +59,7 @@ class WaitingWork:
         The tapes are read first. One whose gradient is recorded between the two reads is then listed as
         a contribution, or was consumed; it is never missing from both lists.
         """
+        check_id("session_id", key.session_id)
         head, tapes = await self._sessions.list_tapes(key)
         if isinstance(head, AbsentSession):
             raise session_absent(key.session_id, head)

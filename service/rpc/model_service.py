@@ -65,7 +65,7 @@ class ModelService:
         spec = spec_from_proto(first.header.spec, self.info.limits)
         request_id = check_request_id("request_id", first.header.request_id, required=True)
         total_bytes = check_size("total_bytes", first.header.total_bytes, 1 << 62)
-        limit = self.models.check_size(spec)
+        limit = self.models.import_limit(spec, request_id)
         if total_bytes > limit:
             raise message_too_large("weights file", total_bytes, limit, advice=_OF_OTHER_SIZES)
         call.share.take(total_bytes)
@@ -122,7 +122,9 @@ class ModelService:
         expected = expected_version(header)
         request_id = check_request_id("request_id", header.request_id, required=True)
         total_bytes = check_size("total_bytes", header.total_bytes, 1 << 62)
-        limit = await self.models.upload_limit(ModelKey(call.tenant, model_id))
+        limit = await self.models.upload_limit(
+            ModelKey(call.tenant, model_id), expected, request_id
+        )
         if total_bytes > limit:
             raise message_too_large("weights file", total_bytes, limit, advice=_OF_OTHER_SIZES)
         call.share.take(total_bytes)

@@ -55,7 +55,7 @@ def open_session_from_proto(request: pb.OpenSessionRequest, limits: Limits) -> O
         session_id=check_name("session_id", request.session_id),
         batch_size=check_size("batch_size", batch_size, limits.batch_size),
         initial_state=_initial_state(request, batch_size, limits),
-        ttl_ms=ttl_from_proto("ttl", request.ttl, limits) if request.HasField("ttl") else 0,
+        ttl_ms=ttl_from_proto("ttl", request.ttl, limits) if request.HasField("ttl") else None,
         on_exists=on_exists,
         request_id=check_request_id("request_id", request.request_id),
         restored_epoch=check_restored_epoch("restored_epoch", request.restored_epoch),
@@ -81,7 +81,7 @@ def fork_session_from_proto(request: pb.ForkSessionRequest, limits: Limits) -> F
     return ForkSession(
         session_id=check_id("session_id", request.session_id),
         new_session_id=check_optional_id("new_session_id", request.new_session_id),
-        ttl_ms=ttl_from_proto("ttl", request.ttl, limits) if request.HasField("ttl") else 0,
+        ttl_ms=ttl_from_proto("ttl", request.ttl, limits) if request.HasField("ttl") else None,
         request_id=check_request_id("request_id", request.request_id),
     )
 

@@ -64,15 +64,25 @@ async def test_a_session_begins_at_zero_and_at_what_it_is_given(
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype"), [((ROWS, HIDDEN + 1), "f4"), ((1, HIDDEN), "f4"), ((ROWS, HIDDEN), "f8")]
+    ("shape", "dtype", "reason"),
+    [
+        ((ROWS, HIDDEN + 1), "f4", "BAD_TENSOR"),
+        ((1, HIDDEN), "f4", "BAD_FIELD"),
+        ((ROWS, HIDDEN), "f8", "BAD_TENSOR"),
+    ],
 )
 async def test_a_first_state_of_another_shape_is_refused(
-    replicas: Pair, tenant: str, make_model: ModelMaker, shape: tuple[int, ...], dtype: str
+    replicas: Pair,
+    tenant: str,
+    make_model: ModelMaker,
+    shape: tuple[int, ...],
+    dtype: str,
+    reason: str,
 ) -> None:
-    """A state that is not (N, H) of the model's dtype is BAD_TENSOR and is never broadcast."""
+    """A state that is not (N, H) of the model's dtype is refused and is never broadcast."""
     await make_model()
     refused = await refusal(open_on(replicas[0], tenant, initial_state=np.zeros(shape, dtype)))
-    assert refused.reason == "BAD_TENSOR"
+    assert refused.reason == reason
 
 
 async def test_opening_a_live_session_fails_resumes_or_resets(
@@ -407,7 +417,7 @@ async def test_requests_are_answered_again_by_their_name(
         tenant, new_epoch(given, request_id="set")
     )
     assert (replayed, same.epoch) == (True, view.epoch)
-    fork = ForkSession("s", "forked", 0, "fork")
+    fork = ForkSession("s", "forked", None, "fork")
     forked = await replicas[0].sessions.fork(tenant, fork)
     twice = await replicas[1].sessions.fork(tenant, fork)
     assert (twice.replayed, twice.session.epoch) == (True, forked.session.epoch)
@@ -478,13 +488,13 @@ async def test_a_fork_goes_its_own_way(
     await make_model()
     client = await open_session()
     done = await client.forward(draw(rng))
-    forked = await replicas[1].sessions.fork(tenant, ForkSession("s", "copy", 0, ""))
+    forked = await replicas[1].sessions.fork(tenant, ForkSession("s", "copy", None, ""))
     np.testing.assert_array_equal(forked.state, done.h)
     assert forked.session.chunk_seq == 0
     await client.forward(draw(rng))
     seen = await replicas[0].sessions.get_state(SessionKey(tenant, "copy"), extend_ttl=False)
     np.testing.assert_array_equal(seen.state, done.h)
-    taken = await refusal(replicas[0].sessions.fork(tenant, ForkSession("s", "copy", 0, "")))
+    taken = await refusal(replicas[0].sessions.fork(tenant, ForkSession("s", "copy", None, "")))
     assert taken.reason == "SESSION_EXISTS"
 
 
@@ -498,7 +508,7 @@ async def test_an_opening_sent_again_late_answers_with_the_state_of_now(
     """Open and Fork begin once; their late retry returns the session as it is by then."""
     await make_model()
     client = await open_session("s", request_id="open")
-    await replicas[0].sessions.fork(tenant, ForkSession("s", "copy", 0, "fork"))
+    await replicas[0].sessions.fork(tenant, ForkSession("s", "copy", None, "fork"))
     done = await client.forward(draw(rng))
     again = await open_on(replicas[1], tenant, request_id="open")
     assert (again.replayed, again.resumed, again.session.chunk_seq) == (True, False, 1)
@@ -507,7 +517,7 @@ async def test_an_opening_sent_again_late_answers_with_the_state_of_now(
         replicas, tenant, "copy", (await replicas[0].sessions.get(SessionKey(tenant, "copy"))).epoch
     )
     moved = await copy.forward(draw(rng))
-    forked = await replicas[1].sessions.fork(tenant, ForkSession("s", "copy", 0, "fork"))
+    forked = await replicas[1].sessions.fork(tenant, ForkSession("s", "copy", None, "fork"))
     assert (forked.replayed, forked.session.chunk_seq) == (True, 1)
     np.testing.assert_array_equal(forked.state, moved.h)
 
@@ -654,7 +664,7 @@ async def test_tenants_do_not_see_each_other(
         replicas[0].sessions.get(SessionKey(other, "s")),
         replicas[0].sessions.get_state(SessionKey(other, "s"), extend_ttl=True),
         replicas[0].sessions.begin_epoch(other, new_epoch()),
-        replicas[0].sessions.fork(other, ForkSession("s", "copy", 0, "")),
+        replicas[0].sessions.fork(other, ForkSession("s", "copy", None, "")),
         replicas[0].sessions.close(SessionKey(other, "s"), 0),
         replicas[0].recurrence.forward(
             other, client.chunk(np.zeros((ROWS, 1, INPUTS), np.float32))

@@ -221,7 +221,7 @@ async def test_a_file_for_another_specification_is_refused(
     wrong = save({name: np.zeros((2, 2), np.float32) for name in ("Wx", "Wh", "b")})
     for data in (wrong, b"", b"\x80\x04pickle", b"PK\x03\x04" + bytes(60)):
         refused = await refusal(
-            replicas[0].models.put_weights(ModelKey(tenant, "m"), None, "", data)
+            replicas[0].models.put_weights(ModelKey(tenant, "m"), None, "put", data)
         )
         assert refused.reason == "BAD_WEIGHTS"
     assert await head_of(replicas[1], tenant) == head

@@ -193,7 +193,7 @@ async def _get_state(scene: Scene) -> Act:
 
 
 async def _fork(scene: Scene) -> Act:
-    op = ForkSession("s", "twin", 0, "fork")
+    op = ForkSession("s", "twin", None, "fork")
     return lambda: scene.replica.sessions.fork(scene.tenant, op)
 
 

@@ -496,7 +496,7 @@ class Machine(RuleBasedStateMachine):
         if source == copied or not self.is_live(source):
             return
         local, other = self.sessions[source], self.sessions[copied]
-        call = self.replica.sessions.fork(self.tenant, ForkSession(source, copied, 0, ""))
+        call = self.replica.sessions.fork(self.tenant, ForkSession(source, copied, None, ""))
         if other.state == "live":
             self.expect(call, "SESSION_EXISTS")
             return

@@ -189,7 +189,7 @@ def test_what_waits_is_written_as_an_update_takes_it() -> None:
 def test_opening_has_the_contracts_defaults() -> None:
     """One row, a zero state, the default time to live, FAIL."""
     wanted = open_session_from_proto(session_pb.OpenSessionRequest(model_id="m"), LIMITS)
-    assert (wanted.batch_size, wanted.initial_state, wanted.ttl_ms) == (1, None, 0)
+    assert (wanted.batch_size, wanted.initial_state, wanted.ttl_ms) == (1, None, None)
     assert wanted.on_exists is OnExists.FAIL
 
 

@@ -117,7 +117,7 @@ async def start_replica(
     session_tapes = SessionTapes(
         store.sessions, tapes, model_cache=catalog, contributions=contributions
     )
-    updates = Updates(contributions, heads, model_cache=catalog, scheduler=scheduler)
+    updates = Updates(contributions, heads, model_cache=catalog, scheduler=scheduler, limits=limits)
     return Replica(
         store,
         catalog,
@@ -144,7 +144,7 @@ async def start_replica(
             limits=limits,
         ),
         updates,
-        WaitingWork(store.sessions, catalog, contributions),
+        WaitingWork(store.sessions, catalog, contributions, limits=limits),
         limits,
     )
 
@@ -238,7 +238,7 @@ async def open_on(
             session_id,
             options.pop("batch_size", ROWS),
             options.pop("initial_state", None),
-            options.pop("ttl_ms", 0),
+            options.pop("ttl_ms", None),
             options.pop("on_exists", OnExists.FAIL),
             options.pop("request_id", ""),
             options.pop("restored_epoch", 0),
