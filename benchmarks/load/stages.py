@@ -12,6 +12,7 @@ from benchmarks.load.workload import SMALL, Array, make_chunk, make_weights
 from rnn_engine import Params, rnn_forward, rnn_forward_many
 from service.domain.digests import chunk_digest, next_token
 from service.domain.ports import ChunkCommit, StoredState
+from service.domain.rules import InputRules
 from service.domain.types import ForwardResult, SessionKey, Version
 from service.rpc.codec import Codec
 from service.rpc.time_rnn_messages import OperationReader, fill_forward
@@ -34,7 +35,7 @@ class Stages:
         """Make the messages, the state and the weights."""
         limits = Limits()
         self._codec = Codec(limits.message_bytes)
-        self._reader = OperationReader(limits)
+        self._reader = OperationReader(InputRules(limits))
         self._params = Params(**make_weights(SMALL))
         self._h0 = np.zeros((1, SMALL.hidden), np.float32)
         self._requests = {count: _request(count).SerializeToString() for count in BATCHES}

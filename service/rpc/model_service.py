@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from service.domain.errors import bad_field
+from service.domain.rules import check_size
 from service.domain.types import ModelKey
 from service.rpc.errors import message_too_large
-from service.rpc.fields import check_id, check_number, check_page, check_request_id, check_size
 from service.rpc.model_messages import (
     checkpoint_to_proto,
     expected_version,
@@ -28,11 +28,12 @@ if TYPE_CHECKING:
 
     from service.domain.errors import InvalidArgument
     from service.domain.models import Models
+    from service.domain.rules import InputRules
     from service.rpc.gate import RpcCall
     from service.rpc.server_info import ServerInfo
 
 PART_BYTES: Final = 1 << 20
-MAX_NUMBERS: Final = 1000  # of versions that one call may ask for
+MAX_FILE_BYTES: Final = 1 << 62  # that a header may announce; the model's own limit is less
 _OF_OTHER_SIZES: Final = "it is a file of a model of other sizes or dtype"
 _PART_OVERHEAD_BYTES: Final = 64  # version, size and the field's own header
 
@@ -43,16 +44,15 @@ class ModelService:
 
     models: Models
     info: ServerInfo
+    rules: InputRules
 
     async def create_model(
         self, tenant: str, request: pb.CreateModelRequest
     ) -> pb.CreateModelResponse:
         """Create a model."""
-        limits = self.info.limits
-        spec = spec_from_proto(request.spec, limits)
-        weights = initial_weights_from_proto(request, limits)
-        request_id = check_request_id("request_id", request.request_id)
-        view, replayed = await self.models.create(tenant, spec, weights, request_id)
+        spec = spec_from_proto(request.spec)
+        weights = initial_weights_from_proto(request, self.rules)
+        view, replayed = await self.models.create(tenant, spec, weights, request.request_id)
         return pb.CreateModelResponse(model=model_to_proto(view), replayed=replayed)
 
     async def import_model(
@@ -62,9 +62,9 @@ class ModelService:
         first = await anext(requests, None)
         if first is None or not first.HasField("header"):
             raise _header_required()
-        spec = spec_from_proto(first.header.spec, self.info.limits)
-        request_id = check_request_id("request_id", first.header.request_id, required=True)
-        total_bytes = check_size("total_bytes", first.header.total_bytes, 1 << 62)
+        spec = spec_from_proto(first.header.spec)
+        request_id, total_bytes = first.header.request_id, first.header.total_bytes
+        check_size("total_bytes", total_bytes, MAX_FILE_BYTES)
         limit = self.models.import_limit(spec, request_id)
         if total_bytes > limit:
             raise message_too_large("weights file", total_bytes, limit, advice=_OF_OTHER_SIZES)
@@ -75,26 +75,24 @@ class ModelService:
 
     async def get_model(self, tenant: str, request: pb.GetModelRequest) -> pb.GetModelResponse:
         """Return one model."""
-        model_id = check_id("model_id", request.model_id)
-        return pb.GetModelResponse(
-            model=model_to_proto(await self.models.get(ModelKey(tenant, model_id)))
-        )
+        view = await self.models.get(ModelKey(tenant, request.model_id))
+        return pb.GetModelResponse(model=model_to_proto(view))
 
     async def list_models(
         self, tenant: str, request: pb.ListModelsRequest
     ) -> pb.ListModelsResponse:
         """Return a page of models."""
-        page = check_page(request.page_size, request.page_token)
-        views, next_token = await self.models.list_page(tenant, *page)
+        views, next_token = await self.models.list_page(
+            tenant, request.page_size, request.page_token
+        )
         return pb.ListModelsResponse(models=map(model_to_proto, views), next_page_token=next_token)
 
     async def delete_model(
         self, tenant: str, request: pb.DeleteModelRequest
     ) -> pb.DeleteModelResponse:
         """Delete a model with all that belongs to it."""
-        model_id = check_id("model_id", request.model_id)
         deleted = await self.models.delete(
-            ModelKey(tenant, model_id), allow_missing=request.allow_missing
+            ModelKey(tenant, request.model_id), allow_missing=request.allow_missing
         )
         return pb.DeleteModelResponse(deleted=deleted)
 
@@ -102,10 +100,9 @@ class ModelService:
         self, call: RpcCall, request: pb.GetWeightsRequest
     ) -> AsyncIterator[pb.GetWeightsResponse]:
         """Yield one version's file in parts."""
-        model_id = check_id("model_id", request.model_id)
         version, data = await self.models.read_weights(
-            ModelKey(call.tenant, model_id),
-            optional_version("version", request),
+            ModelKey(call.tenant, request.model_id),
+            optional_version(request),
             include_moments=request.include_moments,
         )
         call.share.take(len(data))
@@ -118,33 +115,24 @@ class ModelService:
     ) -> pb.PutWeightsResponse:
         """Make a file the model's next version."""
         header = await _header(requests)
-        model_id = check_id("model_id", header.model_id)
-        expected = expected_version(header)
-        request_id = check_request_id("request_id", header.request_id, required=True)
-        total_bytes = check_size("total_bytes", header.total_bytes, 1 << 62)
-        limit = await self.models.upload_limit(
-            ModelKey(call.tenant, model_id), expected, request_id
-        )
+        key, request_id = ModelKey(call.tenant, header.model_id), header.request_id
+        expected, total_bytes = expected_version(header), header.total_bytes
+        check_size("total_bytes", total_bytes, MAX_FILE_BYTES)
+        limit = await self.models.upload_limit(key, expected, request_id)
         if total_bytes > limit:
             raise message_too_large("weights file", total_bytes, limit, advice=_OF_OTHER_SIZES)
         call.share.take(total_bytes)
         data = await _collect(requests, total_bytes)
-        version, replayed = await self.models.put_weights(
-            ModelKey(call.tenant, model_id), expected, request_id, data
-        )
+        version, replayed = await self.models.put_weights(key, expected, request_id, data)
         return pb.PutWeightsResponse(version=version_to_proto(version), replayed=replayed)
 
     async def find_versions(
         self, tenant: str, request: pb.FindVersionsRequest
     ) -> pb.FindVersionsResponse:
         """Return the head and which of some versions are kept."""
-        model_id = check_id("model_id", request.model_id)
-        if not 1 <= len(request.numbers) <= MAX_NUMBERS:
-            text = f"must be 1 to {MAX_NUMBERS} numbers, got {len(request.numbers)}"
-            raise bad_field("numbers", text)
-        for number in request.numbers:
-            check_number("numbers", number, 1)
-        head, kept = await self.models.find_versions(ModelKey(tenant, model_id), request.numbers)
+        head, kept = await self.models.find_versions(
+            ModelKey(tenant, request.model_id), request.numbers
+        )
         return pb.FindVersionsResponse(
             head=version_to_proto(head), versions=map(version_to_proto, kept)
         )
@@ -154,9 +142,9 @@ class ModelService:
     ) -> pb.CreateCheckpointResponse:
         """Keep a version under a name."""
         checkpoint = await self.models.create_checkpoint(
-            ModelKey(tenant, check_id("model_id", request.model_id)),
-            check_id("checkpoint_id", request.checkpoint_id),
-            optional_version("version", request),
+            ModelKey(tenant, request.model_id),
+            request.checkpoint_id,
+            optional_version(request),
         )
         return pb.CreateCheckpointResponse(checkpoint=checkpoint_to_proto(checkpoint))
 
@@ -164,8 +152,7 @@ class ModelService:
         self, tenant: str, request: pb.ListCheckpointsRequest
     ) -> pb.ListCheckpointsResponse:
         """Return a model's checkpoints."""
-        model_id = check_id("model_id", request.model_id)
-        checkpoints = await self.models.list_checkpoints(ModelKey(tenant, model_id))
+        checkpoints = await self.models.list_checkpoints(ModelKey(tenant, request.model_id))
         return pb.ListCheckpointsResponse(checkpoints=map(checkpoint_to_proto, checkpoints))
 
     async def restore_checkpoint(
@@ -173,10 +160,10 @@ class ModelService:
     ) -> pb.RestoreCheckpointResponse:
         """Make a checkpoint the model's next version."""
         version, replayed = await self.models.restore_checkpoint(
-            ModelKey(tenant, check_id("model_id", request.model_id)),
-            check_id("checkpoint_id", request.checkpoint_id),
+            ModelKey(tenant, request.model_id),
+            request.checkpoint_id,
             expected_version(request),
-            check_request_id("request_id", request.request_id, required=True),
+            request.request_id,
         )
         return pb.RestoreCheckpointResponse(version=version_to_proto(version), replayed=replayed)
 
@@ -185,8 +172,8 @@ class ModelService:
     ) -> pb.DeleteCheckpointResponse:
         """Delete a checkpoint's name."""
         deleted = await self.models.delete_checkpoint(
-            ModelKey(tenant, check_id("model_id", request.model_id)),
-            check_id("checkpoint_id", request.checkpoint_id),
+            ModelKey(tenant, request.model_id),
+            request.checkpoint_id,
             allow_missing=request.allow_missing,
         )
         return pb.DeleteCheckpointResponse(deleted=deleted)

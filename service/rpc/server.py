@@ -11,6 +11,7 @@ from google.protobuf.internal import api_implementation
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
+from service.domain.rules import InputRules
 from service.rpc.admission import Admission
 from service.rpc.auth import AllowAll
 from service.rpc.codec import Codec
@@ -94,9 +95,10 @@ class RpcServer:
             self.dispatcher, codec, observer=observer, limits=limits, rules=rules
         )
         gate = Gate(self.dispatcher, codec, observer=observer, default_deadline_s=deadline_s)
+        input_rules = InputRules(limits)
         services = [
-            _Service(_MODEL, ModelService(use_cases.models, info)),
-            _Service(_SESSION, SessionService(use_cases.sessions, limits)),
+            _Service(_MODEL, ModelService(use_cases.models, info, input_rules)),
+            _Service(_SESSION, SessionService(use_cases.sessions, input_rules)),
             _Service(_TIME_RNN, TimeRnnService(use_cases, limits, self.streams)),
             _Service(_HEALTH, self.health, is_always_served=True),
             _Service(_REFLECTION, Reflection(SERVICE_NAMES, codec), is_always_served=True),

@@ -8,20 +8,11 @@ from google.protobuf.duration_pb2 import Duration
 
 from service.domain.errors import bad_field
 from service.domain.types import ForkSession, NewEpoch, OnExists, OpenSession
-from service.rpc.fields import (
-    check_id,
-    check_number,
-    check_optional_id,
-    check_request_id,
-    check_restored_epoch,
-    check_size,
-    ttl_from_proto,
-)
+from service.rpc.fields import ttl_from_proto
 from service.rpc.model_messages import time_to_proto
 from service.rpc.tensors import (
-    TensorRule,
+    optional_tensor,
     required_tensor,
-    tensor_from_proto,
     tensor_to_proto,
     version_to_proto,
 )
@@ -29,8 +20,8 @@ from timernn.v1 import session_service_pb2 as pb
 
 if TYPE_CHECKING:
     from rnn_engine import Array
+    from service.domain.rules import InputRules
     from service.domain.types import OpenedSession, SessionView
-    from service.settings import Limits
 
 _ON_EXISTS: Final[dict[int, OnExists]] = {
     pb.ON_EXISTS_UNSPECIFIED: OnExists.FAIL,
@@ -41,48 +32,43 @@ _ON_EXISTS: Final[dict[int, OnExists]] = {
 }
 
 
-def state_rule(limits: Limits) -> TensorRule:
-    """Return what a hidden state may look like: (N, H)."""
-    return TensorRule("NH", limits.batch_size, limits.hidden_size)
-
-
-def open_session_from_proto(request: pb.OpenSessionRequest, limits: Limits) -> OpenSession:
-    """Return what OpenSession asks for, or refuse it."""
-    batch_size, on_exists = request.batch_size or 1, _on_exists(request.on_exists)
-    check_name = check_id if on_exists is OnExists.MUST_EXIST else check_optional_id
+def open_session_from_proto(request: pb.OpenSessionRequest, rules: InputRules) -> OpenSession:
+    """Return what OpenSession asks for."""
+    state = request.initial_state if request.HasField("initial_state") else None
     return OpenSession(
-        model_id=check_id("model_id", request.model_id),
-        session_id=check_name("session_id", request.session_id),
-        batch_size=check_size("batch_size", batch_size, limits.batch_size),
-        initial_state=_initial_state(request, batch_size, limits),
-        ttl_ms=ttl_from_proto("ttl", request.ttl, limits) if request.HasField("ttl") else None,
-        on_exists=on_exists,
-        request_id=check_request_id("request_id", request.request_id),
-        restored_epoch=check_restored_epoch("restored_epoch", request.restored_epoch),
+        model_id=request.model_id,
+        session_id=request.session_id,
+        batch_size=request.batch_size or 1,
+        initial_state=optional_tensor("initial_state", state, rules.state),
+        ttl_ms=ttl_from_proto("ttl", request.ttl, rules) if request.HasField("ttl") else None,
+        on_exists=_on_exists(request.on_exists),
+        request_id=request.request_id,
+        restored_epoch=request.restored_epoch,
     )
 
 
 def new_epoch_from_proto(
-    request: pb.SetStateRequest | pb.ResetStateRequest, limits: Limits
+    request: pb.SetStateRequest | pb.ResetStateRequest, rules: InputRules
 ) -> NewEpoch:
-    """Return what SetState or ResetState asks for, or refuse it."""
+    """Return what SetState or ResetState asks for."""
+    has_number = request.HasField("expected_chunk_seq")
     return NewEpoch(
-        session_id=check_id("session_id", request.session_id),
-        state=_new_state(request, limits),
-        expected_epoch=check_number("expected_epoch", request.expected_epoch, 0),
-        expected_chunk_seq=_expected_chunk_seq(request),
-        request_id=check_request_id("request_id", request.request_id),
-        restored_epoch=check_restored_epoch("restored_epoch", request.restored_epoch),
+        session_id=request.session_id,
+        state=_new_state(request, rules),
+        expected_epoch=request.expected_epoch,
+        expected_chunk_seq=request.expected_chunk_seq if has_number else None,
+        request_id=request.request_id,
+        restored_epoch=request.restored_epoch,
     )
 
 
-def fork_session_from_proto(request: pb.ForkSessionRequest, limits: Limits) -> ForkSession:
-    """Return what ForkSession asks for, or refuse it."""
+def fork_session_from_proto(request: pb.ForkSessionRequest, rules: InputRules) -> ForkSession:
+    """Return what ForkSession asks for."""
     return ForkSession(
-        session_id=check_id("session_id", request.session_id),
-        new_session_id=check_optional_id("new_session_id", request.new_session_id),
-        ttl_ms=ttl_from_proto("ttl", request.ttl, limits) if request.HasField("ttl") else None,
-        request_id=check_request_id("request_id", request.request_id),
+        session_id=request.session_id,
+        new_session_id=request.new_session_id,
+        ttl_ms=ttl_from_proto("ttl", request.ttl, rules) if request.HasField("ttl") else None,
+        request_id=request.request_id,
     )
 
 
@@ -116,27 +102,13 @@ def duration_to_proto(span_ms: int) -> Duration:
     return Duration(seconds=span_ms // 1000, nanos=span_ms % 1000 * 1_000_000)
 
 
-def _initial_state(request: pb.OpenSessionRequest, batch_size: int, limits: Limits) -> Array | None:
-    if not request.HasField("initial_state"):
-        return None
-    state = tensor_from_proto("initial_state", request.initial_state, state_rule(limits))
-    if len(state) != batch_size:
-        got = state.shape[0]
-        raise bad_field("batch_size", f"is {batch_size}, but initial_state has {got} rows")
-    return state
-
-
-def _new_state(request: pb.SetStateRequest | pb.ResetStateRequest, limits: Limits) -> Array | None:
+def _new_state(
+    request: pb.SetStateRequest | pb.ResetStateRequest, rules: InputRules
+) -> Array | None:
     if isinstance(request, pb.ResetStateRequest):
         return None
     state = request.state if request.HasField("state") else None
-    return required_tensor("state", state, state_rule(limits))
-
-
-def _expected_chunk_seq(request: pb.SetStateRequest | pb.ResetStateRequest) -> int | None:
-    if not request.HasField("expected_chunk_seq"):
-        return None
-    return check_number("expected_chunk_seq", request.expected_chunk_seq, 0)
+    return required_tensor("state", state, rules.state)
 
 
 def _on_exists(value: int) -> OnExists:

@@ -16,22 +16,13 @@ from service.domain.types import (
     ReturnHs,
     Update,
 )
-from service.rpc.fields import (
-    MAX_LEARNING_RATE,
-    check_id,
-    check_number,
-    check_optional_id,
-    check_real,
-    check_request_id,
-    check_token,
-    selectors_from_proto,
-    version_from_proto,
-)
-from service.rpc.tensors import TensorRule, fill_tensor, required_tensor, tensor_from_proto
+from service.rpc.fields import selectors_from_proto, version_from_proto
+from service.rpc.tensors import fill_tensor, required_tensor, tensor_from_proto
 from timernn.v1 import time_rnn_service_pb2 as pb
 
 if TYPE_CHECKING:
     from rnn_engine import Array, Grads
+    from service.domain.rules import InputRules
     from service.domain.types import (
         BackwardResult,
         DiscardResult,
@@ -40,7 +31,6 @@ if TYPE_CHECKING:
         Version,
         Waiting,
     )
-    from service.settings import Limits
 
 _IS_TRAIN: Final[dict[int, bool]] = {
     pb.FORWARD_MODE_UNSPECIFIED: False,
@@ -61,122 +51,67 @@ _REDUCTIONS: Final[dict[int, Reduction]] = {
 
 
 class OperationReader:
-    """Turns messages into the domain's operations, within the limits."""
+    """Turns messages into the domain's operations, which the domain checks."""
 
-    def __init__(self, limits: Limits) -> None:
-        n, t = limits.batch_size, limits.chunk_steps
-        d, h = limits.input_size, limits.hidden_size
-        self._limits = limits
-        self._xs = TensorRule("NTD", n, t, d)
-        self._dhs = TensorRule("NTH", n, t, h)
-        self._h = TensorRule("NH", n, h)
+    def __init__(self, rules: InputRules) -> None:
+        self._rules = rules
+        self._xs = rules.xs
 
-    def forward(self, request: pb.ForwardRequest, previous_token: bytes = b"") -> Forward:
-        """Return what a Forward asks for, or refuse it.
-
-        Args:
-            request: The message.
-            previous_token: What stands in for an empty previous_token.
-        """
-        session_id = request.session_id
-        if not session_id:
-            return self._stateless_forward(request)
-        check_id("session_id", session_id)
-        if request.HasField("h0"):
-            raise bad_field("h0", "only without a session; SetState replaces a session's state")
-        if request.model_id:
-            raise bad_field("model_id", "only without a session; a session has its model")
+    def forward(self, request: pb.ForwardRequest) -> Forward:
+        """Return what a Forward asks for."""
+        if not request.HasField("xs"):
+            raise bad_field("xs", "required")
         return Forward(
-            session_id,
-            check_number("epoch", request.epoch, 1),
-            check_number("chunk_seq", request.chunk_seq, 1),
-            check_token("previous_token", request.previous_token) or previous_token,
-            self._inputs(request),
+            request.session_id,
+            request.epoch,
+            request.chunk_seq,
+            request.previous_token,
+            tensor_from_proto("xs", request.xs, self._xs),
             _is_train(request.mode),
             _version(request, "pinned_version"),
             _version(request, "minimum_version"),
             _return_hs(request.return_hs),
-            check_number("acknowledged_seq", request.acknowledged_seq, 0),
+            request.acknowledged_seq,
+            request.model_id,
+            self._state(request, "h0") if request.HasField("h0") else None,
         )
 
     def backward(self, request: pb.BackwardRequest) -> Backward:
-        """Return what a Backward asks for, or refuse it."""
+        """Return what a Backward asks for."""
         dhs = request.dhs if request.HasField("dhs") else None
         return Backward(
-            session_id=check_id("session_id", request.session_id),
-            epoch=check_number("epoch", request.epoch, 1),
-            chunk_seq=check_number("chunk_seq", request.chunk_seq, 1),
-            token=check_token("state_token", request.state_token, required=True),
-            dhs=required_tensor("dhs", dhs, self._dhs),
-            dh_next=self._dh_next(request),
+            session_id=request.session_id,
+            epoch=request.epoch,
+            chunk_seq=request.chunk_seq,
+            token=request.state_token,
+            dhs=required_tensor("dhs", dhs, self._rules.dhs),
+            dh_next=self._state(request, "dh_next") if request.HasField("dh_next") else None,
             return_dxs=request.return_dxs,
             return_gradients=request.return_gradients,
-            update=self._inline_update(request),
+            update=self.update(request.update) if request.HasField("update") else None,
             resent=request.resent,
         )
 
-    def update(self, request: pb.UpdateRequest, *, is_inline: bool = False) -> Update:
-        """Return what an Update asks for, or refuse it; an inline one may leave out the model."""
-        check_model = check_optional_id if is_inline else check_id
+    def update(self, request: pb.UpdateRequest) -> Update:
+        """Return what an Update asks for."""
+        has_rate = request.HasField("learning_rate")
         return Update(
-            model_id=check_model("model_id", request.model_id),
-            selectors=selectors_from_proto(request.contributions, self._limits),
+            model_id=request.model_id,
+            selectors=selectors_from_proto(request.contributions, self._rules),
             reduction=_reduction(request.reduction),
-            learning_rate=_learning_rate(request),
-            clip_norm=check_real("clip_norm", request.clip_norm, 0.0),
+            learning_rate=request.learning_rate if has_rate else None,
+            clip_norm=request.clip_norm,
             expected=_version(request, "expected_version"),
-            request_id=check_request_id("request_id", request.request_id, required=True),
+            request_id=request.request_id,
         )
 
     def discard(self, request: pb.DiscardGradientsRequest) -> DiscardGradients:
-        """Return what a DiscardGradients asks for, or refuse it."""
-        return DiscardGradients(
-            check_id("model_id", request.model_id),
-            selectors_from_proto(request.contributions, self._limits),
-        )
+        """Return what a DiscardGradients asks for."""
+        selectors = selectors_from_proto(request.contributions, self._rules)
+        return DiscardGradients(request.model_id, selectors)
 
-    def _stateless_forward(self, request: pb.ForwardRequest) -> Forward:
-        for name in ("epoch", "chunk_seq", "previous_token", "acknowledged_seq"):
-            if getattr(request, name):
-                raise bad_field("session_id", f"required where {name} is set")
-        if _is_train(request.mode):
-            raise bad_field("mode", "TRAIN needs a session: its tape is kept there")
-        return Forward(
-            session_id="",
-            epoch=0,
-            chunk_seq=0,
-            previous_token=b"",
-            xs=self._inputs(request),
-            pinned=_version(request, "pinned_version"),
-            minimum=_version(request, "minimum_version"),
-            return_hs=_return_hs(request.return_hs),
-            model_id=check_id("model_id", request.model_id),
-            h0=self._h0(request),
-        )
-
-    def _inputs(self, request: pb.ForwardRequest) -> Array:
-        if not request.HasField("xs"):
-            raise bad_field("xs", "required")
-        return tensor_from_proto("xs", request.xs, self._xs)
-
-    def _h0(self, request: pb.ForwardRequest) -> Array | None:
-        if not request.HasField("h0"):
-            return None
-        h0 = tensor_from_proto("h0", request.h0, self._h)
-        rows = request.xs.shape[0]
-        if len(h0) != rows:
-            raise bad_field("h0", f"has {h0.shape[0]} rows, but xs has {rows}")
-        return h0
-
-    def _dh_next(self, request: pb.BackwardRequest) -> Array | None:
-        if not request.HasField("dh_next"):
-            return None
-        return tensor_from_proto("dh_next", request.dh_next, self._h)
-
-    def _inline_update(self, request: pb.BackwardRequest) -> Update | None:
-        if not request.HasField("update"):
-            return None
-        return self.update(request.update, is_inline=True)
+    def _state(self, request: pb.ForwardRequest | pb.BackwardRequest, name: str) -> Array:
+        return tensor_from_proto(name, getattr(request, name), self._rules.state)
 
 
 def fill_forward(message: pb.ForwardResponse, result: ForwardResult) -> pb.ForwardResponse:
@@ -262,16 +197,10 @@ def _fill_gradients(message: pb.Gradients, grads: Grads) -> None:
     fill_tensor(message.db, db)
 
 
-def _learning_rate(request: pb.UpdateRequest) -> float | None:
-    if not request.HasField("learning_rate"):
-        return None
-    return check_real("learning_rate", request.learning_rate, 0.0, MAX_LEARNING_RATE)
-
-
 def _version(request: pb.ForwardRequest | pb.UpdateRequest, name: Any) -> Version | None:
     if not request.HasField(name):
         return None
-    return version_from_proto(name, getattr(request, name))
+    return version_from_proto(getattr(request, name))
 
 
 def _is_train(mode: int) -> bool:

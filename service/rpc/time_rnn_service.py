@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from service.domain.rules import InputRules
 from service.domain.types import SessionKey
 from service.rpc.answers import AnswerSizes
 from service.rpc.dispatcher import Steps
-from service.rpc.fields import check_id
 from service.rpc.time_rnn_messages import (
     OperationReader,
     fill_backward,
@@ -37,7 +37,10 @@ class TimeRnnService:
 
     def __init__(self, use_cases: UseCases, limits: Limits, streams: Streams) -> None:
         recurrence = use_cases.recurrence
-        reader, sizes = OperationReader(limits), AnswerSizes(recurrence, limits.message_bytes)
+        reader, sizes = (
+            OperationReader(InputRules(limits)),
+            AnswerSizes(recurrence, limits.message_bytes),
+        )
         self._waiting = use_cases.waiting
         self.stream = streams.serve
         self.forward = Steps(
@@ -62,5 +65,5 @@ class TimeRnnService:
         self, tenant: str, request: pb.ListWaitingRequest
     ) -> pb.ListWaitingResponse:
         """List the tapes and contributions of a session that wait."""
-        session_id = check_id("session_id", request.session_id)
-        return waiting_to_proto(await self._waiting.list_waiting(SessionKey(tenant, session_id)))
+        key = SessionKey(tenant, request.session_id)
+        return waiting_to_proto(await self._waiting.list_waiting(key))

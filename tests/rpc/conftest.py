@@ -12,6 +12,7 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]  # has no stubs
 
 from service.domain.recurrence import callback_of
+from service.domain.rules import InputRules
 from service.domain.types import (
     BackwardResult,
     DiscardResult,
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 
 VERSION = Version(3, b"v" * 16)
 HIDDEN_SIZE = 2
+RULES = InputRules(Limits())
 
 
 def token_of(chunk_seq: int) -> bytes:
@@ -77,7 +79,8 @@ class StandIn:
         return 1, self.hidden_size
 
     def begin_forward(self, tenant: str, forward: Forward, on_done: OnDone) -> None:
-        """Take a chunk and answer it soon, or hold it."""
+        """Take a chunk that keeps to the rules, and answer it soon, or hold it."""
+        RULES.check_forward(forward)
         self.asked.append((tenant, forward))
         if self.hold:
             self.held.append((forward, on_done))

@@ -9,6 +9,7 @@ import pytest
 from google.protobuf.message import DecodeError
 
 from service.domain.errors import DomainError
+from service.domain.rules import InputRules
 from service.rpc.model_messages import initial_weights_from_proto, spec_from_proto
 from service.rpc.session_messages import (
     fork_session_from_proto,
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
 
     Decoder = Callable[[Any], object]
 
-LIMITS = Limits()
-READER = OperationReader(LIMITS)
+RULES = InputRules(Limits())
+READER = OperationReader(RULES)
 ROUNDS = 2000
 TENSOR = Tensor(dtype=1, shape=[1, 2, 3], data=bytes(24))  # type: ignore[arg-type]
 STATE = Tensor(dtype=1, shape=[1, 3], data=bytes(12))  # type: ignore[arg-type]
@@ -42,17 +43,24 @@ UPDATE = pb.UpdateRequest(
     model_id="m", contributions=[SELECTOR], request_id="r", learning_rate=0.1, expected_version=VERSION
 )  # fmt: skip
 
+
+def check_creation(message: model_pb.CreateModelRequest) -> None:
+    """Read and check a new model, as its use case does."""
+    RULES.check_spec(spec_from_proto(message.spec))
+    RULES.check_initial_weights(initial_weights_from_proto(message, RULES))
+
+
 SEEDS: list[tuple[Message, Decoder]] = [
-    (pb.ForwardRequest(session_id="s", epoch=1, chunk_seq=1, xs=TENSOR, pinned_version=VERSION), READER.forward),
-    (pb.ForwardRequest(model_id="m", xs=TENSOR, h0=STATE), READER.forward),
-    (pb.BackwardRequest(session_id="s", epoch=1, chunk_seq=1, state_token=b"t" * 16, dhs=TENSOR, dh_next=STATE, update=UPDATE), READER.backward),
-    (UPDATE, READER.update),
-    (pb.DiscardGradientsRequest(model_id="m", contributions=[SELECTOR]), READER.discard),
-    (session_pb.OpenSessionRequest(model_id="m", initial_state=STATE, on_exists=2), lambda m: open_session_from_proto(m, LIMITS)),  # type: ignore[arg-type]
-    (session_pb.SetStateRequest(session_id="s", state=STATE, expected_chunk_seq=1), lambda m: new_epoch_from_proto(m, LIMITS)),
-    (session_pb.ForkSessionRequest(session_id="s", new_session_id="t"), lambda m: fork_session_from_proto(m, LIMITS)),
+    (pb.ForwardRequest(session_id="s", epoch=1, chunk_seq=1, xs=TENSOR, pinned_version=VERSION), lambda m: RULES.check_forward(READER.forward(m))),
+    (pb.ForwardRequest(model_id="m", xs=TENSOR, h0=STATE), lambda m: RULES.check_forward(READER.forward(m))),
+    (pb.BackwardRequest(session_id="s", epoch=1, chunk_seq=1, state_token=b"t" * 16, dhs=TENSOR, dh_next=STATE, update=UPDATE), lambda m: RULES.check_backward(READER.backward(m))),
+    (UPDATE, lambda m: RULES.check_update(READER.update(m))),
+    (pb.DiscardGradientsRequest(model_id="m", contributions=[SELECTOR]), lambda m: RULES.check_discard(READER.discard(m))),
+    (session_pb.OpenSessionRequest(model_id="m", initial_state=STATE, on_exists=2), lambda m: RULES.check_open(open_session_from_proto(m, RULES))),  # type: ignore[arg-type]
+    (session_pb.SetStateRequest(session_id="s", state=STATE, expected_chunk_seq=1), lambda m: RULES.check_new_epoch(new_epoch_from_proto(m, RULES))),
+    (session_pb.ForkSessionRequest(session_id="s", new_session_id="t"), lambda m: RULES.check_fork(fork_session_from_proto(m, RULES))),
     (model_pb.CreateModelRequest(spec=model_pb.ModelSpec(model_id="m", input_size=2, hidden_size=3, optimizer=model_pb.Optimizer(adam_w=model_pb.AdamW(lr=0.1))), given=model_pb.GivenWeights(wx=STATE, wh=SQUARE, b=BIAS)),
-     lambda m: (spec_from_proto(m.spec, LIMITS), initial_weights_from_proto(m, LIMITS))),
+     check_creation),
 ]  # fmt: skip
 
 

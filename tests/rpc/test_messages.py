@@ -10,6 +10,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from rnn_engine import OPTIMIZERS, AdamW
 from service.domain.errors import InvalidArgument
+from service.domain.rules import InputRules, check_id, check_request_id
 from service.domain.types import (
     OnExists,
     Reduction,
@@ -19,7 +20,7 @@ from service.domain.types import (
     Waiting,
     WaitingTape,
 )
-from service.rpc.fields import check_id, check_request_id, selectors_from_proto, ttl_from_proto
+from service.rpc.fields import selectors_from_proto, ttl_from_proto
 from service.rpc.model_messages import (
     initial_weights_from_proto,
     optimizer_from_proto,
@@ -28,13 +29,17 @@ from service.rpc.model_messages import (
     weights_parts,
 )
 from service.rpc.server_info import limits_to_proto
-from service.rpc.session_messages import new_epoch_from_proto, open_session_from_proto
+from service.rpc.session_messages import (
+    fork_session_from_proto,
+    new_epoch_from_proto,
+    open_session_from_proto,
+)
 from service.rpc.time_rnn_messages import OperationReader, waiting_to_proto
 from service.settings import Limits
 from timernn.v1 import model_service_pb2 as model_pb
 from timernn.v1 import session_service_pb2 as session_pb
 from timernn.v1 import time_rnn_service_pb2 as pb
-from timernn.v1.tensor_pb2 import Tensor, WeightsVersion
+from timernn.v1.tensor_pb2 import D_TYPE_FLOAT32, Tensor, WeightsVersion
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,7 +47,8 @@ if TYPE_CHECKING:
     from rnn_engine import Optimizer
 
 LIMITS = Limits()
-READER = OperationReader(LIMITS)
+RULES = InputRules(LIMITS)
+READER = OperationReader(RULES)
 TOKEN = b"t" * 16
 
 
@@ -55,13 +61,48 @@ def refusal(function: Callable[..., Any], *arguments: Any) -> str:
     return caught.value.message
 
 
+def checked_forward(request: pb.ForwardRequest) -> None:
+    """Read a Forward, and check it as its use case does."""
+    RULES.check_forward(READER.forward(request))
+
+
+def checked_backward(request: pb.BackwardRequest) -> None:
+    """The same for a Backward."""
+    RULES.check_backward(READER.backward(request))
+
+
+def checked_update(request: pb.UpdateRequest) -> None:
+    """The same for an Update."""
+    RULES.check_update(READER.update(request))
+
+
+def checked_opening(request: session_pb.OpenSessionRequest) -> None:
+    """The same for an OpenSession."""
+    RULES.check_open(open_session_from_proto(request, RULES))
+
+
+def checked_fork(request: session_pb.ForkSessionRequest) -> None:
+    """The same for a ForkSession."""
+    RULES.check_fork(fork_session_from_proto(request, RULES))
+
+
+def checked_spec(message: model_pb.ModelSpec) -> None:
+    """The same for a new model's specification."""
+    RULES.check_spec(spec_from_proto(message))
+
+
+def checked_weights(request: model_pb.CreateModelRequest) -> None:
+    """The same for a new model's weights."""
+    RULES.check_initial_weights(initial_weights_from_proto(request, RULES))
+
+
 @pytest.mark.parametrize(
     "name",
     ["a", "0", "A.b_c~d-e", "x" * 128, "7b1de9d2-3c5d-4f6e-8a51-0c5ab8a0f0e3"],
 )
 def test_a_good_name_passes(name: str) -> None:
     """Letters, digits, dots, underscores, tildes and dashes, up to 128."""
-    assert check_id("session_id", name) == name
+    check_id("session_id", name)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +120,7 @@ def test_a_bad_name_is_refused_without_being_echoed_raw(name: str) -> None:
 
 def test_a_request_id_is_counted_in_bytes() -> None:
     """128 bytes, not 128 letters."""
-    assert check_request_id("request_id", "é" * 64)
+    check_request_id("request_id", "é" * 64)
     assert refusal(check_request_id, "request_id", "é" * 65).endswith("got 130")
 
 
@@ -90,7 +131,7 @@ def test_a_request_id_is_counted_in_bytes() -> None:
 )  # fmt: skip
 def test_a_ttl_within_the_limits_passes(ttl: Duration, expected_ms: int) -> None:
     """From one second to seven days."""
-    assert ttl_from_proto("ttl", ttl, LIMITS) == expected_ms
+    assert ttl_from_proto("ttl", ttl, RULES) == expected_ms
 
 
 @pytest.mark.parametrize(
@@ -100,7 +141,8 @@ def test_a_ttl_within_the_limits_passes(ttl: Duration, expected_ms: int) -> None
 )  # fmt: skip
 def test_a_ttl_outside_the_limits_is_refused_with_the_range(ttl: Duration) -> None:
     """The range is named."""
-    assert "must be 1 s to 604800 s" in refusal(ttl_from_proto, "ttl", ttl, LIMITS)
+    request = session_pb.ForkSessionRequest(session_id="s", ttl=ttl)
+    assert "ttl: must be 1 s to 604800 s, got " in refusal(checked_fork, request)
 
 
 def test_a_hyperparameter_that_is_set_leaves_the_others_at_their_defaults() -> None:
@@ -145,7 +187,7 @@ def spec(**values: Any) -> model_pb.ModelSpec:
 )  # fmt: skip
 def test_a_bad_specification_names_its_field(values: dict[str, Any], field: str) -> None:
     """D and H within the limits, a known type, a name."""
-    assert refusal(spec_from_proto, spec(**values), LIMITS).startswith(f"{field}: ")
+    assert refusal(checked_spec, spec(**values)).startswith(f"{field}: ")
 
 
 def test_given_weights_that_do_not_fit_each_other_are_refused(
@@ -155,7 +197,7 @@ def test_given_weights_that_do_not_fit_each_other_are_refused(
     given = model_pb.GivenWeights(wx=tensor(2, 3), wh=tensor(4, 4), b=tensor(3))
     request = model_pb.CreateModelRequest(given=given)
     with pytest.raises(InvalidArgument) as caught:
-        initial_weights_from_proto(request, LIMITS)
+        initial_weights_from_proto(request, RULES)
     assert caught.value.message == "given: Wh: expected shape (3, 3), got (4, 4)"
 
 
@@ -183,12 +225,12 @@ def test_what_waits_is_written_as_an_update_takes_it() -> None:
     waiting = Waiting((WaitingTape(7, 4, TOKEN),), (Selector("s", 7, (2, 3)),))
     message = waiting_to_proto(waiting)
     assert message.tapes[0] == pb.WaitingTape(epoch=7, chunk_seq=4, state_token=TOKEN)
-    assert selectors_from_proto(message.contributions, LIMITS) == waiting.contributions
+    assert selectors_from_proto(message.contributions, RULES) == waiting.contributions
 
 
 def test_opening_has_the_contracts_defaults() -> None:
     """One row, a zero state, the default time to live, FAIL."""
-    wanted = open_session_from_proto(session_pb.OpenSessionRequest(model_id="m"), LIMITS)
+    wanted = open_session_from_proto(session_pb.OpenSessionRequest(model_id="m"), RULES)
     assert (wanted.batch_size, wanted.initial_state, wanted.ttl_ms) == (1, None, None)
     assert wanted.on_exists is OnExists.FAIL
 
@@ -203,28 +245,28 @@ def test_opening_has_the_contracts_defaults() -> None:
 def test_a_bad_opening_names_its_field(values: dict[str, Any], field: str) -> None:
     """Names, sizes, enumerations and spans are checked before anything is asked."""
     request = session_pb.OpenSessionRequest(**{"model_id": "m", **values})
-    assert refusal(open_session_from_proto, request, LIMITS).startswith(f"{field}: ")
+    assert refusal(checked_opening, request).startswith(f"{field}: ")
 
 
 def test_an_initial_state_of_other_rows_is_refused(tensor: Callable[..., Tensor]) -> None:
     """A state is never broadcast."""
     request = session_pb.OpenSessionRequest(model_id="m", batch_size=2, initial_state=tensor(1, 3))
-    text = refusal(open_session_from_proto, request, LIMITS)
+    text = refusal(checked_opening, request)
     assert text == "batch_size: is 2, but initial_state has 1 rows"
 
 
 def test_set_state_needs_a_state_and_reset_state_none() -> None:
     """An absent state would otherwise silently be zero."""
     request = session_pb.SetStateRequest(session_id="s")
-    assert refusal(new_epoch_from_proto, request, LIMITS) == "state: required"
-    reset = new_epoch_from_proto(session_pb.ResetStateRequest(session_id="s"), LIMITS)
+    assert refusal(new_epoch_from_proto, request, RULES) == "state: required"
+    reset = new_epoch_from_proto(session_pb.ResetStateRequest(session_id="s"), RULES)
     assert (reset.state, reset.expected_chunk_seq) == (None, None)
 
 
 def test_an_expected_chunk_of_zero_is_not_an_absent_one() -> None:
     """0 means before the first chunk; not set means any."""
     request = session_pb.ResetStateRequest(session_id="s", expected_chunk_seq=0)
-    assert new_epoch_from_proto(request, LIMITS).expected_chunk_seq == 0
+    assert new_epoch_from_proto(request, RULES).expected_chunk_seq == 0
 
 
 @pytest.fixture
@@ -274,7 +316,7 @@ BAD_FORWARDS: list[tuple[dict[str, Any], str]] = [
     ({"minimum_version": WeightsVersion(number=1, digest=b"x")}, "minimum_version.digest"),
     ({"xs": None}, "xs"),
     ({"model_id": "m"}, "model_id"),
-    ({"h0": Tensor()}, "h0"),
+    ({"h0": Tensor(dtype=D_TYPE_FLOAT32, shape=[1, 1], data=bytes(4))}, "h0"),
     ({"session_id": "s" * 300}, "session_id"),
     ({"session_id": ""}, "session_id"),
 ]
@@ -285,17 +327,17 @@ def test_a_bad_forward_names_its_field(
     forward: Callable[..., pb.ForwardRequest], values: dict[str, Any], field: str
 ) -> None:
     """A chunk without number, epoch or session cannot be sent again safely, so it is refused."""
-    assert refusal(READER.forward, forward(**values)).startswith(f"{field}: ")
+    assert refusal(checked_forward, forward(**values)).startswith(f"{field}: ")
 
 
 def test_a_forward_without_a_session_needs_a_model(tensor: Callable[..., Tensor]) -> None:
     """There is nowhere else to take the weights from, and nowhere to keep a tape."""
     xs = tensor(2, 1, 1)
-    assert refusal(READER.forward, pb.ForwardRequest(xs=xs)).startswith("model_id: ")
+    assert refusal(checked_forward, pb.ForwardRequest(xs=xs)).startswith("model_id: ")
     train = pb.ForwardRequest(xs=xs, model_id="m", mode=pb.FORWARD_MODE_TRAIN)
-    assert refusal(READER.forward, train).startswith("mode: ")
+    assert refusal(checked_forward, train).startswith("mode: ")
     rows = pb.ForwardRequest(xs=xs, model_id="m", h0=tensor(1, 3))
-    assert refusal(READER.forward, rows) == "h0: has 1 rows, but xs has 2"
+    assert refusal(checked_forward, rows) == "h0: has 1 rows, but xs has 2"
     wanted = READER.forward(pb.ForwardRequest(xs=xs, model_id="m", h0=tensor(2, 3)))
     assert wanted.h0 is not None
 
@@ -317,7 +359,7 @@ def test_a_bad_backward_names_its_field(
         "dhs": tensor(1, 2, 3),
     }
     request = pb.BackwardRequest(**{**good, **values})
-    assert refusal(READER.backward, request).startswith(f"{field}: ")
+    assert refusal(checked_backward, request).startswith(f"{field}: ")
 
 
 @pytest.mark.parametrize(
@@ -334,7 +376,7 @@ def test_a_bad_backward_names_its_field(
 def test_a_bad_update_names_its_field(values: dict[str, Any], field: str) -> None:
     """Rates and norms are finite and in range, contributions are named once."""
     request = pb.UpdateRequest(**{"model_id": "m", "request_id": "r", **values})
-    assert refusal(READER.update, request).startswith(f"{field}: ")
+    assert refusal(checked_update, request).startswith(f"{field}: ")
 
 
 def test_an_update_says_what_it_was_asked() -> None:
@@ -354,11 +396,11 @@ def test_an_update_says_what_it_was_asked() -> None:
 def test_more_contributions_than_can_wait_are_refused() -> None:
     """A list longer than what a model may hold is refused before it is read."""
     selector = pb.ContributionSelector(session_id="s", epoch=1, chunk_seqs=range(1, 12))
-    text = refusal(selectors_from_proto, [selector], Limits(contributions_per_model=10))
+    text = refusal(selectors_from_proto, [selector], InputRules(Limits(contributions_per_model=10)))
     assert text == "contributions: must name at most 10, got 11"
 
 
 def test_a_negative_seed_is_refused() -> None:
     """The generator takes none; the refusal names the field."""
     request = model_pb.CreateModelRequest(seed=-1)
-    assert refusal(initial_weights_from_proto, request, LIMITS).startswith("seed: must be 0")
+    assert refusal(checked_weights, request).startswith("seed: must be 0")

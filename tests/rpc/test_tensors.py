@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from service.domain.errors import InvalidArgument
-from service.rpc.tensors import TensorRule, tensor_from_proto, tensor_to_proto
+from service.domain.rules import Axes
+from service.rpc.tensors import tensor_from_proto, tensor_to_proto
 from timernn.v1.tensor_pb2 import D_TYPE_FLOAT32, D_TYPE_FLOAT64, Tensor
 
-XS = TensorRule("NTD", 1024, 4096, 4096)
+XS = Axes("NTD", 1024, 4096, 4096)
 
 
 def message(shape: tuple[int, ...], data: bytes = b"", dtype: int = D_TYPE_FLOAT32) -> Tensor:
@@ -38,7 +39,7 @@ BAD = [
 def test_a_bad_tensor_is_named_with_what_was_expected(tensor: Tensor, text: str) -> None:
     """Each wrong part has a message of its own, found before any size is computed."""
     with pytest.raises(InvalidArgument) as caught:
-        tensor_from_proto("xs", tensor, XS)
+        XS.check("xs", tensor_from_proto("xs", tensor, XS))
     assert (caught.value.reason, caught.value.message) == ("BAD_TENSOR", text)
 
 
@@ -68,7 +69,7 @@ def test_the_first_value_that_is_not_finite_is_named(value: float, text: str, dt
     array = np.ones((2, 3, 4), dtype)
     array[1, 2, 3] = value
     with pytest.raises(InvalidArgument) as caught:
-        tensor_from_proto("xs", tensor_to_proto(array), XS)
+        XS.check("xs", tensor_from_proto("xs", tensor_to_proto(array), XS))
     assert (caught.value.reason, caught.value.message) == ("NON_FINITE", text)
     assert caught.value.metadata["index"] == "xs[1,2,3]"
 
