@@ -107,7 +107,7 @@ def connect(
 
 
 class _Stream:
-    """A bidirectional call."""
+    """A bidirectional call over `grpc.aio`."""
 
     def __init__(self, link: Link, rpc: Rpc[Any, Any], timeout_s: float) -> None:
         self.link, self.rpc = link, rpc

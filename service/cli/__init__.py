@@ -1,4 +1,4 @@
-"""The `timernn` command: run a server, look after its models and sessions.
+"""The `timernn` command: run a server, manage its models and sessions.
 
 Errors are one line on stderr: exit code 1 when something failed, 2 when the command was not
 understood. TIMERNN_TRACEBACK=1 shows where an error came from.

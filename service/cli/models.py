@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import timernn
 
 app = typer.Typer(
-    help="Make models, look at them, move their weights in and out.", no_args_is_help=True
+    help="Create, show and delete models, export and import their weights.", no_args_is_help=True
 )
 
 
@@ -269,9 +269,9 @@ def make_optimizer(
     """Return the client library's optimizer with its hyperparameters.
 
     Args:
-        name: Which.
-        lr: Learning rate; None for its own.
-        settings: NAME=VALUE each.
+        name: The optimizer's name.
+        lr: The learning rate; None for the optimizer's default.
+        settings: Further hyperparameters, each as NAME=VALUE.
 
     Raises:
         typer.BadParameter: If it has no such hyperparameter, or the value is no number.

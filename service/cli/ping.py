@@ -19,7 +19,7 @@ def ping(
 ) -> None:
     """Ask a server whether it is ready; exit code 0 if it is, 1 if not.
 
-    With --json it also tells the server's limits.
+    With --json it also prints the server's limits.
 
     Examples:
       timernn ping

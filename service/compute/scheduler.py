@@ -85,7 +85,7 @@ class Chunk:
 
     @property
     def work(self) -> int:
-        """Multiply-adds, roughly."""
+        """The approximate number of multiply-adds."""
         n, t, _ = self.xs.shape
         return int(n * t * self.params.joined.size)
 
@@ -180,9 +180,9 @@ class Scheduler:
         """Dispatch the batch once some iterations of the event loop have brought no further chunk.
 
         Args:
-            queue: Whose batch.
-            known: How many chunks were waiting in the iteration before.
-            idle: How many iterations in a row have brought none.
+            queue: The queue of the chunks.
+            known: How many chunks were queued in the iteration before.
+            idle: How many consecutive iterations have brought none.
         """
         count = len(queue.waiting)
         idle = idle + 1 if count == known else 0

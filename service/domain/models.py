@@ -329,7 +329,7 @@ class Models:
         ]
 
     async def _exists(self, key: ModelKey, asked: ModelSpec) -> Exception:
-        """Make the refusal of a name that is taken; it tells how the model there differs."""
+        """Make the refusal of a name that is taken; it says how the existing model differs."""
         try:
             there = (await self._model_cache.get(key, fresh=True)).spec
         except NotFound:

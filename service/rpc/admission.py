@@ -66,7 +66,7 @@ class Share:
         self.operations += operations
 
     def give_back(self, size_bytes: int, operations: int = 0) -> None:
-        """Hold less."""
+        """Release some of the held bytes and operations."""
         admission = self._admission
         admission.request_bytes -= size_bytes
         admission.operations -= operations

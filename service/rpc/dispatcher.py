@@ -157,7 +157,7 @@ class Dispatcher:
         """Run an operation that was let in, and return its response.
 
         Args:
-            operation: Which, with `Steps`.
+            operation: The operation, which has `Steps`.
             request: Its message.
             share: Holds the operation and the bytes of its request.
         """
@@ -181,9 +181,9 @@ class Dispatcher:
         """Begin an operation on a stream; raise a DomainError when it is refused.
 
         Args:
-            operation: Which, with `Steps`.
+            operation: The operation, which has `Steps`.
             request: Its message.
-            principal: Whose stream it is; it is authorised anew for each operation.
+            principal: The caller of the stream; it is authorised anew for each operation.
             complete: Called with the message before it is decoded, to fill in what the stream knows; it
                 may refuse.
             admit: Called with the most bytes that the answer can have; it may refuse.

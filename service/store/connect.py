@@ -94,9 +94,9 @@ async def open_store(url: str, settings: Settings, observer: Observer = NULL_OBS
     """Open the store of a URL (see service.store.addresses); nothing is sent yet.
 
     Args:
-        url: Which store.
-        settings: Connections, time limits, durability, limits.
-        observer: Sees each round trip.
+        url: The store's URL.
+        settings: Connections, timeouts, durability, limits.
+        observer: Is called with each round trip.
 
     Raises:
         ValueError: If the URL is malformed, or the durability is not available with it.
@@ -156,4 +156,4 @@ def _check_facts(info: dict[str, Any]) -> None:
     if info.get("min_slaves_good_slaves", 1) == 0:
         raise UnfitStoreError("min-replicas-to-write asks for a replica and none keeps up")
     if info.get("aof_last_write_status", "ok") != "ok":
-        raise UnfitStoreError("its append-only file cannot be written: look at its disk")
+        raise UnfitStoreError("its append-only file cannot be written: check its disk")

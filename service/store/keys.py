@@ -130,7 +130,7 @@ def tenant_models_key(tenant: str) -> bytes:
 
 
 def check_key(number: int) -> bytes:
-    """Return a key that looks whether a store takes writes; numbers spread over the slots."""
+    """Return a key for checking whether a store accepts writes; numbers spread over the slots."""
     return b"t{check%d}" % number
 
 

@@ -81,7 +81,7 @@ class Pull:
 
 @dataclass(frozen=True, slots=True)
 class Sleep:
-    """Wait this long."""
+    """Wait for some seconds."""
 
     seconds: float
 

@@ -48,7 +48,7 @@ class _Item:
 
     @property
     def request(self) -> rnn_pb.ForwardRequest | None:
-        """The present chunk's."""
+        """The request of the chunk that is to be sent or answered next; None without an intent."""
         return None if self.intent is None else self.intent.requests[self.intent.done]
 
     def note(self, error: errors.Error) -> None:

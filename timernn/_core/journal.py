@@ -32,14 +32,14 @@ class Entry:
     """One answered operation, ready to be sent again.
 
     Attributes:
-        session_id: The session's; empty for an Update, which may join several.
+        session_id: The id of the session; empty for an Update, which may join several.
         rpc: The method.
         request: The same numbers and content as the first time; a Forward pins the version that
             its answer named.
         expected: What the first answer said and a later one must say again.
         read: Takes the same out of an answer.
-        size: Bytes held, about.
-        lifetime: The session's, one object in all its entries; None in an Update's.
+        size: The approximate bytes that the entry holds.
+        lifetime: The lifetime of the session, one object in all its entries; None for an Update.
         tape: The lifetime of a Backward's tape. While it lasts the server surely remembers whether
             the contribution was recorded; later, a tape that healing has made again would let it be
             recorded once more.
@@ -117,9 +117,9 @@ def backward_entry(
 
     Args:
         request: As it was answered.
-        lifetime: The session's.
-        tape: Its tape's.
-        head: The highest version known.
+        lifetime: The lifetime of the session.
+        tape: The lifetime of the Backward's tape.
+        head: The highest version that is known.
     """
     request.ClearField("update")
     request.return_dxs = request.return_gradients = False
@@ -169,7 +169,7 @@ class Journal:
 
     @property
     def bytes(self) -> int:
-        """Bytes held, about."""
+        """The approximate bytes that the entries hold."""
         if not self._entries:
             return 0
         first, end = self._entries[0]

@@ -16,7 +16,7 @@ class SessionView:
 
     @property
     def session_id(self) -> str:
-        """Its name."""
+        """The session's name."""
         return self._core.state.session_id
 
     @property
@@ -26,7 +26,7 @@ class SessionView:
 
     @property
     def batch_size(self) -> int:
-        """N."""
+        """The number N of batch rows."""
         return self._core.state.batch_size
 
     @property
