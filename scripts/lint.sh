@@ -24,6 +24,7 @@ check() {
 check "ruff check" ruff check --no-fix "${dirs[@]}"
 check "ruff format" ruff format --check --diff "${dirs[@]}"
 check "mypy" mypy "${dirs[@]}"
+check "lua" python tests/support/lua_lint.py
 check "import-linter" lint-imports --no-cache
 check "words" pytest -q tests/architecture/test_words.py
 check "buf lint" buf lint

@@ -10,6 +10,7 @@ import pytest
 
 from service.domain import errors as domain_errors
 from service.rpc.errors import _code_for
+from service.store.scripts import library_of
 from timernn import errors
 from timernn._core import contract
 from timernn._core.contract import Rpc
@@ -56,6 +57,26 @@ def test_each_lua_script_is_loaded() -> None:
     texts = [path.read_text() for path in (SERVICE / "store").glob("*.py")]
     loaded = {name for text in texts for name in re.findall(r'load_script\("(\w+)"\)', text)}
     assert {path.stem for path in (SERVICE / "store" / "lua").glob("*.lua")} == loaded
+
+
+# Run on the way by methods of other names: to say when a session expired, to create a model.
+PART_OF_A_METHOD = {"read_expiry", "reserve_model"}
+
+
+@pytest.mark.parametrize("module", ["sessions", "models"])
+def test_a_lua_script_is_named_as_what_calls_it(module: str) -> None:
+    """A script's constant and its method have its name, but for scripts that are a part of a method."""
+    text = (SERVICE / "store" / f"{module}.py").read_text()
+    for constant, name in re.findall(r'^(\w+) = load_script\("(\w+)"\)', text, re.MULTILINE):
+        assert constant == f"_{name.upper()}"
+        assert f"def {name}(" in text or name in PART_OF_A_METHOD
+
+
+def test_each_library_file_is_named_by_a_script() -> None:
+    """A file in `lua/lib/` that no script puts in front of itself is a leftover."""
+    folder = SERVICE / "store" / "lua"
+    named = {name for path in folder.glob("*.lua") for name in library_of(path.read_text())}
+    assert {path.stem for path in (folder / "lib").glob("*.lua")} == named
 
 
 @pytest.mark.parametrize("layer", ["domain", "store", "rpc"])

@@ -2,8 +2,8 @@
 -- Let a session's time to live start again, as a chunk does.
 -- KEYS[1] record  KEYS[2] marker
 -- ARGV[1] epoch  ARGV[2] time for which the marker outlives the session (ms)
--- Returns OK; TOUCH: OK, and the session's entry in the tenant's list has to be extended; ABSENT; UNSUPPORTED_LAYOUT, an
--- error: another release laid out the record
+-- Returns OK; TOUCH: OK, and the session's entry in the tenant's list has to be extended; ABSENT; UNSUPPORTED_LAYOUT,
+-- an error: another release laid out the record
 -- Library: clock, sessions
 local record_key, marker_key = KEYS[1], KEYS[2]
 local expected_epoch, marker_extra = tonumber(ARGV[1]), tonumber(ARGV[2])

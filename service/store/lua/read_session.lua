@@ -2,7 +2,7 @@
 -- Read a consistent snapshot of a session: its numbers, its last state, and the states around one chunk.
 -- KEYS[1] record  KEYS[2] marker
 -- ARGV[1] chunk_seq k of which states k-1 and k are wanted too; 0: none
--- Returns {head and tail, time at which it expires (ms), last slot, slot k-1, slot k}; {marker} when there is no record.
+-- Returns {head and tail, time at which it expires (ms), last slot, slot k-1, slot k}; {marker} without a record.
 -- A slot that the ring no longer holds is ''. UNSUPPORTED_LAYOUT, an error: another release laid out the record
 -- Library: bytes, sessions
 local record_key, marker_key, wanted_seq = KEYS[1], KEYS[2], tonumber(ARGV[1])

@@ -1,7 +1,7 @@
 #!lua flags=no-writes
 -- Read a tape, with where its session stands.
 -- KEYS[1] record  KEYS[2] marker  KEYS[3] tape index  KEYS[4] tape
--- ARGV[1] name of the tape: epoch (8) and seq (8)  ARGV[2] 1: read the tape; 0: only its first byte, which names its layout
+-- ARGV[1] name of the tape: epoch (8) and seq (8)  ARGV[2] 1: read the tape; 0: its first byte, which names its layout
 -- Returns {head and tail or '', marker or '', entry in the index or '' without a tape, tape or its first byte or ''};
 -- UNSUPPORTED_LAYOUT, an error: another release laid out the record or the entry. The tape's layout is for the caller
 -- Library: sessions, tapes

@@ -1,14 +1,14 @@
 #!lua
 -- Record one contribution, once: a name that is known is not taken again, waiting or consumed.
 -- KEYS[1] model  KEYS[2] contributions  KEYS[3] waiting  KEYS[4] expiry
--- ARGV[1] incarnation  ARGV[2] name: session (16) epoch (8) seq (8)  ARGV[3] digest (16)  ARGV[4] gradient; '' when its parts
--- have been written under their names
+-- ARGV[1] incarnation  ARGV[2] name: session (16) epoch (8) seq (8)  ARGV[3] digest (16)
+-- ARGV[4] gradient; '' when its parts have been written under their names
 -- ARGV[5] time to wait (ms)  ARGV[6] most waiting  ARGV[7] most bytes waiting  ARGV[8] most remembered
 -- ARGV[9] prefix of gradients  ARGV[10] bytes of the gradient  ARGV[11] when its tape expires (ms)
--- Returns COUNTED | REPLAYED: it was recorded before, and it waits | CONSUMED: it was, and waits no more | REUSED | GONE |
--- EXPIRED: the tape, before it was recorded, so that its name may be forgotten | QUOTA | FULL | MISSING: a part is not
--- there, or not any more; UNSUPPORTED_LAYOUT, an error: another release laid out this contribution's entry, or one that
--- is due to be forgotten
+-- Returns COUNTED: it is recorded now | REPLAYED: it was before, and waits | CONSUMED: it was, and waits no more |
+-- REUSED | GONE | EXPIRED: the tape, before it was recorded, so that its name may be forgotten |
+-- QUOTA | FULL | MISSING: a part is not there, or not any more; UNSUPPORTED_LAYOUT, an error: another release laid out
+-- this contribution's entry, or one that is due to be forgotten
 -- Library: clock, contributions, models
 local slot = {model = KEYS[1], contributions = KEYS[2], waiting = KEYS[3], expiry = KEYS[4], gradients = ARGV[9]}
 local incarnation, name, digest, gradient, wait_ms = ARGV[1], ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5])

@@ -1,9 +1,10 @@
 -- Long values stand under several keys, a part each: a single value would hold up everybody's commands.
 local PART_BYTES <const> = 4194304
+local PART_NUMBER <const> = '>I2' -- what the key of a part adds to its value's name
 
 local function part_keys(name, count)
   local keys = {}
-  for part = 0, count - 1 do keys[part + 1] = name .. struct.pack('>I2', part) end
+  for part = 0, count - 1 do keys[part + 1] = name .. struct.pack(PART_NUMBER, part) end
   return keys
 end
 

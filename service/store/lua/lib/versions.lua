@@ -1,4 +1,4 @@
--- The versions of a model: a hash from a version's number to its entry; and those that are superseded, by when they were.
+-- The versions of a model: a hash from a version's number to its entry; and the superseded ones by when they became so.
 -- A `slot` names the keys and prefixes: model, versions, superseded, weights, moments.
 -- Library: bytes, layouts, models, parts
 local VERSION_ENTRY <const> = '>c16I8I2I2I2' -- digest, bytes, parts, moments' parts, checkpoints that keep it
