@@ -11,7 +11,7 @@ from typing import TypeVar
 from google.protobuf.message import DecodeError, Message
 
 from service.rpc.errors import malformed, message_too_large
-from service.rpc.wire import Wire
+from service.rpc.wire import SMALL_BYTES, Wire
 
 M = TypeVar("M", bound=Message)
 
@@ -25,20 +25,26 @@ class Codec:
 
     def parse(self, message_class: type[M], raw: bytes) -> M:
         """Return a message from its bytes, or raise MALFORMED or MESSAGE_TOO_LARGE."""
-        if len(raw) > self._message_bytes:
-            raise message_too_large("request", len(raw), self._message_bytes)
-        wire = self._wires.get(message_class)
-        if wire is None:
-            wire = self._wires[message_class] = Wire(message_class)
-        wire.check(raw)
+        size = len(raw)
+        if size > self._message_bytes:
+            raise message_too_large("request", size, self._message_bytes)
+        if size > SMALL_BYTES:
+            self._check_parts(message_class, raw)
         try:
             return message_class.FromString(raw)
         except DecodeError as error:
             raise malformed(message_class.DESCRIPTOR.name) from error
 
+    def _check_parts(self, message_class: type[Message], raw: bytes) -> None:
+        wire = self._wires.get(message_class)
+        if wire is None:
+            wire = self._wires[message_class] = Wire(message_class)
+        wire.check(raw)
+
     def serialize(self, message: Message) -> bytes:
         """Return a message's bytes, or raise MESSAGE_TOO_LARGE."""
         raw = message.SerializeToString()
-        if len(raw) > self._message_bytes:
-            raise message_too_large("answer", len(raw), self._message_bytes)
+        size = len(raw)
+        if size > self._message_bytes:
+            raise message_too_large("answer", size, self._message_bytes)
         return raw

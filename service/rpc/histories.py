@@ -77,7 +77,8 @@ class Histories:
         if history is None or history.epoch != epoch:
             history = _History(epoch, chunk_seq + 1)
         history.newest = history.tokens[chunk_seq] = result.token
-        history.next_seq = max(history.next_seq, chunk_seq + 1)
+        if chunk_seq >= history.next_seq:
+            history.next_seq = chunk_seq + 1
         if len(history.tokens) > self._depth:
             del history.tokens[next(iter(history.tokens))]
         self._keep(session_id, history)

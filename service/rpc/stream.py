@@ -19,7 +19,6 @@ import grpc.aio
 from service.domain.errors import bad_field
 from service.rpc.errors import (
     idle_stream,
-    message_too_large,
     refusal_of,
     refusal_to_status,
 )
@@ -79,7 +78,7 @@ class Streams:
 
     Attributes:
         dispatcher: Runs their operations.
-        codec: Parses what comes.
+        codec: Parses what comes, and serializes answers.
         observer: Sees each operation end.
         limits: The limits in force.
         rules: How long things may take.
@@ -279,8 +278,9 @@ class OperationStream:
         except Exception as failure:  # noqa: BLE001 - answered on the stream
             self._answer_error(operation, failure)
             return
-        self._observe(operation, "OK", len(raw))
-        self._answer(operation, raw)
+        size = len(raw)
+        self._observe(operation, "OK", size)
+        self._answer(operation, raw, size)
 
     def _encode(self, operation: StreamOperation, result: Any) -> bytes:
         """Return the bytes of a StreamResponse with one result; joined they are one with many."""
@@ -291,10 +291,7 @@ class OperationStream:
         if field == _FORWARD and result.session_id:
             self._histories.answered(result)
         self._streams.operations[field].behaviour.encode(getattr(answer, field), result)
-        raw = response.SerializeToString()
-        if len(raw) > self._streams.limits.message_bytes:
-            raise message_too_large("answer", len(raw), self._streams.limits.message_bytes)
-        return raw
+        return self._streams.codec.serialize(response)
 
     def _answer_error(self, operation: StreamOperation, error: BaseException) -> None:
         if operation.is_overdue and isinstance(error, asyncio.CancelledError):
@@ -308,12 +305,14 @@ class OperationStream:
         answer = response.results.add()
         answer.tag = operation.tag
         answer.error.CopyFrom(refusal_to_status(refusal))
-        self._answer(operation, response.SerializeToString())
+        raw = response.SerializeToString()
+        self._answer(operation, raw, len(raw))
 
-    def _answer(self, operation: StreamOperation, raw: bytes) -> None:
-        self.budget.answered(operation, len(raw))
+    def _answer(self, operation: StreamOperation, raw: bytes, size: int) -> None:
+        self.budget.answered(operation, size)
         self._answers.append(raw)
-        self._startable.extend(self._order.remove(operation))
+        if ready := self._order.remove(operation):
+            self._startable.extend(ready)
         if self._startable:
             self._start_ready()
         self._wake_writer.set()
@@ -339,22 +338,22 @@ class OperationStream:
                 self._wake_writer.clear()
                 await self._wake_writer.wait()
                 continue
-            count, frame = self._take_frame()
+            count, frame = 1, self._answers.popleft()
+            if self._answers:
+                count, frame = self._join(frame)
             await self._call.context.write(frame)
             budget.written(count, len(frame))
             self._wake_reader.set()
             if self._startable:
                 self._start_ready()
 
-    def _take_frame(self) -> tuple[int, bytes]:
-        """Take as many answers as fit into one message, at least one."""
-        answers = self._answers
-        parts = [answers.popleft()]
-        size = len(parts[0])
+    def _join(self, first: bytes) -> tuple[int, bytes]:
+        """Take as many answers as fit into one message with the first; return their number and bytes."""
+        answers, parts, size = self._answers, [first], len(first)
         while answers and size + len(answers[0]) <= self._streams.limits.message_bytes:
             size += len(answers[0])
             parts.append(answers.popleft())
-        return len(parts), parts[0] if len(parts) == 1 else b"".join(parts)
+        return len(parts), b"".join(parts)
 
     # --- ends -------------------------------------------------------------------------------------
 
