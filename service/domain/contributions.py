@@ -64,7 +64,7 @@ class Recording:
     @property
     def is_waiting(self) -> bool:
         """Whether it waits for an Update."""
-        return self.outcome in (RecordOutcome.COUNTED, RecordOutcome.REPLAYED)
+        return self.outcome in (RecordOutcome.RECORDED, RecordOutcome.REPLAYED)
 
 
 class Contributions:

@@ -321,9 +321,9 @@ class Contribution:
 
 
 class RecordOutcome(Enum):
-    """What came of counting a contribution."""
+    """The outcome of recording a contribution."""
 
-    COUNTED = "COUNTED"
+    RECORDED = "RECORDED"
     REPLAYED = "REPLAYED"  # counted before, and it waits
     CONSUMED = "CONSUMED"  # counted before, and it waits no more
     REUSED = "REUSED"

@@ -90,7 +90,7 @@ class StandIn:
         self.limits = model_pb.Limits(message_bytes=16 << 20, chunk_steps=4096, replay_window=4)
         self._failures: dict[str, list[tuple[status_pb2.Status | None, bool]]] = defaultdict(list)
         self._chunks: dict[tuple[str, int], list[rnn_pb.ForwardResponse]] = defaultdict(list)
-        self._counted: set[tuple[str, int, int]] = set()
+        self._recorded: set[tuple[str, int, int]] = set()
         self._updates: dict[str, rnn_pb.UpdateResponse] = {}
         self.version = 1
         self.results_per_message = 1
@@ -111,7 +111,7 @@ class StandIn:
         self.requests.clear()
         self._chunks.clear()
         self._updates.clear()
-        self._counted.clear()
+        self._recorded.clear()
         self.version = 1
 
     def fail_next(
@@ -228,8 +228,8 @@ class StandIn:
     def _Backward(self, request: Any) -> Any:  # noqa: N802
         dhs = values(request.dhs)
         name = (request.session_id, request.epoch, request.chunk_seq)
-        replayed = name in self._counted
-        self._counted.add(name)
+        replayed = name in self._recorded
+        self._recorded.add(name)
         response = rnn_pb.BackwardResponse(
             replayed=replayed,
             session_id=request.session_id,

@@ -1,4 +1,4 @@
-"""A client that comes back late: what has ended is not taken for lost, nor counted again."""
+"""A client that comes back late: what has ended is not taken for lost, nor recorded again."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def forget_session(raw: Any, session: timernn.Session) -> None:
         raw.pexpire(key, 0)
 
 
-def forget_counted(raw: Any, model_id: str) -> None:
+def forget_recorded(raw: Any, model_id: str) -> None:
     """Let the time pass for which the names of recorded contributions are remembered."""
     tag = keys.model_tag(ModelKey("default", model_id))
     for name in raw.zrange(keys.expiry_key(tag), 0, -1):
@@ -155,7 +155,7 @@ def test_a_recorded_gradient_is_not_recorded_again(
     session.backward(hs, update=timernn.Step(lr=0.1) if inline else None)
     made = session.version if inline else session.update(lr=0.1)
     forget_session(raw, session)
-    forget_counted(raw, model)
+    forget_recorded(raw, model)
     session.forward(rng.normal(size=(1, 3, D)))
     assert (waiting(live, model), live.get_model(model).head) == (0, made)
 
@@ -170,7 +170,7 @@ def test_a_gradient_that_another_took_is_not_recorded_again(
         other.update(model)
     sleep(live, TAPE_TTL_S + 1)
     forget_session(raw, session)
-    forget_counted(raw, model)
+    forget_recorded(raw, model)
     session.forward(rng.normal(size=(1, 3, D)))
     assert waiting(live, model) == 0
 
@@ -232,7 +232,7 @@ def test_a_backward_is_not_finished_on_a_tape_made_again(
         other.update(model)
     vars(session._core.state)["tapes"] = (taped,)  # as if the answer had been lost
     forget_session(raw, session)
-    forget_counted(raw, model)
+    forget_recorded(raw, model)
     sleep(live, TAPE_TTL_S + 1)
     with pytest.raises(timernn.TapeMissing):
         session.backward(hs)

@@ -144,7 +144,7 @@ class SessionRival:
 class ModelRival:
     """One of several trainers of a model, with a session of its own and lost answers.
 
-    They name what they take, also what a rival has counted: a step over all that waits takes what it
+    They name what they take, also what a rival has recorded: a step over all that waits takes what it
     finds at its beginning, and what is recorded while it is under way may be left for the next.
     """
 
@@ -155,14 +155,14 @@ class ModelRival:
         wires: Sequence[Wire],
         direct: Wire,
         writer: Writer,
-        counted: list[rnn_pb.BackwardRequest],
+        recorded: list[rnn_pb.BackwardRequest],
         seed: int,
     ) -> None:
         """Take the ways to the replicas: lossy ones to be recorded, a direct one to prepare.
 
-        `counted` is shared by the rivals: gradients that one of them has sent.
+        `recorded` is shared by the rivals: the Backwards that one of them has sent.
         """
-        self._counted = counted
+        self._recorded = recorded
         self._name, self._model, self._wires, self._direct = name, model, wires, direct
         self._writer = writer
         self._dice = random.Random(f"{seed} {name}")
@@ -187,7 +187,7 @@ class ModelRival:
             return training_model.ReadHead(), lambda wire: wire.models.GetModel(
                 get, timeout=TIMEOUT_S
             )
-        if chance < 0.5 and self._counted:
+        if chance < 0.5 and self._recorded:
             ask, update = await self._update(number)
             return ask, lambda wire: wire.rnn.Update(update, timeout=TIMEOUT_S)
         again = self._gradients and (len(self._gradients) > 5 or self._dice.random() < 0.3)
@@ -205,7 +205,7 @@ class ModelRival:
             contribution_name(request), fingerprint(request.dhs.data), version, resent=RESENT
         )
         self._gradients.append((ask, request))
-        self._counted.append(request)
+        self._recorded.append(request)
         return ask, request
 
     async def _update(self, number: int) -> tuple[training_model.Update, rnn_pb.UpdateRequest]:
@@ -214,7 +214,7 @@ class ModelRival:
         request = rnn_pb.UpdateRequest(
             model_id=self._model.model_id, request_id=f"{self._name} {number}"
         )
-        taken = self._dice.sample(self._counted[-6:], min(2, len(self._counted)))
+        taken = self._dice.sample(self._recorded[-6:], min(2, len(self._recorded)))
         for each in taken:
             request.contributions.add(
                 session_id=each.session_id, epoch=each.epoch, chunk_seqs=[each.chunk_seq]
@@ -379,11 +379,11 @@ async def test_rival_trainers_of_a_model_see_one_thing_at_a_time(
         for number, model in enumerate(made):
             head = await head_of(direct, model.model_id)
             starts[model.model_id] = training_model.Version(head[0], head[1].hex())
-            counted: list[rnn_pb.BackwardRequest] = []
+            recorded: list[rnn_pb.BackwardRequest] = []
             for k in range(CLIENTS):
                 writer = await model.open(direct)
                 rivals.append(
-                    ModelRival(f"c{k}", model, wires, direct, writer, counted, seed + number)
+                    ModelRival(f"c{k}", model, wires, direct, writer, recorded, seed + number)
                 )
         count_faults(fleet, proof, -1)
         let_answers_be_lost(fleet)

@@ -56,7 +56,7 @@ def forget_session(raw: Any, session_id: str) -> None:
         raw.pexpire(key, 0)
 
 
-def forget_counted(raw: Any, model_id: str) -> None:
+def forget_recorded(raw: Any, model_id: str) -> None:
     """Let the time pass for which the names of recorded contributions are remembered."""
     tag = keys.model_tag(ModelKey("default", model_id))
     for name in raw.zrange(keys.expiry_key(tag), 0, -1):
@@ -94,7 +94,7 @@ def test_who_comes_back_late_brings_nothing_back_and_counts_nothing_twice(
                     other.close_session(trainer.session_id)
                 for session_id in (name, trainer.session_id):
                     forget_session(raw, session_id)
-                forget_counted(raw, trained)
+                forget_recorded(raw, trained)
                 sleep(streamer.client, TAPE_TTL_S + 1 if fate == "lost" else TTL_S + 1)
                 proof.hit(f"store forgot, session {fate}")
                 head = other.get_model(trained).head

@@ -155,7 +155,7 @@ async def test_a_publication_moves_the_head_once(model: Model) -> None:
 async def test_a_contribution_is_consumed_once(model: Model, raw: Redis) -> None:
     """A publication takes it with its bytes; its name stays, so that it is neither recorded nor consumed again."""
     await model.create()
-    assert await model.record(1) is RecordOutcome.COUNTED
+    assert await model.record(1) is RecordOutcome.RECORDED
     assert await model.record(1) is RecordOutcome.REPLAYED
     assert await model.record(1, digest=b"x" * 16) is RecordOutcome.REUSED
     assert await model.waiting() == (1, 8)
@@ -182,10 +182,10 @@ async def test_contributions_are_bounded_in_number_and_bytes(store_url: str, ten
     await model.create()
     await model.record(1)
     assert await model.record(2, bytes(13)) is RecordOutcome.QUOTA
-    assert await model.record(2) is RecordOutcome.COUNTED
+    assert await model.record(2) is RecordOutcome.RECORDED
     assert await model.record(3, b"") is RecordOutcome.QUOTA
     await model.published(2, model.contribution(1))
-    assert await model.record(3) is RecordOutcome.COUNTED
+    assert await model.record(3) is RecordOutcome.RECORDED
     await store.close()
 
 
@@ -202,7 +202,7 @@ async def test_what_is_remembered_of_contributions_is_bounded(
     assert await model.record(3) is RecordOutcome.FULL
     expiry = keys.expiry_key(keys.model_tag(ModelKey(tenant, "m")))
     await raw.zadd(expiry, {contribution_name(model.contribution(number)): 1 for number in (1, 2)})
-    assert await model.record(3) is RecordOutcome.COUNTED
+    assert await model.record(3) is RecordOutcome.RECORDED
     assert await raw.zcard(expiry) == 1
     await store.close()
 
@@ -349,7 +349,7 @@ async def test_a_large_gradient_goes_in_parts_and_leaves_none(model: Model, raw:
         return [key async for key in raw.scan_iter(match=prefix + b"*", count=1000)]
 
     for number in (1, 2):
-        assert await model.record(number, gradient) is RecordOutcome.COUNTED
+        assert await model.record(number, gradient) is RecordOutcome.RECORDED
         assert await model.record(number, gradient) is RecordOutcome.REPLAYED
     found = await model.store.read_update_inputs(model.key, None, ())
     assert found is not None

@@ -5,7 +5,7 @@
 -- ARGV[4] gradient; '' when its parts have been written under their names
 -- ARGV[5] time to wait (ms)  ARGV[6] most waiting  ARGV[7] most bytes waiting  ARGV[8] most remembered
 -- ARGV[9] prefix of gradients  ARGV[10] bytes of the gradient  ARGV[11] when its tape expires (ms)
--- Returns COUNTED: it is recorded now | REPLAYED: it was before, and waits | CONSUMED: it was, and waits no more |
+-- Returns RECORDED: it is recorded now | REPLAYED: it was before, and waits | CONSUMED: it was, and waits no more |
 -- REUSED | GONE | EXPIRED: the tape, before it was recorded, so that its name may be forgotten |
 -- QUOTA | FULL | MISSING: a part is not there, or not any more; UNSUPPORTED_LAYOUT, an error: another release laid out
 -- this contribution's entry, or one that is due to be forgotten
@@ -69,4 +69,4 @@ redis.call('HSET', slot.contributions, name, struct.pack(WAITING_ENTRY, WAITING,
 redis.call('ZADD', slot.waiting, 0, name)
 redis.call('ZADD', slot.expiry, now + wait_ms, name)
 add_bytes(slot.model, WAITING_BYTES, bytes)
-return 'COUNTED'
+return 'RECORDED'

@@ -325,7 +325,7 @@ class Store:
         return found.get(name)
 
     def record_contribution(self, name: Name, digest: int, gradient: int) -> str:
-        """Count a contribution once: COUNTED, REPLAYED or REUSED."""
+        """Record a contribution once: RECORDED, REPLAYED or REUSED."""
         known = self.find_contribution(name)
         if known is not None:
             return "REPLAYED" if known.digest == digest else "REUSED"
@@ -333,7 +333,7 @@ class Store:
         require(not again, "a contribution that a step has taken waits to be consumed again")
         expires = self.now + durations.CONTRIBUTION
         self.model.contributions[name] = Contribution(digest, gradient, False, expires)
-        return "COUNTED"
+        return "RECORDED"
 
     def find_request(self, request_id: str) -> Version | None:
         """Return what was answered to a request id."""
