@@ -18,7 +18,6 @@ from service.domain.errors import (
     AlreadyExists,
     NotFound,
     ResourceExhausted,
-    Unavailable,
     bad_field,
     bad_tensor,
     quoted,
@@ -33,11 +32,14 @@ from service.domain.publisher import CandidateVersion, StepRequest
 from service.domain.refusals import (
     after_decision,
     checkpoint_not_found,
+    contended,
     model_not_found,
+    request_id_reused,
     version_gone,
     weights_forked,
 )
 from service.domain.replacements import RestoreStep, UploadStep
+from service.domain.retries import READ_TRIES
 from service.domain.rules import (
     InputRules,
     check_id,
@@ -68,7 +70,6 @@ if TYPE_CHECKING:
     )
     from service.settings import Limits
 
-_TRIES = 8
 MESSAGE_OVERHEAD_BYTES = 1024  # of a message beside its tensors, at most
 
 
@@ -213,7 +214,7 @@ class Models:
         """Return a version as a safetensors file."""
         check_id("model_id", key.model_id)
         check_version("version", version)
-        for _ in range(_TRIES):
+        for _ in range(READ_TRIES):
             model = await self._model_cache.get(key, fresh=True)
             try:
                 found, params = await self._model_cache.params(model, version or model.head)
@@ -227,7 +228,7 @@ class Models:
                 if moments is None and version is None:
                     continue  # the head went on meanwhile, and took its moments with it
             return found, weights.to_safetensors(params, moments)
-        raise _overtaken()
+        raise contended()
 
     async def upload_limit(self, key: ModelKey, expected: Version | None, request_id: str) -> int:
         """Return the most bytes that an upload can need; refuse what no upload could save."""
@@ -333,7 +334,7 @@ class Models:
         try:
             there = (await self._model_cache.get(key, fresh=True)).spec
         except NotFound:
-            return _overtaken()
+            return contended()
         named = [
             name
             for name in ("input_size", "hidden_size", "dtype", "optimizer")
@@ -349,14 +350,13 @@ class Models:
 
     def _refuse_creation(self, outcome: CreateOutcome) -> None:
         if outcome is CreateOutcome.REUSED:
-            text = "request_id: it was used for a model with other content"
-            raise AlreadyExists("REQUEST_ID_REUSED", text, field="request_id")
+            raise request_id_reused("model")
         if outcome is CreateOutcome.QUOTA:
             limit = self._limits.models_per_tenant
             text = f"{limit} models exist, the most there may be; delete some"
             raise ResourceExhausted("MAX_MODELS", text, quota="models_per_tenant", limit=limit)
         if outcome is CreateOutcome.STALE:
-            raise _overtaken()
+            raise contended()
 
     def _checkpoint_refusal(
         self, outcome: CheckpointOutcome, model: KnownModel, checkpoint_id: str, version: Version
@@ -412,8 +412,3 @@ def _view(model: KnownModel) -> ModelView:
 
 def _expected_bytes(expected: Version | None) -> bytes:
     return b"" if expected is None else expected.number.to_bytes(8, "big") + expected.digest
-
-
-def _overtaken() -> Exception:
-    text = "other writers were faster each time; send the same call again"
-    return Unavailable("UNKNOWN_OUTCOME", text, retry_after_s=0.05)

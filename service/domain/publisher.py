@@ -31,6 +31,7 @@ from service.domain.refusals import (
     request_id_reused,
     version_conflict,
 )
+from service.domain.retries import STEP_TRIES
 from service.domain.types import Version
 from service.domain.weights import spec_from_bytes
 from service.telemetry import NULL_OBSERVER
@@ -45,8 +46,6 @@ if TYPE_CHECKING:
     from service.domain.ports import ModelStore, UpdateInputs
     from service.domain.types import ContributionKey, ModelKey, RequestDigest
     from service.telemetry import Observer
-
-_TRIES = 16
 
 
 @dataclass(frozen=True)
@@ -165,7 +164,7 @@ class VersionPublisher:
         # The lock saves work only: of two steps from the same head one would have to compute again.
         turn = self._turns.setdefault(step.request.model_key, asyncio.Lock())
         async with turn:
-            for _ in range(_TRIES):
+            for _ in range(STEP_TRIES):
                 answer = await self._try_step(step)
                 if answer is not None:
                     return answer

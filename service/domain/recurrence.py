@@ -52,6 +52,7 @@ from service.domain.refusals import (
     session_absent,
     tape_quota,
 )
+from service.domain.retries import CHUNK_TRIES
 from service.domain.rules import InputRules
 from service.domain.session_cache import cached_from_snapshot, state_from_bytes
 from service.domain.tapes import StoredTape, tape_to_bytes
@@ -76,7 +77,6 @@ if TYPE_CHECKING:
 
     OnDone = Callable[[ForwardResult | Exception], None]
 
-MAX_TRIES = 5
 _RESPONSE_OVERHEAD = 1024  # bytes of an answer beside its tensors, at most
 _BIG_CHUNK_BYTES = 1 << 20  # hashed in a thread
 
@@ -345,7 +345,7 @@ class Recurrence:
             self._end(pending, tape_quota(self._limits.tapes_per_session))
         elif isinstance(outcome, Exception):
             self._end(pending, outcome)
-        elif pending.tries < MAX_TRIES:
+        elif pending.tries + 1 < CHUNK_TRIES:
             pending.tries += 1
             self._spawn(pending, self._fetch(pending))
         else:

@@ -226,9 +226,9 @@ def unsupported_layout(what: str, found: str, known: str) -> UnsupportedLayout:
     return UnsupportedLayout("UNSUPPORTED_LAYOUT", text, found=found, known=known)
 
 
-def request_id_reused() -> AlreadyExists:
-    """Make the refusal of a request id that was used with other content."""
-    text = "request_id: it was used for a request with other content"
+def request_id_reused(what: str = "request") -> AlreadyExists:
+    """Make the refusal of a request id that was used with other content, in a request or for a model."""
+    text = f"request_id: it was used for a {what} with other content"
     return AlreadyExists("REQUEST_ID_REUSED", text, field="request_id")
 
 

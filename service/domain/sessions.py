@@ -43,6 +43,7 @@ from service.domain.refusals import (
     request_id_reused,
     session_absent,
 )
+from service.domain.retries import EPOCH_TRIES
 from service.domain.rules import (
     InputRules,
     check_id,
@@ -78,7 +79,6 @@ if TYPE_CHECKING:
     from service.settings import Limits
 
 SERVER_ID_BYTES = 16
-_TRIES = 5
 _NO_VERSION = Version(0, bytes(DIGEST_BYTES))
 _ANSWER_OVERHEAD = 1024
 
@@ -166,7 +166,7 @@ class Sessions:
         """Give a live session a new state and fence off the writers of the old epoch."""
         self._rules.check_new_epoch(op)
         key = SessionKey(tenant, op.session_id)
-        for _ in range(_TRIES):
+        for _ in range(EPOCH_TRIES):
             head = (await self._read(key)).head
             model = await self._model_cache.get_incarnation(
                 ModelKey(tenant, head.model_id), head.incarnation
