@@ -240,8 +240,8 @@ def build_server(
     )
     stack.push_async_callback(_finish, recurrence, model_cache, settings.drain_s)
     use_cases = UseCases(
-        models=Models(store.models, model_cache, publisher, scheduler, limits),
-        sessions=Sessions(store.sessions, model_cache, session_cache, limits),
+        models=Models(store.models, model_cache, publisher, scheduler=scheduler, limits=limits),
+        sessions=Sessions(store.sessions, model_cache, session_cache, limits=limits),
         recurrence=recurrence,
         backpropagation=Backpropagation(
             session_tapes,

@@ -28,7 +28,7 @@ from service.domain.refusals import (
     recorded_metadata,
 )
 from service.domain.rules import InputRules
-from service.domain.types import BackwardResult, ModelKey, Selector, SessionKey
+from service.domain.types import BackwardResult, ChunkKey, ModelKey, Selector, SessionKey
 from service.domain.weights import grads_to_blob
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class Backpropagation:
         norm = _finite_norm(gradients)
         contribution = Contribution(
             model.incarnation,
-            contribution_key(SessionKey(tenant, op.session_id), op.epoch, op.chunk_seq),
+            contribution_key(ChunkKey(SessionKey(tenant, op.session_id), op.epoch, op.chunk_seq)),
             early.digest,
             grads_to_blob(gradients.grads),
             found.expires_ms,
@@ -135,7 +135,7 @@ class Backpropagation:
             _, params = await self._model_cache.params(model, tape.version)
         except NotFound as error:
             key = SessionKey(model.key.tenant, op.session_id)
-            contribution = contribution_key(key, op.epoch, op.chunk_seq)
+            contribution = contribution_key(ChunkKey(key, op.epoch, op.chunk_seq))
             state = await self._contributions.find(model.key, contribution)
             text = f"{error.message}: the tape's version is not kept any more"
             facts = recorded_metadata(op.chunk_seq, state)

@@ -16,7 +16,7 @@ from service.domain.errors import AlreadyExists, ResourceExhausted
 from service.domain.lru import LruCache
 from service.domain.ports import RecordOutcome
 from service.domain.refusals import model_not_found, tape_missing
-from service.domain.types import Selector
+from service.domain.types import ChunkKey, Selector
 from service.domain.weights import grads_from_bytes, spec_bytes, spec_from_bytes
 from service.telemetry import NULL_OBSERVER
 
@@ -107,7 +107,7 @@ class Contributions:
             DomainError: As `record`.
         """
         outcome, inputs = await self._store.record_and_read(
-            request.model_key, recording.contribution, request.digest, selectors
+            request.model_key, recording.contribution, request=request.digest, selectors=selectors
         )
         self._settle(recording, outcome)
         return inputs
@@ -212,7 +212,7 @@ class Contributions:
         self, model: ModelKey, key: SessionKey, tapes: Sequence[WaitingTape]
     ) -> list[WaitingTape]:
         """Return those of the tapes of a session whose contribution was never recorded."""
-        wanted = [contribution_key(key, tape.epoch, tape.chunk_seq) for tape in tapes]
+        wanted = [contribution_key(ChunkKey(key, tape.epoch, tape.chunk_seq)) for tape in tapes]
         states = await asyncio.gather(*(self.find(model, one) for one in wanted))
         return [tape for tape, state in zip(tapes, states, strict=True) if state is None]
 

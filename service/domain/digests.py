@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from rnn_engine import Array
-    from service.domain.types import Backward, SessionKey, Update, Version
+    from service.domain.types import Backward, ChunkKey, SessionKey, Update, Version
 
 _NUMBER = struct.Struct(">Q")
 _SHAPE = struct.Struct(">cccQQQ")
@@ -70,9 +70,9 @@ def name_digest(*parts: str) -> bytes:
     return hashlib.sha256(joined).digest()[:DIGEST_BYTES]
 
 
-def contribution_key(session: SessionKey, epoch: int, chunk_seq: int) -> ContributionKey:
+def contribution_key(chunk: ChunkKey) -> ContributionKey:
     """Return which contribution a chunk's is."""
-    return ContributionKey(session_digest(session), epoch, chunk_seq)
+    return ContributionKey(session_digest(chunk.session), chunk.epoch, chunk.chunk_seq)
 
 
 def content_digest(*parts: bytes | memoryview | Blob) -> bytes:

@@ -52,8 +52,8 @@ class ModelCache:
         store: ModelStore,
         head_max_age_ms: int,
         weights_limit_bytes: int,
-        clock: Callable[[], float] = time.monotonic,
         *,
+        clock: Callable[[], float] = time.monotonic,
         observer: Observer = NULL_OBSERVER,
     ) -> None:
         """Keep weights up to the limit and heads up to their age."""
@@ -195,6 +195,7 @@ class ModelCache:
         self,
         model: KnownModel,
         version: Version,
+        *,
         params: Params,
         moments: Moments,
         asked_at: float,

@@ -25,7 +25,7 @@ from service.domain.errors import (
 from service.domain.ports import (
     CheckpointOutcome,
     CreateOutcome,
-    ModelRecord,
+    NewModel,
     NewVersion,
 )
 from service.domain.publisher import CandidateVersion, StepRequest
@@ -81,6 +81,7 @@ class Models:
         store: ModelStore,
         model_cache: ModelCache,
         publisher: VersionPublisher,
+        *,
         scheduler: Scheduler,
         limits: Limits,
     ) -> None:
@@ -95,23 +96,25 @@ class Models:
         self._turns: WeakValueDictionary[ModelKey, asyncio.Lock] = WeakValueDictionary()
 
     async def create(
-        self, tenant: str, spec: ModelSpec, first: InitialWeights, request_id: str
+        self, tenant: str, spec: ModelSpec, first: InitialWeights, *, request_id: str
     ) -> tuple[ModelView, bool]:
         """Create a model; return whether an earlier try of this request had created it."""
         self._rules.check_spec(spec)
         self._rules.check_initial_weights(first)
         check_request_id("request_id", request_id)
         self._check_size(spec)
-        return await self._carrier.carry(self._create_in_turn(tenant, spec, first, request_id))
+        return await self._carrier.carry(
+            self._create_in_turn(tenant, spec, first, request_id=request_id)
+        )
 
     async def import_model(
-        self, tenant: str, spec: ModelSpec, data: bytes, request_id: str
+        self, tenant: str, spec: ModelSpec, data: bytes, *, request_id: str
     ) -> tuple[ModelView, bool]:
         """Create a model from a safetensors file, as `create` does."""
         self.import_limit(spec, request_id)
         params, moments = await self._scheduler.run(len(data), weights.from_safetensors, spec, data)
         first = InitialWeights(given=params, moments=moments)
-        return await self.create(tenant, spec, first, request_id)
+        return await self.create(tenant, spec, first, request_id=request_id)
 
     def import_limit(self, spec: ModelSpec, request_id: str) -> int:
         """Return the most bytes that the file of an import can need; refuse what no file could save."""
@@ -128,15 +131,15 @@ class Models:
                 raise bad_field("spec.hidden_size", text)
 
     async def _create_in_turn(
-        self, tenant: str, spec: ModelSpec, first: InitialWeights, request_id: str
+        self, tenant: str, spec: ModelSpec, first: InitialWeights, *, request_id: str
     ) -> tuple[ModelView, bool]:
         # A retry of a large creation that is still under way waits for it, and finds the model there.
         turn = self._turns.setdefault(ModelKey(tenant, spec.model_id), asyncio.Lock())
         async with turn:
-            return await self._create(tenant, spec, first, request_id)
+            return await self._create(tenant, spec, first, request_id=request_id)
 
     async def _create(
-        self, tenant: str, spec: ModelSpec, first: InitialWeights, request_id: str
+        self, tenant: str, spec: ModelSpec, first: InitialWeights, *, request_id: str
     ) -> tuple[ModelView, bool]:
         key = ModelKey(tenant, spec.model_id)
         work = weights.spec_bytes(spec)  # bytes drawn or checked stand for the work
@@ -146,12 +149,14 @@ class Models:
         version = Version(1, weights.version_digest(data, moments))
         incarnation = secrets.token_bytes(DIGEST_BYTES)
         stored_spec = weights.spec_to_bytes(spec)
-        record = ModelRecord(incarnation, stored_spec, version, 0, 0, 0)
         outcome = await self._store.create_model(
             key,
-            record,
-            NewVersion(version, data, moments),
-            request_digest(request_id, stored_spec, version.digest),
+            NewModel(
+                incarnation,
+                stored_spec,
+                NewVersion(version, data, moments),
+                request_digest(request_id, stored_spec, version.digest),
+            ),
         )
         if outcome is CreateOutcome.EXISTS:
             raise await self._exists(key, spec)
@@ -237,7 +242,7 @@ class Models:
         return weights.file_bytes_limit(model.spec)
 
     async def put_weights(
-        self, key: ModelKey, expected: Version | None, request_id: str, data: bytes
+        self, key: ModelKey, data: bytes, *, expected: Version | None, request_id: str
     ) -> tuple[Version, bool]:
         """Make a safetensors file the model's next version."""
         _check_next_version(key, expected, request_id)
@@ -267,11 +272,13 @@ class Models:
                 raise version_gone(version, model.head)
             version = found
         outcome, kept = await self._store.create_checkpoint(
-            key, model.incarnation, checkpoint_id, version
+            key, model.incarnation, checkpoint_id, version=version
         )
         if kept is not None:
             return kept
-        raise self._checkpoint_refusal(outcome, model, checkpoint_id, version or model.head)
+        raise self._checkpoint_refusal(
+            outcome, model, checkpoint_id=checkpoint_id, version=version or model.head
+        )
 
     async def list_checkpoints(self, key: ModelKey) -> list[Checkpoint]:
         """Return a model's checkpoints, sorted by name."""
@@ -283,6 +290,7 @@ class Models:
         self,
         key: ModelKey,
         checkpoint_id: str,
+        *,
         expected: Version | None,
         request_id: str,
     ) -> tuple[Version, bool]:
@@ -359,7 +367,7 @@ class Models:
             raise contended()
 
     def _checkpoint_refusal(
-        self, outcome: CheckpointOutcome, model: KnownModel, checkpoint_id: str, version: Version
+        self, outcome: CheckpointOutcome, model: KnownModel, *, checkpoint_id: str, version: Version
     ) -> Exception:
         if outcome is CheckpointOutcome.EXISTS:
             text = f"checkpoint {quoted(checkpoint_id)} keeps another version"

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from service.domain.blob import Blob
     from service.domain.types import (
         Checkpoint,
+        ChunkKey,
         ContributionKey,
         ModelKey,
         RequestDigest,
@@ -253,6 +254,16 @@ class Remembered:
 
 
 @dataclass(frozen=True, slots=True)
+class NewModel:
+    """A model to create: its incarnation, the stored form of its specification, its first version."""
+
+    incarnation: bytes
+    spec: bytes
+    first: NewVersion
+    request: RequestDigest
+
+
+@dataclass(frozen=True, slots=True)
 class UpdateInputs:
     """What a step starts from, as one atomic read found it.
 
@@ -390,15 +401,11 @@ class SessionStore(Protocol):
     ) -> CloseDecision | AbsentSession:
         """End a session, unless an epoch is expected (not 0) and it has another."""
 
-    async def read_tape(
-        self, key: SessionKey, epoch: int, chunk_seq: int, *, with_data: bool = True
-    ) -> TapeSnapshot:
+    async def read_tape(self, chunk: ChunkKey, *, with_data: bool = True) -> TapeSnapshot:
         """Read one tape, or only its first byte, with where its session stands."""
 
-    async def mark_tape_consumed(
-        self, key: SessionKey, epoch: int, chunk_seq: int, token: bytes
-    ) -> None:
-        """Note that the contribution of a tape was recorded."""
+    async def mark_tape_consumed(self, chunk: ChunkKey, token: bytes) -> None:
+        """Note that the contribution of a tape was recorded, so that it does not count as waiting."""
 
     async def discard_tapes(self, key: SessionKey, epoch: int, chunk_seqs: Sequence[int]) -> int:
         """Drop tapes that wait for their Backward; epoch 0: any, no chunks: all."""
@@ -434,9 +441,7 @@ class ModelStore(Protocol):
     async def create_model(
         self,
         key: ModelKey,
-        record: ModelRecord,
-        first: NewVersion,
-        request: RequestDigest,
+        new: NewModel,
     ) -> CreateOutcome:
         """Create a model with its first version."""
 
@@ -472,6 +477,7 @@ class ModelStore(Protocol):
         self,
         key: ModelKey,
         contribution: Contribution,
+        *,
         request: RequestDigest,
         selectors: Sequence[Selector],
     ) -> tuple[RecordOutcome, UpdateInputs | Exception | None]:
@@ -517,9 +523,10 @@ class ModelStore(Protocol):
         key: ModelKey,
         incarnation: bytes,
         checkpoint_id: str,
+        *,
         version: Version | None,
     ) -> tuple[CheckpointOutcome, Checkpoint | None]:
-        """Keep a version under a name."""
+        """Keep a version under a name; None for the head."""
 
     async def list_checkpoints(self, key: ModelKey) -> list[Checkpoint]:
         """Read a model's checkpoints, sorted by name."""

@@ -219,7 +219,11 @@ class VersionPublisher:
         request, version = publication.request, publication.new.version
         if outcome is PublishOutcome.PUBLISHED:
             self._model_cache.note_head(
-                model, version, candidate.params, candidate.moments, asked_at
+                model,
+                version,
+                params=candidate.params,
+                moments=candidate.moments,
+                asked_at=asked_at,
             )
             new = publication.new
             self._observer.version_published(

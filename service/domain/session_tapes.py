@@ -18,7 +18,7 @@ from service.domain.refusals import (
     tape_missing,
 )
 from service.domain.tapes import check_tape, tape_from_bytes
-from service.domain.types import ModelKey, SessionKey
+from service.domain.types import ChunkKey, ModelKey, SessionKey
 
 if TYPE_CHECKING:
     import asyncio
@@ -74,10 +74,8 @@ class SessionTapes:
             DomainError: SESSION_NOT_FOUND and its kin, SEQ_GAP, EPOCH_FENCED, HISTORY_FORKED,
                 TAPE_MISSING, UNSUPPORTED_LAYOUT.
         """
-        key = SessionKey(tenant, op.session_id)
-        found = await self._sessions.read_tape(
-            key, op.epoch, op.chunk_seq, with_data=cached is None
-        )
+        chunk = ChunkKey(SessionKey(tenant, op.session_id), op.epoch, op.chunk_seq)
+        found = await self._sessions.read_tape(chunk, with_data=cached is None)
         head = found.session
         if isinstance(head, AbsentSession):
             raise session_absent(op.session_id, head)
@@ -85,7 +83,7 @@ class SessionTapes:
             raise _chunk_not_applied(op, head)
         is_of_ended_epoch = op.epoch < head.epoch and not op.resent
         if not found.token or is_of_ended_epoch:
-            await self._refuse_unless_recorded(key, op, found, head)
+            await self._refuse_unless_recorded(chunk, op, found, head=head)
         if found.token != op.token:
             raise history_forked(op.chunk_seq)
         assert found.data is not None  # noqa: S101 - there is data where there is a token
@@ -106,23 +104,22 @@ class SessionTapes:
 
         If that fails, it counts until it expires or the same Backward comes again.
         """
-        key = SessionKey(tenant, op.session_id)
+        chunk = ChunkKey(SessionKey(tenant, op.session_id), op.epoch, op.chunk_seq)
         with suppress(*STORE_FAILURES, UnsupportedLayout):
-            await self._sessions.mark_tape_consumed(key, op.epoch, op.chunk_seq, op.token)
+            await self._sessions.mark_tape_consumed(chunk, op.token)
 
     async def _refuse_unless_recorded(
-        self, key: SessionKey, op: Backward, found: TapeSnapshot, head: SessionHead
+        self, chunk: ChunkKey, op: Backward, found: TapeSnapshot, *, head: SessionHead
     ) -> None:
         """Refuse a Backward without a usable tape, and say whether its gradient was recorded before.
 
         A Backward of an ended epoch passes if its gradient was recorded and its tape is still there: then
         it is a retry.
         """
-        model = ModelKey(key.tenant, head.model_id)
+        model = ModelKey(chunk.session.tenant, head.model_id)
         with suppress(NotFound):  # an unknown layout of the model governs its contributions
             await self._model_cache.get_incarnation(model, head.incarnation)
-        contribution = contribution_key(key, op.epoch, op.chunk_seq)
-        state = await self._contributions.find(model, contribution)
+        state = await self._contributions.find(model, contribution_key(chunk))
         if state is None and not op.resent:
             check_epoch(op.epoch, head.epoch, head.chunk_seq)
         if not found.token:

@@ -91,6 +91,7 @@ class Sessions:
         store: SessionStore,
         model_cache: ModelCache,
         session_cache: SessionCache,
+        *,
         limits: Limits,
     ) -> None:
         """Keep the parts that the operations use."""
@@ -109,7 +110,9 @@ class Sessions:
         self._rules.check_open(op)
         model = await self._model_cache.get(ModelKey(tenant, op.model_id), fresh=True)
         key = SessionKey(tenant, op.session_id or new_session_id())
-        state = self._first_state(model.spec, op.batch_size, op.initial_state, "initial_state")
+        state = self._first_state(
+            model.spec, op.batch_size, op.initial_state, field="initial_state"
+        )
         ttl_ms = self._limits.default_ttl_ms if op.ttl_ms is None else op.ttl_ms
         start = EpochStart(
             mode=EpochMode(op.on_exists.value),
@@ -136,7 +139,7 @@ class Sessions:
         return _view(key.session_id, await self._read(key))
 
     async def list_page(
-        self, tenant: str, model_id: str, page_size: int, page_token: str
+        self, tenant: str, page_size: int, page_token: str, *, model_id: str
     ) -> tuple[list[SessionView], str]:
         """Return a page of live sessions and the token of the next page."""
         check_optional_id("model_id", model_id)
@@ -171,7 +174,7 @@ class Sessions:
             model = await self._model_cache.get_incarnation(
                 ModelKey(tenant, head.model_id), head.incarnation
             )
-            state = self._first_state(model.spec, head.batch_size, op.state, "state")
+            state = self._first_state(model.spec, head.batch_size, op.state, field="state")
             start = EpochStart(
                 mode=EpochMode.LIVE,
                 head=head,
@@ -344,7 +347,7 @@ class Sessions:
         )
 
     def _first_state(
-        self, spec: ModelSpec, batch_size: int, given: Array | None, field: str
+        self, spec: ModelSpec, batch_size: int, given: Array | None, *, field: str
     ) -> Array:
         shape = (batch_size, spec.hidden_size)
         size = batch_size * spec.hidden_size * np.dtype(spec.dtype).itemsize

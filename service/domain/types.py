@@ -26,6 +26,14 @@ class SessionKey(NamedTuple):
     session_id: str
 
 
+class ChunkKey(NamedTuple):
+    """Which chunk of a session; it names the chunk's tape and its contribution too."""
+
+    session: SessionKey
+    epoch: int
+    chunk_seq: int
+
+
 class ModelKey(NamedTuple):
     """Which model: a tenant, and the model's name among the tenant's models."""
 

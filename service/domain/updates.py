@@ -19,6 +19,7 @@ from service.domain.publisher import CandidateVersion, StepRequest
 from service.domain.refusals import UNCHANGED
 from service.domain.rules import InputRules
 from service.domain.types import (
+    ChunkKey,
     ModelKey,
     Reduction,
     RequestDigest,
@@ -217,7 +218,7 @@ def _check_all_wait(tenant: str, selectors: Sequence[Selector], inputs: UpdateIn
     """Raise NO_GRADIENTS unless something waits, and each contribution whose chunk was named."""
     waiting = {one.key for one in inputs.waiting}
     named = [
-        contribution_key(SessionKey(tenant, one.session_id), one.epoch, chunk_seq)
+        contribution_key(ChunkKey(SessionKey(tenant, one.session_id), one.epoch, chunk_seq))
         for one in selectors
         for chunk_seq in one.chunk_seqs
     ]

@@ -52,7 +52,9 @@ class ModelService:
         """Create a model."""
         spec = spec_from_proto(request.spec)
         weights = initial_weights_from_proto(request, self.rules)
-        view, replayed = await self.models.create(tenant, spec, weights, request.request_id)
+        view, replayed = await self.models.create(
+            tenant, spec, weights, request_id=request.request_id
+        )
         return pb.CreateModelResponse(model=model_to_proto(view), replayed=replayed)
 
     async def import_model(
@@ -70,7 +72,9 @@ class ModelService:
             raise message_too_large("weights file", total_bytes, limit, advice=_OF_OTHER_SIZES)
         call.share.take(total_bytes)
         data = await _collect(requests, total_bytes)
-        view, replayed = await self.models.import_model(call.tenant, spec, data, request_id)
+        view, replayed = await self.models.import_model(
+            call.tenant, spec, data, request_id=request_id
+        )
         return pb.ImportModelResponse(model=model_to_proto(view), replayed=replayed)
 
     async def get_model(self, tenant: str, request: pb.GetModelRequest) -> pb.GetModelResponse:
@@ -123,7 +127,9 @@ class ModelService:
             raise message_too_large("weights file", total_bytes, limit, advice=_OF_OTHER_SIZES)
         call.share.take(total_bytes)
         data = await _collect(requests, total_bytes)
-        version, replayed = await self.models.put_weights(key, expected, request_id, data)
+        version, replayed = await self.models.put_weights(
+            key, data, expected=expected, request_id=request_id
+        )
         return pb.PutWeightsResponse(version=version_to_proto(version), replayed=replayed)
 
     async def find_versions(
@@ -162,8 +168,8 @@ class ModelService:
         version, replayed = await self.models.restore_checkpoint(
             ModelKey(tenant, request.model_id),
             request.checkpoint_id,
-            expected_version(request),
-            request.request_id,
+            expected=expected_version(request),
+            request_id=request.request_id,
         )
         return pb.RestoreCheckpointResponse(version=version_to_proto(version), replayed=replayed)
 

@@ -46,9 +46,8 @@ class SessionService:
         self, tenant: str, request: pb.ListSessionsRequest
     ) -> pb.ListSessionsResponse:
         """Return a page of live sessions."""
-        model_id = request.model_id
         views, next_token = await self.sessions.list_page(
-            tenant, model_id, request.page_size, request.page_token
+            tenant, request.page_size, request.page_token, model_id=request.model_id
         )
         return pb.ListSessionsResponse(
             sessions=map(session_to_proto, views), next_page_token=next_token

@@ -55,7 +55,7 @@ Session record: head (80) | tail: model id | ring of `slots` slots, chunk k at k
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from service.domain.digests import session_digest
 from service.domain.ports import (
@@ -79,7 +79,7 @@ if TYPE_CHECKING:
         ChunkCommit,
         EpochStart,
     )
-    from service.domain.types import RequestDigest, Selector
+    from service.domain.types import ChunkKey, RequestDigest, Selector
 
 RECORD_LAYOUT: Final = 1
 MODEL_FIELDS: Final = ("incarnation", "spec", "head", "created", "waiting")
@@ -213,6 +213,11 @@ def commit_to_parts(commit: ChunkCommit) -> tuple[bytes, bytes]:
     return fixed, state.h
 
 
+def tape_name(chunk: ChunkKey) -> bytes:
+    """Lay out which tape of its session a chunk's is; names sort by epoch and chunk."""
+    return TAPE_NAME.pack(chunk.epoch, chunk.chunk_seq)
+
+
 def waiting_tape_from_bytes(data: bytes) -> WaitingTape:
     """Read a tape's name and token."""
     epoch, chunk_seq = TAPE_NAME.unpack_from(data)
@@ -243,10 +248,18 @@ def tape_entry_from_bytes(entry: bytes) -> tuple[int, bytes]:
     return expires_ms, token
 
 
-def version_entry_from_bytes(entry: bytes) -> tuple[bytes, int, int]:
-    """Read a version's digest, its parts and its moments' parts from its entry."""
+class VersionEntry(NamedTuple):
+    """What a model's entry of a version says: its digest, the parts of its weights and its moments."""
+
+    digest: bytes
+    weights_parts: int
+    moments_parts: int
+
+
+def version_entry_from_bytes(entry: bytes) -> VersionEntry:
+    """Read the entry of a version."""
     digest, _, parts, moment_parts, _ = _unpacked("version_entry", VERSION_ENTRY, entry)
-    return digest, parts, moment_parts
+    return VersionEntry(digest, parts, moment_parts)
 
 
 def checkpoint_from_bytes(name: str, data: bytes) -> Checkpoint:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         Bytes,
         Contribution,
         ContributionState,
+        NewModel,
         NewVersion,
         Publication,
         StepAnswer,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     )
     from service.domain.types import Checkpoint, ContributionKey, ModelKey, RequestDigest, Selector
     from service.settings import Limits
+    from service.store.layouts import VersionEntry
     from service.store.links import Command
     from service.store.scripts import Argument, ScriptRunner
 
@@ -71,9 +73,7 @@ class RedisModelStore:
     async def create_model(
         self,
         key: ModelKey,
-        record: ModelRecord,
-        first: NewVersion,
-        request: RequestDigest,
+        new: NewModel,
     ) -> CreateOutcome:
         """Create a model with its first version."""
         tag = keys.model_tag(key)
@@ -84,14 +84,14 @@ class RedisModelStore:
             keys.request_times_key(tag),
         )
         arguments = (
-            record.incarnation,
-            record.spec,
-            layouts.version_to_bytes(first.version),
-            request.name,
-            request.content,
-            _version_entry(first),
-            keys.weights_prefix(tag, record.incarnation),
-            keys.moments_prefix(tag, record.incarnation),
+            new.incarnation,
+            new.spec,
+            layouts.version_to_bytes(new.first.version),
+            new.request.name,
+            new.request.content,
+            _version_entry(new.first),
+            keys.weights_prefix(tag, new.incarnation),
+            keys.moments_prefix(tag, new.incarnation),
         )
         create = ScriptCall(_CREATE_MODEL, slot, arguments)
         answer = await self._runner.run(create)
@@ -103,7 +103,7 @@ class RedisModelStore:
             if await self._runner.run(reserve) == b"FULL":
                 return CreateOutcome.QUOTA
             try:
-                await self._write_parts(_version_parts(tag, record.incarnation, first))
+                await self._write_parts(_version_parts(tag, new.incarnation, new.first))
                 answer = await self._runner.run(create)
             except ResourceExhausted:
                 await self._give_back_name(key)
@@ -188,7 +188,7 @@ class RedisModelStore:
         (entries,) = await self._runner.run_commands([("HMGET", versions, *names)])
         found = zip(numbers, entries, strict=True)
         return [
-            Version(number, layouts.version_entry_from_bytes(entry)[0])
+            Version(number, layouts.version_entry_from_bytes(entry).digest)
             for number, entry in found
             if entry
         ]
@@ -198,14 +198,22 @@ class RedisModelStore:
     ) -> Bytes | None:
         """Read a version's weights."""
         tag = keys.model_tag(key)
-        return await self._read_parts(tag, keys.weights_prefix(tag, incarnation), version, 0)
+        entry = await self._read_version_entry(tag, version)
+        if entry is None:
+            return None
+        name = keys.weights_prefix(tag, incarnation) + _name(version)
+        return await self._read_parts(name, entry.weights_parts)
 
     async def read_moments(
         self, key: ModelKey, incarnation: bytes, version: Version
     ) -> Bytes | None:
         """Read a version's moments."""
         tag = keys.model_tag(key)
-        return await self._read_parts(tag, keys.moments_prefix(tag, incarnation), version, 1)
+        entry = await self._read_version_entry(tag, version)
+        if entry is None:
+            return None
+        name = keys.moments_prefix(tag, incarnation) + _name(version)
+        return await self._read_parts(name, entry.moments_parts)
 
     async def record_contribution(self, key: ModelKey, contribution: Contribution) -> RecordOutcome:
         """Count a contribution once."""
@@ -217,6 +225,7 @@ class RedisModelStore:
         self,
         key: ModelKey,
         contribution: Contribution,
+        *,
         request: RequestDigest,
         selectors: Sequence[Selector],
     ) -> tuple[RecordOutcome, UpdateInputs | Exception | None]:
@@ -379,9 +388,10 @@ class RedisModelStore:
         key: ModelKey,
         incarnation: bytes,
         checkpoint_id: str,
+        *,
         version: Version | None,
     ) -> tuple[CheckpointOutcome, Checkpoint | None]:
-        """Keep a version under a name."""
+        """Keep a version under a name; None for the head."""
         tag = keys.model_tag(key)
         slot = (
             keys.model_key(tag),
@@ -459,20 +469,16 @@ class RedisModelStore:
                 at += len(part)
         return whole.toreadonly()[:at]
 
-    async def _read_parts(
-        self, tag: bytes, prefix: bytes, version: Version, which: int
-    ) -> Bytes | None:
+    async def _read_version_entry(self, tag: bytes, version: Version) -> VersionEntry | None:
+        """Read the entry of a version; None if it is not kept, or its number has other content."""
         number = version.number.to_bytes(8, "big")
         (entry,) = await self._runner.run_commands([("HGET", keys.versions_key(tag), number)])
-        if not entry:
-            return None
-        digest, *counts = layouts.version_entry_from_bytes(entry)
-        if digest != version.digest:
-            return None
-        count = counts[which]
-        return await self._read_whole(
-            _part_keys(prefix + _name(version), count), count * PART_BYTES
-        )
+        found = layouts.version_entry_from_bytes(entry) if entry else None
+        return found if found is not None and found.digest == version.digest else None
+
+    async def _read_parts(self, name: bytes, count: int) -> Bytes | None:
+        """Read what was written in parts; None when one of them is not there."""
+        return await self._read_whole(_part_keys(name, count), count * PART_BYTES)
 
 
 def _inputs_call(

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
         EpochStart,
         SessionHead,
     )
-    from service.domain.types import SessionKey, WaitingTape
+    from service.domain.types import ChunkKey, SessionKey, WaitingTape
     from service.settings import Limits
     from service.store.links import Command
     from service.store.scripts import Argument, Ran, ScriptRunner
@@ -160,12 +160,9 @@ class RedisSessionStore:
             return layouts.absence_from_marker(marker)
         return CloseDecision(CloseOutcome(outcome.decode()), int(epoch))
 
-    async def read_tape(
-        self, key: SessionKey, epoch: int, chunk_seq: int, *, with_data: bool = True
-    ) -> TapeSnapshot:
+    async def read_tape(self, chunk: ChunkKey, *, with_data: bool = True) -> TapeSnapshot:
         """Read one tape, or only its first byte, with where its session stands."""
-        tag = keys.session_tag(key)
-        name = layouts.TAPE_NAME.pack(epoch, chunk_seq)
+        tag, name = keys.session_tag(chunk.session), layouts.tape_name(chunk)
         slot = (
             keys.record_key(tag),
             keys.marker_key(tag),
@@ -183,12 +180,9 @@ class RedisSessionStore:
             expires_ms=expires_ms,
         )
 
-    async def mark_tape_consumed(
-        self, key: SessionKey, epoch: int, chunk_seq: int, token: bytes
-    ) -> None:
-        """Note that the contribution of a tape was recorded."""
-        tag = keys.session_tag(key)
-        name = layouts.TAPE_NAME.pack(epoch, chunk_seq)
+    async def mark_tape_consumed(self, chunk: ChunkKey, token: bytes) -> None:
+        """Note that the contribution of a tape was recorded, so that it does not count as waiting."""
+        tag, name = keys.session_tag(chunk.session), layouts.tape_name(chunk)
         slot = (keys.record_key(tag), keys.tape_index_key(tag))
         await self._runner.run(ScriptCall(_MARK_TAPE_CONSUMED, slot, (name, token)))
 

@@ -66,7 +66,7 @@ def make_model(replicas: tuple[Replica, Replica], tenant: str) -> ModelMaker:
         seed: int = 1,
     ) -> ModelSpec:
         spec = ModelSpec(model_id, *sizes, dtype, optimizer or SGD(lr=0.1))
-        await replicas[0].models.create(tenant, spec, InitialWeights(seed=seed), "")
+        await replicas[0].models.create(tenant, spec, InitialWeights(seed=seed), request_id="")
         return spec
 
     return make

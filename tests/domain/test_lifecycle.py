@@ -568,12 +568,12 @@ async def test_lists_sessions_in_pages(
     await open_session("else", "other")
     seen, token = [], ""
     while True:
-        views, token = await replicas[1].sessions.list_page(tenant, "m", 3, token)
+        views, token = await replicas[1].sessions.list_page(tenant, 3, token, model_id="m")
         seen += [view.session_id for view in views]
         if not token:
             break
     assert sorted(seen) == sorted(names)
-    assert await replicas[1].sessions.list_page(f"{tenant}x", "", 10, "") == ([], "")
+    assert await replicas[1].sessions.list_page(f"{tenant}x", 10, "", model_id="") == ([], "")
 
 
 @pytest.mark.parametrize(
@@ -584,7 +584,7 @@ async def test_a_page_token_of_ones_own_is_refused(replicas: Pair, tenant: str, 
     import base64
 
     token = base64.urlsafe_b64encode(text.encode()).decode()
-    refused = await refusal(replicas[0].sessions.list_page(tenant, "", 10, token))
+    refused = await refusal(replicas[0].sessions.list_page(tenant, 10, token, model_id=""))
     assert (refused.reason, refused.field) == ("BAD_FIELD", "page_token")
 
 

@@ -258,6 +258,8 @@ async def test_a_model_whose_weights_found_no_room_is_not_listed(
 
     monkeypatch.setattr(type(store), "_write_parts", fills_up)
     spec = ModelSpec("m", INPUTS, HIDDEN, "float32", SGD())
-    refused = await refusal(replica.models.create(tenant, spec, InitialWeights(seed=1), ""))
+    refused = await refusal(
+        replica.models.create(tenant, spec, InitialWeights(seed=1), request_id="")
+    )
     assert refused.reason == "STORE_FULL"
     assert await raw.zcard(keys.tenant_models_key(tenant)) == 0

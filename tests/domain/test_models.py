@@ -48,15 +48,15 @@ async def test_a_seed_makes_one_model_however_often_it_is_asked_for(
     """Twenty racers with one request id create one model; a later one is MODEL_EXISTS."""
     made = await asyncio.gather(
         *(
-            replicas[i % 2].models.create(tenant, SPEC, InitialWeights(seed=3), "r")
+            replicas[i % 2].models.create(tenant, SPEC, InitialWeights(seed=3), request_id="r")
             for i in range(20)
         )
     )
     assert sum(not replayed for _, replayed in made) == 1
     assert len({view.incarnation for view, _ in made}) == 1
-    again = replicas[0].models.create(tenant, SPEC, InitialWeights(seed=3), "")
+    again = replicas[0].models.create(tenant, SPEC, InitialWeights(seed=3), request_id="")
     assert (await refusal(again)).reason == "MODEL_EXISTS"
-    other = replicas[0].models.create(tenant, SPEC, InitialWeights(seed=4), "r")
+    other = replicas[0].models.create(tenant, SPEC, InitialWeights(seed=4), request_id="r")
     assert (await refusal(other)).reason == "REQUEST_ID_REUSED"
 
 
@@ -72,18 +72,20 @@ async def test_a_name_that_is_taken_tells_the_difference(
     replicas: Pair, tenant: str, facts: dict[str, Any], difference: str
 ) -> None:
     """MODEL_EXISTS names each part of the specification that is otherwise there; seeds are none."""
-    await replicas[0].models.create(tenant, SPEC, InitialWeights(seed=3), "r")
+    await replicas[0].models.create(tenant, SPEC, InitialWeights(seed=3), request_id="r")
     asked = replace(SPEC, **facts)
-    refused = await refusal(replicas[1].models.create(tenant, asked, InitialWeights(seed=5), ""))
+    refused = await refusal(
+        replicas[1].models.create(tenant, asked, InitialWeights(seed=5), request_id="")
+    )
     assert (refused.reason, refused.metadata["difference"]) == ("MODEL_EXISTS", difference)
     assert all(name in refused.message for name in difference.split(","))
 
 
 async def test_a_refused_creation_leaves_nothing(replicas: Pair, tenant: str, raw: Redis) -> None:
     """Creating what exists writes no weights, not even for a while."""
-    await replicas[0].models.create(tenant, SPEC, InitialWeights(seed=1), "")
+    await replicas[0].models.create(tenant, SPEC, InitialWeights(seed=1), request_id="")
     before = await keys_of(raw, keys.model_tag(ModelKey(tenant, "m")))
-    await refusal(replicas[0].models.create(tenant, SPEC, InitialWeights(seed=2), ""))
+    await refusal(replicas[0].models.create(tenant, SPEC, InitialWeights(seed=2), request_id=""))
     assert await keys_of(raw, keys.model_tag(ModelKey(tenant, "m"))) == before
 
 
@@ -93,7 +95,7 @@ async def test_given_weights_are_taken_bit_for_bit(
     """Wx, Wh and b come back as they were given; another shape is refused by its field."""
     shapes = ((INPUTS, HIDDEN), (HIDDEN, HIDDEN), (HIDDEN,))
     given = Params(*(rng.standard_normal(shape).astype(np.float32) for shape in shapes))
-    await replicas[0].models.create(tenant, SPEC, InitialWeights(given=given), "")
+    await replicas[0].models.create(tenant, SPEC, InitialWeights(given=given), request_id="")
     there = await head_params(replicas[1], tenant, SPEC)
     for one, other in zip(
         (there.Wx, there.Wh, there.b), (given.Wx, given.Wh, given.b), strict=True
@@ -101,7 +103,7 @@ async def test_given_weights_are_taken_bit_for_bit(
         np.testing.assert_array_equal(one, other)
     wrong = InitialWeights(given=Params(given.Wx.T.copy().T[:, ::-1].copy(), given.Wh, given.b))
     spec = ModelSpec("n", INPUTS + 1, HIDDEN, "float32", SGD())
-    refused = await refusal(replicas[0].models.create(tenant, spec, wrong, ""))
+    refused = await refusal(replicas[0].models.create(tenant, spec, wrong, request_id=""))
     assert (refused.reason, refused.field) == ("BAD_TENSOR", "given.wx")
 
 
@@ -110,7 +112,7 @@ async def test_models_are_listed_in_pages_by_name(replicas: Pair, tenant: str) -
     names = [f"m{i}" for i in range(5)]
     for name in names:
         spec = ModelSpec(name, INPUTS, HIDDEN, "float32", SGD())
-        await replicas[0].models.create(tenant, spec, InitialWeights(), "")
+        await replicas[0].models.create(tenant, spec, InitialWeights(), request_id="")
     seen, token = [], ""
     while True:
         views, token = await replicas[1].models.list_page(tenant, 2, token)
@@ -126,13 +128,13 @@ async def test_the_number_of_models_is_bounded_and_freed(
 ) -> None:
     """Beyond the tenant's number is MAX_MODELS until one is deleted."""
     replica = await make_replica(Limits(models_per_tenant=1))
-    await replica.models.create(tenant, SPEC, InitialWeights(), "")
+    await replica.models.create(tenant, SPEC, InitialWeights(), request_id="")
     other = ModelSpec("n", INPUTS, HIDDEN, "float32", SGD())
-    assert (await refusal(replica.models.create(tenant, other, InitialWeights(), ""))).reason == (
-        "MAX_MODELS"
-    )
+    assert (
+        await refusal(replica.models.create(tenant, other, InitialWeights(), request_id=""))
+    ).reason == ("MAX_MODELS")
     assert await replica.models.delete(ModelKey(tenant, "m"), allow_missing=False)
-    await replica.models.create(tenant, other, InitialWeights(), "")
+    await replica.models.create(tenant, other, InitialWeights(), request_id="")
 
 
 async def test_a_name_left_by_a_creation_cut_short_can_be_deleted(
@@ -141,11 +143,11 @@ async def test_a_name_left_by_a_creation_cut_short_can_be_deleted(
     """A reservation without a model counts for nobody for ever."""
     replica = await make_replica(Limits(models_per_tenant=1))
     await raw.zadd(keys.tenant_models_key(tenant), {"half": 0})
-    assert (await refusal(replica.models.create(tenant, SPEC, InitialWeights(), ""))).reason == (
-        "MAX_MODELS"
-    )
+    assert (
+        await refusal(replica.models.create(tenant, SPEC, InitialWeights(), request_id=""))
+    ).reason == ("MAX_MODELS")
     assert not await replica.models.delete(ModelKey(tenant, "half"), allow_missing=True)
-    await replica.models.create(tenant, SPEC, InitialWeights(), "")
+    await replica.models.create(tenant, SPEC, InitialWeights(), request_id="")
 
 
 async def test_deleting_a_model_removes_every_key(
@@ -185,16 +187,20 @@ async def test_weights_go_out_and_come_back(
         ModelKey(tenant, "m"), None, include_moments=True
     )
     assert found == version
-    put, replayed = await replicas[1].models.put_weights(ModelKey(tenant, "m"), version, "p", data)
+    put, replayed = await replicas[1].models.put_weights(
+        ModelKey(tenant, "m"), data, expected=version, request_id="p"
+    )
     assert (put.number, put.digest, replayed) == (3, version.digest, False)
     again, replayed = await replicas[0].models.put_weights(
-        ModelKey(tenant, "m"), version, "p", data
+        ModelKey(tenant, "m"), data, expected=version, request_id="p"
     )
     assert (again, replayed) == (put, True)
     tensors = load(data)
     there = await head_params(replicas[0], tenant, spec)
     np.testing.assert_array_equal(there.Wh, tensors["Wh"])
-    stale = replicas[0].models.put_weights(ModelKey(tenant, "m"), version, "q", data)
+    stale = replicas[0].models.put_weights(
+        ModelKey(tenant, "m"), data, expected=version, request_id="q"
+    )
     assert (await refusal(stale)).reason == "VERSION_CONFLICT"
 
 
@@ -221,7 +227,9 @@ async def test_a_file_for_another_specification_is_refused(
     wrong = save({name: np.zeros((2, 2), np.float32) for name in ("Wx", "Wh", "b")})
     for data in (wrong, b"", b"\x80\x04pickle", b"PK\x03\x04" + bytes(60)):
         refused = await refusal(
-            replicas[0].models.put_weights(ModelKey(tenant, "m"), None, "put", data)
+            replicas[0].models.put_weights(
+                ModelKey(tenant, "m"), data, expected=None, request_id="put"
+            )
         )
         assert refused.reason == "BAD_WEIGHTS"
     assert await head_of(replicas[1], tenant) == head
@@ -255,7 +263,9 @@ async def test_weights_for_a_model_made_again_meanwhile_are_refused(
         return await read(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(store, "read_update_inputs", overtaken)
-    refused = await refusal(replicas[0].models.put_weights(ModelKey(tenant, "m"), None, "p", data))
+    refused = await refusal(
+        replicas[0].models.put_weights(ModelKey(tenant, "m"), data, expected=None, request_id="p")
+    )
     assert refused.reason == "MODEL_NOT_FOUND"
     assert (await head_of(replicas[1], tenant)).number == 1
 
@@ -300,7 +310,9 @@ async def test_a_restored_checkpoint_trains_on_as_if_nothing_had_been(
         await client.backward(dhs)
         made.append((await client.update("m", name)).version)
         if name == "before":
-            await replicas[1].models.restore_checkpoint(ModelKey(tenant, "m"), "c", None, "r")
+            await replicas[1].models.restore_checkpoint(
+                ModelKey(tenant, "m"), "c", expected=None, request_id="r"
+            )
     assert [version.number for version in made] == [3, 5]
     assert made[0].digest == made[1].digest
 
@@ -312,13 +324,17 @@ async def test_a_restore_sent_again_needs_its_checkpoint_no_more(
     await make_model()
     models = replicas[0].models
     await models.create_checkpoint(ModelKey(tenant, "m"), "c", None)
-    first, _ = await models.restore_checkpoint(ModelKey(tenant, "m"), "c", None, "r")
+    first, _ = await models.restore_checkpoint(
+        ModelKey(tenant, "m"), "c", expected=None, request_id="r"
+    )
     await models.delete_checkpoint(ModelKey(tenant, "m"), "c", allow_missing=False)
     again, replayed = await replicas[1].models.restore_checkpoint(
-        ModelKey(tenant, "m"), "c", None, "r"
+        ModelKey(tenant, "m"), "c", expected=None, request_id="r"
     )
     assert (again, replayed) == (first, True)
-    missing = await refusal(models.restore_checkpoint(ModelKey(tenant, "m"), "c", None, "other"))
+    missing = await refusal(
+        models.restore_checkpoint(ModelKey(tenant, "m"), "c", expected=None, request_id="other")
+    )
     assert missing.reason == "CHECKPOINT_NOT_FOUND"
     gone = await refusal(models.delete_checkpoint(ModelKey(tenant, "m"), "c", allow_missing=False))
     assert gone.reason == "CHECKPOINT_NOT_FOUND"
@@ -402,7 +418,7 @@ async def test_a_model_too_large_is_refused_before_it_is_drawn(
 ) -> None:
     """Weights beyond the limit are BAD_FIELD."""
     replica = await make_replica(Limits(weights_bytes=64))
-    refused = await refusal(replica.models.create(tenant, SPEC, InitialWeights(), ""))
+    refused = await refusal(replica.models.create(tenant, SPEC, InitialWeights(), request_id=""))
     assert refused.reason == "BAD_FIELD"
 
 
@@ -421,7 +437,9 @@ async def test_a_model_whose_own_step_could_not_fit_is_refused_at_once(
     """The refusal names what is needed and the limit that it goes over."""
     replica = await make_replica(replace(Limits(), **{limit: value}))
     spec = ModelSpec("m", INPUTS, HIDDEN, "float32", SGD())
-    refused = await refusal(replica.models.create(tenant, spec, InitialWeights(seed=1), ""))
+    refused = await refusal(
+        replica.models.create(tenant, spec, InitialWeights(seed=1), request_id="")
+    )
     assert (refused.reason, refused.field) == ("BAD_FIELD", "spec.hidden_size")
     assert f"over the limit of {value}" in refused.message
 
@@ -474,11 +492,11 @@ async def test_a_creation_whose_caller_went_away_is_made_and_found(
     monkeypatch.setattr(store, "create_model", slow)
     spec = ModelSpec("m", INPUTS, HIDDEN, "float32", SGD())
     first = InitialWeights(seed=1)
-    waiting = asyncio.create_task(replicas[0].models.create(tenant, spec, first, "r"))
+    waiting = asyncio.create_task(replicas[0].models.create(tenant, spec, first, request_id="r"))
     await reached.wait()
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting
     go_on.set()
-    _, replayed = await replicas[0].models.create(tenant, spec, first, "r")
+    _, replayed = await replicas[0].models.create(tenant, spec, first, request_id="r")
     assert replayed

@@ -379,7 +379,7 @@ async def test_without_a_session_runs_from_h0_or_zero_and_leaves_nothing(
     done = await replicas[0].recurrence.forward(tenant, op)
     start = np.zeros((ROWS, HIDDEN), np.float32) if h0 is None else h0
     np.testing.assert_array_equal(done.hs, rnn_forward(params, xs, start).hs)
-    assert await replicas[0].sessions.list_page(tenant, "", 10, "") == ([], "")
+    assert await replicas[0].sessions.list_page(tenant, 10, "", model_id="") == ([], "")
 
 
 async def test_huge_gradients_are_refused_before_they_count(

@@ -38,7 +38,7 @@ async def watched(make_replica: Callable[..., Awaitable[Replica]], tenant: str) 
     recorder = Recorder()
     replica = await make_replica(observer=recorder, head_max_age_ms=600_000)
     spec = ModelSpec("m", INPUTS, HIDDEN, "float32", SGD(lr=0.1))
-    await replica.models.create(tenant, spec, InitialWeights(seed=1), "")
+    await replica.models.create(tenant, spec, InitialWeights(seed=1), request_id="")
     opened = await open_on(replica, tenant)
     client = Client([replica], tenant, "s", opened.session.epoch)
     await client.forward(chunk(np.random.default_rng(1)))
@@ -130,7 +130,7 @@ async def test_weights_that_are_uploaded_take_no_contributions(
     """A version that no optimizer step made is reported apart."""
     key = ModelKey(tenant, "m")
     _, data = await watched.replica.models.read_weights(key, None, include_moments=False)
-    await watched.replica.models.put_weights(key, None, "put-1", data)
+    await watched.replica.models.put_weights(key, data, expected=None, request_id="put-1")
     (version,) = watched.recorder.seen["version_published"]
     assert version["contributions"] == 0
 

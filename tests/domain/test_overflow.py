@@ -35,7 +35,7 @@ from rnn_engine import (
 from service.domain import weights
 from service.domain.digests import request_digest
 from service.domain.errors import DomainError
-from service.domain.ports import ModelRecord, NewVersion
+from service.domain.ports import NewModel, NewVersion
 from service.domain.types import (
     Forward,
     InitialWeights,
@@ -75,7 +75,7 @@ async def make_explosive(replica: Replica, tenant: str, dtype: str) -> Params:
     """Create model m with such weights."""
     params = explosive(dtype)
     spec = ModelSpec("m", INPUTS, HIDDEN, dtype, SGD())
-    await replica.models.create(tenant, spec, InitialWeights(given=params), "")
+    await replica.models.create(tenant, spec, InitialWeights(given=params), request_id="")
     return params
 
 
@@ -153,7 +153,7 @@ async def test_a_replay_never_answers_nan(replicas: tuple[Replica, Replica], ten
     wx = np.repeat(np.array([[3], [-3]], np.float32), 32, axis=0).repeat(HIDDEN, axis=1)
     given = Params(wx, np.eye(HIDDEN, dtype=np.float32), np.zeros(HIDDEN, np.float32))
     spec = ModelSpec("m", 64, HIDDEN, "float32", SGD())
-    await replicas[0].models.create(tenant, spec, InitialWeights(given=given), "")
+    await replicas[0].models.create(tenant, spec, InitialWeights(given=given), request_id="")
     xs = np.full((1, 3, 64), 3e38, np.float32)
     ops = []
     for i in range(4):
@@ -223,7 +223,9 @@ async def test_a_step_whose_moments_overflow_is_refused(
         ModelKey(tenant, "m"), None, include_moments=True
     )
     assert version == clipped.version
-    again, _ = await replicas[1].models.put_weights(ModelKey(tenant, "m"), None, "put", data)
+    again, _ = await replicas[1].models.put_weights(
+        ModelKey(tenant, "m"), data, expected=None, request_id="put"
+    )
     assert again.digest == version.digest
 
 
@@ -290,17 +292,20 @@ async def test_moments_that_an_older_server_let_overflow_are_not_carried_on(
     moments.slots[1].arrays[2][...] = np.inf
     stored = weights.params_to_blob(params), weights.moments_to_blob(moments)
     version = Version(1, weights.version_digest(*stored))
-    record = ModelRecord(secrets.token_bytes(16), weights.spec_to_bytes(spec), version, 0, 0, 0)
-    await replicas[0].store.models.create_model(
-        ModelKey(tenant, "m"), record, NewVersion(version, *stored), request_digest("")
-    )
+    first = NewVersion(version, *stored)
+    new = NewModel(secrets.token_bytes(16), weights.spec_to_bytes(spec), first, request_digest(""))
+    await replicas[0].store.models.create_model(ModelKey(tenant, "m"), new)
     await replicas[0].models.create_checkpoint(ModelKey(tenant, "m"), "c", None)
     refused = await refusal(
-        replicas[0].models.restore_checkpoint(ModelKey(tenant, "m"), "c", None, "r")
+        replicas[0].models.restore_checkpoint(
+            ModelKey(tenant, "m"), "c", expected=None, request_id="r"
+        )
     )
     assert (refused.reason, refused.metadata["tensors"]) == ("NON_FINITE_RESULT", "v.b")
     _, data = await replicas[0].models.read_weights(
         ModelKey(tenant, "m"), None, include_moments=False
     )
-    _, replayed = await replicas[1].models.put_weights(ModelKey(tenant, "m"), None, "put", data)
+    _, replayed = await replicas[1].models.put_weights(
+        ModelKey(tenant, "m"), data, expected=None, request_id="put"
+    )
     assert not replayed

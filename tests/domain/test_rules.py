@@ -371,8 +371,8 @@ def use_cases() -> Iterator[UseCases]:
     tapes = TapeCache(1 << 20)
     updates = Updates(contributions, publisher, **parts)
     yield UseCases(
-        models=Models(store, cache, publisher, scheduler, LIMITS),
-        sessions=Sessions(store, cache, SessionCache(1 << 20), LIMITS),
+        models=Models(store, cache, publisher, scheduler=scheduler, limits=LIMITS),
+        sessions=Sessions(store, cache, SessionCache(1 << 20), limits=LIMITS),
         recurrence=Recurrence(store, session_cache=SessionCache(1 << 20), tapes=tapes, **parts),
         backpropagation=Backpropagation(
             SessionTapes(store, tapes, model_cache=cache, contributions=contributions),

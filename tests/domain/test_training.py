@@ -610,9 +610,9 @@ async def test_a_look_that_came_before_its_count_is_taken_again(
     store = replicas[0].store.models
 
     async def read_and_record(
-        key: ModelKey, contribution: Contribution, *selectors: Any
+        key: ModelKey, contribution: Contribution, **asked: Any
     ) -> tuple[RecordOutcome, UpdateInputs | None]:
-        inputs = await store.read_update_inputs(key, *selectors)
+        inputs = await store.read_update_inputs(key, **asked)
         return await store.record_contribution(key, contribution), inputs
 
     monkeypatch.setattr(store, "record_and_read", read_and_record)

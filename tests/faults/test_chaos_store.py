@@ -96,7 +96,9 @@ async def _run(
 ) -> Version:
     """Stream over every session side by side, then train step by step; return the last version."""
     first, tenant = replicas[0], "t"
-    await persist(lambda: first.models.create(tenant, SPEC, InitialWeights(seed=1), "create"))
+    await persist(
+        lambda: first.models.create(tenant, SPEC, InitialWeights(seed=1), request_id="create")
+    )
     clients = []
     for k in range(SESSIONS):
         opened = await persist(lambda k=k: open_on(first, tenant, f"s{k}", request_id=f"open{k}"))  # type: ignore[misc]

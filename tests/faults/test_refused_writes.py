@@ -124,7 +124,7 @@ async def lay_out(replicas: tuple[Replica, Replica], tenant: str) -> Scene:
     rng = np.random.default_rng(5)
     one, other = replicas
     spec = ModelSpec("m", 3, HIDDEN, "float32", Adam(lr=0.01))
-    await one.models.create(tenant, spec, InitialWeights(seed=1), "")
+    await one.models.create(tenant, spec, InitialWeights(seed=1), request_id="")
     await one.models.create_checkpoint(ModelKey(tenant, "m"), "old", None)
     opened = await open_on(one, tenant)
     client = Client([one], tenant, "s", opened.session.epoch)
@@ -210,7 +210,7 @@ async def _import_model(scene: Scene) -> Act:
     _, data = await scene.other.models.read_weights(
         ModelKey(scene.tenant, "m"), None, include_moments=False
     )
-    return lambda: scene.replica.models.import_model(scene.tenant, spec, data, "import")
+    return lambda: scene.replica.models.import_model(scene.tenant, spec, data, request_id="import")
 
 
 async def _find_versions(scene: Scene) -> Act:
@@ -219,7 +219,9 @@ async def _find_versions(scene: Scene) -> Act:
 
 async def _create_model(scene: Scene) -> Act:
     spec = ModelSpec("n", 3, HIDDEN, "float32", Adam())
-    return lambda: scene.replica.models.create(scene.tenant, spec, InitialWeights(seed=2), "create")
+    return lambda: scene.replica.models.create(
+        scene.tenant, spec, InitialWeights(seed=2), request_id="create"
+    )
 
 
 async def _delete_model(scene: Scene) -> Act:
@@ -230,12 +232,14 @@ async def _put_weights(scene: Scene) -> Act:
     _, data = await scene.other.models.read_weights(
         ModelKey(scene.tenant, "m"), None, include_moments=False
     )
-    return lambda: scene.replica.models.put_weights(ModelKey(scene.tenant, "m"), None, "put", data)
+    return lambda: scene.replica.models.put_weights(
+        ModelKey(scene.tenant, "m"), data, expected=None, request_id="put"
+    )
 
 
 async def _restore_checkpoint(scene: Scene) -> Act:
     return lambda: scene.replica.models.restore_checkpoint(
-        ModelKey(scene.tenant, "m"), "old", None, "back"
+        ModelKey(scene.tenant, "m"), "old", expected=None, request_id="back"
     )
 
 

@@ -47,6 +47,7 @@ from service.domain.digests import chunk_digest, contribution_key, first_token, 
 from service.domain.errors import DomainError
 from service.domain.types import (
     Backward,
+    ChunkKey,
     ForkSession,
     Forward,
     InitialWeights,
@@ -170,7 +171,9 @@ class Machine(RuleBasedStateMachine):
         self.optimizer = Adam(lr=1e-2)
         self.spec = ModelSpec("m", INPUTS, HIDDEN, "float32", self.optimizer)
         self.turn = self.reads = 0
-        world.run(self.replica.models.create(self.tenant, self.spec, InitialWeights(3), ""))
+        world.run(
+            self.replica.models.create(self.tenant, self.spec, InitialWeights(3), request_id="")
+        )
         self.head: Version = world.run(head_of(self.replica, self.tenant))
         params = world.run(head_params(self.replica, self.tenant, self.spec))
         self.params: dict[Version, Params] = {self.head: params}
@@ -376,7 +379,7 @@ class Machine(RuleBasedStateMachine):
         assert (done.version, done.replayed) == (chunk.version, False)
         local.waiting.discard(seq)
         contribution = contribution_key(
-            SessionKey(self.tenant, op.session_id), op.epoch, op.chunk_seq
+            ChunkKey(SessionKey(self.tenant, op.session_id), op.epoch, op.chunk_seq)
         )
         self.grads[contribution] = made.grads
         self.recorded[key] = (op, made)

@@ -141,7 +141,7 @@ async def test_an_upload_is_joined(serve: Serve) -> None:
     served.domain.answers |= {"upload_limit": 100, "put_weights": (Version(5, b"d" * 16), False)}
     response = await served.models.PutWeights(upload(HEADER, b"1234", b"", b"5678"))
     assert response.version.number == 5
-    assert served.domain.asked[-1] == (ModelKey("default", "m"), None, "r", b"12345678")
+    assert served.domain.asked[-1] == (ModelKey("default", "m"), b"12345678", None, "r")
 
 
 BAD_UPLOADS = [

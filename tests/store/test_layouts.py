@@ -14,6 +14,7 @@ from service.domain.errors import UnsupportedLayout
 from service.domain.ports import ChunkOutcome, Remembered, StepAnswer, WaitingContribution
 from service.domain.tapes import tape_to_bytes
 from service.domain.types import (
+    ChunkKey,
     ContributionKey,
     ModelKey,
     ModelSpec,
@@ -113,7 +114,7 @@ async def test_a_models_entries_are_written_as_layout_1(model: Model, raw: Any) 
     await model.published(2, model.contribution(1))
     (consumed,) = (await raw.hgetall(keys.contributions_key(tag))).values()
     assert consumed == b"C" + b"g" * 16
-    await model.store.create_checkpoint(model.key, INCARNATION, "c", None)
+    await model.store.create_checkpoint(model.key, INCARNATION, "c", version=None)
     (kept,) = (await raw.hgetall(keys.checkpoints_key(tag))).values()
     assert kept[:24] == struct.pack(">Q", 2) + b"d" * 16
     assert len(kept) == layouts.CHECKPOINT.size
@@ -168,7 +169,9 @@ async def test_a_settled_tape_is_of_a_session_that_is_known(
     await writer.begin()
     await writer.commit(1, tape=b"tape")
     await raw.setrange(tag, 0, b"\x4d")
-    settle = writer.store.mark_tape_consumed(SessionKey(tenant, "s"), writer.epoch, 1, token(1))
+    settle = writer.store.mark_tape_consumed(
+        ChunkKey(SessionKey(tenant, "s"), writer.epoch, 1), token(1)
+    )
     assert isinstance(await refusal(settle), UnsupportedLayout)
     (entry,) = (await raw.hgetall(keys.tape_index_key(tag))).values()
     assert entry[16:17] == b"W"
@@ -185,7 +188,7 @@ DECISIONS: dict[str, Decision] = {
         model.key, name, ()
     ),
     "create_checkpoint": lambda model, name: model.store.create_checkpoint(
-        model.key, name, "new", version(2)
+        model.key, name, "new", version=version(2)
     ),
     "delete_checkpoint": lambda model, name: model.store.delete_checkpoint(model.key, name, "kept"),
 }
@@ -201,7 +204,7 @@ async def test_a_models_script_compares_the_incarnation_first(
     await model.create()
     await model.record(1)
     await model.published(2)
-    await model.store.create_checkpoint(model.key, INCARNATION, "kept", None)
+    await model.store.create_checkpoint(model.key, INCARNATION, "kept", version=None)
     tag = keys.model_tag(model.key)
     for key in (keys.versions_key(tag), keys.contributions_key(tag), keys.checkpoints_key(tag)):
         for field, entry in (await raw.hgetall(key)).items():

@@ -15,7 +15,7 @@ from service.domain.ports import (
     Contribution,
     ContributionState,
     CreateOutcome,
-    ModelRecord,
+    NewModel,
     NewVersion,
     Publication,
     PublishOutcome,
@@ -23,13 +23,7 @@ from service.domain.ports import (
     StepAnswer,
     WaitingContribution,
 )
-from service.domain.types import (
-    ModelKey,
-    RequestDigest,
-    Selector,
-    SessionKey,
-    Version,
-)
+from service.domain.types import ChunkKey, ModelKey, RequestDigest, Selector, SessionKey, Version
 from service.settings import MIB, Limits
 from service.store import keys
 from service.store.connect import open_store
@@ -77,12 +71,12 @@ class Model:
 
     async def create(self, request: RequestDigest = CREATION) -> CreateOutcome:
         """Create the model in the store."""
-        record = ModelRecord(INCARNATION, b"spec", version(1), 0, 0, 0)
-        return await self.store.create_model(self.key, record, content(1), request)
+        new = NewModel(INCARNATION, b"spec", content(1), request)
+        return await self.store.create_model(self.key, new)
 
     def contribution(self, number: int) -> ContributionKey:
         """Return which contribution of session "s" it is."""
-        return contribution_key(SessionKey(self.key.tenant, "s"), 7, number)
+        return contribution_key(ChunkKey(SessionKey(self.key.tenant, "s"), 7, number))
 
     async def record(
         self,
@@ -252,7 +246,7 @@ async def test_a_look_finds_what_selectors_name(model: Model) -> None:
     await model.create()
     for number in (3, 1, 2):
         await model.record(number)
-    other = contribution_key(SessionKey(model.key.tenant, "t"), 8, 1)
+    other = contribution_key(ChunkKey(SessionKey(model.key.tenant, "t"), 8, 1))
     contribution = Contribution(INCARNATION, other, b"g" * 16, Blob((b"gradient",)), NEVER_MS)
     await model.store.record_contribution(model.key, contribution)
     mine = [model.contribution(number) for number in (1, 2, 3)]
@@ -297,7 +291,9 @@ async def test_requests_are_remembered_by_number_and_time(
 async def test_moments_stay_with_the_head_and_checkpoints(model: Model) -> None:
     """A superseded version keeps its weights alone, unless a checkpoint names it."""
     await model.create()
-    outcome, _ = await model.store.create_checkpoint(model.key, INCARNATION, "c", version(1))
+    outcome, _ = await model.store.create_checkpoint(
+        model.key, INCARNATION, "c", version=version(1)
+    )
     assert outcome is CheckpointOutcome.CREATED
     await model.published(2)
     await model.published(3)
@@ -435,8 +431,8 @@ async def test_names_of_models_are_bounded_listed_and_forgotten(
     store = await open_store(store_url, patient(Limits(models_per_tenant=1)))
     model = Model(store.models, ModelKey(tenant, "m"))
     await model.create()
-    record = ModelRecord(INCARNATION, b"spec", version(1), 0, 0, 0)
-    other = store.models.create_model(ModelKey(tenant, "n"), record, content(1), CREATION)
+    new = NewModel(INCARNATION, b"spec", content(1), CREATION)
+    other = store.models.create_model(ModelKey(tenant, "n"), new)
     assert await other is CreateOutcome.QUOTA
     assert await store.models.list_models(tenant, "", 10) == ["m"]
     assert await store.models.delete_model(ModelKey(tenant, "m"), INCARNATION)

@@ -146,7 +146,7 @@ async def test_a_tape_that_finds_no_room_is_refused_at_once(
     """The value is refused and the script after it finds nothing: STORE_FULL; with room it works."""
     replica = await start_replica(own.url, Limits())
     await replica.models.create(
-        "t", ModelSpec("m", 512, 4, "float32", Adam()), InitialWeights(), ""
+        "t", ModelSpec("m", 512, 4, "float32", Adam()), InitialWeights(), request_id=""
     )
     opened = await open_on(replica, "t")
     client = Client([replica], "t", "s", opened.session.epoch)
@@ -164,7 +164,7 @@ async def test_a_version_that_finds_no_room_is_refused_at_once(
     """The same of a step; with room the same call makes it."""
     replica = await start_replica(own.url, Limits())
     await replica.models.create(
-        "t", ModelSpec("m", 3, 400, "float32", Adam()), InitialWeights(), ""
+        "t", ModelSpec("m", 3, 400, "float32", Adam()), InitialWeights(), request_id=""
     )
     opened = await open_on(replica, "t")
     client = Client([replica], "t", "s", opened.session.epoch)
@@ -272,7 +272,7 @@ def refuse_the_list(replica: Replica, raw: Redis) -> None:
 async def listed(replica: Replica) -> list[str]:
     """Name the sessions on the tenant's list."""
     await replica.recurrence.drain()
-    views, _ = await replica.sessions.list_page("t", "", 10, "")
+    views, _ = await replica.sessions.list_page("t", 10, "", model_id="")
     return sorted(view.session_id for view in views)
 
 
@@ -281,7 +281,9 @@ async def test_an_epoch_that_began_is_reported_though_the_list_could_not_be_upda
 ) -> None:
     """set_state is answered; the next chunk brings the list up to date, above the quota too."""
     replica = await start_replica(own.url, Limits(sessions_per_tenant=1))
-    await replica.models.create("t", ModelSpec("m", 3, 4, "float32", Adam()), InitialWeights(), "")
+    await replica.models.create(
+        "t", ModelSpec("m", 3, 4, "float32", Adam()), InitialWeights(), request_id=""
+    )
     await open_on(replica, "t")
     await raw.delete(keys.tenant_sessions_key("t"))
     refuse_the_list(replica, raw)

@@ -43,7 +43,7 @@ async def own(tmp_path: Path) -> AsyncIterator[EmbeddedStore]:
 async def started(url: str) -> tuple[Replica, Client]:
     """Start a replica with a model and a session in a store."""
     replica = await start_replica(url, Limits())
-    await replica.models.create("t", SPEC, InitialWeights(), "")
+    await replica.models.create("t", SPEC, InitialWeights(), request_id="")
     opened = await open_on(replica, "t")
     return replica, Client([replica], "t", "s", opened.session.epoch)
 
@@ -84,7 +84,7 @@ async def test_a_lost_reply_is_asked_for_once_more(
 ) -> None:
     """One lost reply of a commit ends in its answer, two in UNKNOWN_OUTCOME; one chunk either way."""
     replica = await start_replica(store_url, Limits(), head_max_age_ms=60_000)
-    await replica.models.create(tenant, SPEC, InitialWeights(), "")
+    await replica.models.create(tenant, SPEC, InitialWeights(), request_id="")
     opened = await open_on(replica, tenant)
     client = Client([replica], tenant, "s", opened.session.epoch)
     await client.forward(draw(rng))

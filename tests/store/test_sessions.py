@@ -23,7 +23,7 @@ from service.domain.ports import (
     SessionSnapshot,
     StoredState,
 )
-from service.domain.types import RequestDigest, SessionKey, Version
+from service.domain.types import ChunkKey, RequestDigest, SessionKey, Version
 from service.settings import DAY_MS, HOUR_MS, Limits
 from service.store import keys, layouts
 from service.store.connect import open_store
@@ -360,11 +360,11 @@ async def test_tapes_wait_count_and_are_pushed_out(store_url: str, tenant: str, 
     assert (await writer.read()).head.chunk_seq == 2
     for number in (1, 2):
         await writer.store.mark_tape_consumed(
-            SessionKey(tenant, "s"), writer.epoch, number, token(number)
+            ChunkKey(SessionKey(tenant, "s"), writer.epoch, number), token(number)
         )
     assert await writer.commit(3, tape=b"tape") is ChunkOutcome.OK
     there = [
-        (await writer.store.read_tape(SessionKey(tenant, "s"), writer.epoch, number)).data
+        (await writer.store.read_tape(ChunkKey(SessionKey(tenant, "s"), writer.epoch, number))).data
         is not None
         for number in (1, 2, 3)
     ]
@@ -382,11 +382,11 @@ async def test_consumed_tapes_are_bounded_in_bytes(store_url: str, tenant: str) 
     for number in (1, 2, 3):
         await writer.commit(number, tape=bytes(8))
         await writer.store.mark_tape_consumed(
-            SessionKey(tenant, "s"), writer.epoch, number, token(number)
+            ChunkKey(SessionKey(tenant, "s"), writer.epoch, number), token(number)
         )
     await writer.commit(4, tape=bytes(8))
     there = [
-        (await writer.store.read_tape(SessionKey(tenant, "s"), writer.epoch, number)).data
+        (await writer.store.read_tape(ChunkKey(SessionKey(tenant, "s"), writer.epoch, number))).data
         is not None
         for number in (1, 2, 3, 4)
     ]
@@ -398,10 +398,14 @@ async def test_a_tape_is_settled_by_its_token_alone(writer: Writer, tenant: str)
     """A late word about a tape that was replaced since does not make the new one count."""
     await writer.begin()
     await writer.commit(1, tape=b"tape")
-    await writer.store.mark_tape_consumed(SessionKey(tenant, "s"), writer.epoch, 1, b"x" * 16)
+    await writer.store.mark_tape_consumed(
+        ChunkKey(SessionKey(tenant, "s"), writer.epoch, 1), b"x" * 16
+    )
     assert await writer.store.discard_tapes(SessionKey(tenant, "s"), writer.epoch, [1]) == 1
     await writer.commit(2, tape=b"tape")
-    await writer.store.mark_tape_consumed(SessionKey(tenant, "s"), writer.epoch, 2, token(2))
+    await writer.store.mark_tape_consumed(
+        ChunkKey(SessionKey(tenant, "s"), writer.epoch, 2), token(2)
+    )
     assert await writer.store.discard_tapes(SessionKey(tenant, "s"), 0, []) == 0
 
 

@@ -107,7 +107,7 @@ async def start_replica(
     """Wire a replica as the service does; by default it asks for the head each time."""
     store = await open_store(url, patient(limits), observer)
     disturb(store._client)
-    catalog = ModelCache(store.models, head_max_age_ms, 64 * MIB, clock, observer=observer)
+    catalog = ModelCache(store.models, head_max_age_ms, 64 * MIB, clock=clock, observer=observer)
     live, tapes = SessionCache(16 * MIB), TapeCache(16 * MIB)
     observer.cache_added("sessions", live.counts)
     observer.cache_added("tapes", tapes.counts)
@@ -133,8 +133,8 @@ async def start_replica(
             limits=limits,
             observer=observer,
         ),
-        Sessions(store.sessions, catalog, live, limits),
-        Models(store.models, catalog, heads, scheduler, limits),
+        Sessions(store.sessions, catalog, live, limits=limits),
+        Models(store.models, catalog, heads, scheduler=scheduler, limits=limits),
         Backpropagation(
             session_tapes,
             contributions,
