@@ -1,9 +1,10 @@
-"""What the domain asks of a store, in the domain's words.
+"""The ports through which the domain uses a store, and the values that pass through them.
 
-Each method is one atomic look or one atomic decision in one hash slot. Methods raise ResourceExhausted
-(STORE_FULL), Unavailable (STORE_DOWN) or UnsupportedLayout where nothing was decided, Unavailable
-(UNKNOWN_OUTCOME) where that is not known, and nothing else of a store's own. A store that takes no writes still decides what
-needs none: it answers replays, and refuses what is late, fenced or a rival's, as ever.
+How a value is laid out as bytes is the store's affair. Each method reads or decides atomically, in one
+hash slot. Of a store's own failures a method raises these alone: ResourceExhausted (STORE_FULL),
+Unavailable (STORE_DOWN) and UnsupportedLayout where nothing was decided, and Unavailable
+(UNKNOWN_OUTCOME) where it is not known whether something was. A store that takes no writes still decides
+what needs none: it answers replays, and refuses what is late, fenced or another writer's.
 """
 
 from __future__ import annotations
@@ -335,8 +336,8 @@ class RecordOutcome(Enum):
     """The outcome of recording a contribution."""
 
     RECORDED = "RECORDED"
-    REPLAYED = "REPLAYED"  # counted before, and it waits
-    CONSUMED = "CONSUMED"  # counted before, and it waits no more
+    REPLAYED = "REPLAYED"  # recorded before, and it waits
+    CONSUMED = "CONSUMED"  # recorded before, and it waits no more
     REUSED = "REUSED"
     GONE = "GONE"
     EXPIRED = "EXPIRED"  # its tape, meanwhile

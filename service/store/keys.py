@@ -80,7 +80,7 @@ def checkpoints_key(tag: bytes) -> bytes:
 
 
 def contributions_key(tag: bytes) -> bytes:
-    """Return the key of a model's contributions, waiting and counted, by name."""
+    """Return the key of a model's contributions, waiting and consumed, by name."""
     return tag + b"g"
 
 

@@ -1,4 +1,4 @@
-"""How records are laid out as bytes, for Python and for the Lua scripts alike.
+"""How the values of the ports are laid out as bytes, for Python and for the Lua scripts alike.
 
 Numbers are big-endian. What follows is layout 1, the only one that this release reads and writes. The number of
 its layout stands in three places, and whoever reads one compares it before anything else:

@@ -1,6 +1,6 @@
 """Models in Redis: weights under immutable names, small scripts that decide.
 
-Weights, moments and gradients are written before the script that makes them count. Until then they
+Weights, moments and gradients are written before the script that publishes or records them. Until then they
 carry a time to live, so that what a dead writer left goes by itself.
 """
 
@@ -49,7 +49,7 @@ PART_BYTES = (
     4 * MIB
 )  # a larger single value would hold up everybody's commands; the scripts know it
 TRIP_BYTES = 8 * MIB  # of parts in one round trip, which ends well within the store's time limit
-ORPHAN_MS = 10 * MINUTE_MS  # how long a version's parts wait for the script that makes them count
+ORPHAN_MS = 10 * MINUTE_MS  # how long a version's parts wait for the script that publishes them
 
 _CREATE_MODEL = load_script("create_model")
 _DELETE_MODEL = load_script("delete_model")
@@ -108,7 +108,7 @@ class RedisModelStore:
             except ResourceExhausted:
                 await self._give_back_name(key)
                 raise
-            # Another creation of this name, refused, may have given the place back meanwhile. The model is
+            # Another creation of this name, refused, may have released the entry meanwhile. The model is
             # there whatever becomes of this.
             with suppress(*STORE_FAILURES):
                 await self._runner.run_commands([("ZADD", names, 0, key.model_id)])
@@ -172,7 +172,8 @@ class RedisModelStore:
             keys.gradient_prefix(tag),
         )
         answer = await self._runner.run(ScriptCall(_DELETE_MODEL, slot, (incarnation, *prefixes)))
-        # It is gone whatever becomes of its name, which else takes a place until it is used or deleted again.
+        # The model is deleted even if its name stays listed: then the name counts against the tenant's
+        # limit until it is used or deleted again.
         with suppress(*STORE_FAILURES):
             await self.forget_model_name(key)
         return bool(answer == b"DELETED")
@@ -234,21 +235,19 @@ class RedisModelStore:
         outcome, inputs = await self._record(
             tag, contribution, _inputs_call(key, request, selectors)
         )
-        counted = RecordOutcome(outcome.decode())
-        return counted, inputs if isinstance(inputs, Exception) else _update_inputs(inputs)
+        recorded = RecordOutcome(outcome.decode())
+        return recorded, inputs if isinstance(inputs, Exception) else _update_inputs(inputs)
 
     async def _record(
         self, tag: bytes, contribution: Contribution, *others: ScriptCall
     ) -> list[Any]:
-        """Count a contribution, and run other scripts right after it; return all answers.
+        """Record a contribution, and run other scripts right after it; return all answers.
 
-        The failure of another stands in its place: it takes nothing back.
+        If another fails, its error takes the place of its answer; the contribution stays recorded.
         """
         calls = (self._record_call(tag, contribution), *others)
         answers = await self._run_first(calls)
-        if (
-            answers[0] == b"MISSING"
-        ):  # it is large, and none that is known: nothing else needs writing
+        if answers[0] == b"MISSING":  # it is new and large: only now its parts have to be written
             name = keys.gradient_prefix(tag) + layouts.waiting_to_bytes(contribution.waiting)
             await self._write_parts(_parts(name, contribution.gradient))
             answers = await self._run_first(calls)
