@@ -24,8 +24,8 @@ from service.domain.ports import Contribution
 from service.domain.refusals import (
     answer_too_large,
     check_tensor,
-    recorded,
     recorded_metadata,
+    still_recorded,
 )
 from service.domain.rules import InputRules
 from service.domain.types import BackwardResult, ChunkKey, ModelKey, Selector, SessionKey
@@ -173,7 +173,7 @@ class Backpropagation:
             return await self._updates.publish(step)
         except DomainError as error:
             if recording.is_waiting:
-                raise recorded(error, op.chunk_seq) from error
+                raise still_recorded(error, op.chunk_seq) from error
             raise
 
     async def _record(self, tenant: str, op: Backward, recording: Recording) -> None:

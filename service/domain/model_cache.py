@@ -45,7 +45,7 @@ class KnownModel:
 
 
 class ModelCache:
-    """Answers which weights a chunk runs with, mostly without asking the store."""
+    """Gives heads, weights and moments, mostly without a read of the store."""
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class ModelCache:
         return self._clock()
 
     def get_cached(self, key: ModelKey) -> KnownModel | None:
-        """Return a model whose head is fresh enough to serve; read ahead when it is half worn."""
+        """Return a model whose head is fresh enough; past half of its age, start to read it again."""
         model = self._models.get(key)
         if model is None:
             self._head_counts.misses += 1
@@ -101,7 +101,7 @@ class ModelCache:
 
         Raises:
             NotFound: MODEL_NOT_FOUND.
-            UnsupportedLayout: If another release laid out its specification.
+            UnsupportedLayout: If its specification has a layout of another release.
         """
         if not fresh:
             model = self.get_cached(key)
@@ -111,7 +111,7 @@ class ModelCache:
         return await self._read(key)
 
     async def get_incarnation(self, key: ModelKey, incarnation: bytes) -> KnownModel:
-        """Return the model in the life that a session was opened in.
+        """Return the model in the incarnation that a session was opened with.
 
         Raises:
             NotFound: MODEL_NOT_FOUND, also when the name belongs to a new incarnation.
@@ -200,7 +200,11 @@ class ModelCache:
         moments: Moments,
         asked_at: float,
     ) -> None:
-        """Learn of a head that this process asked for at a time, and made: it may be older by now."""
+        """Cache a version that this process published.
+
+        Another version may have become the head since, so the age of this one counts from `asked_at`,
+        when its publication was sent to the store (seconds, by `now()`).
+        """
         self._weights.put((model.incarnation, version), params)
         self._moments.put(model.key, (version, moments))
         self._learn(replace(model, head=version, read_at=asked_at))
@@ -220,7 +224,7 @@ class ModelCache:
         return reading
 
     async def drain(self) -> None:
-        """Wait until no read is under way: one ahead has nobody who waits for it."""
+        """Wait until no read is under way; nobody awaits a read ahead."""
         while self._reading:
             await asyncio.wait(self._reading.values())
 

@@ -194,7 +194,7 @@ class Models:
         try:
             model = await self._model_cache.get(key, fresh=True)
         except NotFound:
-            # What is left of a model whose creation or deletion was broken off.
+            # Clears what a creation or deletion that did not finish has left.
             await self._store.delete_model(key, b"")
             if allow_missing:
                 return False
@@ -226,12 +226,12 @@ class Models:
             except NotFound:
                 if version is not None:
                     raise
-                continue  # the head went on meanwhile
+                continue  # the head was superseded meanwhile
             moments = None
             if include_moments:
                 moments = await self._model_cache.kept_moments(model, found, params)
                 if moments is None and version is None:
-                    continue  # the head went on meanwhile, and took its moments with it
+                    continue  # the head was superseded meanwhile, and its moments dropped
             return found, weights.to_safetensors(params, moments)
         raise contended()
 

@@ -85,7 +85,7 @@ class OverlappedStep:
         return await self._step.make_step(model, inputs)
 
     async def wait_for_tape(self) -> None:
-        """Wait until the tape is marked as consumed, if that was begun."""
+        """Wait until the tape is marked as consumed, if it was recorded."""
         if self._consuming is not None:
             await self._consuming
 

@@ -197,7 +197,7 @@ class VersionPublisher:
     async def _prepare(
         self, request: StepRequest, inputs: UpdateInputs, candidate: CandidateVersion
     ) -> Publication:
-        """Name the version by its content and lay out what is published."""
+        """Name the version by its content and encode what is published."""
         work = hash_work(weights.spec_bytes(spec_from_bytes(inputs.spec)))
         data, moments, digest = await self._scheduler.run(work, lambda: candidate.stored)
         version = Version(inputs.head.number + 1, digest)

@@ -496,7 +496,7 @@ class Recurrence:
                 await steps
             except Exception as error:  # noqa: BLE001 - it becomes the answer
                 self._end(pending, error)
-            except asyncio.CancelledError:  # whoever cancelled, the session must not stay blocked
+            except asyncio.CancelledError:  # the session must not stay blocked, whoever cancelled
                 self._end(pending, cancelled_midway())
                 raise
 

@@ -246,7 +246,7 @@ def after_decision() -> Iterator[None]:
         raise Unavailable("UNKNOWN_OUTCOME", text, retry_after_s=error.retry_after_s) from error
 
 
-def recorded(error: DomainError, chunk_seq: int) -> DomainError:
+def still_recorded(error: DomainError, chunk_seq: int) -> DomainError:
     """Add to the failure of a Backward's Update that the Backward itself was carried out.
 
     Its contribution waits, so the caller may name it in an Update of its own.

@@ -103,9 +103,9 @@ class Sessions:
         self._carrier = Carrier()
 
     async def open(self, tenant: str, op: OpenSession) -> OpenedSession:
-        """Open a session, or go on with or begin again a live one.
+        """Open a session, or resume or reset a live one.
 
-        MUST_EXIST reserves nothing: what it goes on with is on the tenant's list already.
+        MUST_EXIST reserves no entry: a live session is on the tenant's list already.
         """
         self._rules.check_open(op)
         model = await self._model_cache.get(ModelKey(tenant, op.model_id), fresh=True)
@@ -243,7 +243,7 @@ class Sessions:
         reserved = await self._reserve(key, start.head.ttl_ms)
         try:
             return await self._begin(key, start)
-        except Unavailable:  # it may have begun; else the entry lapses in time
+        except Unavailable:  # it may have begun; if not, the entry expires by itself
             raise
         except DomainError:
             with suppress(*STORE_FAILURES, UnsupportedLayout):
@@ -283,7 +283,9 @@ class Sessions:
         resumed = decision.outcome is EpochOutcome.RESUMED
         if resumed:
             _check_resumable(snapshot.head, start.head)
-            with suppress(*STORE_FAILURES):  # it goes on all the same, for as long as it says
+            with suppress(
+                *STORE_FAILURES
+            ):  # it is resumed all the same, until the expiry that it has
                 await self._store.extend_session(key, decision.epoch)
                 snapshot = await self._read(key)
         elif snapshot.head.epoch != decision.epoch:
@@ -322,7 +324,7 @@ class Sessions:
         return found
 
     async def _touch(self, key: SessionKey, ttl_ms: int) -> bool:
-        """Tell the tenant's list that a session lives on; should that fail, its next chunk does."""
+        """Write a session's new expiry to the tenant's list; if that fails, its next chunk does it."""
         with suppress(*STORE_FAILURES):
             await self._store.touch_session(key, ttl_ms)
             return True
@@ -413,7 +415,7 @@ def _ended_epoch(
 ) -> SessionSnapshot:
     """Return the beginning of an epoch that another writer has ended since.
 
-    It did begin, so this is no refusal; whoever goes on from it is fenced.
+    It did begin, so this is no refusal; the next call that names it is fenced.
 
     Raises:
         Aborted: EPOCH_FENCED if an earlier call began it: chunks may have followed.
