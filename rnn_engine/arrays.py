@@ -100,6 +100,22 @@ class Spec:
             start = stop
         return tuple(parts)
 
+    def split_rows(self, rows: Array) -> tuple[Array, ...]:
+        """Return the arrays of a state whose rows hold all numbers side by side, shape (N, size)."""
+        if len(self.arrays) == 1:
+            return (rows.reshape(len(rows), *self.arrays[0].shape),)
+        parts, start = [], 0
+        for _, shape in self.arrays:
+            stop = start + prod(shape)
+            parts.append(np.ascontiguousarray(rows[:, start:stop]).reshape(len(rows), *shape))
+            start = stop
+        return tuple(parts)
+
+    def join_rows(self, state: State) -> Array:
+        """Return a state as rows that hold all numbers side by side, shape (N, size): undo `split_rows`."""
+        rows = [array.reshape(len(array), -1) for array in state]
+        return rows[0] if len(rows) == 1 else np.concatenate(rows, axis=1)
+
 
 class Arrays(tuple[Array, ...]):  # noqa: SLOT001 - a tuple cannot have slots of its own
     """Arrays in the order of a specification, views of one 1-D buffer; compared by identity.

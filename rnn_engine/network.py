@@ -144,5 +144,9 @@ class Network(ABC):
         """
 
     @abstractmethod
+    def last_output(self, state: State) -> Array:
+        """Return the output of the step that left a state, (N, output_size), as the state holds it."""
+
+    @abstractmethod
     def work(self, n: int, t: int) -> int:
         """Return the multiply-adds of a forward pass over N rows and T steps, roughly."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,26 +33,19 @@ class TanhNetwork(Network):
 
     input_size: int
     hidden_size: int
+    weight_spec: Spec = field(init=False, compare=False, repr=False)
+    state_spec: Spec = field(init=False, compare=False, repr=False)
+    input: Real = field(init=False, compare=False, repr=False)
+    output_size: int = field(init=False, compare=False, repr=False)
 
-    @property
-    def weight_spec(self) -> Spec:
-        """Return Wx (D, H), Wh (H, H), b (H,)."""
-        return tanh_spec(self.input_size, self.hidden_size)
-
-    @property
-    def state_spec(self) -> Spec:
-        """Return h (H,)."""
-        return Spec((ArraySpec("h", (self.hidden_size,)),), ("h",))
-
-    @property
-    def input(self) -> Real:
-        """Return vectors of D numbers."""
-        return Real(self.input_size)
-
-    @property
-    def output_size(self) -> int:
-        """Return H."""
-        return self.hidden_size
+    def __post_init__(self) -> None:
+        """Derive the specifications: weights Wx (D, H), Wh (H, H), b (H,), state h (H,), H outputs."""
+        h = self.hidden_size
+        state_spec = Spec((ArraySpec("h", (h,)),), ("h",))
+        object.__setattr__(self, "weight_spec", tanh_spec(self.input_size, h))
+        object.__setattr__(self, "state_spec", state_spec)
+        object.__setattr__(self, "input", Real(self.input_size))
+        object.__setattr__(self, "output_size", h)
 
     def init(self, rng: np.random.Generator, dtype: DTypeLike) -> Params:
         """Draw first weights: normal, scaled by 1/sqrt(D) and 1/sqrt(H); b is zero."""
@@ -85,6 +78,10 @@ class TanhNetwork(Network):
         """Propagate gradients back through one chunk, as `rnn_backward` does."""
         back = rnn_backward(prepared, tape, d_outputs, None if d_state is None else d_state[0])
         return back.grads, back.dxs, (back.dh0,)
+
+    def last_output(self, state: State) -> Array:
+        """Return h."""
+        return state[0]
 
     def work(self, n: int, t: int) -> int:
         """Return the size of the joined block, once a row and step."""

@@ -121,7 +121,7 @@ class Failpoints:
                 try:
                     await self.hit("after_compute")
                 except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - the chunk's answer
-                    done.tape = None
+                    done.step = None
                     done.error = error if isinstance(error, Exception) else cancelled_midway()
                 deliver(done)
 

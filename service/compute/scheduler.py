@@ -20,13 +20,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from rnn_engine import Tape, rnn_forward, rnn_forward_many
 from service.telemetry import NULL_OBSERVER
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from rnn_engine import Array, Params
+    from rnn_engine import Array, Network, Prepared, State, Step
     from service.telemetry import Observer
 
 # Work of up to this many multiply-adds, about 2 ms, is done on the event loop itself. A thread would need the GIL at every
@@ -48,7 +47,7 @@ FULL_WORK = 1 << 29
 # a batch in a thread needs the GIL. With shorter steps two batches would slow down each other and the loop.
 LONG_STEP_WORK = 1 << 23
 
-# Bytes of the hidden states that the batches of one model under computation may produce, all of them together.
+# Bytes of the outputs that the batches of one model under computation may produce, all of them together.
 MAX_BATCH_BYTES = 1 << 26
 
 Result = TypeVar("Result")
@@ -64,30 +63,26 @@ class Chunk:
     """A chunk to compute.
 
     Attributes:
-        params: The weights, by whose identity chunks are joined.
-        xs: The inputs, (N, T, D).
-        h0: The state before them, (N, H).
-        alone: Whether it must not be joined with others.
+        network: What computes it.
+        prepared: The network's prepared weights, by whose identity chunks are joined.
+        inputs: N rows of T steps.
+        state: The state before them, N rows.
+        alone: Whether it must not be joined with others; then its tape is kept.
         deliver: Called on the event loop with this chunk once it is computed.
-        tape: The result.
+        step: The result.
         error: Why there is no result.
         queued_at: When it was submitted, by `time.perf_counter`.
     """
 
-    params: Params
-    xs: Array
-    h0: Array
+    network: Network
+    prepared: Prepared
+    inputs: Array
+    state: State
     alone: bool
     deliver: Callable[[Chunk], None]
-    tape: Tape | None = None
+    step: Step | None = None
     error: Exception | None = None
     queued_at: float = 0.0
-
-    @property
-    def work(self) -> int:
-        """The approximate number of multiply-adds."""
-        n, t, _ = self.xs.shape
-        return int(n * t * self.params.joined.size)
 
 
 @dataclass(slots=True)
@@ -118,7 +113,7 @@ class _Queue:
         """Multiply-adds of one step of the next batch, roughly."""
         first = self.waiting[0]
         joined = [first] if first.alone else islice(self.waiting, FULL_ROWS)
-        return int(sum(len(chunk.xs) for chunk in joined) * first.params.joined.size)
+        return first.network.work(sum(len(chunk.inputs) for chunk in joined), 1)
 
 
 class Scheduler:
@@ -144,9 +139,9 @@ class Scheduler:
     def submit(self, chunk: Chunk) -> None:
         """Queue a chunk; its `deliver` is called on the event loop when it is computed."""
         chunk.queued_at = perf_counter()
-        queue = self._queues.get(id(chunk.params))
+        queue = self._queues.get(id(chunk.prepared))
         if queue is None:
-            queue = self._queues[id(chunk.params)] = _Queue()
+            queue = self._queues[id(chunk.prepared)] = _Queue()
         queue.waiting.append(chunk)
         self._start_batch(queue)
 
@@ -215,17 +210,19 @@ class Scheduler:
     def _take_batch(self, queue: _Queue) -> _Batch:
         """Take as many of the oldest chunks as may be computed together, at least one."""
         first = queue.waiting.popleft()
-        rows, steps, _ = first.xs.shape
-        batch = _Batch([first], rows, first.work)
-        room = MAX_BATCH_BYTES // self._threads // first.h0[0].nbytes - rows * steps
+        network = first.network
+        rows, steps = first.inputs.shape[:2]
+        batch = _Batch([first], rows, network.work(rows, steps))
+        step_bytes = network.output_size * first.state[0].itemsize
+        room = MAX_BATCH_BYTES // self._threads // step_bytes - rows * steps
         while queue.waiting and (batch.rows < FULL_ROWS or batch.work < FULL_WORK):
             chunk = queue.waiting[0]
-            n, t, _ = chunk.xs.shape
+            n, t = chunk.inputs.shape[:2]
             room -= n * t
             if batch.rows + n > self._max_rows or room < 0:
                 break
             batch.rows += n
-            batch.work += chunk.work
+            batch.work += network.work(n, t)
             batch.chunks.append(queue.waiting.popleft())
         return batch
 
@@ -241,7 +238,7 @@ class Scheduler:
         )
         self._start_batch(queue)
         if not (queue.is_gathering or queue.computing):
-            del self._queues[id(chunks[0].params)]
+            del self._queues[id(chunks[0].prepared)]
         for chunk in chunks:
             chunk.deliver(chunk)
 
@@ -265,15 +262,19 @@ def _compute(batch: Sequence[Chunk]) -> None:
 
 
 def _compute_joined(chunks: Sequence[Chunk]) -> None:
-    params = chunks[0].params
-    results = rnn_forward_many(params, [c.xs for c in chunks], [c.h0 for c in chunks])
-    for chunk, hs in zip(chunks, results, strict=True):
-        chunk.tape = Tape(chunk.xs, chunk.h0, hs)
+    first = chunks[0]
+    steps = first.network.forward_many(
+        first.prepared, [chunk.inputs for chunk in chunks], [chunk.state for chunk in chunks]
+    )
+    for chunk, step in zip(chunks, steps, strict=True):
+        chunk.step = step
 
 
 def _compute_each(chunks: Sequence[Chunk]) -> None:
     for chunk in chunks:
         try:
-            chunk.tape = rnn_forward(chunk.params, chunk.xs, chunk.h0)
+            chunk.step = chunk.network.forward(
+                chunk.prepared, chunk.inputs, chunk.state, keep=chunk.alone
+            )
         except Exception as error:  # noqa: BLE001 - it becomes the answer of this chunk alone
             chunk.error = error

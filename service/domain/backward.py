@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from rnn_engine import global_norm, rnn_backward
+from rnn_engine import global_norm
 from service.compute.scheduler import hash_work
 from service.domain.contributions import Recording
 from service.domain.digests import contribution_key, gradient_digest
@@ -32,10 +32,10 @@ from service.domain.types import BackwardResult, ChunkKey, ModelKey, Selector, S
 from service.domain.weights import grads_to_blob
 
 if TYPE_CHECKING:
-    from rnn_engine import ChunkGradients, Params
+    from rnn_engine import Array, Grads, Network
     from service.compute.scheduler import Scheduler
     from service.domain.contributions import Contributions
-    from service.domain.model_cache import KnownModel, ModelCache
+    from service.domain.model_cache import KnownModel, LoadedWeights, ModelCache
     from service.domain.session_tapes import SessionTapes
     from service.domain.tapes import StoredTape
     from service.domain.types import Backward, Update, UpdateResult
@@ -46,10 +46,25 @@ _ANSWER_OVERHEAD = 2048  # bytes of an answer beside its tensors, at most
 
 
 @dataclass(frozen=True, slots=True)
+class _Gradients:
+    """What a chunk's way back gives.
+
+    Attributes:
+        grads: Of the weights.
+        d_inputs: Of the inputs, (N, T, D); None where inputs are not numbers.
+        d_state: Of the state before the chunk, (N, state size).
+    """
+
+    grads: Grads
+    d_inputs: Array | None
+    d_state: Array
+
+
+@dataclass(frozen=True, slots=True)
 class _Computed:
     """Gradients, and the digest of what they were computed from."""
 
-    gradients: ChunkGradients
+    gradients: _Gradients
     digest: bytes
 
 
@@ -88,7 +103,7 @@ class Backpropagation:
         )
         self._check(op, tape, model)
         if early is None or tape.incarnation != model.incarnation:
-            early = await self._compute(op, tape, await self._params_of(op, tape, model))
+            early = await self._compute(op, tape, await self._weights_of(op, tape, model))
         gradients = early.gradients
         norm = _finite_norm(gradients)
         contribution = Contribution(
@@ -104,8 +119,8 @@ class Backpropagation:
             session_id=op.session_id,
             epoch=op.epoch,
             chunk_seq=op.chunk_seq,
-            dxs=gradients.dxs if op.return_dxs else None,
-            dh0=gradients.dh0,
+            d_inputs=gradients.d_inputs if op.return_d_inputs else None,
+            d_state=gradients.d_state,
             grads=gradients.grads if op.return_gradients else None,
             gradient_norm=norm,
             version=tape.version,
@@ -117,22 +132,24 @@ class Backpropagation:
 
     async def _compute_early(self, op: Backward, cached: StoredTape | None) -> _Computed | None:
         """Compute gradients from cached tape and weights; None if one is missing or does not fit."""
-        if cached is None or not _fits(op, cached):
+        if cached is None:
             return None
-        params = self._model_cache.cached_params(cached.incarnation, cached.version)
-        return None if params is None else await self._compute(op, cached, params)
+        weights = self._model_cache.cached_weights(cached.incarnation, cached.version)
+        if weights is None or not _fits(op, cached, weights.network):
+            return None
+        return await self._compute(op, cached, weights)
 
-    async def _compute(self, op: Backward, tape: StoredTape, params: Params) -> _Computed:
+    async def _compute(self, op: Backward, tape: StoredTape, weights: LoadedWeights) -> _Computed:
         gradients, digest = await asyncio.gather(
-            self._scheduler.run(_work(tape), _differentiate, params, tape, op),
-            self._scheduler.run(hash_work(op.dhs.nbytes), gradient_digest, op),
+            self._scheduler.run(_work(tape, weights.network), _differentiate, weights, tape, op),
+            self._scheduler.run(hash_work(op.d_outputs.nbytes), gradient_digest, op),
         )
         return _Computed(gradients, digest)
 
-    async def _params_of(self, op: Backward, tape: StoredTape, model: KnownModel) -> Params:
+    async def _weights_of(self, op: Backward, tape: StoredTape, model: KnownModel) -> LoadedWeights:
         """Return the weights that the tape was made with."""
         try:
-            _, params = await self._model_cache.params(model, tape.version)
+            _, weights = await self._model_cache.weights(model, tape.version)
         except NotFound as error:
             key = SessionKey(model.key.tenant, op.session_id)
             contribution = contribution_key(ChunkKey(key, op.epoch, op.chunk_seq))
@@ -142,17 +159,17 @@ class Backpropagation:
             raise FailedPrecondition(
                 error.reason, text, version=tape.version.number, **facts
             ) from error
-        return params
+        return weights
 
     def _check(self, op: Backward, tape: StoredTape, model: KnownModel) -> None:
         """Refuse gradients that do not fit the tape, and a request whose answer would be too large."""
-        dtype, (n, t, d), (_, h) = model.spec.dtype, tape.xs.shape, tape.h0.shape
-        check_tensor("dhs", op.dhs, (n, t, h), dtype)
-        if op.dh_next is not None:
-            check_tensor("dh_next", op.dh_next, (n, h), dtype)
-        size = tape.h0.nbytes + _ANSWER_OVERHEAD
-        size += tape.xs.nbytes if op.return_dxs else 0
-        size += (d * h + h * h + h) * tape.h0.itemsize if op.return_gradients else 0
+        network, dtype, (n, t) = model.spec.network, model.spec.dtype, tape.inputs.shape[:2]
+        check_tensor("dhs", op.d_outputs, (n, t, network.output_size), dtype)
+        if op.d_state is not None:
+            check_tensor("dh_next", op.d_state, tape.state.shape, dtype)
+        size = tape.state.nbytes + _ANSWER_OVERHEAD
+        size += tape.inputs.nbytes if op.return_d_inputs else 0
+        size += network.weight_spec.size * tape.state.itemsize if op.return_gradients else 0
         if size > self._limits.message_bytes:
             raise answer_too_large(size, self._limits.message_bytes)
 
@@ -218,28 +235,36 @@ def _own_selector(op: Backward) -> Selector:
     return Selector(op.session_id, op.epoch, (op.chunk_seq,))
 
 
-def _finite_norm(gradients: ChunkGradients) -> float:
+def _finite_norm(gradients: _Gradients) -> float:
     norm = global_norm(gradients.grads)
-    if not (math.isfinite(norm) and is_finite(gradients.dxs) and is_finite(gradients.dh0)):
+    others = (gradients.d_inputs, gradients.d_state)
+    if not (math.isfinite(norm) and all(one is None or is_finite(one) for one in others)):
         text = "the gradients are not finite; nothing was recorded"
         raise FailedPrecondition("NON_FINITE_RESULT", text)
     return norm
 
 
-def _fits(op: Backward, tape: StoredTape) -> bool:
+def _fits(op: Backward, tape: StoredTape, network: Network) -> bool:
     """Return whether the gradients that came have the shape and type of the tape."""
-    (n, t, _), (_, h), dtype = tape.xs.shape, tape.h0.shape, tape.xs.dtype
-    fits = op.dhs.shape == (n, t, h) and op.dhs.dtype == dtype
-    arriving = op.dh_next
-    return fits and (arriving is None or (arriving.shape == (n, h) and arriving.dtype == dtype))
+    shape, dtype = (*tape.inputs.shape[:2], network.output_size), tape.state.dtype
+    fits = op.d_outputs.shape == shape and op.d_outputs.dtype == dtype
+    arriving = op.d_state
+    return fits and (
+        arriving is None or (arriving.shape == tape.state.shape and arriving.dtype == dtype)
+    )
 
 
-def _differentiate(params: Params, tape: StoredTape, op: Backward) -> ChunkGradients:
-    return rnn_backward(params, tape.complete(params), op.dhs, op.dh_next)
+def _differentiate(weights: LoadedWeights, tape: StoredTape, op: Backward) -> _Gradients:
+    network = weights.network
+    state_spec = network.state_spec
+    arriving = None if op.d_state is None else state_spec.split_rows(op.d_state)
+    grads, d_inputs, d_state = network.backward(
+        weights.prepared, tape.complete(weights), op.d_outputs, arriving
+    )
+    return _Gradients(grads, d_inputs, state_spec.join_rows(d_state))
 
 
-def _work(tape: StoredTape) -> int:
+def _work(tape: StoredTape, network: Network) -> int:
     """Return the multiply-adds of a Backward: twice those of its Forward."""
-    n, t, d = tape.xs.shape
-    h = tape.h0.shape[1]
-    return int(2 * n * t * h * (d + h))
+    n, t = tape.inputs.shape[:2]
+    return 2 * network.work(n, t)

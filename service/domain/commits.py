@@ -108,4 +108,4 @@ def _take_batch(queue: _ServerQueue) -> list[Submitted]:
 
 
 def _size(commit: ChunkCommit) -> int:
-    return len(commit.state.h) + len(commit.tape or b"")
+    return len(commit.state.state) + len(commit.tape or b"")

@@ -88,8 +88,8 @@ def content_digest(*parts: bytes | memoryview | Blob) -> bytes:
 
 def gradient_digest(op: Backward) -> bytes:
     """Return the 16 bytes that stand for the gradients that a Backward was given, and their chunk."""
-    arriving = b"" if op.dh_next is None else op.dh_next.tobytes()
-    return content_digest(op.token, np.ascontiguousarray(op.dhs).data.cast("B"), arriving)
+    arriving = b"" if op.d_state is None else op.d_state.tobytes()
+    return content_digest(op.token, np.ascontiguousarray(op.d_outputs).data.cast("B"), arriving)
 
 
 def update_digest(op: Update) -> bytes:

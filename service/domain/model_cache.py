@@ -16,15 +16,15 @@ from service.domain.lru import LruCache
 from service.domain.refusals import model_not_found, version_gone, weights_forked
 from service.domain.weights import (
     moments_from_bytes,
-    params_from_bytes,
     spec_from_bytes,
+    weights_from_bytes,
 )
 from service.telemetry import NULL_OBSERVER, CacheCounts
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from rnn_engine import Moments, Params
+    from rnn_engine import Moments, Network, Prepared, Weights
     from service.domain.ports import ModelRecord, ModelStore
     from service.domain.types import ModelKey, ModelSpec, Version
     from service.telemetry import Observer
@@ -42,6 +42,21 @@ class KnownModel:
     head: Version
     record: ModelRecord
     read_at: float  # by the model_cache's clock, taken before the read
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadedWeights:
+    """A version's weights in memory.
+
+    Attributes:
+        network: What they are the weights of.
+        weights: As an optimizer takes them.
+        prepared: As the network's passes take them; derived once, never stored.
+    """
+
+    network: Network
+    weights: Weights
+    prepared: Prepared
 
 
 class ModelCache:
@@ -62,7 +77,9 @@ class ModelCache:
         self._clock = clock
         self._models: OrderedDict[ModelKey, KnownModel] = OrderedDict()
         self._reading: dict[ModelKey, asyncio.Task[KnownModel]] = {}
-        self._weights: LruCache[WeightsName, Params] = LruCache(weights_limit_bytes, _params_bytes)
+        self._weights: LruCache[WeightsName, LoadedWeights] = LruCache(
+            weights_limit_bytes, _weights_bytes
+        )
         # Of each model's head.
         self._moments: LruCache[ModelKey, tuple[Version, Moments]] = LruCache(
             weights_limit_bytes, _moments_bytes
@@ -145,11 +162,11 @@ class ModelCache:
             raise weights_forked(minimum, model.head)
         return model
 
-    def cached_params(self, incarnation: bytes, version: Version) -> Params | None:
+    def cached_weights(self, incarnation: bytes, version: Version) -> LoadedWeights | None:
         """Return weights that this process holds."""
         return self._weights.get((incarnation, version))
 
-    async def params(self, model: KnownModel, version: Version) -> tuple[Version, Params]:
+    async def weights(self, model: KnownModel, version: Version) -> tuple[Version, LoadedWeights]:
         """Return a version's full name and weights; its digest may be left empty.
 
         Raises:
@@ -167,36 +184,34 @@ class ModelCache:
         data = await self._store.read_weights(model.key, model.incarnation, found)
         if data is None:
             raise version_gone(version, model.head)
-        params = params_from_bytes(model.spec, data)
-        self._weights.put((model.incarnation, found), params)
-        return found, params
+        return found, self._load(model, found, weights_from_bytes(model.spec, data))
 
     def cached_moments(self, model: KnownModel) -> Moments | None:
         """Return the moments of a model's head if this process holds them."""
         known = self._moments.get(model.key)
         return known[1] if known is not None and known[0] == model.head else None
 
-    async def moments(self, model: KnownModel, version: Version, params: Params) -> Moments:
+    async def moments(self, model: KnownModel, version: Version, weights: Weights) -> Moments:
         """Return a version's moments; zero where they were not kept."""
-        kept = await self.kept_moments(model, version, params)
-        return init_moments(model.spec.optimizer, params) if kept is None else kept
+        kept = await self.kept_moments(model, version, weights)
+        return init_moments(model.spec.optimizer, weights) if kept is None else kept
 
     async def kept_moments(
-        self, model: KnownModel, version: Version, params: Params
+        self, model: KnownModel, version: Version, weights: Weights
     ) -> Moments | None:
         """Return a version's moments; None where they were not kept."""
         known = self._moments.get(model.key)
         if known is not None and known[0] == version:
             return known[1]
         data = await self._store.read_moments(model.key, model.incarnation, version)
-        return moments_from_bytes(model.spec, params, data) if data else None
+        return moments_from_bytes(model.spec, weights, data) if data else None
 
     def note_head(
         self,
         model: KnownModel,
         version: Version,
         *,
-        params: Params,
+        weights: Weights,
         moments: Moments,
         asked_at: float,
     ) -> None:
@@ -205,7 +220,7 @@ class ModelCache:
         Another version may have become the head since, so the age of this one counts from `asked_at`,
         when its publication was sent to the store (seconds, by `now()`).
         """
-        self._weights.put((model.incarnation, version), params)
+        self._load(model, version, weights)
         self._moments.put(model.key, (version, moments))
         self._learn(replace(model, head=version, read_at=asked_at))
 
@@ -227,6 +242,12 @@ class ModelCache:
         """Wait until no read is under way; nobody awaits a read ahead."""
         while self._reading:
             await asyncio.wait(self._reading.values())
+
+    def _load(self, model: KnownModel, version: Version, weights: Weights) -> LoadedWeights:
+        network = model.spec.network
+        loaded = LoadedWeights(network, weights, network.prepare(weights))
+        self._weights.put((model.incarnation, version), loaded)
+        return loaded
 
     def _stop_reading(self, key: ModelKey, done: asyncio.Task[KnownModel]) -> None:
         del self._reading[key]
@@ -256,8 +277,8 @@ class ModelCache:
             self._models.popitem(last=False)
 
 
-def _params_bytes(params: Params) -> int:
-    return params.nbytes
+def _weights_bytes(loaded: LoadedWeights) -> int:
+    return loaded.weights.nbytes
 
 
 def _moments_bytes(known: tuple[Version, Moments]) -> int:

@@ -59,7 +59,7 @@ from service.domain.types import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from rnn_engine import Params
+    from rnn_engine import Weights
     from service.compute.scheduler import Scheduler
     from service.domain.model_cache import KnownModel, ModelCache
     from service.domain.ports import ModelStore
@@ -112,8 +112,8 @@ class Models:
     ) -> tuple[ModelView, bool]:
         """Create a model from a safetensors file, as `create` does."""
         self.import_limit(spec, request_id)
-        params, moments = await self._scheduler.run(len(data), weights.from_safetensors, spec, data)
-        first = InitialWeights(given=params, moments=moments)
+        given, moments = await self._scheduler.run(len(data), weights.from_safetensors, spec, data)
+        first = InitialWeights(given=given, moments=moments)
         return await self.create(tenant, spec, first, request_id=request_id)
 
     def import_limit(self, spec: ModelSpec, request_id: str) -> int:
@@ -143,9 +143,9 @@ class Models:
     ) -> tuple[ModelView, bool]:
         key = ModelKey(tenant, spec.model_id)
         work = weights.spec_bytes(spec)  # bytes drawn or checked stand for the work
-        params = await self._scheduler.run(work, _first_params, spec, first)
-        data = weights.params_to_blob(params)
-        moments = weights.moments_to_blob(first.moments or init_moments(spec.optimizer, params))
+        drawn = await self._scheduler.run(work, _first_weights, spec, first)
+        data = weights.weights_to_blob(drawn)
+        moments = weights.moments_to_blob(first.moments or init_moments(spec.optimizer, drawn))
         version = Version(1, weights.version_digest(data, moments))
         incarnation = secrets.token_bytes(DIGEST_BYTES)
         stored_spec = weights.spec_to_bytes(spec)
@@ -222,17 +222,17 @@ class Models:
         for _ in range(READ_TRIES):
             model = await self._model_cache.get(key, fresh=True)
             try:
-                found, params = await self._model_cache.params(model, version or model.head)
+                found, loaded = await self._model_cache.weights(model, version or model.head)
             except NotFound:
                 if version is not None:
                     raise
                 continue  # the head was superseded meanwhile
             moments = None
             if include_moments:
-                moments = await self._model_cache.kept_moments(model, found, params)
+                moments = await self._model_cache.kept_moments(model, found, loaded.weights)
                 if moments is None and version is None:
                     continue  # the head was superseded meanwhile, and its moments dropped
-            return found, weights.to_safetensors(params, moments)
+            return found, weights.to_safetensors(loaded.weights, moments)
         raise contended()
 
     async def upload_limit(self, key: ModelKey, expected: Version | None, request_id: str) -> int:
@@ -247,12 +247,12 @@ class Models:
         """Make a safetensors file the model's next version."""
         _check_next_version(key, expected, request_id)
         model = await self._model_cache.get(key, fresh=True)
-        params, moments = await self._scheduler.run(
+        given, moments = await self._scheduler.run(
             len(data), weights.from_safetensors, model.spec, data
         )
         digest = request_digest(request_id, b"put", data, _expected_bytes(expected))
         request = StepRequest(key, digest, expected)
-        uploaded = CandidateVersion(params, moments)
+        uploaded = CandidateVersion(given, moments)
         answer = await self._publisher.publish(
             UploadStep(request, self._store, model.incarnation, uploaded)
         )
@@ -320,7 +320,8 @@ class Models:
         """Return what a model of this size needs at the least, and the limit that it has to keep to."""
         limits, size = self._limits, weights.spec_bytes(spec)
         file = weights.file_bytes_limit(spec)
-        widest = max(spec.input_size, spec.hidden_size)
+        network = spec.network
+        widest = max(network.input.size, network.output_size, network.state_spec.size)
         step = 2 * widest * np.dtype(spec.dtype).itemsize + MESSAGE_OVERHEAD_BYTES
         return [
             ("the weights", size, limits.weights_bytes),
@@ -343,14 +344,10 @@ class Models:
             there = (await self._model_cache.get(key, fresh=True)).spec
         except NotFound:
             return contended()
-        named = [
-            name
-            for name in ("input_size", "hidden_size", "dtype", "optimizer")
-            if getattr(there, name) != getattr(asked, name)
-        ]
+        had, wanted = weights.spec_facts(there), weights.spec_facts(asked)
+        named = [name for name in wanted if had.get(name) != wanted[name]]
         text = f"model {quoted(asked.model_id)} exists" + "".join(
-            f"; {name}: it has {getattr(there, name)}, asked for {getattr(asked, name)}"
-            for name in named
+            f"; {name}: it has {had.get(name)}, asked for {wanted[name]}" for name in named
         )
         return AlreadyExists(
             "MODEL_EXISTS", text, model_id=asked.model_id, difference=",".join(named)
@@ -390,19 +387,14 @@ def _check_next_version(key: ModelKey, expected: Version | None, request_id: str
     check_request_id("request_id", request_id, required=True)
 
 
-def _first_params(spec: ModelSpec, first: InitialWeights) -> Params:
+def _first_weights(spec: ModelSpec, first: InitialWeights) -> Weights:
     if first.given is None:
-        return weights.draw_params(spec, first.seed)
+        return weights.draw_weights(spec, first.seed)
     given = first.given
-    d, h = spec.input_size, spec.hidden_size
-    for name, array, shape in (
-        ("given.wx", given.Wx, (d, h)),
-        ("given.wh", given.Wh, (h, h)),
-        ("given.b", given.b, (h,)),
-    ):
+    for (name, shape), array in zip(spec.network.weight_spec.arrays, given, strict=True):
         if array.dtype != spec.dtype or array.shape != shape:
             text = f"expected {spec.dtype} {shape}, got {array.dtype} {array.shape}"
-            raise bad_tensor(name, text)
+            raise bad_tensor(f"given.{name.lower()}", text)
     return given
 
 

@@ -34,13 +34,13 @@ Bytes = bytes | memoryview
 
 @dataclass(slots=True)  # not frozen: one is made for each chunk
 class StoredState:
-    """A state that the ring holds: what made it, and h as bytes."""
+    """A state that the ring holds: what made it, and its rows as bytes."""
 
     chunk_seq: int
     digest: bytes
     token: bytes
     version: Version
-    h: bytes
+    state: bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,6 @@ from weakref import WeakValueDictionary
 
 from rnn_engine import moments_to_arrays
 from service.compute.scheduler import hash_work
-from service.domain import weights
 from service.domain.carrying import Carrier
 from service.domain.errors import FailedPrecondition
 from service.domain.finite import is_finite
@@ -33,13 +32,19 @@ from service.domain.refusals import (
 )
 from service.domain.retries import STEP_TRIES
 from service.domain.types import Version
-from service.domain.weights import spec_from_bytes
+from service.domain.weights import (
+    moments_to_blob,
+    spec_bytes,
+    spec_from_bytes,
+    version_digest,
+    weights_to_blob,
+)
 from service.telemetry import NULL_OBSERVER
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from rnn_engine import Moments, Params
+    from rnn_engine import Moments, Weights
     from service.compute.scheduler import Scheduler
     from service.domain.blob import Blob
     from service.domain.model_cache import KnownModel, ModelCache
@@ -53,14 +58,14 @@ class CandidateVersion:
     """A version that was computed and is not published yet.
 
     Attributes:
-        params: Its weights.
+        weights: Its weights.
         moments: Its optimizer's state.
         contributions: What it was made from.
         gradient_norm: The norm of their joined gradient, before clipping.
         clipped: Whether the gradient was clipped.
     """
 
-    params: Params
+    weights: Weights
     moments: Moments
     contributions: Sequence[ContributionKey] = ()
     gradient_norm: float = 0.0
@@ -73,8 +78,7 @@ class CandidateVersion:
         Raises:
             FailedPrecondition: NON_FINITE_RESULT.
         """
-        params = self.params
-        named = {"Wx": params.Wx, "Wh": params.Wh, "b": params.b, **moments_to_arrays(self.moments)}
+        named = self.weights.named() | moments_to_arrays(self.moments)
         bad = [name for name, array in named.items() if not is_finite(array)]
         if bad:
             text = f"the new {', '.join(bad)} would not be finite; {UNCHANGED}"
@@ -83,9 +87,9 @@ class CandidateVersion:
                     ", and the contributions still wait: discard them, or clip them with clip_norm"
                 )
             raise FailedPrecondition("NON_FINITE_RESULT", text, tensors=",".join(bad))
-        data = weights.params_to_blob(params)
-        moments = weights.moments_to_blob(self.moments)
-        return data, moments, weights.version_digest(data, moments)
+        data = weights_to_blob(self.weights)
+        moments = moments_to_blob(self.moments)
+        return data, moments, version_digest(data, moments)
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +202,7 @@ class VersionPublisher:
         self, request: StepRequest, inputs: UpdateInputs, candidate: CandidateVersion
     ) -> Publication:
         """Name the version by its content and encode what is published."""
-        work = hash_work(weights.spec_bytes(spec_from_bytes(inputs.spec)))
+        work = hash_work(spec_bytes(spec_from_bytes(inputs.spec)))
         data, moments, digest = await self._scheduler.run(work, lambda: candidate.stored)
         version = Version(inputs.head.number + 1, digest)
         return Publication(
@@ -221,7 +225,7 @@ class VersionPublisher:
             self._model_cache.note_head(
                 model,
                 version,
-                params=candidate.params,
+                weights=candidate.weights,
                 moments=candidate.moments,
                 asked_at=asked_at,
             )

@@ -62,9 +62,9 @@ from service.telemetry import NULL_OBSERVER
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
-    from rnn_engine import Array, Params, Tape
+    from rnn_engine import Array, Network, Step
     from service.compute.scheduler import Scheduler
-    from service.domain.model_cache import KnownModel, ModelCache
+    from service.domain.model_cache import KnownModel, LoadedWeights, ModelCache
     from service.domain.ports import (
         SessionSnapshot,
         SessionStore,
@@ -93,8 +93,8 @@ class _PendingChunk:
         base: The state that it is computed from.
         version: The weights that it is computed with.
         token: The state token after it.
-        tape: What was computed.
-        h: The state after it, (N, H).
+        step: What was computed.
+        state: The state after it, (N, state size).
         tries: How often the session was read again because its commit failed.
     """
 
@@ -105,8 +105,8 @@ class _PendingChunk:
     base: CachedSession | None = None
     version: Version | None = None
     token: bytes = b""
-    tape: Tape | None = None
-    h: Array | None = None
+    step: Step | None = None
+    state: Array | None = None
     tries: int = 0
 
 
@@ -185,7 +185,7 @@ class Recurrence:
         )
         if spec is None:
             return self._limits.input_size, self._limits.hidden_size
-        return spec.input_size, spec.hidden_size
+        return spec.network.input.size, spec.network.output_size
 
     async def drain(self) -> None:
         """Wait until every chunk submitted has its answer."""
@@ -229,14 +229,14 @@ class Recurrence:
         op = pending.op
         if model.incarnation != cached.incarnation or op.pinned is not None:
             return False
-        params = self._model_cache.cached_params(model.incarnation, model.head)
-        if params is None or op.xs.nbytes > _BIG_CHUNK_BYTES:
+        weights = self._model_cache.cached_weights(model.incarnation, model.head)
+        if weights is None or op.xs.nbytes > _BIG_CHUNK_BYTES:
             return False
         if op.minimum is not None and not is_at_least(model.head, op.minimum):
             return False
-        self._check_chunk(op, model.spec, cached.h.shape[0])
+        self._check_chunk(op, model.spec, cached.state.shape[0])
         pending.digest = chunk_digest(op.xs, train=op.train)
-        self._compute(pending, cached, (model.head, params))
+        self._compute(pending, cached, (model.head, weights))
         return True
 
     async def _continue(self, pending: _PendingChunk, cached: CachedSession) -> None:
@@ -250,7 +250,7 @@ class Recurrence:
             # has applied this chunk, is decided before what became of the weights.
             await self._fetch(pending)
             return
-        self._check_chunk(op, model.spec, cached.h.shape[0])
+        self._check_chunk(op, model.spec, cached.state.shape[0])
         pending.digest = await self._scheduler.run(hash_work(op.xs.nbytes), _digest, op)
         self._compute(pending, cached, weights)
 
@@ -282,49 +282,52 @@ class Recurrence:
         weights = await self._choose_weights(op, model)
         self._compute(pending, cached, weights)
 
-    async def _choose_weights(self, op: Forward, model: KnownModel) -> tuple[Version, Params]:
+    async def _choose_weights(
+        self, op: Forward, model: KnownModel
+    ) -> tuple[Version, LoadedWeights]:
         if op.pinned is not None:
-            return await self._model_cache.params(model, op.pinned)
+            return await self._model_cache.weights(model, op.pinned)
         if op.minimum is not None:
             model = await self._model_cache.head_at_least(model, op.minimum)
         try:
-            return await self._model_cache.params(model, model.head)
+            return await self._model_cache.weights(model, model.head)
         except (NotFound, FailedPrecondition):
             # The head was superseded meanwhile, or the store lost it and it was made anew.
             model = await self._model_cache.renew(model)
             if op.minimum is not None:
                 model = await self._model_cache.head_at_least(model, op.minimum)
-            return await self._model_cache.params(model, model.head)
+            return await self._model_cache.weights(model, model.head)
 
     def _compute(
-        self, pending: _PendingChunk, base: CachedSession, weights: tuple[Version, Params]
+        self, pending: _PendingChunk, base: CachedSession, weights: tuple[Version, LoadedWeights]
     ) -> None:
-        pending.base, (pending.version, params) = base, weights
+        pending.base, (pending.version, loaded) = base, weights
         pending.token = next_token(base.token, pending.digest, pending.version)
         self._scheduler.submit(
             Chunk(
-                params,
+                loaded.network,
+                loaded.prepared,
                 pending.op.xs,
-                base.h,
+                loaded.network.state_spec.split_rows(base.state),
                 pending.op.train,
                 lambda done: self._commit(pending, done),
             )
         )
 
     def _commit(self, pending: _PendingChunk, done: Chunk) -> None:
-        if done.tape is None or pending.base is None or pending.version is None:
+        if done.step is None or pending.base is None or pending.version is None:
             self._end(pending, done.error or RuntimeError("a chunk was not computed"))
             return
-        pending.tape = done.tape
-        pending.h = done.tape.hs[:, -1].copy()  # a view would keep all of hs while h is cached
+        pending.step = done.step
+        pending.state = done.network.state_spec.join_rows(done.step.state)
         try:
-            check_state(pending.h)
+            check_state(pending.state)
         except FailedPrecondition as error:
             self._end(pending, error)
             return
         op, key = pending.op, pending.key
         state = StoredState(
-            op.chunk_seq, pending.digest, pending.token, pending.version, pending.h.tobytes()
+            op.chunk_seq, pending.digest, pending.token, pending.version, pending.state.tobytes()
         )
         commit = ChunkCommit(
             key,
@@ -332,7 +335,7 @@ class Recurrence:
             pending.base.token,
             state,
             min(op.acknowledged_seq, op.chunk_seq - 1),
-            tape_to_bytes(pending.version, done.tape.xs, done.tape.h0) if op.train else None,
+            tape_to_bytes(pending.version, op.xs, pending.base.state) if op.train else None,
         )
         self._committer.submit(commit, lambda outcome: self._committed(pending, outcome))
 
@@ -353,23 +356,23 @@ class Recurrence:
 
     def _applied(self, pending: _PendingChunk, *, is_touch_due: bool) -> None:
         base, op = pending.base, pending.op
-        assert base is not None and pending.h is not None and pending.tape is not None  # noqa: S101, PT018
+        assert base is not None and pending.state is not None and pending.step is not None  # noqa: S101, PT018
         assert pending.version is not None  # noqa: S101
-        base.advance(op.chunk_seq, pending.token, pending.h)
         tape_bytes = 0
         if op.train:
-            xs, h0, hs = pending.tape.xs, pending.tape.h0, pending.tape.hs
-            self._tapes.put(
-                pending.token, StoredTape(pending.version, xs, h0, hs, base.incarnation)
+            tape = StoredTape(
+                pending.version, op.xs, base.state, pending.step.tape, base.incarnation
             )
-            tape_bytes = xs.nbytes + h0.nbytes
+            self._tapes.put(pending.token, tape)
+            tape_bytes = op.xs.nbytes + base.state.nbytes
+        base.advance(op.chunk_seq, pending.token, pending.state)
         self._observer.chunk_applied(tape_bytes=tape_bytes)
         if is_touch_due or not base.is_listed:
             self._touch(pending.key, base)
         result = self._result(
             op,
-            pending.tape.hs,
-            pending.h,
+            pending.step.outputs,
+            pending.state,
             version=pending.version,
             token=pending.token,
             replayed=False,
@@ -381,43 +384,51 @@ class Recurrence:
     async def _replay(
         self, pending: _PendingChunk, snapshot: SessionSnapshot, model: KnownModel
     ) -> ForwardResult:
-        """Return the answer again: h as it was committed, hs computed again from the state before."""
+        """Return the answer again: the state as committed, the outputs computed again from the state before."""
         op = pending.op
         at = _applied_state(pending, snapshot)
-        h = state_from_bytes(at.h, snapshot.head.dtype, snapshot.head.batch_size)
-        hs = h[:, None]
+        state = state_from_bytes(at.state, snapshot.head.dtype, snapshot.head.batch_size)
+        outputs = last = _last_output(model.spec.network, state)
         if op.return_hs is ReturnHs.ALL:
-            hs = await self._recompute(op, snapshot, model)
-            hs[:, -1] = h
-        return self._result(op, hs, h, version=at.version, token=at.token, replayed=True)
+            outputs = await self._recompute(op, snapshot, model)
+            outputs[:, -1:] = last
+        return self._result(op, outputs, state, version=at.version, token=at.token, replayed=True)
 
     async def _recompute(self, op: Forward, snapshot: SessionSnapshot, model: KnownModel) -> Array:
-        """Compute the hidden states of an applied chunk again, (N, T, H)."""
+        """Compute the outputs of an applied chunk again, (N, T, output size)."""
         too_late = replay_window_passed(op.chunk_seq, snapshot.last.chunk_seq)
         at, before = snapshot.at, snapshot.before
         if at is None or before is None:
             raise too_late
-        h0 = state_from_bytes(before.h, snapshot.head.dtype, snapshot.head.batch_size)
+        state = state_from_bytes(before.state, snapshot.head.dtype, snapshot.head.batch_size)
         try:
-            _, params = await self._model_cache.params(model, at.version)
-            hs = np.array((await self._run_alone(params, op.xs, h0)).hs)
+            _, weights = await self._model_cache.weights(model, at.version)
+            outputs = np.array((await self._run_alone(weights, op.xs, state)).outputs)
         except UnsupportedLayout:
             raise
         except (NotFound, FailedPrecondition) as error:
             raise too_late from error
         # Computed alone the products are summed in another order than in the batch of the first time,
         # and may overflow where they did not.
-        if not is_finite(hs[:, -1]):
+        if not is_finite(outputs[:, -1]):
             raise too_late
-        return hs
+        return outputs
 
-    async def _run_alone(self, params: Params, xs: Array, h0: Array) -> Tape:
+    async def _run_alone(self, weights: LoadedWeights, inputs: Array, state: Array) -> Step:
         computed: asyncio.Future[Chunk] = asyncio.get_running_loop().create_future()
-        self._scheduler.submit(Chunk(params, xs, h0, alone=True, deliver=computed.set_result))
+        chunk = Chunk(
+            weights.network,
+            weights.prepared,
+            inputs,
+            weights.network.state_spec.split_rows(state),
+            alone=True,
+            deliver=computed.set_result,
+        )
+        self._scheduler.submit(chunk)
         done = await computed
-        if done.tape is None:
+        if done.step is None:
             raise done.error or RuntimeError("a chunk was not computed")
-        return done.tape
+        return done.step
 
     async def _extend(self, key: SessionKey, cached: CachedSession) -> None:
         # A replay is answered also where the store takes no writes at all.
@@ -430,16 +441,18 @@ class Recurrence:
     async def _run_stateless(self, pending: _PendingChunk) -> None:
         op = pending.op
         model = await self._model_cache.get(ModelKey(pending.key.tenant, op.model_id))
-        n, h = op.xs.shape[0], model.spec.hidden_size
+        n, network = op.xs.shape[0], model.spec.network
         self._check_chunk(op, model.spec, n)
-        h0 = np.zeros((n, h), model.spec.dtype) if op.h0 is None else op.h0
-        check_tensor("h0", h0, (n, h), model.spec.dtype)
-        version, params = await self._choose_weights(op, model)
-        tape = await self._run_alone(params, op.xs, h0)
-        last = np.ascontiguousarray(tape.hs[:, -1])
+        shape, dtype = (n, network.state_spec.size), model.spec.dtype
+        state = np.zeros(shape, dtype) if op.state is None else op.state
+        check_tensor("h0", state, shape, dtype)
+        version, weights = await self._choose_weights(op, model)
+        step = await self._run_alone(weights, op.xs, state)
+        last = network.state_spec.join_rows(step.state)
         check_state(last)
         self._end(
-            pending, self._result(op, tape.hs, last, version=version, token=b"", replayed=False)
+            pending,
+            self._result(op, step.outputs, last, version=version, token=b"", replayed=False),
         )
 
     # --- common -------------------------------------------------------------------------------------
@@ -447,33 +460,34 @@ class Recurrence:
     def _result(
         self,
         op: Forward,
-        hs: Array,
-        h: Array,
+        outputs: Array,
+        state: Array,
         *,
         version: Version,
         token: bytes,
         replayed: bool,
     ) -> ForwardResult:
-        shown = hs if op.return_hs is ReturnHs.ALL else None
+        shown = outputs if op.return_hs is ReturnHs.ALL else None
         if op.return_hs is ReturnHs.LAST:
-            shown = h[:, None]
+            shown = outputs[:, -1:]
         return ForwardResult(
-            op.session_id, op.epoch, op.chunk_seq, shown, h, version, token, replayed
+            op.session_id, op.epoch, op.chunk_seq, shown, state, version, token, replayed
         )
 
     def _check_chunk(self, op: Forward, spec: ModelSpec, batch_size: int) -> None:
         n, t, d = op.xs.shape
         if op.xs.dtype != spec.dtype:
             raise bad_tensor("xs.dtype", f"expected {spec.dtype}, got {op.xs.dtype}")
-        if d != spec.input_size:
-            raise bad_tensor("xs.shape[2]", f"expected D={spec.input_size}, got {d}")
+        if d != spec.network.input.size:
+            raise bad_tensor("xs.shape[2]", f"expected D={spec.network.input.size}, got {d}")
         if n != batch_size:
             raise bad_tensor("xs.shape[0]", f"expected N={batch_size}, got {n}")
         if t < 1:
             raise bad_tensor("xs.shape[1]", f"expected T >= 1, got {t}")
-        # All of hs counts, whatever of it is returned: it is computed, and a Backward sends as much. A
-        # few inputs a row could otherwise ask for gigabytes.
-        size = n * (t + 1) * spec.hidden_size * op.xs.itemsize + _RESPONSE_OVERHEAD
+        # All outputs count, whatever of them is returned: they are computed, and a Backward sends as
+        # much. A few inputs a row could otherwise ask for gigabytes.
+        numbers = n * (t * spec.network.output_size + spec.network.state_spec.size)
+        size = numbers * op.xs.itemsize + _RESPONSE_OVERHEAD
         if size > self._limits.message_bytes:
             raise answer_too_large(size, self._limits.message_bytes)
 
@@ -545,6 +559,11 @@ def callback_of(answer: asyncio.Future[ForwardResult]) -> OnDone:
 def _result_of(reading: asyncio.Task[KnownModel]) -> KnownModel | None:
     """Return what was read; None if it failed: then it is read again where errors become answers."""
     return None if reading.cancelled() or reading.exception() else reading.result()
+
+
+def _last_output(network: Network, state: Array) -> Array:
+    """Return the output of the step that left a state, (N, 1, output size)."""
+    return network.last_output(network.state_spec.split_rows(state))[:, None]
 
 
 def _applied_state(pending: _PendingChunk, snapshot: SessionSnapshot) -> StoredState:

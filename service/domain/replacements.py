@@ -68,5 +68,6 @@ class RestoreStep:
         named = [one.version for one in kept if one.checkpoint_id == self.checkpoint_id]
         if not named:
             raise checkpoint_not_found(self.checkpoint_id)
-        version, params = await self.model_cache.params(model, named[0])
-        return CandidateVersion(params, await self.model_cache.moments(model, version, params))
+        version, loaded = await self.model_cache.weights(model, named[0])
+        moments = await self.model_cache.moments(model, version, loaded.weights)
+        return CandidateVersion(loaded.weights, moments)

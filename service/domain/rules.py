@@ -225,7 +225,7 @@ class InputRules:
             _check_stateless(op, self)
             return
         check_id("session_id", op.session_id)
-        if op.h0 is not None:
+        if op.state is not None:
             raise bad_field("h0", "only without a session; SetState replaces a session's state")
         if op.model_id:
             raise bad_field("model_id", "only without a session; a session has its model")
@@ -243,9 +243,9 @@ class InputRules:
         check_number("epoch", op.epoch, 1)
         check_number("chunk_seq", op.chunk_seq, 1)
         check_token("state_token", op.token, required=True)
-        self.dhs.check("dhs", op.dhs)
-        if op.dh_next is not None:
-            self.state.check("dh_next", op.dh_next)
+        self.dhs.check("dhs", op.d_outputs)
+        if op.d_state is not None:
+            self.state.check("dh_next", op.d_state)
         if op.update is not None:
             self.check_update(op.update, is_inline=True)
 
@@ -307,8 +307,8 @@ class InputRules:
     def check_spec(self, spec: ModelSpec) -> None:
         """Refuse a new model's specification by its name, sizes, type or optimizer."""
         check_id("spec.model_id", spec.model_id)
-        check_size("spec.input_size", spec.input_size, self._limits.input_size)
-        check_size("spec.hidden_size", spec.hidden_size, self._limits.hidden_size)
+        check_size("spec.input_size", spec.network.input.size, self._limits.input_size)
+        check_size("spec.hidden_size", spec.network.output_size, self._limits.hidden_size)
         if spec.dtype not in DTYPES:
             expected = " or ".join(DTYPES)
             raise bad_field("spec.dtype", f"expected {expected}, got {quoted(spec.dtype)}")
@@ -318,9 +318,10 @@ class InputRules:
         """Refuse a seed, or the tensors of given weights each by itself."""
         check_number("seed", first.seed, 0)
         if first.given is not None:
-            self.wx.check("given.wx", first.given.Wx)
-            self.wh.check("given.wh", first.given.Wh)
-            self.b.check("given.b", first.given.b)
+            Wx, Wh, b = first.given
+            self.wx.check("given.wx", Wx)
+            self.wh.check("given.wh", Wh)
+            self.b.check("given.b", b)
 
     def bad_ttl(self, name: str, got: str) -> InvalidArgument:
         """Make the refusal of a time to live."""
@@ -375,10 +376,10 @@ def _check_stateless(op: Forward, rules: InputRules) -> None:
     rules.xs.check("xs", op.xs)
     _check_named_versions(op)
     check_id("model_id", op.model_id)
-    if op.h0 is not None:
-        rules.state.check("h0", op.h0)
-        if len(op.h0) != len(op.xs):
-            raise bad_field("h0", f"has {len(op.h0)} rows, but xs has {len(op.xs)}")
+    if op.state is not None:
+        rules.state.check("h0", op.state)
+        if len(op.state) != len(op.xs):
+            raise bad_field("h0", f"has {len(op.state)} rows, but xs has {len(op.xs)}")
 
 
 def _check_selector(name: str, selector: Selector) -> None:

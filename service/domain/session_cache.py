@@ -23,9 +23,10 @@ _ENTRY_BYTES = 1024  # what an entry costs beside its state, roughly
 
 @dataclass(slots=True)
 class CachedSession:
-    """A session's numbers and its state h (N, H); the array itself is never written to.
+    """A session's numbers and its state.
 
     Attributes:
+        state: (N, state size); the array itself is never written to.
         is_listed: False if the last write of its new expiry to the tenant's list failed.
     """
 
@@ -34,13 +35,13 @@ class CachedSession:
     epoch: int
     chunk_seq: int
     token: bytes
-    h: Array
+    state: Array
     ttl_ms: int
     is_listed: bool = True
 
-    def advance(self, chunk_seq: int, token: bytes, h: Array) -> None:
+    def advance(self, chunk_seq: int, token: bytes, state: Array) -> None:
         """Move on by one chunk; arrays that were handed out before keep their values."""
-        self.chunk_seq, self.token, self.h = chunk_seq, token, h
+        self.chunk_seq, self.token, self.state = chunk_seq, token, state
 
 
 class SessionCache(LruCache[SessionKey, CachedSession]):
@@ -48,7 +49,7 @@ class SessionCache(LruCache[SessionKey, CachedSession]):
 
     def __init__(self, limit_bytes: int) -> None:
         """Start empty."""
-        super().__init__(limit_bytes, lambda session: session.h.nbytes + _ENTRY_BYTES)
+        super().__init__(limit_bytes, lambda session: session.state.nbytes + _ENTRY_BYTES)
 
 
 def cached_from_snapshot(tenant: str, snapshot: SessionSnapshot) -> CachedSession:
@@ -60,12 +61,12 @@ def cached_from_snapshot(tenant: str, snapshot: SessionSnapshot) -> CachedSessio
         head.epoch,
         last.chunk_seq,
         last.token,
-        state_from_bytes(last.h, head.dtype, head.batch_size),
+        state_from_bytes(last.state, head.dtype, head.batch_size),
         head.ttl_ms,
     )
 
 
 def state_from_bytes(data: bytes, dtype: str, batch_size: int) -> Array:
-    """Read a hidden state, (N, H); the array is a read-only view."""
+    """Read a state, (N, state size); the array is a read-only view."""
     flat: Array = np.frombuffer(data, dtype)
     return flat.reshape(batch_size, -1)

@@ -209,7 +209,11 @@ class Sessions:
                 head.model_id, model.incarnation, head.dtype, head.batch_size, 0, 0, ttl_ms
             ),
             first=StoredState(
-                0, bytes(DIGEST_BYTES), first_token(source.last.h), _NO_VERSION, source.last.h
+                0,
+                bytes(DIGEST_BYTES),
+                first_token(source.last.state),
+                _NO_VERSION,
+                source.last.state,
             ),
             request=request_digest(op.request_id, b"fork", op.session_id.encode()),
         )
@@ -351,8 +355,8 @@ class Sessions:
     def _first_state(
         self, spec: ModelSpec, batch_size: int, given: Array | None, *, field: str
     ) -> Array:
-        shape = (batch_size, spec.hidden_size)
-        size = batch_size * spec.hidden_size * np.dtype(spec.dtype).itemsize
+        shape = (batch_size, spec.network.state_spec.size)
+        size = shape[0] * shape[1] * np.dtype(spec.dtype).itemsize
         if 2 * size + _ANSWER_OVERHEAD > self._limits.message_bytes:
             text = f"a state of {size} bytes does not fit twice into a message of at most "
             raise bad_field("batch_size", f"{text}{self._limits.message_bytes}")
@@ -371,8 +375,8 @@ def new_session_id() -> str:
 
 
 def _first(state: Array) -> StoredState:
-    h = state.tobytes()
-    return StoredState(0, bytes(DIGEST_BYTES), first_token(h), _NO_VERSION, h)
+    data = state.tobytes()
+    return StoredState(0, bytes(DIGEST_BYTES), first_token(data), _NO_VERSION, data)
 
 
 def _check_resumable(live: SessionHead, asked: SessionHead) -> None:
@@ -406,7 +410,7 @@ def _opened(
     session_id: str, snapshot: SessionSnapshot, *, resumed: bool, replayed: bool
 ) -> OpenedSession:
     head = snapshot.head
-    state = state_from_bytes(snapshot.last.h, head.dtype, head.batch_size)
+    state = state_from_bytes(snapshot.last.state, head.dtype, head.batch_size)
     return OpenedSession(_view(session_id, snapshot), state, resumed, replayed)
 
 

@@ -1,8 +1,9 @@
 """Tapes: what a TRAIN Forward stores for its Backward, which may run on another replica.
 
-Layout 1 is: the number of the layout in the first byte, then N, T, D, H and the weights version, then h0
-and xs in C order. The hidden states are not stored. The replica that computed them has them cached, and
-any other computes them again, bit for bit, for a fraction of what it costs to store them.
+Layout 1 is: the number of the layout in the first byte, then N, T, D, the size of a state and the weights version,
+then the state before the chunk and the inputs, in C order. Whatever else the network keeps for its way back, here the
+hidden states, is not stored. The replica that computed it has it cached, and any other computes it again, bit for bit, for
+a fraction of what it costs to store it.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rnn_engine import Tape, rnn_forward
 from service.domain.lru import LruCache
 from service.domain.refusals import unsupported_layout
 from service.domain.types import Version
 
 if TYPE_CHECKING:
-    from rnn_engine import Array, Params
+    from rnn_engine import Array, NetworkTape
     from service.domain.errors import UnsupportedLayout
+    from service.domain.model_cache import LoadedWeights
 
 _LAYOUT = 1
 _HEAD = struct.Struct(">BxxxIIIIQ16s")
@@ -32,30 +33,32 @@ class StoredTape:
 
     Attributes:
         version: The weights that the chunk was computed with.
-        xs: Its inputs, (N, T, D).
-        h0: The state before it, (N, H).
-        hs: Its hidden states, (N, T, H), if this process computed them.
-        incarnation: The incarnation of its model, if this process computed them.
+        inputs: Its inputs, (N, T, D).
+        state: The state before it, (N, state size).
+        tape: What its forward pass kept, if this process computed it.
+        incarnation: The incarnation of its model, if this process computed it.
     """
 
     version: Version
-    xs: Array
-    h0: Array
-    hs: Array | None = None
+    inputs: Array
+    state: Array
+    tape: NetworkTape | None = None
     incarnation: bytes = b""
 
-    def complete(self, params: Params) -> Tape:
-        """Return the engine's tape; hidden states that are missing are computed again."""
-        if self.hs is None:
-            return rnn_forward(params, self.xs, self.h0)
-        return Tape(self.xs, self.h0, self.hs)
+    def complete(self, loaded: LoadedWeights) -> NetworkTape | None:
+        """Return what the forward pass kept; if it is missing, the pass is run again."""
+        if self.tape is not None:
+            return self.tape
+        network = loaded.network
+        state = network.state_spec.split_rows(self.state)
+        return network.forward(loaded.prepared, self.inputs, state, keep=True).tape
 
 
-def tape_to_bytes(version: Version, xs: Array, h0: Array) -> bytes:
+def tape_to_bytes(version: Version, inputs: Array, state: Array) -> bytes:
     """Return a tape as the store keeps it."""
-    n, t, d = xs.shape
-    head = _HEAD.pack(_LAYOUT, n, t, d, h0.shape[1], version.number, version.digest)
-    return b"".join((head, np.ascontiguousarray(h0).data, np.ascontiguousarray(xs).data))
+    n, t, d = inputs.shape
+    head = _HEAD.pack(_LAYOUT, n, t, d, state.shape[1], version.number, version.digest)
+    return b"".join((head, np.ascontiguousarray(state).data, np.ascontiguousarray(inputs).data))
 
 
 def check_tape(data: bytes) -> None:
@@ -73,13 +76,13 @@ def tape_from_bytes(data: bytes, dtype: str) -> StoredTape:
     check_tape(data)
     if len(data) < _HEAD.size:
         raise _unsupported(f"{len(data)} bytes", f"{_HEAD.size} or more")
-    _, n, t, d, h, number, digest = _HEAD.unpack_from(data)
-    size = _HEAD.size + n * (h + t * d) * np.dtype(dtype).itemsize
+    _, n, t, d, s, number, digest = _HEAD.unpack_from(data)
+    size = _HEAD.size + n * (s + t * d) * np.dtype(dtype).itemsize
     if len(data) != size:
         raise _unsupported(f"{len(data)} bytes", f"{size} bytes")
     flat: Array = np.frombuffer(data, dtype, offset=_HEAD.size)
-    h0, xs = flat[: n * h].reshape(n, h), flat[n * h :].reshape(n, t, d)
-    return StoredTape(Version(number, digest), xs, h0)
+    state, inputs = flat[: n * s].reshape(n, s), flat[n * s :].reshape(n, t, d)
+    return StoredTape(Version(number, digest), inputs, state)
 
 
 class TapeCache(LruCache[bytes, StoredTape]):
@@ -99,5 +102,5 @@ def _unsupported(found: str, known: str) -> UnsupportedLayout:
 
 
 def _size(stored: StoredTape) -> int:
-    hs_bytes = 0 if stored.hs is None else stored.hs.nbytes
-    return stored.xs.nbytes + stored.h0.nbytes + hs_bytes + 512
+    kept = stored.inputs.nbytes + stored.state.nbytes if stored.tape is None else stored.tape.nbytes
+    return kept + 512

@@ -1,7 +1,8 @@
 """The values that pass between rpc, domain and store.
 
 Letters as in the engine: N rows, T steps, D inputs, H hidden units. Arrays are C-ordered and have
-the model's dtype.
+the model's dtype. A state is one array here, (N, state size): of each row all numbers of the network's
+state side by side, as `Spec.join_rows` puts them. For the tanh layer both the state and the last output are h.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from enum import Enum, IntEnum
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from rnn_engine import Array, Grads, Moments, Params
+    from rnn_engine import Array, Grads, Moments, Network, Weights
     from rnn_engine.optimizers import Optimizer
 
 DIGEST_BYTES = 16
@@ -80,12 +81,18 @@ class Version(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """What a model is, apart from its weights."""
+    """What a model is, apart from its weights.
+
+    Attributes:
+        model_id: Its name.
+        network: Its cell and sizes; which class it is of says which cell.
+        dtype: "float32" or "float64".
+        optimizer: What makes its steps.
+    """
 
     model_id: str
-    input_size: int
-    hidden_size: int
-    dtype: str  # "float32" or "float64"
+    network: Network
+    dtype: str
     optimizer: Optimizer
 
 
@@ -192,7 +199,7 @@ class ReturnHs(IntEnum):
 # these are not, though nobody changes one.
 @dataclass(slots=True)
 class Forward:
-    """Apply one chunk, xs (N, T, D); without a session_id run it from h0 (N, H)."""
+    """Apply one chunk, xs (N, T, D); without a session_id run it from `state`, one row for each row of xs."""
 
     session_id: str
     epoch: int
@@ -205,18 +212,23 @@ class Forward:
     return_hs: ReturnHs = ReturnHs.ALL
     acknowledged_seq: int = 0
     model_id: str = ""
-    h0: Array | None = None
+    state: Array | None = None
 
 
 @dataclass(slots=True)
 class ForwardResult:
-    """A chunk applied: hs (N, T, H), (N, 1, H) or None, and h (N, H)."""
+    """A chunk applied.
+
+    Attributes:
+        outputs: (N, T, output size), (N, 1, output size) or None.
+        state: The state after it, (N, state size).
+    """
 
     session_id: str
     epoch: int
     chunk_seq: int
-    hs: Array | None
-    h: Array
+    outputs: Array | None
+    state: Array
     version: Version
     token: bytes
     replayed: bool
@@ -224,15 +236,20 @@ class ForwardResult:
 
 @dataclass(frozen=True, slots=True)
 class Backward:
-    """Compute one contribution from dhs (N, T, H) and dh_next (N, H) or None."""
+    """Compute one contribution.
+
+    Attributes:
+        d_outputs: Gradient of the loss with respect to the outputs, (N, T, output size).
+        d_state: Gradient that arrives at the last state from later chunks, (N, state size); None: zero.
+    """
 
     session_id: str
     epoch: int
     chunk_seq: int
     token: bytes
-    dhs: Array
-    dh_next: Array | None = None
-    return_dxs: bool = False
+    d_outputs: Array
+    d_state: Array | None = None
+    return_d_inputs: bool = False
     return_gradients: bool = False
     update: Update | None = None
     resent: bool = False
@@ -240,13 +257,18 @@ class Backward:
 
 @dataclass(frozen=True, slots=True)
 class BackwardResult:
-    """The gradients of a chunk: dxs (N, T, D) or None, dh0 (N, H)."""
+    """The gradients of a chunk.
+
+    Attributes:
+        d_inputs: Of its inputs, (N, T, D), or None.
+        d_state: Of the state before it, (N, state size).
+    """
 
     session_id: str
     epoch: int
     chunk_seq: int
-    dxs: Array | None
-    dh0: Array
+    d_inputs: Array | None
+    d_state: Array
     grads: Grads | None
     gradient_norm: float
     version: Version
@@ -333,7 +355,7 @@ class InitialWeights:
     """Where a new model's weights come from: given, or drawn from the seed."""
 
     seed: int = 0
-    given: Params | None = field(default=None)
+    given: Weights | None = field(default=None)
     moments: Moments | None = field(
         default=None
     )  # of the given ones; None: the optimizer starts anew

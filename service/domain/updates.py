@@ -30,7 +30,7 @@ from service.domain.types import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from rnn_engine import Grads, Moments, Params
+    from rnn_engine import Grads, Moments, Weights
     from rnn_engine.optimizers import Optimizer
     from service.compute.scheduler import Scheduler
     from service.domain.contributions import Contributions, Recording
@@ -149,15 +149,15 @@ class OptimizerStep:
         if waiting is None:
             return None
         try:
-            _, params = await self.model_cache.params(model, inputs.head)
+            _, loaded = await self.model_cache.weights(model, inputs.head)
         except UnsupportedLayout:
             raise
         except DomainError:  # the head was superseded, and its weights dropped
             return None
-        moments = await self.model_cache.kept_moments(model, inputs.head, params)
+        moments = await self.model_cache.kept_moments(model, inputs.head, loaded.weights)
         if moments is None:  # only a superseded version has none
             return None
-        return await self._compute(_Start(model.spec.optimizer, params, moments), waiting)
+        return await self._compute(_Start(model.spec.optimizer, loaded.weights, moments), waiting)
 
     async def make_early(self, recording: Recording) -> EarlyStep | None:
         """Compute the step from one contribution and the cached head, before any inputs are read.
@@ -166,22 +166,22 @@ class OptimizerStep:
             None if the head is not cached, or if the step fails: then `make_step` will say why.
         """
         model, waiting = recording.model, recording.contribution.waiting
-        params = self.model_cache.cached_params(model.incarnation, model.head)
+        loaded = self.model_cache.cached_weights(model.incarnation, model.head)
         moments = self.model_cache.cached_moments(model)
-        if params is None or moments is None:
+        if loaded is None or moments is None:
             return None
-        start = _Start(model.spec.optimizer, params, moments)
+        start = _Start(model.spec.optimizer, loaded.weights, moments)
         with suppress(DomainError):
             candidate = await self._compute(start, {waiting: recording.grads})
             # Cached with the candidate, for the publisher.
-            await self.scheduler.run(hash_work(params.Wh.nbytes), lambda: candidate.stored)
+            await self.scheduler.run(hash_work(loaded.weights.nbytes), lambda: candidate.stored)
             return EarlyStep(model.head, (waiting,), candidate)
         return None
 
     async def _compute(
         self, start: _Start, waiting: dict[WaitingContribution, Grads]
     ) -> CandidateVersion:
-        work = 4 * len(waiting) * start.params.Wh.size
+        work = 4 * len(waiting) * start.weights.buffer.size
         return await self.scheduler.run(work, _apply_optimizer, self.op, start, waiting)
 
 
@@ -190,7 +190,7 @@ class _Start:
     """What an optimizer starts from."""
 
     optimizer: Optimizer
-    params: Params
+    weights: Weights
     moments: Moments
 
 
@@ -210,8 +210,8 @@ def _apply_optimizer(
     optimizer = start.optimizer
     if op.learning_rate is not None:
         optimizer = replace(optimizer, lr=op.learning_rate)
-    params, moments = apply_update(optimizer, start.params, joined, start.moments)
-    return CandidateVersion(params, moments, [one.key for one in waiting], norm, clipped)
+    weights, moments = apply_update(optimizer, start.weights, joined, start.moments)
+    return CandidateVersion(weights, moments, [one.key for one in waiting], norm, clipped)
 
 
 def _check_all_wait(tenant: str, selectors: Sequence[Selector], inputs: UpdateInputs) -> None:

@@ -1,8 +1,9 @@
 """Weights, moments and gradients as bytes: the stored form, and safetensors for clients.
 
-The stored form of weights and gradients is Wx, Wh, b, one after another, little-endian, in C order;
-of moments: the number of steps (8 bytes), then the slots' arrays in the optimizer's order.
-A specification is stored as JSON. Its layout governs everything else that is stored of its model.
+The stored form of weights and gradients is the arrays that the network's `weight_spec` names, in its order, for a tanh
+layer Wx, Wh, b, one after another, little-endian, in C order; of moments: the number of steps (8 bytes), then
+the slots' arrays in the optimizer's order. A specification is stored as JSON. Its layout governs everything else
+that is stored of its model.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from safetensors.numpy import load, save
 
 from rnn_engine import (
     OPTIMIZERS,
-    Params,
     TanhNetwork,
     init_moments,
     moments_from_arrays,
@@ -35,24 +35,17 @@ from service.domain.types import ModelSpec
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
-    from rnn_engine import (
-        Array,
-        Grads,
-        Moments,
-    )
+    from rnn_engine import Array, Arrays, Grads, Moments, Network, Weights
     from service.domain.blob import Blob
     from service.domain.ports import Bytes
 
 SPEC_LAYOUT = 1
-_CELL = "tanh"
+_CELLS: dict[str, type[TanhNetwork]] = {"tanh": TanhNetwork}
 _DTYPES = ("float32", "float64")
 HEADER_BYTES = 64 * 1024  # of a safetensors file; ours need a few hundred
 _STEP = struct.Struct(">Q")
-_NAMES = ("Wx", "Wh", "b")
 _SPEC = "the model's specification"
-_SPEC_FIELDS = frozenset(
-    ("layout", "cell", "model_id", "input_size", "hidden_size", "dtype", "optimizer")
-)
+_SPEC_FIELDS = frozenset(("layout", "cell", "model_id", "dtype", "optimizer"))
 _OPTIMIZERS = {kind.__name__: kind for kind in OPTIMIZERS}
 
 
@@ -61,10 +54,8 @@ def spec_to_bytes(spec: ModelSpec) -> bytes:
     optimizer = {"kind": type(spec.optimizer).__name__, **asdict(cast("Any", spec.optimizer))}
     facts = {
         "layout": SPEC_LAYOUT,
-        "cell": _CELL,
         "model_id": spec.model_id,
-        "input_size": spec.input_size,
-        "hidden_size": spec.hidden_size,
+        **network_facts(spec.network),
         "dtype": spec.dtype,
         "optimizer": optimizer,
     }
@@ -81,20 +72,32 @@ def spec_from_bytes(data: bytes) -> ModelSpec:
     """
     facts = _json_object(data)
     _check_known("layout", facts.get("layout"), (SPEC_LAYOUT,))
-    _check_known("cell", facts.get("cell"), (_CELL,))
-    _check_fields("", facts, _SPEC_FIELDS)
+    _check_known("cell", facts.get("cell"), tuple(_CELLS))
+    cell = _CELLS[facts["cell"]]
+    sizes = _size_names(cell)
+    _check_fields("", facts, _SPEC_FIELDS.union(sizes))
     _check_known("dtype", facts["dtype"], _DTYPES)
     optimizer = facts["optimizer"]
     _check_known("optimizer", optimizer.get("kind"), tuple(_OPTIMIZERS))
     kind = _OPTIMIZERS[optimizer.pop("kind")]
     _check_fields("optimizer ", optimizer, {field.name for field in fields(kind)})
-    return ModelSpec(
-        facts["model_id"],
-        facts["input_size"],
-        facts["hidden_size"],
-        facts["dtype"],
-        kind(**optimizer),
-    )
+    network = cell(**{name: facts[name] for name in sizes})
+    return ModelSpec(facts["model_id"], network, facts["dtype"], kind(**optimizer))
+
+
+def spec_facts(spec: ModelSpec) -> dict[str, Any]:
+    """Return what a specification says beside the model's name, by name."""
+    return {**network_facts(spec.network), "dtype": spec.dtype, "optimizer": spec.optimizer}
+
+
+def network_facts(network: Network) -> dict[str, Any]:
+    """Return what a network is by name: its cell, and the sizes that it is made from."""
+    cell = next(name for name, kind in _CELLS.items() if kind is type(network))
+    return {"cell": cell, **{name: getattr(network, name) for name in _size_names(type(network))}}
+
+
+def _size_names(cell: type[Any]) -> tuple[str, ...]:
+    return tuple(one.name for one in fields(cell) if one.init)
 
 
 def _json_object(data: bytes) -> dict[str, Any]:
@@ -121,30 +124,29 @@ def _check_fields(of: str, found: Collection[str], known: Collection[str]) -> No
         raise unsupported_layout(_SPEC, named, f"{of}fields {', '.join(sorted(known))}")
 
 
-def draw_params(spec: ModelSpec, seed: int) -> Params:
-    """Draw first weights: normal, scaled by 1/sqrt(D) and 1/sqrt(H); b is zero."""
-    network = TanhNetwork(spec.input_size, spec.hidden_size)
-    return network.init(np.random.default_rng(seed), spec.dtype)
+def draw_weights(spec: ModelSpec, seed: int) -> Weights:
+    """Draw first weights, as the network does."""
+    return spec.network.init(np.random.default_rng(seed), spec.dtype)
 
 
-def params_to_blob(params: Params) -> Blob:
-    """Return weights as the store keeps them."""
-    return blob_of_arrays((params.Wx, params.Wh, params.b))
+def weights_to_blob(weights: Weights) -> Blob:
+    """Lay out weights for the store."""
+    return blob_of_arrays(weights)
 
 
-def params_from_bytes(spec: ModelSpec, data: Bytes) -> Params:
-    """Read weights from the store; the arrays are read-only views."""
-    return Params(*_split(spec, data))
+def weights_from_bytes(spec: ModelSpec, data: Bytes) -> Weights:
+    """Read weights from the store."""
+    return _arrays_from_bytes(spec, data)
 
 
 def grads_to_blob(grads: Grads) -> Blob:
-    """Return gradients as the store keeps them."""
+    """Lay out gradients for the store."""
     return blob_of_arrays(grads)
 
 
 def grads_from_bytes(spec: ModelSpec, data: Bytes) -> Grads:
     """Read gradients from the store."""
-    return TanhNetwork(spec.input_size, spec.hidden_size).weight_spec.pack(_split(spec, data))
+    return _arrays_from_bytes(spec, data)
 
 
 def moments_to_blob(moments: Moments) -> Blob:
@@ -152,20 +154,19 @@ def moments_to_blob(moments: Moments) -> Blob:
     return blob_of_arrays(moments_to_arrays(moments).values(), head=_STEP.pack(moments.step))
 
 
-def moments_from_bytes(spec: ModelSpec, params: Params, data: Bytes | None) -> Moments:
-    """Read moments from the store; the initial ones if the store did not keep them."""
+def moments_from_bytes(spec: ModelSpec, weights: Weights, data: Bytes | None) -> Moments:
+    """Read moments from the store; where they were not kept the optimizer starts anew."""
     if not data:
-        return init_moments(spec.optimizer, params)
+        return init_moments(spec.optimizer, weights)
     slots = spec.optimizer.slot_names
     size = spec_bytes(spec)
     _check_size("moments of the model", data, _STEP.size + len(slots) * size)
     arrays: dict[str, Array] = {}
     for i, slot in enumerate(slots):
         start = _STEP.size + i * size
-        three = _split(spec, data[start : start + size])
-        arrays |= {f"{slot}.{name}": array for name, array in zip(_NAMES, three, strict=True)}
+        arrays |= _named(spec, f"{slot}.", _split(spec, data[start : start + size]))
     (step,) = _STEP.unpack_from(data)
-    return moments_from_arrays(spec.optimizer, step, arrays, params)
+    return moments_from_arrays(spec.optimizer, step, arrays, weights)
 
 
 def version_digest(weights: Blob, moments: Blob) -> bytes:
@@ -175,8 +176,7 @@ def version_digest(weights: Blob, moments: Blob) -> bytes:
 
 def spec_bytes(spec: ModelSpec) -> int:
     """Return the bytes of a specification's weights."""
-    d, h = spec.input_size, spec.hidden_size
-    return (d * h + h * h + h) * np.dtype(spec.dtype).itemsize
+    return spec.network.weight_spec.size * np.dtype(spec.dtype).itemsize
 
 
 def file_bytes_limit(spec: ModelSpec) -> int:
@@ -184,9 +184,9 @@ def file_bytes_limit(spec: ModelSpec) -> int:
     return spec_bytes(spec) * (1 + len(spec.optimizer.slot_names)) + HEADER_BYTES + 8
 
 
-def to_safetensors(params: Params, moments: Moments | None) -> bytes:
-    """Return a safetensors file with Wx, Wh, b and, where given, the moments."""
-    tensors: dict[str, Array] = {"Wx": params.Wx, "Wh": params.Wh, "b": params.b}
+def to_safetensors(weights: Weights, moments: Moments | None) -> bytes:
+    """Return a safetensors file with the weights by name and, where given, the moments."""
+    tensors = weights.named()
     metadata = {"format": "timernn"}
     if moments is not None:
         tensors |= moments_to_arrays(moments)
@@ -195,7 +195,7 @@ def to_safetensors(params: Params, moments: Moments | None) -> bytes:
     return save(contiguous, metadata=metadata)
 
 
-def from_safetensors(spec: ModelSpec, data: bytes) -> tuple[Params, Moments]:
+def from_safetensors(spec: ModelSpec, data: bytes) -> tuple[Weights, Moments]:
     """Read a client's safetensors file.
 
     Raises:
@@ -207,17 +207,16 @@ def from_safetensors(spec: ModelSpec, data: bytes) -> tuple[Params, Moments]:
         tensors = load(data)
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
         raise _bad_weights("the file is not valid safetensors") from error
-    params = Params(*_take_three(spec, tensors, ""))
+    weights = spec.network.weight_spec.pack(_take_arrays(spec, tensors, ""))
     slots = spec.optimizer.slot_names if step is not None else ()
     arrays: dict[str, Array] = {}
     for slot in slots:
-        three = _take_three(spec, tensors, f"{slot}.")
-        arrays |= {f"{slot}.{name}": array for name, array in zip(_NAMES, three, strict=True)}
+        arrays |= _named(spec, f"{slot}.", _take_arrays(spec, tensors, f"{slot}."))
     if tensors:
         raise _bad_weights(f"unexpected tensor {min(tensors)[:64]!r}")
     if step is None:
-        return params, init_moments(spec.optimizer, params)
-    return params, moments_from_arrays(spec.optimizer, step, arrays, params)
+        return weights, init_moments(spec.optimizer, weights)
+    return weights, moments_from_arrays(spec.optimizer, step, arrays, weights)
 
 
 def _check_header(data: bytes) -> int | None:
@@ -242,10 +241,9 @@ def _step_number(text: str) -> int:
     return step
 
 
-def _take_three(spec: ModelSpec, tensors: dict[str, Any], prefix: str) -> list[Array]:
-    d, h = spec.input_size, spec.hidden_size
+def _take_arrays(spec: ModelSpec, tensors: dict[str, Any], prefix: str) -> list[Array]:
     taken = []
-    for name, shape in zip(_NAMES, ((d, h), (h, h), (h,)), strict=True):
+    for name, shape in spec.network.weight_spec.arrays:
         array = tensors.pop(prefix + name, None)
         if array is None:
             raise _bad_weights(f"tensor {prefix}{name} is missing")
@@ -266,12 +264,15 @@ def _check_size(what: str, data: Bytes, size: int) -> None:
         raise unsupported_layout(what, f"{len(data)} bytes", f"{size} bytes")
 
 
+def _named(spec: ModelSpec, prefix: str, arrays: Sequence[Array]) -> dict[str, Array]:
+    names = spec.network.weight_spec.names
+    return {prefix + name: array for name, array in zip(names, arrays, strict=True)}
+
+
+def _arrays_from_bytes(spec: ModelSpec, data: Bytes) -> Arrays:
+    return spec.network.weight_spec.pack(_split(spec, data))
+
+
 def _split(spec: ModelSpec, data: Bytes) -> Sequence[Array]:
     _check_size("weights or a gradient of the model", data, spec_bytes(spec))
-    d, h = spec.input_size, spec.hidden_size
-    flat: Array = np.frombuffer(data, spec.dtype)
-    return (
-        flat[: d * h].reshape(d, h),
-        flat[d * h : d * h + h * h].reshape(h, h),
-        flat[d * h + h * h :],
-    )
+    return spec.network.weight_spec.split(np.frombuffer(data, spec.dtype))

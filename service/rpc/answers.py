@@ -32,6 +32,6 @@ class AnswerSizes:
 
     def backward(self, tenant: str, op: Backward) -> int:
         """Return the most bytes that the arrays of a Backward's answer can have."""
-        n, t, _ = op.dhs.shape
+        n, t, _ = op.d_outputs.shape
         width = max(self._recurrence.sizes(SessionKey(tenant, op.session_id), ""))
-        return int(min(n * (t + 1) * width * op.dhs.itemsize, self._message_bytes))
+        return int(min(n * (t + 1) * width * op.d_outputs.itemsize, self._message_bytes))

@@ -9,6 +9,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from rnn_engine import (
     EngineError,
     Params,
+    TanhNetwork,
 )
 from service.domain.errors import bad_tensor
 from service.domain.rules import OPTIMIZERS, make_optimizer, optimizer_kind
@@ -34,8 +35,7 @@ def spec_from_proto(spec: pb.ModelSpec) -> ModelSpec:
     """Return what a new model is, with every default filled in."""
     return ModelSpec(
         spec.model_id,
-        spec.input_size,
-        spec.hidden_size,
+        TanhNetwork(spec.input_size, spec.hidden_size),
         dtype_from_proto("spec.dtype", spec.dtype),
         optimizer_from_proto(spec.optimizer),
     )
@@ -45,8 +45,8 @@ def spec_to_proto(spec: ModelSpec) -> pb.ModelSpec:
     """Return what a model is as a message."""
     return pb.ModelSpec(
         model_id=spec.model_id,
-        input_size=spec.input_size,
-        hidden_size=spec.hidden_size,
+        input_size=spec.network.input.size,
+        hidden_size=spec.network.output_size,
         dtype=dtype_to_proto(spec.dtype),
         optimizer=optimizer_to_proto(spec.optimizer),
     )

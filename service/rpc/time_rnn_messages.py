@@ -84,9 +84,9 @@ class OperationReader:
             epoch=request.epoch,
             chunk_seq=request.chunk_seq,
             token=request.state_token,
-            dhs=required_tensor("dhs", dhs, self._rules.dhs),
-            dh_next=self._state(request, "dh_next") if request.HasField("dh_next") else None,
-            return_dxs=request.return_dxs,
+            d_outputs=required_tensor("dhs", dhs, self._rules.dhs),
+            d_state=self._state(request, "dh_next") if request.HasField("dh_next") else None,
+            return_d_inputs=request.return_dxs,
             return_gradients=request.return_gradients,
             update=self.update(request.update) if request.HasField("update") else None,
             resent=request.resent,
@@ -121,9 +121,9 @@ def fill_forward(message: pb.ForwardResponse, result: ForwardResult) -> pb.Forwa
         message.epoch = result.epoch
         message.chunk_seq = result.chunk_seq
         message.state_token = result.token
-    if result.hs is not None:
-        fill_tensor(message.hs, result.hs)
-    fill_tensor(message.h, result.h)
+    if result.outputs is not None:
+        fill_tensor(message.hs, result.outputs)
+    fill_tensor(message.h, result.state)
     version = message.weights_version
     version.number = result.version.number
     version.digest = result.version.digest
@@ -137,9 +137,9 @@ def fill_backward(message: pb.BackwardResponse, result: BackwardResult) -> pb.Ba
     message.session_id = result.session_id
     message.epoch = result.epoch
     message.chunk_seq = result.chunk_seq
-    if result.dxs is not None:
-        fill_tensor(message.dxs, result.dxs)
-    fill_tensor(message.dh0, result.dh0)
+    if result.d_inputs is not None:
+        fill_tensor(message.dxs, result.d_inputs)
+    fill_tensor(message.dh0, result.d_state)
     if result.grads is not None:
         _fill_gradients(message.gradients, result.grads)
     message.gradient_norm = result.gradient_norm

@@ -192,7 +192,7 @@ def state_to_bytes(state: StoredState) -> bytes:
     head = SLOT.pack(
         state.chunk_seq, state.digest, state.token, version.number, version.digest or _NO_DIGEST
     )
-    return head + state.h
+    return head + state.state
 
 
 def commit_to_parts(commit: ChunkCommit) -> tuple[bytes, bytes]:
@@ -202,7 +202,7 @@ def commit_to_parts(commit: ChunkCommit) -> tuple[bytes, bytes]:
         commit.epoch,
         commit.acknowledged_seq,
         commit.base_token,
-        len(state.h),
+        len(state.state),
         len(commit.tape or b""),
         state.chunk_seq,
         state.digest,
@@ -210,7 +210,7 @@ def commit_to_parts(commit: ChunkCommit) -> tuple[bytes, bytes]:
         state.version.number,
         state.version.digest,
     )
-    return fixed, state.h
+    return fixed, state.state
 
 
 def tape_name(chunk: ChunkKey) -> bytes:

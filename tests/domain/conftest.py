@@ -10,7 +10,7 @@ import pytest_asyncio
 from redis.asyncio import Redis
 
 from instruments.replicas import HIDDEN, INPUTS, Client, open_on, start_replica
-from rnn_engine import SGD
+from rnn_engine import SGD, TanhNetwork
 from service.domain.types import InitialWeights, ModelSpec
 from service.settings import Limits
 
@@ -65,7 +65,7 @@ def make_model(replicas: tuple[Replica, Replica], tenant: str) -> ModelMaker:
         sizes: tuple[int, int] = (INPUTS, HIDDEN),
         seed: int = 1,
     ) -> ModelSpec:
-        spec = ModelSpec(model_id, *sizes, dtype, optimizer or SGD(lr=0.1))
+        spec = ModelSpec(model_id, TanhNetwork(*sizes), dtype, optimizer or SGD(lr=0.1))
         await replicas[0].models.create(tenant, spec, InitialWeights(seed=seed), request_id="")
         return spec
 

@@ -51,8 +51,8 @@ async def test_a_chunk_sent_again_gets_the_same_answer(
         token, xs = client.token, draw(rng)
         first = await client.forward(xs)
         again = await client.forward(xs, chunk_seq=first.chunk_seq, previous_token=token)
-        np.testing.assert_array_equal(again.hs, first.hs)
-        np.testing.assert_array_equal(again.h, first.h)
+        np.testing.assert_array_equal(again.outputs, first.outputs)
+        np.testing.assert_array_equal(again.state, first.state)
         assert (again.token, again.version, again.replayed) == (first.token, first.version, True)
 
 
@@ -74,7 +74,7 @@ async def test_a_replay_uses_the_weights_of_the_first_time(
         again = await replica.recurrence.forward(
             tenant, client.chunk(xs, 1, previous_token=b"", train=True)
         )
-        np.testing.assert_array_equal(again.hs, first.hs)
+        np.testing.assert_array_equal(again.outputs, first.outputs)
         assert again.version == first.version
 
 
@@ -96,7 +96,7 @@ async def test_other_content_under_a_used_number_is_refused(
     sent = client.forward(other, chunk_seq=1, previous_token=b"", train=change == "mode")
     assert (await refusal(sent)).reason == "SEQ_REUSED"
     seen = await replicas[0].sessions.get_state(SessionKey(tenant, "s"), extend_ttl=False)
-    np.testing.assert_array_equal(seen.state, done.h)
+    np.testing.assert_array_equal(seen.state, done.state)
 
 
 async def test_a_hole_is_reported_with_the_number_expected(
@@ -167,7 +167,7 @@ async def test_as_many_chunks_can_be_sent_again_as_the_window_says(
     for k, (xs, first) in enumerate(sent, start=1):
         again = replicas[k % 2].recurrence.forward(tenant, client.chunk(xs, k, previous_token=b""))
         if k > 8 - reach:
-            np.testing.assert_array_equal((await again).hs, first.hs)
+            np.testing.assert_array_equal((await again).outputs, first.outputs)
         else:
             refused = await refusal(again)
             assert refused.reason == "REPLAY_WINDOW_PASSED"
@@ -184,7 +184,7 @@ async def test_the_record_answers_one_chunk_further_without_hs(
     answers = [await client.forward(xs) for xs in sent]
     for wanted in (ReturnHs.LAST, ReturnHs.NONE):
         again = await client.forward(sent[1], chunk_seq=2, previous_token=b"", return_hs=wanted)
-        np.testing.assert_array_equal(again.h, answers[1].h)
+        np.testing.assert_array_equal(again.state, answers[1].state)
     client.chunk_seq = 6
     refused = await refusal(client.forward(sent[1], chunk_seq=2, previous_token=b""))
     assert refused.reason == "REPLAY_WINDOW_PASSED"
@@ -216,7 +216,7 @@ async def test_a_replay_whose_version_is_gone_is_answered_from_the_record(
             tenant,
             client.chunk(xs, 2, previous_token=b"", return_hs=ReturnHs.LAST, pinned=first.version),
         )
-        np.testing.assert_array_equal(again.h, first.h)
+        np.testing.assert_array_equal(again.state, first.state)
         assert (again.version, again.replayed) == (first.version, True)
     refused = await refusal(
         fresh.recurrence.forward(tenant, client.chunk(xs, 2, previous_token=b""))
@@ -259,9 +259,11 @@ async def test_twenty_racers_commit_once(
             *(replicas[i % 2].recurrence.forward(tenant, op) for i in range(20))
         )
         assert sum(not answer.replayed for answer in answers) == 1
-        assert len({(answer.token, answer.h.tobytes()) for answer in answers}) == 1
+        assert len({(answer.token, answer.state.tobytes()) for answer in answers}) == 1
         for answer in answers:
-            np.testing.assert_allclose(present(answer.hs), present(answers[0].hs), rtol=1e-6)
+            np.testing.assert_allclose(
+                present(answer.outputs), present(answers[0].outputs), rtol=1e-6
+            )
         client.chunk_seq, client.token = op.chunk_seq, answers[0].token
 
 
@@ -354,7 +356,7 @@ async def test_a_commit_whose_reply_is_lost_is_answered_as_a_replay(
                 continue
             break
         replayed += done.replayed
-        np.testing.assert_allclose(present(done.hs), local.forward(xs), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(present(done.outputs), local.forward(xs), rtol=1e-5, atol=1e-6)
     assert client.chunk_seq == 40
     assert replayed > 0
     assert all(dice.fault_count > 0 for dice in chaos)
@@ -446,7 +448,9 @@ async def test_chunks_of_a_session_are_applied_in_the_order_they_came(
         local = await local_rnn(replicas[0], tenant, spec)
         for k in range(3):
             here = local.forward(chunks[i][k])
-            np.testing.assert_allclose(present(answers[k * 10 + i].hs), here, rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(
+                present(answers[k * 10 + i].outputs), here, rtol=1e-5, atol=1e-6
+            )
 
 
 async def test_who_fails_at_its_answer_stops_nobody(
@@ -503,7 +507,7 @@ async def test_chunks_of_one_session_never_share_a_batch(
     compute = scheduler_module._compute
 
     def watched(batch: Sequence[Chunk]) -> None:
-        batches.append([owners[id(chunk.xs)] for chunk in batch])
+        batches.append([owners[id(chunk.inputs)] for chunk in batch])
         compute(batch)
 
     monkeypatch.setattr(scheduler_module, "_compute", watched)
@@ -566,7 +570,7 @@ async def test_a_cached_state_does_not_keep_a_chunks_outputs(
     client = await open_session(batch_size=1)
     client.replicas = replicas[:1]
     await client.forward(draw(rng, 100, rows=1))
-    assert present(replicas[0].live.get(SessionKey(tenant, "s"))).h.base is None
+    assert present(replicas[0].live.get(SessionKey(tenant, "s"))).state.base is None
 
 
 @pytest.mark.parametrize("wanted", list(ReturnHs))
@@ -690,4 +694,6 @@ async def test_sessions_with_distinct_data_stay_apart(
     for client, got in zip(clients, answers, strict=True):
         local = await local_rnn(replicas[0], tenant, spec)
         for xs, answer in zip(data[client.session_id], got, strict=True):
-            np.testing.assert_allclose(present(answer.hs), local.forward(xs), rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(
+                present(answer.outputs), local.forward(xs), rtol=1e-5, atol=1e-6
+            )

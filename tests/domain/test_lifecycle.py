@@ -100,7 +100,7 @@ async def test_opening_a_live_session_fails_resumes_or_resets(
     assert refused.reason == "SESSION_EXISTS"
     resumed = await open_on(replicas[1], tenant, on_exists=OnExists.RESUME)
     assert (resumed.resumed, resumed.session.chunk_seq) == (True, 1)
-    np.testing.assert_array_equal(resumed.state, done.h)
+    np.testing.assert_array_equal(resumed.state, done.state)
     reset = await open_on(replicas[1], tenant, on_exists=OnExists.RESET)
     assert reset.session.epoch > client.epoch
     np.testing.assert_array_equal(reset.state, np.zeros((ROWS, HIDDEN), np.float32))
@@ -124,7 +124,7 @@ async def test_a_session_that_must_exist_goes_on_or_leaves_nothing(
     for replica in replicas:
         resumed = await open_on(replica, tenant, on_exists=OnExists.MUST_EXIST, request_id="r")
         assert (resumed.resumed, resumed.replayed) == (True, False)
-        np.testing.assert_array_equal(resumed.state, done.h)
+        np.testing.assert_array_equal(resumed.state, done.state)
     full = await make_replica(Limits(sessions_per_tenant=2))
     for name in ("x", "y", "z"):
         refused = await refusal(open_on(full, tenant, name, on_exists=OnExists.MUST_EXIST))
@@ -356,7 +356,7 @@ async def test_failing_chunks_leave_the_state_alone(
         assert (await refusal(client.forward(xs))).reason == "BAD_TENSOR"
     seen = await replicas[1].sessions.get_state(SessionKey(tenant, "s"), extend_ttl=False)
     assert seen.session.chunk_seq == 1
-    np.testing.assert_array_equal(seen.state, done.h)
+    np.testing.assert_array_equal(seen.state, done.state)
 
 
 async def test_set_state_and_reset_begin_epochs(
@@ -489,11 +489,11 @@ async def test_a_fork_goes_its_own_way(
     client = await open_session()
     done = await client.forward(draw(rng))
     forked = await replicas[1].sessions.fork(tenant, ForkSession("s", "copy", None, ""))
-    np.testing.assert_array_equal(forked.state, done.h)
+    np.testing.assert_array_equal(forked.state, done.state)
     assert forked.session.chunk_seq == 0
     await client.forward(draw(rng))
     seen = await replicas[0].sessions.get_state(SessionKey(tenant, "copy"), extend_ttl=False)
-    np.testing.assert_array_equal(seen.state, done.h)
+    np.testing.assert_array_equal(seen.state, done.state)
     taken = await refusal(replicas[0].sessions.fork(tenant, ForkSession("s", "copy", None, "")))
     assert taken.reason == "SESSION_EXISTS"
 
@@ -512,14 +512,14 @@ async def test_an_opening_sent_again_late_answers_with_the_state_of_now(
     done = await client.forward(draw(rng))
     again = await open_on(replicas[1], tenant, request_id="open")
     assert (again.replayed, again.resumed, again.session.chunk_seq) == (True, False, 1)
-    np.testing.assert_array_equal(again.state, done.h)
+    np.testing.assert_array_equal(again.state, done.state)
     copy = Client(
         replicas, tenant, "copy", (await replicas[0].sessions.get(SessionKey(tenant, "copy"))).epoch
     )
     moved = await copy.forward(draw(rng))
     forked = await replicas[1].sessions.fork(tenant, ForkSession("s", "copy", None, "fork"))
     assert (forked.replayed, forked.session.chunk_seq) == (True, 1)
-    np.testing.assert_array_equal(forked.state, moved.h)
+    np.testing.assert_array_equal(forked.state, moved.state)
 
 
 async def test_the_quota_lets_the_next_in_when_one_closes(

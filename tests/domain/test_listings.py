@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from instruments.replicas import HIDDEN, INPUTS, ROWS, open_on, refusal
-from rnn_engine import SGD
+from rnn_engine import SGD, TanhNetwork
 from service.domain.types import ForkSession, InitialWeights, ModelSpec, OnExists, SessionKey
 from service.settings import DAY_MS, HOUR_MS, Limits
 from service.store import keys
@@ -257,7 +257,7 @@ async def test_a_model_whose_weights_found_no_room_is_not_listed(
         return await original(self, *arguments)
 
     monkeypatch.setattr(type(store), "_write_parts", fills_up)
-    spec = ModelSpec("m", INPUTS, HIDDEN, "float32", SGD())
+    spec = ModelSpec("m", TanhNetwork(INPUTS, HIDDEN), "float32", SGD())
     refused = await refusal(
         replica.models.create(tenant, spec, InitialWeights(seed=1), request_id="")
     )

@@ -80,7 +80,7 @@ async def test_lost_chunks_are_reported_and_applied_again(
     for xs, first in zip(lost, before, strict=True):
         again = await client.forward(xs, pinned=first.version)
         assert (again.token, again.replayed) == (first.token, False)
-        np.testing.assert_array_equal(again.h, first.h)
+        np.testing.assert_array_equal(again.state, first.state)
 
 
 async def test_a_rival_in_the_lost_range_is_reported(
@@ -141,12 +141,12 @@ async def test_a_lost_chunks_backward_is_a_gap_and_heals(
     backup = await Backup.take(raw, session_slot(tenant))
     xs, dhs = draw(rng), draw(rng, size=HIDDEN)
     first = await client.forward(xs, train=True)
-    made = await client.backward(dhs, return_dxs=True)
+    made = await client.backward(dhs, return_d_inputs=True)
     await backup.restore(raw)
     assert (await refusal(client.backward(dhs))).reason == "SEQ_GAP"
     await client.forward(xs, chunk_seq=1, previous_token=b"", train=True, pinned=first.version)
-    again = await client.backward(dhs, return_dxs=True)
-    np.testing.assert_array_equal(again.dxs, made.dxs)
+    again = await client.backward(dhs, return_d_inputs=True)
+    np.testing.assert_array_equal(again.d_inputs, made.d_inputs)
     assert again.replayed
 
 
@@ -353,9 +353,9 @@ async def test_no_rollback_ever_brings_a_wrong_number(
             continue
         follows = rnn_forward(params, xs, states[before])
         if before or place == 0:
-            np.testing.assert_allclose(present(done.hs), follows.hs, rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(present(done.outputs), follows.hs, rtol=1e-5, atol=1e-6)
             np.testing.assert_allclose(
-                done.h, states.setdefault(done.token, done.h), rtol=1e-5, atol=1e-6
+                done.state, states.setdefault(done.token, done.state), rtol=1e-5, atol=1e-6
             )
         backtracked += place < len(chain) - 1
         chain = [*chain[: place + 1], done.token]

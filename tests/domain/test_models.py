@@ -20,7 +20,7 @@ from instruments.replicas import (
     refusal,
     step,
 )
-from rnn_engine import SGD, Adam, Params
+from rnn_engine import SGD, Adam, Params, TanhNetwork
 from service.domain.types import InitialWeights, ModelKey, ModelSpec, Selector, Version
 from service.settings import Limits
 from service.store import keys
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from tests.domain.conftest import ClientMaker, ModelMaker, ReplicaMaker
 
 Pair = tuple["Replica", "Replica"]
-SPEC = ModelSpec("m", INPUTS, HIDDEN, "float32", Adam(lr=1e-2))
+SPEC = ModelSpec("m", TanhNetwork(INPUTS, HIDDEN), "float32", Adam(lr=1e-2))
 
 
 async def train(client: Client, rng: np.random.Generator, name: str) -> Version:
@@ -102,7 +102,7 @@ async def test_given_weights_are_taken_bit_for_bit(
     ):
         np.testing.assert_array_equal(one, other)
     wrong = InitialWeights(given=Params(given.Wx.T.copy().T[:, ::-1].copy(), given.Wh, given.b))
-    spec = ModelSpec("n", INPUTS + 1, HIDDEN, "float32", SGD())
+    spec = ModelSpec("n", TanhNetwork(INPUTS + 1, HIDDEN), "float32", SGD())
     refused = await refusal(replicas[0].models.create(tenant, spec, wrong, request_id=""))
     assert (refused.reason, refused.field) == ("BAD_TENSOR", "given.wx")
 
@@ -111,7 +111,7 @@ async def test_models_are_listed_in_pages_by_name(replicas: Pair, tenant: str) -
     """Each once, sorted; another tenant's list is empty."""
     names = [f"m{i}" for i in range(5)]
     for name in names:
-        spec = ModelSpec(name, INPUTS, HIDDEN, "float32", SGD())
+        spec = ModelSpec(name, TanhNetwork(INPUTS, HIDDEN), "float32", SGD())
         await replicas[0].models.create(tenant, spec, InitialWeights(), request_id="")
     seen, token = [], ""
     while True:
@@ -129,7 +129,7 @@ async def test_the_number_of_models_is_bounded_and_freed(
     """Beyond the tenant's number is MAX_MODELS until one is deleted."""
     replica = await make_replica(Limits(models_per_tenant=1))
     await replica.models.create(tenant, SPEC, InitialWeights(), request_id="")
-    other = ModelSpec("n", INPUTS, HIDDEN, "float32", SGD())
+    other = ModelSpec("n", TanhNetwork(INPUTS, HIDDEN), "float32", SGD())
     assert (
         await refusal(replica.models.create(tenant, other, InitialWeights(), request_id=""))
     ).reason == ("MAX_MODELS")
@@ -436,7 +436,7 @@ async def test_a_model_whose_own_step_could_not_fit_is_refused_at_once(
 ) -> None:
     """The refusal names what is needed and the limit that it goes over."""
     replica = await make_replica(replace(Limits(), **{limit: value}))
-    spec = ModelSpec("m", INPUTS, HIDDEN, "float32", SGD())
+    spec = ModelSpec("m", TanhNetwork(INPUTS, HIDDEN), "float32", SGD())
     refused = await refusal(
         replica.models.create(tenant, spec, InitialWeights(seed=1), request_id="")
     )
@@ -490,7 +490,7 @@ async def test_a_creation_whose_caller_went_away_is_made_and_found(
         return await create(*arguments)
 
     monkeypatch.setattr(store, "create_model", slow)
-    spec = ModelSpec("m", INPUTS, HIDDEN, "float32", SGD())
+    spec = ModelSpec("m", TanhNetwork(INPUTS, HIDDEN), "float32", SGD())
     first = InitialWeights(seed=1)
     waiting = asyncio.create_task(replicas[0].models.create(tenant, spec, first, request_id="r"))
     await reached.wait()

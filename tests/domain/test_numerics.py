@@ -63,12 +63,12 @@ async def test_nine_chunks_equal_a_local_layer(
         xs = draw(rng, dtype=dtype)
         done = await client.forward(xs)
         np.testing.assert_allclose(
-            present(done.hs), local.forward(xs), rtol=TOLERANCE[dtype], atol=1e-7
+            present(done.outputs), local.forward(xs), rtol=TOLERANCE[dtype], atol=1e-7
         )
-        assert done.h.dtype == dtype
+        assert done.state.dtype == dtype
     state = (await replicas[0].sessions.get_state(SessionKey(tenant, "s"), extend_ttl=False)).state
     np.testing.assert_allclose(state, present(local.h), rtol=TOLERANCE[dtype], atol=1e-7)
-    np.testing.assert_array_equal(state, done.h)
+    np.testing.assert_array_equal(state, done.state)
 
 
 @pytest.mark.parametrize("trial", range(5))
@@ -87,9 +87,9 @@ async def test_any_split_equals_one_shot(
     client = await open_session(f"cut{trial}")
     cuts = np.sort(rng.choice(np.arange(1, 24), rng.integers(1, 8), replace=False))
     parts = [await client.forward(part) for part in np.split(xs, cuts, axis=1)]
-    joined = np.concatenate([present(part.hs) for part in parts], axis=1)
-    np.testing.assert_allclose(joined, present(whole.hs), rtol=1e-12, atol=1e-14)
-    np.testing.assert_allclose(parts[-1].h, whole.h, rtol=1e-12, atol=1e-14)
+    joined = np.concatenate([present(part.outputs) for part in parts], axis=1)
+    np.testing.assert_allclose(joined, present(whole.outputs), rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(parts[-1].state, whole.state, rtol=1e-12, atol=1e-14)
 
 
 async def test_a_hop_at_every_boundary_changes_no_bit(
@@ -106,7 +106,7 @@ async def test_a_hop_at_every_boundary_changes_no_bit(
     for _ in range(6):
         xs = draw(rng)
         there, here = await hopping.forward(xs), await staying.forward(xs)
-        np.testing.assert_array_equal(there.hs, here.hs)
+        np.testing.assert_array_equal(there.outputs, here.outputs)
         assert there.token == here.token
 
 
@@ -134,13 +134,15 @@ async def test_a_hundred_remote_steps_equal_local_ones(
     for k in range(1, 101):
         xs = inputs + draw(rng, dtype=dtype) / 10
         done = await client.forward(xs, train=True, minimum=version)
-        off = present(done.hs) - target
+        off = present(done.outputs) - target
         losses.append(float(np.square(off).mean()))
         dhs = off / target.size
-        made = await client.backward(dhs, return_dxs=True)
+        made = await client.backward(dhs, return_d_inputs=True)
         version = (await client.update("m", f"u{k}", expected=version, clip_norm=1.0)).version
         local.forward(xs)
-        np.testing.assert_allclose(present(made.dxs), local.backward(dhs), rtol=1e-3, atol=1e-6)
+        np.testing.assert_allclose(
+            present(made.d_inputs), local.backward(dhs), rtol=1e-3, atol=1e-6
+        )
         clipped, _, _ = clip_by_global_norm(Params(*local.params).spec.pack(local.grads), 1.0)
         params, moments = apply_update(optimizer, params, clipped, moments)
         for old, new in zip(local.params, arrays_of(params), strict=True):
@@ -166,17 +168,17 @@ async def test_gradients_equal_the_engine_and_finite_differences(
     xs, dhs = draw(rng, dtype="float64"), draw(rng, size=HIDDEN, dtype="float64")
     dh_next = rng.standard_normal((ROWS, HIDDEN))
     await client.forward(xs, train=True)
-    made = await client.backward(dhs, dh_next=dh_next, return_dxs=True, return_gradients=True)
+    made = await client.backward(dhs, d_state=dh_next, return_d_inputs=True, return_gradients=True)
     engine = rnn_backward(params, rnn_forward(params, xs, h0), dhs, dh_next)
-    np.testing.assert_array_equal(present(made.dxs), engine.dxs)
-    np.testing.assert_array_equal(made.dh0, engine.dh0)
+    np.testing.assert_array_equal(present(made.d_inputs), engine.dxs)
+    np.testing.assert_array_equal(made.d_state, engine.dh0)
     for remote, here in zip(present(made.grads), engine.grads, strict=True):
         np.testing.assert_array_equal(remote, here)
     moved = xs.copy()
     moved[1, 0, 2] += 1e-6
     before, after = (rnn_forward(params, x, h0).hs for x in (xs, moved))
     difference = ((after - before) * dhs).sum() + ((after - before)[:, -1] * dh_next).sum()
-    np.testing.assert_allclose(present(made.dxs)[1, 0, 2], difference / 1e-6, rtol=1e-4)
+    np.testing.assert_allclose(present(made.d_inputs)[1, 0, 2], difference / 1e-6, rtol=1e-4)
 
 
 async def test_chained_dh0_gives_full_backpropagation(
@@ -188,17 +190,17 @@ async def test_chained_dh0_gives_full_backpropagation(
     dhs = draw(rng, 8, size=HIDDEN, dtype="float64")
     whole = await open_session("whole")
     await whole.forward(xs, train=True)
-    one = await whole.backward(dhs, return_dxs=True, return_gradients=True)
+    one = await whole.backward(dhs, return_d_inputs=True, return_gradients=True)
     parts = await open_session("parts")
     await parts.forward(xs[:, :5], train=True)
     await parts.forward(xs[:, 5:], train=True)
-    late = await parts.backward(dhs[:, 5:], 2, return_dxs=True, return_gradients=True)
+    late = await parts.backward(dhs[:, 5:], 2, return_d_inputs=True, return_gradients=True)
     early = await parts.backward(
-        dhs[:, :5], 1, dh_next=late.dh0, return_dxs=True, return_gradients=True
+        dhs[:, :5], 1, d_state=late.d_state, return_d_inputs=True, return_gradients=True
     )
-    dxs = np.concatenate([present(early.dxs), present(late.dxs)], axis=1)
-    np.testing.assert_allclose(dxs, present(one.dxs), rtol=1e-10)
-    np.testing.assert_allclose(early.dh0, one.dh0, rtol=1e-10)
+    dxs = np.concatenate([present(early.d_inputs), present(late.d_inputs)], axis=1)
+    np.testing.assert_allclose(dxs, present(one.d_inputs), rtol=1e-10)
+    np.testing.assert_allclose(early.d_state, one.d_state, rtol=1e-10)
     dWh = present(early.grads)[1] + present(late.grads)[1]
     np.testing.assert_allclose(dWh, present(one.grads)[1], rtol=1e-10)
 
@@ -314,8 +316,8 @@ async def test_sessions_of_different_lengths_are_computed_as_if_alone(
     )
     for answer, xs in zip(done, chunks, strict=True):
         alone = rnn_forward(params, xs, np.zeros((len(xs), HIDDEN), np.float32)).hs
-        np.testing.assert_allclose(present(answer.hs), alone, rtol=1e-5, atol=1e-6)
-        np.testing.assert_array_equal(present(answer.hs)[:, -1], answer.h)
+        np.testing.assert_allclose(present(answer.outputs), alone, rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(present(answer.outputs)[:, -1], answer.state)
 
 
 async def test_a_batch_of_the_most_rows_works(
@@ -333,10 +335,10 @@ async def test_a_batch_of_the_most_rows_works(
     again = await replicas[0].recurrence.forward(
         tenant, client.chunk(xs, 1, previous_token=b"", train=True)
     )
-    np.testing.assert_array_equal(again.hs, done.hs)
+    np.testing.assert_array_equal(again.outputs, done.outputs)
     assert again.replayed
     made = await client.backward(draw(rng, rows=1024, size=HIDDEN))
-    assert made.dh0.shape == (1024, HIDDEN)
+    assert made.d_state.shape == (1024, HIDDEN)
 
 
 @pytest.mark.parametrize("wanted", list(ReturnHs))
@@ -355,10 +357,10 @@ async def test_returns_the_states_asked_for(
     first = await client.forward(xs, return_hs=wanted)
     again = await client.forward(xs, chunk_seq=1, previous_token=b"", return_hs=wanted)
     for answer in (first, again):
-        shape = None if answer.hs is None else answer.hs.shape
+        shape = None if answer.outputs is None else answer.outputs.shape
         assert shape == shapes[wanted]
-        assert answer.h.shape == (ROWS, HIDDEN)
-    np.testing.assert_array_equal(first.h, again.h)
+        assert answer.state.shape == (ROWS, HIDDEN)
+    np.testing.assert_array_equal(first.state, again.state)
 
 
 @pytest.mark.parametrize("with_state", [True, False])
@@ -375,10 +377,10 @@ async def test_without_a_session_runs_from_h0_or_zero_and_leaves_nothing(
     params = await head_params(replicas[0], tenant, spec)
     xs = draw(rng)
     h0 = rng.standard_normal((ROWS, HIDDEN)).astype(np.float32) if with_state else None
-    op = Forward("", 0, 0, b"", xs, model_id="m", h0=h0)
+    op = Forward("", 0, 0, b"", xs, model_id="m", state=h0)
     done = await replicas[0].recurrence.forward(tenant, op)
     start = np.zeros((ROWS, HIDDEN), np.float32) if h0 is None else h0
-    np.testing.assert_array_equal(done.hs, rnn_forward(params, xs, start).hs)
+    np.testing.assert_array_equal(done.outputs, rnn_forward(params, xs, start).hs)
     assert await replicas[0].sessions.list_page(tenant, 10, "", model_id="") == ([], "")
 
 

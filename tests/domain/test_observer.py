@@ -10,7 +10,7 @@ import pytest_asyncio
 
 from instruments.replicas import HIDDEN, INPUTS, ROWS, Client, draw, open_on, refusal, step
 from recorder import NOTED, Recorder
-from rnn_engine import SGD
+from rnn_engine import SGD, TanhNetwork
 from service.domain.types import InitialWeights, ModelKey, ModelSpec, SessionKey
 from service.telemetry import Observer
 
@@ -37,7 +37,7 @@ async def watched(make_replica: Callable[..., Awaitable[Replica]], tenant: str) 
     """A replica whose caches know the model's head and the session."""
     recorder = Recorder()
     replica = await make_replica(observer=recorder, head_max_age_ms=600_000)
-    spec = ModelSpec("m", INPUTS, HIDDEN, "float32", SGD(lr=0.1))
+    spec = ModelSpec("m", TanhNetwork(INPUTS, HIDDEN), "float32", SGD(lr=0.1))
     await replica.models.create(tenant, spec, InitialWeights(seed=1), request_id="")
     opened = await open_on(replica, tenant)
     client = Client([replica], tenant, "s", opened.session.epoch)

@@ -29,6 +29,7 @@ from rnn_engine import (
     Nesterov,
     Params,
     RMSprop,
+    TanhNetwork,
     init_moments,
     rnn_forward,
 )
@@ -74,7 +75,7 @@ def explosive(dtype: str) -> Params:
 async def make_explosive(replica: Replica, tenant: str, dtype: str) -> Params:
     """Create model m with such weights."""
     params = explosive(dtype)
-    spec = ModelSpec("m", INPUTS, HIDDEN, dtype, SGD())
+    spec = ModelSpec("m", TanhNetwork(INPUTS, HIDDEN), dtype, SGD())
     await replica.models.create(tenant, spec, InitialWeights(given=params), request_id="")
     return params
 
@@ -106,9 +107,9 @@ async def test_a_chunk_that_would_make_nan_is_refused_and_changes_nothing(
         assert (refused.reason, refused.metadata["row"]) == ("NON_FINITE_RESULT", "1")
     kept = await replicas[0].sessions.get_state(SessionKey(tenant, "s"), extend_ttl=False)
     assert (kept.session.chunk_seq, kept.session.token) == (1, first.token)
-    np.testing.assert_array_equal(kept.state, first.h)
+    np.testing.assert_array_equal(kept.state, first.state)
     second = await client.forward(calm, train=train)
-    np.testing.assert_array_equal(second.hs, rnn_forward(params, calm, first.h).hs)
+    np.testing.assert_array_equal(second.outputs, rnn_forward(params, calm, first.state).hs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -144,15 +145,17 @@ async def test_only_the_culprit_of_a_batch_fails(
             assert outcome.reason == "NON_FINITE_RESULT"
         else:
             assert not isinstance(outcome, BaseException)
-            assert outcome.hs is not None
-            np.testing.assert_allclose(outcome.hs, rnn_forward(params, xs, zeros).hs, rtol=1e-5)
+            assert outcome.outputs is not None
+            np.testing.assert_allclose(
+                outcome.outputs, rnn_forward(params, xs, zeros).hs, rtol=1e-5
+            )
 
 
 async def test_a_replay_never_answers_nan(replicas: tuple[Replica, Replica], tenant: str) -> None:
     """What was finite in its batch and is not when computed again alone is REPLAY_WINDOW_PASSED."""
     wx = np.repeat(np.array([[3], [-3]], np.float32), 32, axis=0).repeat(HIDDEN, axis=1)
     given = Params(wx, np.eye(HIDDEN, dtype=np.float32), np.zeros(HIDDEN, np.float32))
-    spec = ModelSpec("m", 64, HIDDEN, "float32", SGD())
+    spec = ModelSpec("m", TanhNetwork(64, HIDDEN), "float32", SGD())
     await replicas[0].models.create(tenant, spec, InitialWeights(given=given), request_id="")
     xs = np.full((1, 3, 64), 3e38, np.float32)
     ops = []
@@ -168,9 +171,9 @@ async def test_a_replay_never_answers_nan(replicas: tuple[Replica, Replica], ten
                 assert outcome.reason in {"NON_FINITE_RESULT", "REPLAY_WINDOW_PASSED"}
                 continue
             assert not isinstance(outcome, BaseException)
-            assert outcome.hs is not None
-            assert np.isfinite(outcome.hs).all()
-            assert np.isfinite(outcome.h).all()
+            assert outcome.outputs is not None
+            assert np.isfinite(outcome.outputs).all()
+            assert np.isfinite(outcome.state).all()
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 64])
@@ -286,11 +289,11 @@ async def test_moments_that_an_older_server_let_overflow_are_not_carried_on(
     replicas: tuple[Replica, Replica], tenant: str
 ) -> None:
     """A checkpoint with infinite moments is not restored; its weights stay readable."""
-    spec = ModelSpec("m", INPUTS, HIDDEN, "float32", Adam())
-    params = weights.draw_params(spec, 1)
+    spec = ModelSpec("m", TanhNetwork(INPUTS, HIDDEN), "float32", Adam())
+    params = weights.draw_weights(spec, 1)
     moments = init_moments(spec.optimizer, params)
     moments.slots[1].arrays[2][...] = np.inf
-    stored = weights.params_to_blob(params), weights.moments_to_blob(moments)
+    stored = weights.weights_to_blob(params), weights.moments_to_blob(moments)
     version = Version(1, weights.version_digest(*stored))
     first = NewVersion(version, *stored)
     new = NewModel(secrets.token_bytes(16), weights.spec_to_bytes(spec), first, request_digest(""))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pytest
 
-from rnn_engine import SGD, AdamW, Params
+from rnn_engine import SGD, AdamW, Params, TanhNetwork
 from service.compute.scheduler import Scheduler
 from service.domain.backward import Backpropagation
 from service.domain.contributions import Contributions
@@ -120,10 +120,10 @@ REQUEST_ID = [Bad("x" * 129, "request_id"), Bad("é" * 65, "request_id")]
 NO_REQUEST_ID = [*REQUEST_ID, Bad("", "request_id")]
 TTL = [Bad(ttl, "ttl") for ttl in (0, -1, LIMITS.min_ttl_ms - 1, LIMITS.max_ttl_ms + 1)]
 STATE = {0: LIMITS.batch_size, 1: LIMITS.hidden_size}
-SPEC = ModelSpec("m", 3, 4, "float32", SGD(lr=0.1))
+SPEC = ModelSpec("m", TanhNetwork(3, 4), "float32", SGD(lr=0.1))
 UPDATE = Update("m", (), Reduction.SUM, None, 0.0, None, "r")
 CHUNK = Forward("s", 1, 1, b"", ones(2, 3, 4))
-STATELESS = Forward("", 0, 0, b"", ones(2, 3, 4), model_id="m", h0=ones(2, 5))
+STATELESS = Forward("", 0, 0, b"", ones(2, 3, 4), model_id="m", state=ones(2, 5))
 
 # Of each request a good one, and for each of its fields what must be refused. A field of which everything
 # is allowed has an empty list: whoever adds a field has to say which it is.
@@ -142,7 +142,7 @@ REQUESTS: dict[str, tuple[Any, dict[str, list[Bad]]]] = {
             "return_hs": [],
             "acknowledged_seq": bad_numbers("acknowledged_seq"),
             "model_id": [Bad("m", "model_id")],
-            "h0": [Bad(ones(2, 5), "h0")],
+            "state": [Bad(ones(2, 5), "h0")],
         },
     ),
     "stateless forward": (
@@ -159,7 +159,7 @@ REQUESTS: dict[str, tuple[Any, dict[str, list[Bad]]]] = {
             "return_hs": [],
             "acknowledged_seq": [Bad(1, "session_id")],
             "model_id": bad_ids("model_id"),
-            "h0": [*bad_tensors("h0", STATE, (2, 5)), Bad(ones(1, 5), "h0")],
+            "state": [*bad_tensors("h0", STATE, (2, 5)), Bad(ones(1, 5), "h0")],
         },
     ),
     "backward": (
@@ -169,9 +169,9 @@ REQUESTS: dict[str, tuple[Any, dict[str, list[Bad]]]] = {
             "epoch": bad_numbers("epoch", 1),
             "chunk_seq": bad_numbers("chunk_seq", 1),
             "token": [Bad(b"", "state_token"), Bad(b"short", "state_token")],
-            "dhs": bad_tensors("dhs", {0: 8, 1: 9, 2: 11}, (2, 3, 4)),
-            "dh_next": bad_tensors("dh_next", STATE, (2, 5)),
-            "return_dxs": [],
+            "d_outputs": bad_tensors("dhs", {0: 8, 1: 9, 2: 11}, (2, 3, 4)),
+            "d_state": bad_tensors("dh_next", STATE, (2, 5)),
+            "return_d_inputs": [],
             "return_gradients": [],
             "update": [
                 Bad(replace(UPDATE, request_id=""), "request_id"),
@@ -241,8 +241,16 @@ REQUESTS: dict[str, tuple[Any, dict[str, list[Bad]]]] = {
         SPEC,
         {
             "model_id": bad_ids("spec.model_id"),
-            "input_size": bad_numbers("spec.input_size", 1, LIMITS.input_size),
-            "hidden_size": bad_numbers("spec.hidden_size", 1, LIMITS.hidden_size),
+            "network": [
+                *(
+                    Bad(TanhNetwork(bad.value, 4), bad.field)
+                    for bad in bad_numbers("spec.input_size", 1, LIMITS.input_size)
+                ),
+                *(
+                    Bad(TanhNetwork(3, bad.value), bad.field)
+                    for bad in bad_numbers("spec.hidden_size", 1, LIMITS.hidden_size)
+                ),
+            ],
             "dtype": [Bad("float16", "spec.dtype"), Bad("", "spec.dtype")],
             "optimizer": [
                 Bad(SGD(lr=1001.0), "optimizer.sgd.lr"),

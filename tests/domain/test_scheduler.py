@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import pytest_asyncio
 
-from rnn_engine import Params, rnn_forward
+from rnn_engine import Params, TanhNetwork, rnn_forward
 from service.compute import scheduler as module
 from service.compute.scheduler import Chunk, Scheduler
 
@@ -61,8 +61,9 @@ def submit(
     """Queue a chunk of ones."""
     done: asyncio.Future[Chunk] = asyncio.get_running_loop().create_future()
     xs = np.ones((rows, steps, inputs), np.float32)
-    h0 = np.zeros((rows, HIDDEN), np.float32)
-    scheduler.submit(Chunk(params, xs, h0, alone, done.set_result))
+    state = (np.zeros((rows, HIDDEN), np.float32),)
+    network = TanhNetwork(INPUTS, HIDDEN)
+    scheduler.submit(Chunk(network, params, xs, state, alone, done.set_result))
     return done
 
 
@@ -138,7 +139,7 @@ async def test_sets_of_weights_do_not_wait_for_each_other(
     """Chunks of two models never share a batch."""
     other = Params(params.Wx.copy(), params.Wh, params.b)
     await asyncio.gather(*(submit(scheduler, one) for one in (params, other) * 3))
-    assert all(len({id(chunk.params) for chunk in batch}) == 1 for batch in batches)
+    assert all(len({id(chunk.prepared) for chunk in batch}) == 1 for batch in batches)
 
 
 @pytest.mark.parametrize("alone", [True, False])
@@ -149,7 +150,7 @@ async def test_a_failing_chunk_fails_alone(
     futures = [submit(scheduler, params, inputs=INPUTS + (i == 1), alone=alone) for i in range(4)]
     done = await asyncio.gather(*futures)
     assert [chunk.error is not None for chunk in done] == [False, True, False, False]
-    assert [chunk.tape is not None for chunk in done] == [True, False, True, True]
+    assert [chunk.step is not None for chunk in done] == [True, False, True, True]
 
 
 async def test_a_chunk_alone_has_the_bits_it_has_by_itself(
@@ -158,9 +159,9 @@ async def test_a_chunk_alone_has_the_bits_it_has_by_itself(
     """In whatever company, a TRAIN chunk is computed in its own matrix shapes."""
     futures = [submit(scheduler, params, alone=i == 2) for i in range(5)]
     chunk = (await asyncio.gather(*futures))[2]
-    here = rnn_forward(params, chunk.xs, chunk.h0)
-    assert chunk.tape is not None
-    np.testing.assert_array_equal(chunk.tape.hs, here.hs)
+    here = rnn_forward(params, chunk.inputs, *chunk.state)
+    assert chunk.step is not None
+    np.testing.assert_array_equal(chunk.step.outputs, here.hs)
 
 
 async def test_long_work_leaves_the_loop_free(scheduler: Scheduler) -> None:

@@ -60,15 +60,15 @@ async def test_a_backward_sent_again_counts_once(
     client = await open_session()
     await client.forward(draw(rng), train=True)
     dhs = draw(rng, size=HIDDEN)
-    first = await client.backward(dhs, return_dxs=True)
+    first = await client.backward(dhs, return_d_inputs=True)
     assert (await replicas[0].models.get(ModelKey(tenant, "m"))).waiting_count == 1
-    before = await client.backward(dhs, return_dxs=True)
+    before = await client.backward(dhs, return_d_inputs=True)
     head = (await client.update("m", "u1")).version
-    after = await client.backward(dhs, return_dxs=True)
+    after = await client.backward(dhs, return_d_inputs=True)
     for again in (before, after):
         assert again.replayed
-        np.testing.assert_array_equal(again.dxs, first.dxs)
-        np.testing.assert_array_equal(again.dh0, first.dh0)
+        np.testing.assert_array_equal(again.d_inputs, first.d_inputs)
+        np.testing.assert_array_equal(again.d_state, first.d_state)
     assert (await refusal(client.update("m", "u2"))).reason == "NO_GRADIENTS"
     assert await head_of(replicas[0], tenant) == head
 
@@ -85,7 +85,7 @@ async def test_other_gradients_for_a_recorded_chunk_are_refused(
     assert (await refusal(client.backward(dhs + 1))).reason == "SEQ_REUSED"
     await client.update("m", "u")
     arriving = np.ones((ROWS, HIDDEN), np.float32)
-    assert (await refusal(client.backward(dhs, dh_next=arriving))).reason == "SEQ_REUSED"
+    assert (await refusal(client.backward(dhs, d_state=arriving))).reason == "SEQ_REUSED"
 
 
 @pytest.mark.parametrize("is_alone", [True, False])
@@ -125,12 +125,12 @@ async def test_racing_backwards_count_once(
     await make_model()
     client = await open_session()
     await client.forward(draw(rng), train=True)
-    op = client.gradient(draw(rng, size=HIDDEN), return_dxs=True)
+    op = client.gradient(draw(rng, size=HIDDEN), return_d_inputs=True)
     made = await asyncio.gather(
         *(replicas[i % 2].backpropagation.backward(tenant, op) for i in range(20))
     )
     assert sum(not one.replayed for one in made) == 1
-    assert len({present(one.dxs).tobytes() for one in made}) == 1
+    assert len({present(one.d_inputs).tobytes() for one in made}) == 1
 
 
 async def test_an_update_sent_again_makes_one_step(
@@ -173,9 +173,9 @@ async def test_an_old_tape_uses_its_own_weights(
     await other.forward(draw(rng), train=True)
     await other.backward(draw(rng, size=HIDDEN))
     await other.update("m", "u")
-    made = await client.backward(dhs, return_dxs=True)
+    made = await client.backward(dhs, return_d_inputs=True)
     tape = rnn_forward(old, xs, np.zeros((ROWS, HIDDEN), np.float32))
-    np.testing.assert_array_equal(made.dxs, rnn_backward(old, tape, dhs).dxs)
+    np.testing.assert_array_equal(made.d_inputs, rnn_backward(old, tape, dhs).dxs)
     assert made.version == first.version
 
 
@@ -305,7 +305,7 @@ async def test_gradients_of_another_shape_are_refused(
     if kind == "dtype":
         dhs = dhs.astype(np.float64)
     arriving = np.zeros((1, HIDDEN), np.float32) if kind == "dh_next" else None
-    refused = await refusal(client.backward(dhs, dh_next=arriving))
+    refused = await refusal(client.backward(dhs, d_state=arriving))
     assert (refused.reason, refused.field.split(".")[0]) == (
         "BAD_TENSOR",
         "dh_next" if kind == "dh_next" else "dhs",
@@ -564,11 +564,11 @@ async def test_a_retry_reads_the_tape_that_was_let_go(
     await client.forward(draw(rng), train=True)
     assert replicas[0].tapes.get(client.token) is not None
     dhs = draw(rng, size=HIDDEN)
-    first = await client.backward(dhs, return_dxs=True)
+    first = await client.backward(dhs, return_d_inputs=True)
     assert replicas[0].tapes.get(client.token) is None
-    again = await client.backward(dhs, return_dxs=True)
+    again = await client.backward(dhs, return_d_inputs=True)
     assert again.replayed
-    np.testing.assert_array_equal(again.dxs, first.dxs)
+    np.testing.assert_array_equal(again.d_inputs, first.d_inputs)
 
 
 async def test_a_step_foreseen_from_an_older_head_is_made_again(

@@ -21,7 +21,7 @@ from instruments.replicas import (
     start_replica,
     step,
 )
-from rnn_engine import Adam
+from rnn_engine import Adam, TanhNetwork
 from scenes.figures import figure
 from scenes.wire import is_close
 from service.domain.errors import Unavailable
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from service.domain.types import Version
 
 T = TypeVar("T")
-SPEC = ModelSpec("m", 3, HIDDEN, "float32", Adam(lr=0.01))
+SPEC = ModelSpec("m", TanhNetwork(3, HIDDEN), "float32", Adam(lr=0.01))
 SESSIONS = 10
 
 
@@ -137,7 +137,7 @@ async def _stream(
             lambda r=request: client.next_replica.recurrence.forward(client.tenant, r)  # type: ignore[misc]
         )
         client.chunk_seq, client.token = done.chunk_seq, done.token
-        right = is_close(present(done.hs), local.forward(xs))
+        right = is_close(present(done.outputs), local.forward(xs))
         proof.require(right, f"chunk {done.chunk_seq} of {client.session_id} is wrong")
 
 

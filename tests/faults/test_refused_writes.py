@@ -14,7 +14,7 @@ from redis.asyncio import Redis
 from instruments.redis_servers import RedisServer, snapshot_failing
 from instruments.refusing_store import REFUSALS, RefusingLink
 from instruments.replicas import HIDDEN, Client, draw, open_on, start_replica, step
-from rnn_engine import Adam
+from rnn_engine import Adam, TanhNetwork
 from service.domain.errors import DomainError, NotFound
 from service.domain.types import (
     DiscardGradients,
@@ -123,7 +123,7 @@ async def lay_out(replicas: tuple[Replica, Replica], tenant: str) -> Scene:
     """Make a scene; all of them are alike."""
     rng = np.random.default_rng(5)
     one, other = replicas
-    spec = ModelSpec("m", 3, HIDDEN, "float32", Adam(lr=0.01))
+    spec = ModelSpec("m", TanhNetwork(3, HIDDEN), "float32", Adam(lr=0.01))
     await one.models.create(tenant, spec, InitialWeights(seed=1), request_id="")
     await one.models.create_checkpoint(ModelKey(tenant, "m"), "old", None)
     opened = await open_on(one, tenant)
@@ -206,7 +206,7 @@ async def _list_waiting(scene: Scene) -> Act:
 
 
 async def _import_model(scene: Scene) -> Act:
-    spec = ModelSpec("n", 3, HIDDEN, "float32", Adam())
+    spec = ModelSpec("n", TanhNetwork(3, HIDDEN), "float32", Adam())
     _, data = await scene.other.models.read_weights(
         ModelKey(scene.tenant, "m"), None, include_moments=False
     )
@@ -218,7 +218,7 @@ async def _find_versions(scene: Scene) -> Act:
 
 
 async def _create_model(scene: Scene) -> Act:
-    spec = ModelSpec("n", 3, HIDDEN, "float32", Adam())
+    spec = ModelSpec("n", TanhNetwork(3, HIDDEN), "float32", Adam())
     return lambda: scene.replica.models.create(
         scene.tenant, spec, InitialWeights(seed=2), request_id="create"
     )

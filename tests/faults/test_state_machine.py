@@ -36,6 +36,7 @@ from instruments.replicas import (
 )
 from rnn_engine import (
     Adam,
+    TanhNetwork,
     apply_update,
     init_moments,
     rnn_backward,
@@ -59,8 +60,8 @@ from service.domain.types import (
 )
 from service.domain.weights import (
     moments_to_blob,
-    params_to_blob,
     version_digest,
+    weights_to_blob,
 )
 from service.settings import Limits
 from service.store import keys
@@ -169,7 +170,7 @@ class Machine(RuleBasedStateMachine):
         self.tenant = f"t{id(world)}-{world.examples}"
         self.rng = np.random.default_rng(0)  # each example anew, so that it can be shrunk
         self.optimizer = Adam(lr=1e-2)
-        self.spec = ModelSpec("m", INPUTS, HIDDEN, "float32", self.optimizer)
+        self.spec = ModelSpec("m", TanhNetwork(INPUTS, HIDDEN), "float32", self.optimizer)
         self.turn = self.reads = 0
         world.run(
             self.replica.models.create(self.tenant, self.spec, InitialWeights(3), request_id="")
@@ -289,8 +290,8 @@ class Machine(RuleBasedStateMachine):
         tape = rnn_forward(self.params[done.version], op.xs, local.h)
         token = next_token(local.token, chunk_digest(op.xs, train=op.train), done.version)
         assert done.version == (op.pinned or self.head)
-        assert np.array_equal(done.hs, tape.hs)
-        assert np.array_equal(done.h, tape.hs[:, -1])
+        assert np.array_equal(done.outputs, tape.hs)
+        assert np.array_equal(done.state, tape.hs[:, -1])
         assert (done.token, done.replayed) == (token, False)
         local.chunks.append(Chunk(op.xs, done.version, token, tape, op.train))
         if op.train:
@@ -313,7 +314,7 @@ class Machine(RuleBasedStateMachine):
             return
         done = self.answer(self.forward(op))
         assert (done.token, done.version, done.replayed) == (chunk.token, chunk.version, True)
-        assert np.array_equal(done.hs, chunk.tape.hs)
+        assert np.array_equal(done.outputs, chunk.tape.hs)
 
     @rule(which=WHICH)
     def other_payload(self, which: int) -> None:
@@ -363,7 +364,7 @@ class Machine(RuleBasedStateMachine):
         seq = sorted(local.waiting)[which % len(local.waiting)]
         chunk = local.chunks[seq - 1]
         dhs = draw(self.rng, chunk.xs.shape[1], size=HIDDEN)
-        op = Backward(name, local.epoch, seq, chunk.token, dhs, return_dxs=True)
+        op = Backward(name, local.epoch, seq, chunk.token, dhs, return_d_inputs=True)
         key = (name, local.epoch, seq)
         call = self.replica.backpropagation.backward
         if key in self.recorded:  # recorded before the store lost the session's last chunks
@@ -374,8 +375,8 @@ class Machine(RuleBasedStateMachine):
             return
         done = self.answer(call(self.tenant, op))
         made = rnn_backward(self.params[chunk.version], chunk.tape, dhs, None)
-        assert np.array_equal(done.dxs, made.dxs)
-        assert np.array_equal(done.dh0, made.dh0)
+        assert np.array_equal(done.d_inputs, made.dxs)
+        assert np.array_equal(done.d_state, made.dh0)
         assert (done.version, done.replayed) == (chunk.version, False)
         local.waiting.discard(seq)
         contribution = contribution_key(
@@ -415,7 +416,7 @@ class Machine(RuleBasedStateMachine):
         op, made = self.recorded[key]
         done = self.answer(self.replica.backpropagation.backward(self.tenant, op))
         assert done.replayed
-        assert np.array_equal(done.dxs, made.dxs)
+        assert np.array_equal(done.d_inputs, made.dxs)
         # Its tape may wait once more where the store has lost that it was recorded.
         self.sessions[key[0]].waiting.discard(key[2])
 
@@ -442,7 +443,7 @@ class Machine(RuleBasedStateMachine):
         params, self.moments = apply_update(
             self.optimizer, self.params[self.head], joined, self.moments
         )
-        digest = version_digest(params_to_blob(params), moments_to_blob(self.moments))
+        digest = version_digest(weights_to_blob(params), moments_to_blob(self.moments))
         self.head = Version(self.head.number + 1, digest)
         self.params[self.head] = params
         assert (done.version, done.replayed) == (self.head, False)

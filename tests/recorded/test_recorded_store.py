@@ -143,7 +143,7 @@ def check_tape_again(tape: bytes) -> None:
         read = tape_from_bytes(tape, "float32")
     except UnsupportedLayout:  # of another length, if it is not of this dtype
         read = tape_from_bytes(tape, "float64")
-    assert tape_to_bytes(read.version, read.xs, read.h0) == tape
+    assert tape_to_bytes(read.version, read.inputs, read.state) == tape
 
 
 def test_what_is_written_back_is_what_was_recorded(

@@ -339,7 +339,7 @@ def test_a_forward_without_a_session_needs_a_model(tensor: Callable[..., Tensor]
     rows = pb.ForwardRequest(xs=xs, model_id="m", h0=tensor(1, 3))
     assert refusal(checked_forward, rows) == "h0: has 1 rows, but xs has 2"
     wanted = READER.forward(pb.ForwardRequest(xs=xs, model_id="m", h0=tensor(2, 3)))
-    assert wanted.h0 is not None
+    assert wanted.state is not None
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest_asyncio
 from instruments.redis_servers import Cluster
 from instruments.replicas import INPUTS, Client, draw, open_on, refusal, start_replica
 from recorder import Recorder
-from rnn_engine import SGD
+from rnn_engine import SGD, TanhNetwork
 from service.domain.types import InitialWeights, ModelSpec, SessionKey
 from service.settings import Limits, Settings
 from service.store import keys
@@ -102,7 +102,10 @@ async def test_a_training_chunk_is_refused_whole_by_half_a_slot(
     """With the record moved and the tape index not, a second index would begin beside the first."""
     replica = await start_replica(cluster.url, Limits())
     await replica.models.create(
-        "t", ModelSpec("m", INPUTS, 4, "float32", SGD(lr=0.1)), InitialWeights(), request_id=""
+        "t",
+        ModelSpec("m", TanhNetwork(INPUTS, 4), "float32", SGD(lr=0.1)),
+        InitialWeights(),
+        request_id="",
     )
     name = uuid.uuid4().hex
     opened = await open_on(replica, "t", name)
@@ -132,7 +135,10 @@ async def test_a_frozen_master_holds_up_none_of_the_others(
     replica = await start_replica(cluster.url, Limits(), head_max_age_ms=600_000)
     tenant = uuid.uuid4().hex
     await replica.models.create(
-        tenant, ModelSpec("m", INPUTS, 4, "float32", SGD()), InitialWeights(), request_id=""
+        tenant,
+        ModelSpec("m", TanhNetwork(INPUTS, 4), "float32", SGD()),
+        InitialWeights(),
+        request_id="",
     )
     clients: dict[str, list[Client]] = {}
     for k in range(24):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from instruments.replicas import Backup, refusal
-from rnn_engine import SGD
+from rnn_engine import SGD, TanhNetwork
 from service.domain.errors import UnsupportedLayout
 from service.domain.ports import ChunkOutcome, Remembered, StepAnswer, WaitingContribution
 from service.domain.tapes import tape_to_bytes
@@ -101,7 +101,7 @@ def test_a_tape_is_written_as_layout_1() -> None:
 
 def test_a_tanh_models_specification_is_written_as_layout_1() -> None:
     """A release that knows layout 1 alone can read it."""
-    assert spec_to_bytes(ModelSpec("m", 3, 2, "float32", SGD(lr=0.5))).decode() == SPEC
+    assert spec_to_bytes(ModelSpec("m", TanhNetwork(3, 2), "float32", SGD(lr=0.5))).decode() == SPEC
 
 
 async def test_a_models_entries_are_written_as_layout_1(model: Model, raw: Any) -> None:

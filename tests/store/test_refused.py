@@ -12,7 +12,7 @@ import redis
 from redis.asyncio import Redis
 
 from instruments.replicas import Client, draw, open_on, refusal, start_replica
-from rnn_engine import Adam
+from rnn_engine import Adam, TanhNetwork
 from service.domain.types import InitialWeights, ModelSpec, NewEpoch, OnExists, SessionKey
 from service.settings import MIB, Limits
 from service.store import keys
@@ -78,7 +78,7 @@ async def test_a_replica_with_an_older_state_replays_where_nothing_can_be_writte
     await raw.config_set(setting, 1)
     again = await behind.recurrence.forward("t", chunk)
     assert again.replayed
-    np.testing.assert_array_equal(again.h, first.h)
+    np.testing.assert_array_equal(again.state, first.state)
     late = client.chunk(draw(rng))
     assert (await refusal(behind.recurrence.forward("t", late))).reason == "SEQ_REUSED"
     hole = client.chunk(xs, chunk_seq=5, previous_token=b"")
@@ -146,7 +146,7 @@ async def test_a_tape_that_finds_no_room_is_refused_at_once(
     """The value is refused and the script after it finds nothing: STORE_FULL; with room it works."""
     replica = await start_replica(own.url, Limits())
     await replica.models.create(
-        "t", ModelSpec("m", 512, 4, "float32", Adam()), InitialWeights(), request_id=""
+        "t", ModelSpec("m", TanhNetwork(512, 4), "float32", Adam()), InitialWeights(), request_id=""
     )
     opened = await open_on(replica, "t")
     client = Client([replica], "t", "s", opened.session.epoch)
@@ -164,7 +164,7 @@ async def test_a_version_that_finds_no_room_is_refused_at_once(
     """The same of a step; with room the same call makes it."""
     replica = await start_replica(own.url, Limits())
     await replica.models.create(
-        "t", ModelSpec("m", 3, 400, "float32", Adam()), InitialWeights(), request_id=""
+        "t", ModelSpec("m", TanhNetwork(3, 400), "float32", Adam()), InitialWeights(), request_id=""
     )
     opened = await open_on(replica, "t")
     client = Client([replica], "t", "s", opened.session.epoch)
@@ -282,7 +282,7 @@ async def test_an_epoch_that_began_is_reported_though_the_list_could_not_be_upda
     """set_state is answered; the next chunk brings the list up to date, above the quota too."""
     replica = await start_replica(own.url, Limits(sessions_per_tenant=1))
     await replica.models.create(
-        "t", ModelSpec("m", 3, 4, "float32", Adam()), InitialWeights(), request_id=""
+        "t", ModelSpec("m", TanhNetwork(3, 4), "float32", Adam()), InitialWeights(), request_id=""
     )
     await open_on(replica, "t")
     await raw.delete(keys.tenant_sessions_key("t"))

@@ -13,7 +13,7 @@ from redis.asyncio import Redis
 
 from instruments.replicas import Client, draw, open_on, refusal, start_replica
 from recorder import Recorder
-from rnn_engine import SGD
+from rnn_engine import SGD, TanhNetwork
 from service.domain.errors import Unavailable
 from service.domain.types import InitialWeights, ModelKey, ModelSpec, SessionKey
 from service.settings import Limits, Settings
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from instruments.replicas import Replica
 
-SPEC = ModelSpec("m", 3, 4, "float32", SGD(lr=0.1))
+SPEC = ModelSpec("m", TanhNetwork(3, 4), "float32", SGD(lr=0.1))
 
 
 @pytest_asyncio.fixture
@@ -134,7 +134,7 @@ async def test_a_full_store_changes_nothing_and_still_answers(
         ):
             assert (await refusal(call)).reason == "STORE_FULL"
         again = await client.forward(xs, chunk_seq=1, previous_token=b"", train=True)
-        np.testing.assert_array_equal(again.h, first.h)
+        np.testing.assert_array_equal(again.state, first.state)
         assert (await replica.sessions.get(SessionKey("t", "s"))).chunk_seq == 1
         assert {key: await raw.dump(key) async for key in raw.scan_iter()} == before
         assert await replica.sessions.close(SessionKey("t", "s"), 0)

@@ -139,7 +139,7 @@ async def test_anything_but_a_match_is_stale_and_changes_nothing(
 async def test_a_state_of_another_size_is_stale(writer: Writer) -> None:
     """A record's slots have one size; nothing else is ever written into them."""
     await writer.begin()
-    state = replace(writer.chunk(1).state, h=bytes(33))
+    state = replace(writer.chunk(1).state, state=bytes(33))
     assert await writer.commit(1, state=state) is ChunkOutcome.STALE
 
 
@@ -165,7 +165,7 @@ async def test_the_ring_grows_only_for_chunks_in_flight(
     await writer.begin()
     for number in range(1, 12):
         await writer.commit(number, acknowledged_seq=number - 1 if waits else 0)
-        assert (await writer.read()).last.h == bytes([number]) * 32
+        assert (await writer.read()).last.state == bytes([number]) * 32
     record = await raw.get(keys.session_tag(SessionKey(tenant, "s")))
     assert record is not None
     assert record[1] == slots

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 
-from rnn_engine import TimeRNN
+from rnn_engine import Params, TimeRNN
 from service.compute.scheduler import Scheduler
 from service.domain.backward import Backpropagation
 from service.domain.contributions import Contributions
@@ -37,7 +37,7 @@ from service.domain.types import (
 )
 from service.domain.updates import Updates
 from service.domain.waiting import WaitingWork
-from service.domain.weights import params_from_bytes
+from service.domain.weights import weights_from_bytes
 from service.settings import MIB, Settings
 from service.store import keys
 from service.store.connect import open_store
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     import numpy as np
     from redis.asyncio import Redis
 
-    from rnn_engine import Array, Params
+    from rnn_engine import Array
     from service.domain.types import (
         BackwardResult,
         ForwardResult,
@@ -260,7 +260,7 @@ async def head_params(replica: Replica, tenant: str, spec: ModelSpec) -> Params:
         ModelKey(tenant, spec.model_id), record.incarnation, record.head
     )
     assert data is not None
-    return params_from_bytes(spec, data)
+    return Params(*weights_from_bytes(spec, data))
 
 
 async def head_of(replica: Replica, tenant: str, model_id: str = "m") -> Version:
