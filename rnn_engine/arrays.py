@@ -102,8 +102,8 @@ class Spec:
 
     def split_rows(self, rows: Array) -> tuple[Array, ...]:
         """Return the arrays of a state whose rows hold all numbers side by side, shape (N, size)."""
-        if len(self.arrays) == 1:
-            return (rows.reshape(len(rows), *self.arrays[0].shape),)
+        if len(self.arrays) == 1 and len(self.arrays[0].shape) == 1:
+            return (rows,)
         parts, start = [], 0
         for _, shape in self.arrays:
             stop = start + prod(shape)
@@ -113,8 +113,9 @@ class Spec:
 
     def join_rows(self, state: State) -> Array:
         """Return a state as rows that hold all numbers side by side, shape (N, size): undo `split_rows`."""
-        rows = [array.reshape(len(array), -1) for array in state]
-        return rows[0] if len(rows) == 1 else np.concatenate(rows, axis=1)
+        if len(state) == 1 and state[0].ndim == 2:
+            return state[0]
+        return np.concatenate([array.reshape(len(array), -1) for array in state], axis=1)
 
 
 class Arrays(tuple[Array, ...]):  # noqa: SLOT001 - a tuple cannot have slots of its own

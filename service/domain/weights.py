@@ -35,12 +35,20 @@ from service.domain.types import ModelSpec
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
-    from rnn_engine import Array, Arrays, Grads, Moments, Network, Weights
+    from rnn_engine import (
+        Array,
+        Arrays,
+        Grads,
+        Moments,
+        Network,
+        Weights,
+    )
     from service.domain.blob import Blob
     from service.domain.ports import Bytes
 
 SPEC_LAYOUT = 1
-_CELLS: dict[str, type[TanhNetwork]] = {"tanh": TanhNetwork}
+CELLS: dict[str, type[Network]] = {"tanh": TanhNetwork}
+"""The networks that a model may be, by the name under which a specification is stored."""
 _DTYPES = ("float32", "float64")
 HEADER_BYTES = 64 * 1024  # of a safetensors file; ours need a few hundred
 _STEP = struct.Struct(">Q")
@@ -72,8 +80,8 @@ def spec_from_bytes(data: bytes) -> ModelSpec:
     """
     facts = _json_object(data)
     _check_known("layout", facts.get("layout"), (SPEC_LAYOUT,))
-    _check_known("cell", facts.get("cell"), tuple(_CELLS))
-    cell = _CELLS[facts["cell"]]
+    _check_known("cell", facts.get("cell"), tuple(CELLS))
+    cell = CELLS[facts["cell"]]
     sizes = _size_names(cell)
     _check_fields("", facts, _SPEC_FIELDS.union(sizes))
     _check_known("dtype", facts["dtype"], _DTYPES)
@@ -92,7 +100,7 @@ def spec_facts(spec: ModelSpec) -> dict[str, Any]:
 
 def network_facts(network: Network) -> dict[str, Any]:
     """Return what a network is by name: its cell, and the sizes that it is made from."""
-    cell = next(name for name, kind in _CELLS.items() if kind is type(network))
+    cell = next(name for name, kind in CELLS.items() if kind is type(network))
     return {"cell": cell, **{name: getattr(network, name) for name in _size_names(type(network))}}
 
 

@@ -26,7 +26,7 @@ from timernn.v1 import model_service_pb2 as pb
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from rnn_engine import Optimizer
+    from rnn_engine import Network, Optimizer
     from service.domain.rules import InputRules
     from service.domain.types import Checkpoint, ModelView, Version
 
@@ -35,7 +35,7 @@ def spec_from_proto(spec: pb.ModelSpec) -> ModelSpec:
     """Return what a new model is, with every default filled in."""
     return ModelSpec(
         spec.model_id,
-        TanhNetwork(spec.input_size, spec.hidden_size),
+        network_from_proto(spec),
         dtype_from_proto("spec.dtype", spec.dtype),
         optimizer_from_proto(spec.optimizer),
     )
@@ -45,11 +45,22 @@ def spec_to_proto(spec: ModelSpec) -> pb.ModelSpec:
     """Return what a model is as a message."""
     return pb.ModelSpec(
         model_id=spec.model_id,
-        input_size=spec.network.input.size,
-        hidden_size=spec.network.output_size,
         dtype=dtype_to_proto(spec.dtype),
         optimizer=optimizer_to_proto(spec.optimizer),
+        **network_to_proto(spec.network),
     )
+
+
+def network_from_proto(spec: pb.ModelSpec) -> Network:
+    """Return the network that a specification asks for."""
+    return TanhNetwork(spec.input_size, spec.hidden_size)
+
+
+def network_to_proto(network: Network) -> dict[str, int]:
+    """Return the fields of a specification that say what its network is."""
+    if not isinstance(network, TanhNetwork):
+        raise TypeError(f"expected a network that the contract knows, got {network!r}")
+    return {"input_size": network.input_size, "hidden_size": network.hidden_size}
 
 
 def initial_weights_from_proto(request: pb.CreateModelRequest, rules: InputRules) -> InitialWeights:

@@ -64,7 +64,7 @@ async def test_a_seed_makes_one_model_however_often_it_is_asked_for(
     ("facts", "difference"),
     [
         ({}, ""),
-        ({"hidden_size": 9}, "hidden_size"),
+        ({"network": TanhNetwork(INPUTS, 9)}, "hidden_size"),
         ({"dtype": "float64", "optimizer": Adam(lr=0.5)}, "dtype,optimizer"),
     ],
 )
