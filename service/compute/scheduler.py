@@ -236,7 +236,8 @@ class Scheduler:
             wait_s=began_at - chunks[0].queued_at,
             duration_s=perf_counter() - began_at,
         )
-        self._start_batch(queue)
+        if queue.waiting:
+            self._start_batch(queue)
         if not (queue.is_gathering or queue.computing):
             del self._queues[id(chunks[0].prepared)]
         for chunk in chunks:
@@ -258,7 +259,8 @@ def _compute(batch: Sequence[Chunk]) -> None:
             _compute_each(joined)
     except Exception:  # noqa: BLE001 - one chunk's failure must not fail the others
         _compute_each(joined)
-    _compute_each([chunk for chunk in batch if chunk.alone])
+    if len(joined) < len(batch):
+        _compute_each([chunk for chunk in batch if chunk.alone])
 
 
 def _compute_joined(chunks: Sequence[Chunk]) -> None:
