@@ -509,7 +509,8 @@ async def store_down(lab: Lab) -> None:
     await lab.forward(1, session_id="cold")
 
 
-@row("UNAVAILABLE", "UNKNOWN_OUTCOME", store={})
+# The head stays cached, so that the commit is the first call that the store does not answer.
+@row("UNAVAILABLE", "UNKNOWN_OUTCOME", store={}, head_max_age_ms=60_000)
 async def unknown_outcome(lab: Lab) -> None:
     """A commit whose answer never came."""
     await (await lab.opened()).forward(1)
