@@ -201,7 +201,7 @@ def slices(buffer: Array) -> list[slice]:
     return [slice(start, start + step) for start in range(0, buffer.size, step)]
 
 
-def check_alike(prefix: str, arrays: Arrays, like: Arrays, whose: str) -> None:
+def check_alike(prefix: str, arrays: Arrays, like: Arrays, *, whose: str = "the weights") -> None:
     """Raise unless arrays lie in their buffer as others do, in the same type.
 
     Args:
@@ -217,14 +217,14 @@ def check_alike(prefix: str, arrays: Arrays, like: Arrays, whose: str) -> None:
     """
     if arrays.spec is not like.spec and arrays.spec != like.spec:
         for name, array, other in zip(like.spec.names, arrays, like, strict=False):
-            check_like(prefix + name, array, other, whose)
+            check_like(prefix + name, array, other, whose=whose)
         text = f"expected the arrays {like.spec.memory} in memory, got {arrays.spec.memory}"
         raise EngineError(f"{prefix}{like.spec.names[0]}: {text}")
     if arrays.buffer.dtype != like.buffer.dtype:
-        check_like(prefix + like.spec.names[0], arrays[0], like[0], whose)
+        check_like(prefix + like.spec.names[0], arrays[0], like[0], whose=whose)
 
 
-def check_like(name: str, array: Array, other: Array, whose: str = "the weights") -> None:
+def check_like(name: str, array: Array, other: Array, *, whose: str = "the weights") -> None:
     """Raise unless an array has the shape and type of another; never broadcast.
 
     Raises:

@@ -31,7 +31,7 @@ def sum_grads(parts: Sequence[Grads]) -> Grads:
         raise EngineError("parts: expected at least one gradient, got none")
     first, *others = parts
     for part in others:
-        check_alike("d", part, first, "the first")
+        check_alike("d", part, first, whose="the first")
     total = first.buffer.copy()
     for part in others:
         np.add(total, part.buffer, total)

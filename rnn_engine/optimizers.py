@@ -68,7 +68,7 @@ class SGD(_Rule):
     lr: float = 1e-3
     slot_names: ClassVar[tuple[str, ...]] = ()
 
-    def step_slice(self, old: Parts, g: Array, new: Parts, step: int) -> None:
+    def step_slice(self, old: Parts, g: Array, new: Parts, *, step: int) -> None:
         """Write weights and slots after one step."""
         del step
         (p,), (p_new,) = old, new
@@ -88,7 +88,7 @@ class Momentum(_Rule):
     momentum: float = 0.9
     slot_names: ClassVar[tuple[str, ...]] = ("v",)
 
-    def step_slice(self, old: Parts, g: Array, new: Parts, step: int) -> None:
+    def step_slice(self, old: Parts, g: Array, new: Parts, *, step: int) -> None:
         """Write weights and slots after one step."""
         del step
         (p, v), (p_new, v_new) = old, new
@@ -110,7 +110,7 @@ class Nesterov(_Rule):
     momentum: float = 0.9
     slot_names: ClassVar[tuple[str, ...]] = ("v",)
 
-    def step_slice(self, old: Parts, g: Array, new: Parts, step: int) -> None:
+    def step_slice(self, old: Parts, g: Array, new: Parts, *, step: int) -> None:
         """Write weights and slots after one step."""
         del step
         (p, v), (p_new, v_new) = old, new
@@ -132,7 +132,7 @@ class AdaGrad(_Rule):
     eps: float = 1e-10
     slot_names: ClassVar[tuple[str, ...]] = ("s",)
 
-    def step_slice(self, old: Parts, g: Array, new: Parts, step: int) -> None:
+    def step_slice(self, old: Parts, g: Array, new: Parts, *, step: int) -> None:
         """Write weights and slots after one step."""
         del step
         (p, s), (p_new, s_new) = old, new
@@ -155,7 +155,7 @@ class RMSprop(_Rule):
     eps: float = 1e-8
     slot_names: ClassVar[tuple[str, ...]] = ("s",)
 
-    def step_slice(self, old: Parts, g: Array, new: Parts, step: int) -> None:
+    def step_slice(self, old: Parts, g: Array, new: Parts, *, step: int) -> None:
         """Write weights and slots after one step."""
         del step
         (p, s), (p_new, s_new) = old, new
@@ -181,7 +181,7 @@ class Adam(_Rule):
     eps: float = 1e-8
     slot_names: ClassVar[tuple[str, ...]] = ("m", "v")
 
-    def step_slice(self, old: Parts, g: Array, new: Parts, step: int) -> None:
+    def step_slice(self, old: Parts, g: Array, new: Parts, *, step: int) -> None:
         """Write weights and slots after one step."""
         (p, m, v), (p_new, m_new, v_new) = old, new
         np.multiply(m, self.beta1, m_new)
@@ -213,11 +213,11 @@ class AdamW(_Rule):
     weight_decay: float = 1e-2
     slot_names: ClassVar[tuple[str, ...]] = ("m", "v")
 
-    def step_slice(self, old: Parts, g: Array, new: Parts, step: int) -> None:
+    def step_slice(self, old: Parts, g: Array, new: Parts, *, step: int) -> None:
         """Write weights and slots after one step."""
         np.multiply(old[0], 1 - self.lr * self.weight_decay, new[0])
         adam = Adam(self.lr, self.beta1, self.beta2, self.eps)
-        adam.step_slice((new[0], *old[1:]), g, new, step)
+        adam.step_slice((new[0], *old[1:]), g, new, step=step)
 
 
 Optimizer: TypeAlias = SGD | Momentum | Nesterov | AdaGrad | RMSprop | Adam | AdamW
@@ -292,7 +292,7 @@ def apply_update(
             [buffer[place] for buffer in old],
             grads.buffer[place],
             [buffer[place] for buffer in new],
-            step,
+            step=step,
         )
     stepped = (
         Slot(slot.name, slot.arrays.like(buffer))
@@ -343,9 +343,9 @@ def moments_from_arrays(
 
 
 def _check_update(optimizer: Optimizer, weights: Weights, grads: Grads, moments: Moments) -> None:
-    check_alike("d", grads, weights, "the weights")
+    check_alike("d", grads, weights)
     names = tuple(slot.name for slot in moments.slots)
     if names != optimizer.slot_names:
         raise EngineError(f"moments: expected the slots {optimizer.slot_names}, got {names}")
     for slot in moments.slots:
-        check_alike(f"{slot.name}.", slot.arrays, weights, "the weights")
+        check_alike(f"{slot.name}.", slot.arrays, weights)

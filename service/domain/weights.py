@@ -138,7 +138,7 @@ def draw_weights(spec: ModelSpec, seed: int) -> Weights:
 
 
 def weights_to_blob(weights: Weights) -> Blob:
-    """Lay out weights for the store."""
+    """Return weights as the store keeps them."""
     return blob_of_arrays(weights)
 
 
@@ -148,7 +148,7 @@ def weights_from_bytes(spec: ModelSpec, data: Bytes) -> Weights:
 
 
 def grads_to_blob(grads: Grads) -> Blob:
-    """Lay out gradients for the store."""
+    """Return gradients as the store keeps them."""
     return blob_of_arrays(grads)
 
 

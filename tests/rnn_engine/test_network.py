@@ -233,6 +233,17 @@ def test_weights_are_views_of_one_aligned_buffer(case: Case) -> None:
         assert np.array_equal(view, array)
 
 
+def test_a_state_of_several_arrays_is_rows_side_by_side(rng: np.random.Generator) -> None:
+    """Each row holds its part of every array, in order; split again, each array is contiguous."""
+    spec = Spec((ArraySpec("h", (4,)), ArraySpec("c", (2, 3))), ("c", "h"))
+    state = rng.normal(size=(5, 4)), rng.normal(size=(5, 2, 3))
+    rows = spec.join_rows(state)
+    assert np.array_equal(rows[3], np.concatenate([state[0][3], state[1][3].ravel()]))
+    for array, again in zip(state, spec.split_rows(rows), strict=True):
+        assert np.array_equal(array, again)
+        assert again.flags.c_contiguous
+
+
 def test_arrays_that_do_not_fit_the_specification_are_refused(case: Case) -> None:
     """What only broadcasting could fit is named; so are buffers in which the arrays lie otherwise."""
     spec = network_of(case).weight_spec
