@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from typing_extensions import override
-
 from benchmarks.load.processes import processor_s
 from benchmarks.load.stages import TENANT, VERSION
 from benchmarks.load.store import Store
@@ -61,10 +59,9 @@ SHAPES = [
 class _ClusterRunner(ScriptRunner):
     """Runs scripts as a cluster's masters have to be asked: one slot a call."""
 
-    @property
-    @override
-    def is_cluster(self) -> bool:
-        return True
+    def __init__(self, client: Any) -> None:
+        super().__init__(client)
+        self.is_cluster = True
 
 
 class Trips:

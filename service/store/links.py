@@ -25,7 +25,7 @@ from service.deadlines import Deadlines
 from service.telemetry import NULL_OBSERVER
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Sequence
+    from collections.abc import Callable, Sequence
 
     from redis.asyncio import ConnectionPool
 
@@ -88,23 +88,23 @@ class _WatchedLink:
         except RuntimeError as error:  # uvloop raises this for a closed connection
             raise redis_errors.ConnectionError("the connection was closed") from error
 
-    async def round_trip(self, commands: Sequence[Command]) -> tuple[list[Any], int]:
-        """Send commands; return their answers and the bytes sent. The caller sets the timeout."""
+    async def round_trip(self, pieces: Sequence[bytes | memoryview], count: int) -> list[Any]:
+        """Send the bytes of so many commands and return their answers; the caller sets the timeout."""
         link: Any = self
+        answers: list[Any] = []
         try:
             # No wait for the write buffer to drain: once the answers are there, it has.
-            pieces = [piece for each in commands for piece in _pieces(each)]
             link._writer.writelines(pieces)  # noqa: SLF001
-            return [await self._answer() for _ in commands], sum(map(len, pieces))
+            for _ in range(count):
+                try:
+                    answers.append(
+                        await link.read_response(disable_decoding=True, timeout=math.inf)
+                    )
+                except redis_errors.ResponseError as error:
+                    answers.append(error)
         except RuntimeError as error:  # uvloop raises this for a connection closed a moment ago
             raise redis_errors.ConnectionError("the connection was closed") from error
-
-    async def _answer(self) -> Any:
-        link: Any = self
-        try:
-            return await link.read_response(disable_decoding=True, timeout=math.inf)
-        except redis_errors.ResponseError as error:
-            return error
+        return answers
 
 
 class StoreClient(Redis):
@@ -136,30 +136,47 @@ class StoreClient(Redis):
             RedisError, OSError: If the connection broke or nothing came in time.
         """
         began_at = perf_counter()
+        pieces: list[bytes | memoryview] = []
+        big_bytes = answer_bytes
+        for command in commands:
+            some = _pieces(command)
+            pieces += some
+            if len(some) > 1:
+                big_bytes += len(command[2])
         answers: list[Any] | None = None
-        sent_bytes = 0
         try:
-            answers, sent_bytes = await self._round_trip(commands, answer_bytes)
+            answers = await self._round_trip(pieces, len(commands), big_bytes)
             return answers
         finally:
             self.observer.round_trip_ended(
                 name or commands[0][0],
                 commands=len(commands),
                 duration_s=perf_counter() - began_at,
-                sent_bytes=sent_bytes,
+                sent_bytes=sum(map(len, pieces)),
                 received_bytes=0 if answers is None else _value_bytes(answers),
                 is_lost=answers is None,
             )
 
     async def _round_trip(
-        self, commands: Sequence[Command], answer_bytes: int
-    ) -> tuple[list[Any], int]:
-        """Make a round trip over a link that is kept, or one of the pool."""
+        self, pieces: Sequence[bytes | memoryview], count: int, big_bytes: int
+    ) -> list[Any]:
+        """Make a round trip over a link that is kept, or one of the pool.
+
+        Args:
+            pieces: The bytes of the commands.
+            count: How many commands they are.
+            big_bytes: Of big values in them and in their answers: more of these get more time.
+        """
         link = await self._take()
+        answers: list[Any]
         try:
-            answers: tuple[list[Any], int] = await self._bound(
-                link.round_trip(commands), commands, answer_bytes
-            )
+            if big_bytes <= BIG_BYTES:
+                answers = await self._deadlines.bound(link.round_trip(pieces, count))
+            else:
+                async with asyncio.timeout(
+                    self._deadlines.limit_s + big_bytes / SLOWEST_BYTES_PER_S
+                ):
+                    answers = await link.round_trip(pieces, count)
         except BaseException as error:
             unfit = [link]
             if not isinstance(error, asyncio.CancelledError):
@@ -176,16 +193,6 @@ class StoreClient(Redis):
         else:
             await self.connection_pool.release(link)
         return answers
-
-    async def _bound(
-        self, trip: Coroutine[Any, Any, Any], commands: Sequence[Command], answer_bytes: int
-    ) -> Any:
-        """Apply the timeout to a round trip: a big one gets more, in proportion to its bytes."""
-        big = answer_bytes + sum(len(each[2]) for each in commands if _is_big_write(each))
-        if big <= BIG_BYTES:
-            return await self._deadlines.bound(trip)
-        async with asyncio.timeout(self._deadlines.limit_s + big / SLOWEST_BYTES_PER_S):
-            return await trip
 
     async def _take(self) -> Any:
         while self._kept:

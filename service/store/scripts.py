@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import itertools
 import re
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -143,6 +142,9 @@ class ScriptRunner:
     With `wait_replicas` an answer counts only once so many replicas have what was written before it.
     WAIT asks for what its own connection wrote, so each round trip writes a mark of its own first:
     then even the answer to a call that had nothing left to write, a replay, is covered.
+
+    Attributes:
+        is_cluster: Whether a script may see one hash slot only.
     """
 
     def __init__(
@@ -167,16 +169,12 @@ class ScriptRunner:
             resends: How often to send again over another connection.
         """
         self._client = client
+        self.is_cluster = isinstance(client, ClusterRouter)
         self._trips = asyncio.Semaphore(connections)
         self._patience_s = patience_s
         self._wait_replicas = wait_replicas
         self._wait_ms = wait_ms
         self._resends = resends
-
-    @property
-    def is_cluster(self) -> bool:
-        """Whether a script may see one hash slot only."""
-        return isinstance(self._client, ClusterRouter)
 
     def node_of(self, key: bytes) -> object:
         """Return the node that serves a key as far as is known, None where the store is one server."""
@@ -200,49 +198,61 @@ class ScriptRunner:
 
         One that is sent again comes after the others.
         """
-        ran = await self._send_calls(calls)
-        readers = {
-            i: replace(call, script=call.script.reader, first=())
-            for i, call in enumerate(calls)
-            if call.script.reader and is_refused_by_primary(ran[i].answer)
-        }
-        if readers:
-            read = await self._send_calls(list(readers.values()))
-            for i, (answer, _) in zip(readers, read, strict=True):
-                if not isinstance(answer, Exception) or is_unsupported(answer):
-                    ran[i] = ran[i]._replace(answer=answer)
+        ran = await self._send_calls(calls, with_text=False)
+        if not _has_failure(ran):
+            return ran
+        ran = await self._send_again(calls, ran)
+        ran = await self._read_where_refused(calls, ran)
         return [_in_domain_words(call, one) for call, one in zip(calls, ran, strict=True)]
 
-    async def _send_calls(self, calls: Sequence[ScriptCall]) -> list[Ran]:
-        """Send scripts, again where an answer was lost; what was lost once stays so if it is refused then."""
-        ran = await self._send_forms(calls, [call.by_digest for call in calls])
+    async def _send_calls(self, calls: Sequence[ScriptCall], *, with_text: bool) -> list[Ran]:
+        """Send scripts once, each with its text or by its digest."""
+        commands: list[Command] = []
+        for call in calls:
+            commands += (*call.first, call.by_text if with_text else call.by_digest)
+        answers = await self._send(calls[0].script.name, commands)
+        # A script decides by what it finds: it says what was done, whatever became of what was sent
+        # before it.
+        ran, start = [], 0
+        for call in calls:
+            end = start + len(call.first)
+            ran.append(Ran(answers[end], answers[start:end]))
+            start = end + 1
+        return ran
+
+    async def _send_again(self, calls: Sequence[ScriptCall], ran: list[Ran]) -> list[Ran]:
+        """Send scripts again whose answers were lost, or which the server did not know.
+
+        What was lost once stays so if it is refused then.
+        """
+        ran = list(ran)
         for attempt in range(self._resends + 1):
             again = [
                 i for i, one in enumerate(ran) if self._is_worth_resending(one.answer, attempt)
             ]
             if not again:
                 break
-            some = [calls[i] for i in again]
-            resent = await self._send_forms(some, [call.by_text for call in some])
+            resent = await self._send_calls([calls[i] for i in again], with_text=True)
             for i, one in zip(again, resent, strict=True):
                 if is_missing_script(ran[i].answer) or not is_refused(one.answer):
                     ran[i] = one
         return ran
 
-    async def _send_forms(self, calls: Sequence[ScriptCall], forms: Sequence[Command]) -> list[Ran]:
-        commands = [
-            command
-            for call, form in zip(calls, forms, strict=True)
-            for command in (*call.first, form)
-        ]
-        answers = await self._send(calls[0].script.name, commands)
-        # A script decides by what it finds: it says what was done, whatever became of what was sent
-        # before it.
-        ends = itertools.accumulate(len(call.first) + 1 for call in calls)
-        return [
-            Ran(answers[end - 1], answers[end - 1 - len(call.first) : end - 1])
-            for call, end in zip(calls, ends, strict=True)
-        ]
+    async def _read_where_refused(self, calls: Sequence[ScriptCall], ran: list[Ran]) -> list[Ran]:
+        """Send scripts that the primary refused once more, as their own readers."""
+        ran = list(ran)
+        readers = {
+            i: replace(call, script=call.script.reader, first=())
+            for i, call in enumerate(calls)
+            if call.script.reader and is_refused_by_primary(ran[i].answer)
+        }
+        if readers:
+            some = list(readers.values())
+            read = await self._send_again(some, await self._send_calls(some, with_text=False))
+            for i, (answer, _) in zip(readers, read, strict=True):
+                if not isinstance(answer, Exception) or is_unsupported(answer):
+                    ran[i] = ran[i]._replace(answer=answer)
+        return ran
 
     async def run_commands(
         self, commands: Sequence[Command], *, answer_bytes: int = 0
@@ -272,8 +282,12 @@ class ScriptRunner:
     async def _send(
         self, name: str, commands: Sequence[Command], answer_bytes: int = 0
     ) -> list[Any]:
-        if isinstance(self._client, ClusterRouter):
-            return await self._client.send(commands, answer_bytes, name)
+        client, sent = self._client, commands
+        if isinstance(client, ClusterRouter):
+            return await client.send(commands, answer_bytes, name)
+        if self._wait_replicas:
+            mark = ("EVAL", _WRITE_MARK, 1, WAIT_MARK)
+            sent = (*commands, mark, ("WAIT", self._wait_replicas, self._wait_ms))
         try:
             if self._trips.locked():
                 async with asyncio.timeout(self._patience_s):
@@ -283,21 +297,11 @@ class ScriptRunner:
         except TimeoutError as error:
             return [error] * len(commands)
         try:
-            return await self._send_to(self._client, name, commands, answer_bytes)
-        finally:
-            self._trips.release()
-
-    async def _send_to(
-        self, client: StoreClient, name: str, commands: Sequence[Command], answer_bytes: int
-    ) -> list[Any]:
-        if self._wait_replicas:
-            mark = ("EVAL", _WRITE_MARK, 1, WAIT_MARK)
-            waiting = (mark, ("WAIT", self._wait_replicas, self._wait_ms))
-            commands = (*commands, *waiting)
-        try:
-            answers = await client.round_trip(commands, answer_bytes, name)
+            answers = await client.round_trip(sent, answer_bytes, name)
         except Exception as error:  # noqa: BLE001 - every failure becomes the answer of each command
             return [error] * len(commands)
+        finally:
+            self._trips.release()
         return self._acknowledged(answers) if self._wait_replicas else answers
 
     def _acknowledged(self, answers: list[Any]) -> list[Any]:
@@ -309,6 +313,17 @@ class ScriptRunner:
         text = "no replica has acknowledged in time; send the same call again"
         lost = Unavailable("UNKNOWN_OUTCOME", text, retry_after_s=RETRY_AFTER_S)
         return [a if isinstance(a, Exception) else lost for a in given]
+
+
+def _has_failure(ran: Sequence[Ran]) -> bool:
+    """Return whether there is an error among the answers, or among those to what was sent before."""
+    for answer, first in ran:
+        if isinstance(answer, Exception):
+            return True
+        for one in first:
+            if isinstance(one, Exception):
+                return True
+    return False
 
 
 def _in_domain_words(call: ScriptCall, ran: Ran) -> Ran:

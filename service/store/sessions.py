@@ -120,13 +120,16 @@ class RedisSessionStore:
         """Return the node that serves a session as far as is known, None where the store is one server."""
         return self._runner.node_of(keys.session_tag(key))
 
-    async def commit_chunks(self, commits: Sequence[ChunkCommit]) -> list[ChunkOutcome | Exception]:
-        """Apply chunks of different sessions, each by itself, in one round trip."""
-        return await self._commit_groups(self._grouped(commits))
-
-    async def _commit_groups(
-        self, groups: Sequence[Sequence[ChunkCommit]]
+    async def commit_chunks(
+        self, commits: Sequence[ChunkCommit], *, in_one_call: bool = True
     ) -> list[ChunkOutcome | Exception]:
+        """Apply chunks of different sessions, each by itself, in one round trip.
+
+        They are one call of the script, unless a script may see one slot only, or each is to be asked
+        for by itself.
+        """
+        is_joined = in_one_call and not self._runner.is_cluster
+        groups = [commits] if is_joined else [[commit] for commit in commits]
         runs = await self._runner.run_many([self._commit_call(some) for some in groups])
         answers: list[ChunkOutcome | Exception] = []
         for some, ran in zip(groups, runs, strict=True):
@@ -135,7 +138,7 @@ class RedisSessionStore:
             elif len(some) > 1 and is_refusal(ran.answer):
                 # None of them was applied now. Which of them an earlier call applied, or a rival
                 # overtook, each has to be asked for by itself.
-                answers += await self._commit_groups([[commit] for commit in some])
+                answers += await self.commit_chunks(some, in_one_call=False)
             else:
                 answers += [ran.answer] * len(some)
         return answers
@@ -259,17 +262,14 @@ class RedisSessionStore:
         )
         return replace(absent, expired_at_ms=int(expired))
 
-    def _grouped(self, commits: Sequence[ChunkCommit]) -> list[Sequence[ChunkCommit]]:
-        """Tell which commits go in one call: all, unless one script may see one slot only."""
-        if self._runner.is_cluster:
-            return [[commit] for commit in commits]
-        return [commits]
-
     def _commit_call(self, commits: Sequence[ChunkCommit]) -> ScriptCall:
         limits = self._limits
         slot = [keys.record_key(keys.session_tag(c.key)) for c in commits]
         if self._runner.is_cluster:
             slot += _tape_keys(commits[0])
+        parts: list[bytes] = []
+        for commit in commits:
+            parts += layouts.commit_to_parts(commit)
         arguments: tuple[Argument, ...] = (
             limits.replay_window,
             MARKER_MS,
@@ -277,7 +277,7 @@ class RedisSessionStore:
             limits.tapes_per_session,
             limits.counted_tapes_per_session,
             limits.counted_tape_bytes_per_session,
-            b"".join(part for commit in commits for part in layouts.commit_to_parts(commit)),
+            b"".join(parts),
         )
         first = [_stage_tape(commit) for commit in commits if commit.tape is not None]
         return ScriptCall(_COMMIT_CHUNKS, slot, arguments, first)

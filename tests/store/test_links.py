@@ -159,7 +159,7 @@ def test_a_link_taken_meanwhile_is_not_given_up_with_the_others(
         assert set(client._kept) == set(pool._in_use_connections)
         await client.aclose()
 
-    async def broken(_commands: Any) -> None:
+    async def broken(_pieces: Any, _count: int) -> None:
         await asyncio.sleep(0)
         raise redis_errors.ConnectionError("the link broke")
 
