@@ -33,7 +33,8 @@ class Deadlines:
         Raises:
             TimeoutError: If it took longer than the timeout; it was cancelled.
         """
-        task, loop = asyncio.current_task(), asyncio.get_running_loop()
+        loop = asyncio.get_running_loop()
+        task = asyncio.current_task(loop)
         assert task is not None  # noqa: S101 - a coroutine runs in one
         cancels_before = task.cancelling()
         self._due[task] = loop.time() + self.limit_s

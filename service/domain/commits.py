@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict, deque
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from service.domain.refusals import cancelled_midway
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from service.domain.ports import ChunkCommit, ChunkOutcome, SessionStore
 
     OnDone = Callable[[ChunkOutcome | Exception], None]
-    Submitted = tuple[ChunkCommit, OnDone]
+    Submitted = tuple[ChunkCommit, OnDone, int]  # the last: its bytes
 
 # Round trips to one server at once: one is encoded while the store works on the other.
 ROUND_TRIPS = 2
@@ -59,11 +60,12 @@ class Committer:
             commit: The commit.
             on_done: Called on the event loop with the outcome or the error.
         """
-        if _size(commit) > BIG_BYTES:
-            self._spawn([(commit, on_done)])
+        size = len(commit.state.state) + len(commit.tape or b"")
+        if size > BIG_BYTES:
+            self._spawn([(commit, on_done, size)])
             return
         queue = self._queues[self._store.node_of(commit.key)]
-        queue.waiting.append((commit, on_done))
+        queue.waiting.append((commit, on_done, size))
         if len(queue.waiting) == 1 and queue.trips < ROUND_TRIPS:
             asyncio.get_running_loop().call_soon(self._send_waiting, queue)
 
@@ -76,9 +78,9 @@ class Committer:
         while queue.waiting and queue.trips < ROUND_TRIPS:
             queue.trips += 1
             trip = self._spawn(_take_batch(queue))
-            trip.add_done_callback(lambda _task: self._end_trip(queue))
+            trip.add_done_callback(partial(self._end_trip, queue))
 
-    def _end_trip(self, queue: _ServerQueue) -> None:
+    def _end_trip(self, queue: _ServerQueue, _trip: asyncio.Task[None]) -> None:
         queue.trips -= 1
         self._send_waiting(queue)
 
@@ -90,22 +92,19 @@ class Committer:
 
     async def _send(self, batch: list[Submitted]) -> None:
         try:
-            outcomes = await self._store.commit_chunks([commit for commit, _ in batch])
+            outcomes = await self._store.commit_chunks([commit for commit, _, _ in batch])
         except Exception as error:  # noqa: BLE001 - it becomes each chunk's answer
             outcomes = [error] * len(batch)
         except asyncio.CancelledError:  # nobody may wait for ever, whoever cancelled
             outcomes = [cancelled_midway()] * len(batch)
-        for (_, on_done), outcome in zip(batch, outcomes, strict=True):
+        for (_, on_done, _), outcome in zip(batch, outcomes, strict=True):
             on_done(outcome)
 
 
 def _take_batch(queue: _ServerQueue) -> list[Submitted]:
     batch, size = [], 0
     while queue.waiting and size < TRIP_BYTES:
-        batch.append(queue.waiting.popleft())
-        size += _size(batch[-1][0])
+        submitted = queue.waiting.popleft()
+        batch.append(submitted)
+        size += submitted[2]
     return batch
-
-
-def _size(commit: ChunkCommit) -> int:
-    return len(commit.state.state) + len(commit.tape or b"")
