@@ -154,7 +154,8 @@ class OperationStream:
         self._reader = asyncio.create_task(self._read(), name="stream reader")
         self._schedule_sweep()
         try:
-            await self._write()
+            # A task of its own: what wakes it would otherwise pass through all that awaits this one.
+            await asyncio.create_task(self._write(), name="stream writer")
             if self._failure:
                 raise self._failure
             if self._state is _State.DRAINING:
