@@ -11,7 +11,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -31,6 +31,7 @@ from benchmarks.harness import (
 )
 from benchmarks.load.bench_long import fill_sessions, weigh_sessions
 from benchmarks.load.bench_rates import OURS, SCENARIOS, Scenario
+from benchmarks.load.calls import count_calls
 from benchmarks.load.lab import BEFORE, Lab, Plan, Samples, laboratory
 from benchmarks.load.machine import describe_machine, machine_line
 from benchmarks.load.page import write_block
@@ -44,6 +45,7 @@ from service.cli.serve import fast_loop
 COMMAND = "python -m benchmarks.where --write"
 SHOWN = ("stream-64", "frames-64", "unary-16", "stream-1")
 ACCOUNTED = ("stream-64", "frames-64", "stream-1")
+CALLS_COUNTED = "stream-1"  # the scenario with one chunk on its way
 PEER = "echo"
 WARM_UP_S = 0.5
 TRIP_CHUNKS = 4_000
@@ -137,7 +139,7 @@ async def measure_trips(repetitions: int, tick: Callable[[], None]) -> list[Docu
 
 def measure(options: argparse.Namespace) -> Document:
     """Measure everything; what is returned is what the JSON file holds."""
-    asked = 2 * 2 * len(SHOWN) * options.repetitions + 5
+    asked = 2 * 2 * len(SHOWN) * options.repetitions + 6
     with tqdm(total=asked + len(SHAPES) * options.repetitions + 1, unit="step") as progress:
 
         def tick(text: str) -> None:
@@ -148,6 +150,8 @@ def measure(options: argparse.Namespace) -> Document:
             processes = measure_processes(lab, options.repetitions)
             fill_sessions(lab, lab.client(OURS), WEIGHED[0])
             session_bytes = weigh_sessions(lab, lab.client(OURS), *WEIGHED)
+            calls = count_calls(lab, (OURS,))
+            tick("Python calls")
         with asyncio.Runner(loop_factory=fast_loop()) as runner:
             trips = runner.run(measure_trips(options.repetitions, lambda: tick("round trips")))
         pin_to_one_core()
@@ -155,6 +159,7 @@ def measure(options: argparse.Namespace) -> Document:
         tick("stages")
     return {
         "processes": [asdict(one) for one in processes],
+        "python_calls": calls,
         "session_bytes": session_bytes,
         "trips": trips,
         "stages": stages,
@@ -167,7 +172,7 @@ def render(document: Document) -> str:
     return "\n\n".join(
         [
             f"`{document['command']}`: {machine_line(document['machine'])}.",
-            _process_table(processes),
+            _process_table(processes, document.get("python_calls", {})),
             _account_table(processes, document),
             _stage_table(document["stages"]),
             _trip_table(document["trips"]),
@@ -176,15 +181,17 @@ def render(document: Document) -> str:
     )
 
 
-def _process_table(processes: Sequence[Samples]) -> str:
+def _process_table(processes: Sequence[Samples], calls: Mapping[str, float]) -> str:
+    """Lay out what each process took; the Python calls of the server where they were counted."""
     header = (
-        "scenario", "server", "chunks/s", "server µs", "of it kernel", "client µs", "store µs",
-        "chunks a commit",
+        "scenario", "server", "chunks/s", "server µs", "of it kernel", "Python calls", "client µs",
+        "store µs", "chunks a commit",
     )  # fmt: skip
     lines = []
     for one in processes:
         figures = {name: median(one.values(name)) for name in one.results[0]}
         is_ours = one.server != PEER
+        is_counted = one.scenario == CALLS_COUNTED and one.server in calls
         lines.append(
             (
                 one.scenario,
@@ -192,6 +199,7 @@ def _process_table(processes: Sequence[Samples]) -> str:
                 f"{figures['rate']:,.0f}",
                 f"{figures['server_us']:,.0f}",
                 f"{figures['server_system_us']:,.0f}",
+                f"{calls[one.server]:,.0f}" if is_counted else "",
                 f"{figures['client_us']:,.0f}",
                 f"{figures['store_us']:,.0f}" if is_ours else "",
                 f"{figures['batch']:.1f}" if is_ours else "",
@@ -293,7 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def compare_with_before(options: argparse.Namespace) -> None:
     """Weigh the server of an earlier checkout beside ours and the echo's, print, write."""
     servers = (BEFORE, OURS, PEER)
-    asked = 2 * len(servers) * len(SHOWN) * options.repetitions
+    asked = 2 * len(servers) * len(SHOWN) * options.repetitions + 1
     with tqdm(total=asked, unit="step") as progress:
 
         def tick(text: str) -> None:
@@ -302,7 +310,9 @@ def compare_with_before(options: argparse.Namespace) -> None:
 
         with laboratory(Plan(seconds=options.seconds), tick=tick, before=options.before) as lab:
             samples = measure_processes(lab, options.repetitions, servers)
-    text = f"{machine_line(describe_machine())}.\n\n{_process_table(samples)}"
+            calls = count_calls(lab, (BEFORE, OURS))
+            tick("Python calls")
+    text = f"{machine_line(describe_machine())}.\n\n{_process_table(samples, calls)}"
     print("\n" + text)
     if options.write:
         write_block(f"{COMMAND} --before PATH", text)

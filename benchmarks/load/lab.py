@@ -123,6 +123,18 @@ class Lab:
             self._children[key] = self._start(command, self._pins.server)
         return self._children[key]
 
+    def profiled_server(self, name: str) -> Child:
+        """Return this project's server, as it is or as it was, in a process that counts its calls.
+
+        Args:
+            name: timernn or `BEFORE`.
+        """
+        script = ROOT / "benchmarks" / "load" / "profiled_server.py"
+        # Else the head of the model would be read again in the midst of the chunks.
+        options = ["--limit-head-max-age-ms", "600000"]
+        command = [*self._python_of(name), str(script), *self._serve(f"{name}-profiled"), *options]
+        return self._start(command, self._pins.server)
+
     def client(self, name: str, sizes: Sizes = SMALL, *options: str, channels: int = 1) -> Child:
         """Return a running client of a server; both are started at the first call.
 
@@ -209,24 +221,29 @@ class Lab:
     def _server_command(self, name: str, sizes: Sizes) -> list[str]:
         if name == "echo":
             return module("benchmarks.peers.echo", "--answer-bytes", sizes.answer_bytes)
-        serve = [
-            "serve", "--listen", "127.0.0.1:0", "--redis-url", self.store.url,
-            "--data-dir", str(self._folder / name), "--log-level", "warning",
-            "--limit-sessions-per-tenant", str(MAX_SESSIONS),
-        ]  # fmt: skip
         if name == "timernn":
-            return [str(Path(sys.executable).parent / "timernn"), *serve]
+            return [str(Path(sys.executable).parent / "timernn"), *self._serve(name)]
         if name == BEFORE:
-            # -P: the modules of this checkout, in the working directory, must not come first.
-            before = self._before or ROOT
-            python = str(interpreter_of(before))
-            return ["env", f"PYTHONPATH={before}", python, "-P", "-m", "service", *serve]
+            return [*self._python_of(name), "-m", "service", *self._serve(name)]
         weights = save_weights(sizes, self._folder)
         arguments = ["--redis-url", self.store.url, "--weights", str(weights)]
         if name == "mlserver":
             script = ROOT / "benchmarks" / "peers" / "mlserver_runtime.py"
             return [str(self.mlserver), str(script), *arguments]
         return module(f"benchmarks.peers.{name}", *arguments)
+
+    def _python_of(self, name: str) -> list[str]:
+        """Return how Python is started with the modules of this checkout, or of the one before."""
+        checkout = self._before if name == BEFORE and self._before else ROOT
+        # -P: the modules of this checkout, in the working directory, must not come first.
+        return ["env", f"PYTHONPATH={checkout}", str(interpreter_of(checkout)), "-P"]
+
+    def _serve(self, name: str) -> list[str]:
+        return [
+            "serve", "--listen", "127.0.0.1:0", "--redis-url", self.store.url,
+            "--data-dir", str(self._folder / name), "--log-level", "warning",
+            "--limit-sessions-per-tenant", str(MAX_SESSIONS),
+        ]  # fmt: skip
 
 
 @contextmanager
