@@ -26,10 +26,12 @@ from service.compute.scheduler import Scheduler
 from service.domain.backward import Backpropagation
 from service.domain.contributions import Contributions
 from service.domain.errors import Unavailable
+from service.domain.limits_policy import SameLimits
 from service.domain.model_cache import ModelCache
 from service.domain.models import Models
 from service.domain.publisher import VersionPublisher
 from service.domain.recurrence import Recurrence
+from service.domain.rules import InputRules
 from service.domain.session_cache import SessionCache
 from service.domain.session_tapes import SessionTapes
 from service.domain.sessions import Sessions
@@ -51,6 +53,7 @@ from service.telemetry import NULL_OBSERVER
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from service.domain.limits_policy import LimitsPolicy
     from service.rpc.auth import Authenticator
     from service.settings import Settings
     from service.store.connect import Store
@@ -91,8 +94,11 @@ async def serve(settings: Settings, on_ready: Callable[[str], None]) -> int:
         stack.enter_context(threadpool_limits(1, "blas"))
         embedded = await _start_embedded(settings, stack)
         observer = NULL_OBSERVER
-        store = await _open_store(settings, embedded, stack, observer)
-        server = build_server(settings, store, stack, points=points, observer=observer)
+        policy = SameLimits(settings.limits)
+        store = await _open_store(settings, embedded, stack, observer=observer, policy=policy)
+        server = build_server(
+            settings, store, stack, points=points, observer=observer, policy=policy
+        )
         if signals.is_stopping:
             return 0
         address = await _listen(server, settings)
@@ -176,12 +182,14 @@ async def _open_store(
     settings: Settings,
     embedded: EmbeddedStore | None,
     stack: contextlib.AsyncExitStack,
+    *,
     observer: Observer,
+    policy: LimitsPolicy,
 ) -> Store:
     url = embedded.url if embedded else settings.redis_url
     try:
         shown = f"the store at {parse_store_url(url)}"
-        store = await open_store(url, settings, observer)
+        store = await open_store(url, settings, observer, policy=policy)
         stack.push_async_callback(store.close)
         with _quiet():
             await store.check()
@@ -202,9 +210,11 @@ def build_server(
     authenticator: Authenticator | None = None,
     points: Failpoints | None = None,
     observer: Observer = NULL_OBSERVER,
+    policy: LimitsPolicy | None = None,
 ) -> RpcServer:
     """Wire every layer over an open store; the stack closes what has work to finish."""
     limits = settings.limits
+    rules, policy = InputRules(limits), policy or SameLimits(limits)
     scheduler = Scheduler(settings.max_batch_rows, settings.threads, observer)
     if points:
         scheduler = points.wrap_scheduler(scheduler)
@@ -222,12 +232,17 @@ def build_server(
     observer.cache_added("sessions", session_cache.counts)
     observer.cache_added("tapes", tapes.counts)
     publisher = VersionPublisher(store.models, model_cache, scheduler, observer=observer)
-    contributions = Contributions(store.models, limits, observer=observer)
+    contributions = Contributions(
+        store.models,
+        policy,
+        cache_bytes=limits.contribution_bytes_per_model // 4,
+        observer=observer,
+    )
     session_tapes = SessionTapes(
         store.sessions, tapes, model_cache=model_cache, contributions=contributions
     )
     updates = Updates(
-        contributions, publisher, model_cache=model_cache, scheduler=scheduler, limits=limits
+        contributions, publisher, model_cache=model_cache, scheduler=scheduler, rules=rules
     )
     recurrence = Recurrence(
         store.sessions,
@@ -235,13 +250,21 @@ def build_server(
         session_cache=session_cache,
         tapes=tapes,
         scheduler=scheduler,
-        limits=limits,
+        rules=rules,
+        policy=policy,
         observer=observer,
     )
     stack.push_async_callback(_finish, recurrence, model_cache, settings.drain_s)
     use_cases = UseCases(
-        models=Models(store.models, model_cache, publisher, scheduler=scheduler, limits=limits),
-        sessions=Sessions(store.sessions, model_cache, session_cache, limits=limits),
+        models=Models(
+            store.models,
+            model_cache,
+            publisher,
+            scheduler=scheduler,
+            rules=rules,
+            policy=policy,
+        ),
+        sessions=Sessions(store.sessions, model_cache, session_cache, rules=rules, policy=policy),
         recurrence=recurrence,
         backpropagation=Backpropagation(
             session_tapes,
@@ -249,19 +272,20 @@ def build_server(
             updates,
             model_cache=model_cache,
             scheduler=scheduler,
-            limits=limits,
+            rules=rules,
         ),
         updates=updates,
-        waiting=WaitingWork(store.sessions, model_cache, contributions, limits=limits),
+        waiting=WaitingWork(store.sessions, model_cache, contributions, rules=rules),
     )
     info = ServerInfo(
         server_version=version("timernn"),
         replica_id=secrets.token_hex(8),
         start_time_ms=int(time.time() * 1000),
         limits=limits,
+        policy=policy,
         durability=settings.durability,
     )
-    rules = StreamRules(
+    stream_rules = StreamRules(
         deadline_s=limits.default_deadline_ms / 1000, age_s=settings.connection_age_ms / 1000
     )
     return RpcServer(
@@ -269,7 +293,7 @@ def build_server(
         info,
         authenticator=authenticator,
         observer=observer,
-        rules=rules,
+        rules=stream_rules,
         reuse_port=settings.supervised,
     )
 

@@ -16,6 +16,7 @@ from benchmarks.load.stages import TENANT, VERSION
 from benchmarks.load.store import Store
 from benchmarks.load.workload import SMALL
 from service.domain.digests import request_digest
+from service.domain.limits_policy import SameLimits
 from service.domain.ports import (
     AbsentSession,
     ChunkCommit,
@@ -81,7 +82,8 @@ class Trips:
             connect(store.url, settings) for _ in range(shape.batch // shape.per_trip)
         ]
         self._stores = [
-            RedisSessionStore(make_runner(client), Limits()) for client in self._clients
+            RedisSessionStore(make_runner(client), Limits(), SameLimits(Limits()))
+            for client in self._clients
         ]
         self._store_pid = store.pid
         self._names = [f"{name}-{number}" for number in range(shape.batch)]

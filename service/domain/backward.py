@@ -27,7 +27,6 @@ from service.domain.refusals import (
     recorded_metadata,
     still_recorded,
 )
-from service.domain.rules import InputRules
 from service.domain.types import BackwardResult, ChunkKey, ModelKey, Selector, SessionKey
 from service.domain.weights import grads_to_blob
 
@@ -36,11 +35,11 @@ if TYPE_CHECKING:
     from service.compute.scheduler import Scheduler
     from service.domain.contributions import Contributions
     from service.domain.model_cache import KnownModel, LoadedWeights, ModelCache
+    from service.domain.rules import InputRules
     from service.domain.session_tapes import SessionTapes
     from service.domain.tapes import StoredTape
     from service.domain.types import Backward, Update, UpdateResult
     from service.domain.updates import OptimizerStep, Updates
-    from service.settings import Limits
 
 _ANSWER_OVERHEAD = 2048  # bytes of an answer beside its tensors, at most
 
@@ -79,7 +78,7 @@ class Backpropagation:
         *,
         model_cache: ModelCache,
         scheduler: Scheduler,
-        limits: Limits,
+        rules: InputRules,
     ) -> None:
         """Keep the parts that a Backward passes through."""
         self._tapes = tapes
@@ -87,8 +86,7 @@ class Backpropagation:
         self._updates = updates
         self._model_cache = model_cache
         self._scheduler = scheduler
-        self._limits = limits
-        self._rules = InputRules(limits)
+        self._rules = rules
 
     async def backward(self, tenant: str, op: Backward) -> BackwardResult:
         """Compute a chunk's gradients and record them once; then make a step, if one is asked for."""
@@ -170,8 +168,8 @@ class Backpropagation:
         size = tape.state.nbytes + _ANSWER_OVERHEAD
         size += tape.inputs.nbytes if op.return_d_inputs else 0
         size += network.weight_spec.size * tape.state.itemsize if op.return_gradients else 0
-        if size > self._limits.message_bytes:
-            raise answer_too_large(size, self._limits.message_bytes)
+        if size > self._rules.limits.message_bytes:
+            raise answer_too_large(size, self._rules.limits.message_bytes)
 
     # --- recording, and the step after it ---------------------------------------------------------
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from rnn_engine import Grads
+    from service.domain.limits_policy import LimitsPolicy
     from service.domain.model_cache import KnownModel
     from service.domain.ports import (
         Contribution,
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     )
     from service.domain.publisher import StepRequest
     from service.domain.types import ContributionKey, ModelKey, SessionKey, WaitingTape
-    from service.settings import Limits
     from service.telemetry import Observer
 
 
@@ -71,14 +71,19 @@ class Contributions:
     """Records contributions and reads those that wait; caches the gradients recorded last."""
 
     def __init__(
-        self, store: ModelStore, limits: Limits, *, observer: Observer = NULL_OBSERVER
+        self,
+        store: ModelStore,
+        policy: LimitsPolicy,
+        *,
+        cache_bytes: int,
+        observer: Observer = NULL_OBSERVER,
     ) -> None:
-        """Start with an empty cache."""
+        """Start with an empty cache of up to so many bytes of gradients."""
         self._observer = observer
         self._store = store
-        self._limits = limits
+        self._policy = policy
         self._grads: LruCache[tuple[bytes, WaitingContribution], Grads] = LruCache(
-            limits.contribution_bytes_per_model // 4, _grads_bytes
+            cache_bytes, _grads_bytes
         )
         observer.cache_added("gradients", self._grads.counts)
 
@@ -139,7 +144,7 @@ class Contributions:
         if outcome is RecordOutcome.EXPIRED:
             raise tape_missing(chunk_seq, None)
         if outcome is RecordOutcome.QUOTA:
-            limits = self._limits
+            limits = self._policy.of(recording.model.key.tenant)
             text = (
                 f"the contributions that wait for an Update have reached {limits.contributions_per_model} "
                 f"or {limits.contribution_bytes_per_model} bytes; send Update or DiscardGradients"

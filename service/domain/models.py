@@ -41,7 +41,6 @@ from service.domain.refusals import (
 from service.domain.replacements import RestoreStep, UploadStep
 from service.domain.retries import READ_TRIES
 from service.domain.rules import (
-    InputRules,
     check_id,
     check_request_id,
     check_version,
@@ -61,14 +60,15 @@ if TYPE_CHECKING:
 
     from rnn_engine import Weights
     from service.compute.scheduler import Scheduler
+    from service.domain.limits_policy import LimitsPolicy
     from service.domain.model_cache import KnownModel, ModelCache
     from service.domain.ports import ModelStore
     from service.domain.publisher import VersionPublisher
+    from service.domain.rules import InputRules
     from service.domain.types import (
         Checkpoint,
         ModelSpec,
     )
-    from service.settings import Limits
 
 MESSAGE_OVERHEAD_BYTES = 1024  # of a message beside its tensors, at most
 
@@ -83,15 +83,16 @@ class Models:
         publisher: VersionPublisher,
         *,
         scheduler: Scheduler,
-        limits: Limits,
+        rules: InputRules,
+        policy: LimitsPolicy,
     ) -> None:
         """Keep the parts that the operations use."""
         self._store = store
         self._model_cache = model_cache
         self._publisher = publisher
         self._scheduler = scheduler
-        self._limits = limits
-        self._rules = InputRules(limits)
+        self._rules = rules
+        self._policy = policy
         self._carrier = Carrier()
         self._turns: WeakValueDictionary[ModelKey, asyncio.Lock] = WeakValueDictionary()
 
@@ -102,7 +103,7 @@ class Models:
         self._rules.check_spec(spec)
         self._rules.check_initial_weights(first)
         check_request_id("request_id", request_id)
-        self._check_size(spec)
+        self._check_size(tenant, spec)
         return await self._carrier.carry(
             self._create_in_turn(tenant, spec, first, request_id=request_id)
         )
@@ -111,21 +112,21 @@ class Models:
         self, tenant: str, spec: ModelSpec, data: bytes, *, request_id: str
     ) -> tuple[ModelView, bool]:
         """Create a model from a safetensors file, as `create` does."""
-        self.import_limit(spec, request_id)
+        self.import_limit(tenant, spec, request_id)
         given, moments = await self._scheduler.run(len(data), weights.from_safetensors, spec, data)
         first = InitialWeights(given=given, moments=moments)
         return await self.create(tenant, spec, first, request_id=request_id)
 
-    def import_limit(self, spec: ModelSpec, request_id: str) -> int:
+    def import_limit(self, tenant: str, spec: ModelSpec, request_id: str) -> int:
         """Return the most bytes that the file of an import can need; refuse what no file could save."""
         self._rules.check_spec(spec)
         check_request_id("request_id", request_id, required=True)
-        self._check_size(spec)
+        self._check_size(tenant, spec)
         return weights.file_bytes_limit(spec)
 
-    def _check_size(self, spec: ModelSpec) -> None:
+    def _check_size(self, tenant: str, spec: ModelSpec) -> None:
         """Refuse a model whose own step could not fit."""
-        for name, least, limit in self._least_sizes(spec):
+        for name, least, limit in self._least_sizes(tenant, spec):
             if least > limit:
                 text = f"{name} would need {least} bytes, over the limit of {limit}"
                 raise bad_field("spec.hidden_size", text)
@@ -163,7 +164,7 @@ class Models:
         if outcome is CreateOutcome.REUSED:  # unless the model there is not supported
             with suppress(NotFound):
                 await self._model_cache.get(key, fresh=True)
-        self._refuse_creation(outcome)
+        self._refuse_creation(tenant, outcome)
         with after_decision():
             model = await self._model_cache.get(key, fresh=True)
         return _view(model), outcome is CreateOutcome.REPLAYED
@@ -316,9 +317,9 @@ class Models:
             raise checkpoint_not_found(checkpoint_id)
         return deleted
 
-    def _least_sizes(self, spec: ModelSpec) -> list[tuple[str, int, int]]:
+    def _least_sizes(self, tenant: str, spec: ModelSpec) -> list[tuple[str, int, int]]:
         """Return what a model of this size needs at the least, and the limit that it has to keep to."""
-        limits, size = self._limits, weights.spec_bytes(spec)
+        limits, size = self._rules.limits, weights.spec_bytes(spec)
         file = weights.file_bytes_limit(spec)
         network = spec.network
         widest = max(network.input.size, network.output_size, network.state_spec.size)
@@ -328,7 +329,7 @@ class Models:
             (
                 "the gradient of one chunk (contribution_bytes_per_model)",
                 size,
-                limits.contribution_bytes_per_model,
+                self._policy.of(tenant).contribution_bytes_per_model,
             ),
             (
                 "an upload of weights and moments (request_bytes_in_flight)",
@@ -353,11 +354,11 @@ class Models:
             "MODEL_EXISTS", text, model_id=asked.model_id, difference=",".join(named)
         )
 
-    def _refuse_creation(self, outcome: CreateOutcome) -> None:
+    def _refuse_creation(self, tenant: str, outcome: CreateOutcome) -> None:
         if outcome is CreateOutcome.REUSED:
             raise request_id_reused("model")
         if outcome is CreateOutcome.QUOTA:
-            limit = self._limits.models_per_tenant
+            limit = self._policy.of(tenant).models_per_tenant
             text = f"{limit} models exist, the most there may be; delete some"
             raise ResourceExhausted("MAX_MODELS", text, quota="models_per_tenant", limit=limit)
         if outcome is CreateOutcome.STALE:
@@ -374,7 +375,7 @@ class Models:
         if outcome is CheckpointOutcome.FORKED:
             return weights_forked(version, model.head)
         if outcome is CheckpointOutcome.QUOTA:
-            limit = self._limits.checkpoints_per_model
+            limit = self._policy.of(model.key.tenant).checkpoints_per_model
             text = f"{limit} checkpoints exist, the most there may be; delete some"
             quota = "checkpoints_per_model"
             return ResourceExhausted("MAX_CHECKPOINTS", text, quota=quota, limit=limit)

@@ -53,7 +53,6 @@ from service.domain.refusals import (
     tape_quota,
 )
 from service.domain.retries import CHUNK_TRIES
-from service.domain.rules import InputRules
 from service.domain.session_cache import cached_from_snapshot, state_from_bytes
 from service.domain.tapes import StoredTape, tape_to_bytes
 from service.domain.types import ForwardResult, ModelKey, ReturnHs, SessionKey
@@ -64,15 +63,16 @@ if TYPE_CHECKING:
 
     from rnn_engine import Array, Network, Step
     from service.compute.scheduler import Scheduler
+    from service.domain.limits_policy import LimitsPolicy
     from service.domain.model_cache import KnownModel, LoadedWeights, ModelCache
     from service.domain.ports import (
         SessionSnapshot,
         SessionStore,
     )
+    from service.domain.rules import InputRules
     from service.domain.session_cache import CachedSession, SessionCache
     from service.domain.tapes import TapeCache
     from service.domain.types import Forward, ModelSpec, Version
-    from service.settings import Limits
     from service.telemetry import Observer
 
     OnDone = Callable[[ForwardResult | Exception], None]
@@ -121,7 +121,8 @@ class Recurrence:
         session_cache: SessionCache,
         tapes: TapeCache,
         scheduler: Scheduler,
-        limits: Limits,
+        rules: InputRules,
+        policy: LimitsPolicy,
         observer: Observer = NULL_OBSERVER,
     ) -> None:
         """Keep the parts that a chunk passes through."""
@@ -130,8 +131,8 @@ class Recurrence:
         self._session_cache = session_cache
         self._tapes = tapes
         self._scheduler = scheduler
-        self._limits = limits
-        self._rules = InputRules(limits)
+        self._rules = rules
+        self._policy = policy
         self._observer = observer
         self._committer = Committer(store)
         # Of each session with a chunk that runs: the chunks that wait behind it, first in first out.
@@ -184,7 +185,7 @@ class Recurrence:
             ModelKey(key.tenant, model_id) if cached is None else cached.model_key
         )
         if spec is None:
-            return self._limits.input_size, self._limits.hidden_size
+            return self._rules.limits.input_size, self._rules.limits.hidden_size
         return spec.network.input.size, spec.network.output_size
 
     async def drain(self) -> None:
@@ -345,7 +346,7 @@ class Recurrence:
             return
         self._session_cache.drop(pending.key)
         if outcome is ChunkOutcome.QUOTA:
-            self._end(pending, tape_quota(self._limits.tapes_per_session))
+            self._end(pending, tape_quota(self._policy.of(pending.key.tenant).tapes_per_session))
         elif isinstance(outcome, Exception):
             self._end(pending, outcome)
         elif pending.tries + 1 < CHUNK_TRIES:
@@ -488,8 +489,8 @@ class Recurrence:
         # much. A few inputs a row could otherwise ask for gigabytes.
         numbers = n * (t * spec.network.output_size + spec.network.state_spec.size)
         size = numbers * op.xs.itemsize + _RESPONSE_OVERHEAD
-        if size > self._limits.message_bytes:
-            raise answer_too_large(size, self._limits.message_bytes)
+        if size > self._rules.limits.message_bytes:
+            raise answer_too_large(size, self._rules.limits.message_bytes)
 
     def _touch(self, key: SessionKey, cached: CachedSession) -> None:
         async def touch() -> None:

@@ -200,6 +200,7 @@ class InputRules:
     """The rules of whole requests, within the limits.
 
     Attributes:
+        limits: The bounds on one request.
         xs: Inputs, (N, T, D).
         dhs: Gradients of the outputs, (N, T, H).
         state: A hidden state, (N, H).
@@ -211,7 +212,7 @@ class InputRules:
     def __init__(self, limits: Limits) -> None:
         n, t = limits.batch_size, limits.chunk_steps
         d, h = limits.input_size, limits.hidden_size
-        self._limits = limits
+        self.limits = limits
         self.xs = Axes("NTD", n, t, d)
         self.dhs = Axes("NTH", n, t, h)
         self.state = Axes("NH", n, h)
@@ -274,7 +275,7 @@ class InputRules:
             check_id("session_id", op.session_id)
         else:
             check_optional_id("session_id", op.session_id)
-        check_size("batch_size", op.batch_size, self._limits.batch_size)
+        check_size("batch_size", op.batch_size, self.limits.batch_size)
         if op.initial_state is not None:
             self.state.check("initial_state", op.initial_state)
             if len(op.initial_state) != op.batch_size:
@@ -307,8 +308,8 @@ class InputRules:
     def check_spec(self, spec: ModelSpec) -> None:
         """Refuse a new model's specification by its name, sizes, type or optimizer."""
         check_id("spec.model_id", spec.model_id)
-        check_size("spec.input_size", spec.network.input.size, self._limits.input_size)
-        check_size("spec.hidden_size", spec.network.output_size, self._limits.hidden_size)
+        check_size("spec.input_size", spec.network.input.size, self.limits.input_size)
+        check_size("spec.hidden_size", spec.network.output_size, self.limits.hidden_size)
         if spec.dtype not in DTYPES:
             expected = " or ".join(DTYPES)
             raise bad_field("spec.dtype", f"expected {expected}, got {quoted(spec.dtype)}")
@@ -325,7 +326,7 @@ class InputRules:
 
     def bad_ttl(self, name: str, got: str) -> InvalidArgument:
         """Make the refusal of a time to live."""
-        low, high = self._limits.min_ttl_ms / 1000, self._limits.max_ttl_ms / 1000
+        low, high = self.limits.min_ttl_ms / 1000, self.limits.max_ttl_ms / 1000
         return bad_field(name, f"must be {low:g} s to {high:g} s, got {got}")
 
     def check_contribution_count(self, sizes: Sequence[int]) -> None:
@@ -334,7 +335,7 @@ class InputRules:
         Args:
             sizes: How many chunks each selector names; one that names none counts as one.
         """
-        limit = self._limits.contributions_per_model
+        limit = self.limits.contributions_per_model
         count = len(sizes)
         if count <= limit:
             count = sum(max(1, size) for size in sizes)
@@ -343,7 +344,7 @@ class InputRules:
 
     def _check_ttl(self, name: str, ttl_ms: int | None) -> None:
         """Refuse a time to live outside the limits; None stands for a default."""
-        if ttl_ms is None or self._limits.min_ttl_ms <= ttl_ms <= self._limits.max_ttl_ms:
+        if ttl_ms is None or self.limits.min_ttl_ms <= ttl_ms <= self.limits.max_ttl_ms:
             return
         whole_s, rest_ms = divmod(ttl_ms, 1000)
         raise self.bad_ttl(name, f"{whole_s} s {rest_ms * 1_000_000} ns")

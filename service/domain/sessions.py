@@ -45,7 +45,6 @@ from service.domain.refusals import (
 )
 from service.domain.retries import EPOCH_TRIES
 from service.domain.rules import (
-    InputRules,
     check_id,
     check_number,
     check_optional_id,
@@ -64,11 +63,13 @@ from service.domain.types import (
 
 if TYPE_CHECKING:
     from rnn_engine import Array
+    from service.domain.limits_policy import LimitsPolicy
     from service.domain.model_cache import ModelCache
     from service.domain.ports import (
         EpochDecision,
         SessionStore,
     )
+    from service.domain.rules import InputRules
     from service.domain.session_cache import SessionCache
     from service.domain.types import (
         ForkSession,
@@ -76,7 +77,6 @@ if TYPE_CHECKING:
         NewEpoch,
         OpenSession,
     )
-    from service.settings import Limits
 
 SERVER_ID_BYTES = 16
 _NO_VERSION = Version(0, bytes(DIGEST_BYTES))
@@ -92,14 +92,15 @@ class Sessions:
         model_cache: ModelCache,
         session_cache: SessionCache,
         *,
-        limits: Limits,
+        rules: InputRules,
+        policy: LimitsPolicy,
     ) -> None:
         """Keep the parts that the operations use."""
         self._store = store
         self._model_cache = model_cache
         self._session_cache = session_cache
-        self._limits = limits
-        self._rules = InputRules(limits)
+        self._rules = rules
+        self._policy = policy
         self._carrier = Carrier()
 
     async def open(self, tenant: str, op: OpenSession) -> OpenedSession:
@@ -113,7 +114,7 @@ class Sessions:
         state = self._first_state(
             model.spec, op.batch_size, op.initial_state, field="initial_state"
         )
-        ttl_ms = self._limits.default_ttl_ms if op.ttl_ms is None else op.ttl_ms
+        ttl_ms = self._rules.limits.default_ttl_ms if op.ttl_ms is None else op.ttl_ms
         start = EpochStart(
             mode=EpochMode(op.on_exists.value),
             head=SessionHead(
@@ -346,7 +347,7 @@ class Sessions:
             return None
         if reserved is not None:
             return reserved
-        limit = self._limits.sessions_per_tenant
+        limit = self._policy.of(key.tenant).sessions_per_tenant
         text = f"{limit} sessions are open, the most there may be; close some or let them expire"
         raise ResourceExhausted(
             "MAX_SESSIONS", text, retry_after_s=1.0, quota="sessions_per_tenant", limit=limit
@@ -357,9 +358,9 @@ class Sessions:
     ) -> Array:
         shape = (batch_size, spec.network.state_spec.size)
         size = shape[0] * shape[1] * np.dtype(spec.dtype).itemsize
-        if 2 * size + _ANSWER_OVERHEAD > self._limits.message_bytes:
+        if 2 * size + _ANSWER_OVERHEAD > self._rules.limits.message_bytes:
             text = f"a state of {size} bytes does not fit twice into a message of at most "
-            raise bad_field("batch_size", f"{text}{self._limits.message_bytes}")
+            raise bad_field("batch_size", f"{text}{self._rules.limits.message_bytes}")
         if given is None:
             return np.zeros(shape, spec.dtype)
         check_tensor(field, given, shape, spec.dtype)

@@ -17,7 +17,6 @@ from service.domain.digests import contribution_key, request_name, update_digest
 from service.domain.errors import DomainError, FailedPrecondition, UnsupportedLayout
 from service.domain.publisher import CandidateVersion, StepRequest
 from service.domain.refusals import UNCHANGED
-from service.domain.rules import InputRules
 from service.domain.types import (
     ChunkKey,
     ModelKey,
@@ -37,12 +36,12 @@ if TYPE_CHECKING:
     from service.domain.model_cache import KnownModel, ModelCache
     from service.domain.ports import UpdateInputs, WaitingContribution
     from service.domain.publisher import VersionPublisher, VersionStep
+    from service.domain.rules import InputRules
     from service.domain.types import (
         Selector,
         Update,
         Version,
     )
-    from service.settings import Limits
 
 
 class Updates:
@@ -55,10 +54,10 @@ class Updates:
         *,
         model_cache: ModelCache,
         scheduler: Scheduler,
-        limits: Limits,
+        rules: InputRules,
     ) -> None:
         """Keep the parts that a step uses."""
-        self._rules = InputRules(limits)
+        self._rules = rules
         self._contributions = contributions
         self._publisher = publisher
         self._model_cache = model_cache

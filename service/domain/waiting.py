@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING
 
 from service.domain.ports import AbsentSession
 from service.domain.refusals import after_decision, session_absent
-from service.domain.rules import InputRules, check_id
+from service.domain.rules import check_id
 from service.domain.types import DiscardResult, ModelKey, SessionKey, Waiting
 
 if TYPE_CHECKING:
     from service.domain.contributions import Contributions
     from service.domain.model_cache import ModelCache
     from service.domain.ports import SessionStore
+    from service.domain.rules import InputRules
     from service.domain.types import DiscardGradients
-    from service.settings import Limits
 
 
 class WaitingWork:
@@ -31,10 +31,10 @@ class WaitingWork:
         model_cache: ModelCache,
         contributions: Contributions,
         *,
-        limits: Limits,
+        rules: InputRules,
     ) -> None:
         """Keep the parts that the operations use."""
-        self._rules = InputRules(limits)
+        self._rules = rules
         self._sessions = sessions
         self._model_cache = model_cache
         self._contributions = contributions

@@ -67,7 +67,7 @@ class ModelService:
         spec = spec_from_proto(first.header.spec)
         request_id, total_bytes = first.header.request_id, first.header.total_bytes
         check_size("total_bytes", total_bytes, MAX_FILE_BYTES)
-        limit = self.models.import_limit(spec, request_id)
+        limit = self.models.import_limit(call.tenant, spec, request_id)
         if total_bytes > limit:
             raise message_too_large("weights file", total_bytes, limit, advice=_OF_OTHER_SIZES)
         call.share.take(total_bytes)
@@ -186,15 +186,15 @@ class ModelService:
 
     async def get_server_info(
         self,
-        call: RpcCall,  # noqa: ARG002 - the gate's signature
-        request: pb.GetServerInfoRequest,  # noqa: ARG002
+        tenant: str,
+        request: pb.GetServerInfoRequest,  # noqa: ARG002 - it says nothing
     ) -> pb.GetServerInfoResponse:
         """Return limits, build and replica."""
         return pb.GetServerInfoResponse(
             server_version=self.info.server_version,
             replica_id=self.info.replica_id,
             start_time=time_to_proto(self.info.start_time_ms),
-            limits=limits_to_proto(self.info.limits),
+            limits=limits_to_proto(self.info.limits_of(tenant)),
             durability=self.info.durability,
         )
 

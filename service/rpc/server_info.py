@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from service.rpc.session_messages import duration_to_proto
 from timernn.v1 import model_service_pb2 as pb
 
 if TYPE_CHECKING:
+    from service.domain.limits_policy import LimitsPolicy
     from service.settings import Limits
 
 
@@ -21,6 +22,7 @@ class ServerInfo:
         replica_id: Names this process.
         start_time_ms: When it began to serve, ms since 1970.
         limits: The limits in force.
+        policy: The quotas of each tenant, which stand in the place of those limits.
         durability: How answers are made durable.
     """
 
@@ -28,7 +30,12 @@ class ServerInfo:
     replica_id: str
     start_time_ms: int
     limits: Limits
+    policy: LimitsPolicy
     durability: str
+
+    def limits_of(self, tenant: str) -> Limits:
+        """Return the limits as one tenant meets them."""
+        return replace(self.limits, **asdict(self.policy.of(tenant)))
 
 
 def limits_to_proto(limits: Limits) -> pb.Limits:

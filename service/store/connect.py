@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from redis import exceptions as redis_errors
 
+from service.domain.limits_policy import SameLimits
 from service.store import keys
 from service.store.addresses import parse_store_url
 from service.store.cluster import ClusterRouter
@@ -19,6 +20,7 @@ from service.store.urls import OneMasterPool, connect
 from service.telemetry import NULL_OBSERVER
 
 if TYPE_CHECKING:
+    from service.domain.limits_policy import LimitsPolicy
     from service.settings import Settings
     from service.store.addresses import StoreAddress
     from service.store.links import StoreClient
@@ -90,13 +92,20 @@ class Store:
             raise UnfitStoreError("durability is 'replica' and no replica is connected")
 
 
-async def open_store(url: str, settings: Settings, observer: Observer = NULL_OBSERVER) -> Store:
+async def open_store(
+    url: str,
+    settings: Settings,
+    observer: Observer = NULL_OBSERVER,
+    *,
+    policy: LimitsPolicy | None = None,
+) -> Store:
     """Open the store of a URL (see service.store.addresses); nothing is sent yet.
 
     Args:
         url: The store's URL.
         settings: Connections, timeouts, durability, limits.
         observer: Is called with each round trip.
+        policy: The quotas of each tenant; None for those of the settings.
 
     Raises:
         ValueError: If the URL is malformed, or the durability is not available with it.
@@ -111,9 +120,10 @@ async def open_store(url: str, settings: Settings, observer: Observer = NULL_OBS
         wait_replicas=int(settings.durability == "replica"),
         wait_ms=settings.durability_timeout_ms,
     )
+    policy = policy or SameLimits(settings.limits)
     return Store(
-        RedisSessionStore(runner, settings.limits),
-        RedisModelStore(runner, settings.limits),
+        RedisSessionStore(runner, settings.limits, policy),
+        RedisModelStore(runner, settings.limits, policy),
         parse_store_url(url),
         client,
         settings.durability == "replica",

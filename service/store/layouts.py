@@ -75,6 +75,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from service.domain.errors import UnsupportedLayout
+    from service.domain.limits_policy import TenantLimits
     from service.domain.ports import (
         ChunkCommit,
         EpochStart,
@@ -97,6 +98,7 @@ CONTRIBUTION_NAME = struct.Struct(">16sQQ")
 STEP_ANSWER = struct.Struct(">Q16sd?I")
 DIGEST_BYTES = 16
 _COMMIT = struct.Struct(">QQ16sIIQ16s16sQ16s")  # the last five are a slot's head
+_TAPE_LIMITS = struct.Struct(">IIQ")
 _EPOCH_TAIL = struct.Struct(">16sIBxxx16s")
 
 DTYPES = {"float32": 1, "float64": 2}
@@ -211,6 +213,15 @@ def commit_to_parts(commit: ChunkCommit) -> tuple[bytes, bytes]:
         state.version.digest,
     )
     return fixed, state.state
+
+
+def tape_limits_to_bytes(limits: TenantLimits) -> bytes:
+    """Lay out what a session may keep of tapes, as commit_chunks.lua reads it after a commit with a tape."""
+    return _TAPE_LIMITS.pack(
+        limits.tapes_per_session,
+        limits.counted_tapes_per_session,
+        limits.counted_tape_bytes_per_session,
+    )
 
 
 def tape_name(chunk: ChunkKey) -> bytes:

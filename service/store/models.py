@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from service.domain.blob import Blob
+    from service.domain.limits_policy import LimitsPolicy
     from service.domain.ports import (
         Bytes,
         Contribution,
@@ -65,10 +66,11 @@ _RESERVE_MODEL = load_script("reserve_model")
 class RedisModelStore:
     """The ModelStore port over a Redis or Valkey server."""
 
-    def __init__(self, runner: ScriptRunner, limits: Limits) -> None:
-        """Keep the runner and the limits that the scripts get as arguments."""
+    def __init__(self, runner: ScriptRunner, limits: Limits, policy: LimitsPolicy) -> None:
+        """Keep the runner, and the limits and quotas that the scripts get as arguments."""
         self._runner = runner
         self._limits = limits
+        self._policy = policy
 
     async def create_model(
         self,
@@ -97,9 +99,8 @@ class RedisModelStore:
         answer = await self._runner.run(create)
         if answer == b"STALE":  # the name is free; where it is taken nothing needs to be written
             names = keys.tenant_models_key(key.tenant)
-            reserve = ScriptCall(
-                _RESERVE_MODEL, (names,), (key.model_id, self._limits.models_per_tenant)
-            )
+            most = self._policy.of(key.tenant).models_per_tenant
+            reserve = ScriptCall(_RESERVE_MODEL, (names,), (key.model_id, most))
             if await self._runner.run(reserve) == b"FULL":
                 return CreateOutcome.QUOTA
             try:
@@ -218,8 +219,7 @@ class RedisModelStore:
 
     async def record_contribution(self, key: ModelKey, contribution: Contribution) -> RecordOutcome:
         """Count a contribution once."""
-        tag = keys.model_tag(key)
-        (outcome,) = await self._record(tag, contribution)
+        (outcome,) = await self._record(key, contribution)
         return RecordOutcome(outcome.decode())
 
     async def record_and_read(
@@ -231,24 +231,25 @@ class RedisModelStore:
         selectors: Sequence[Selector],
     ) -> tuple[RecordOutcome, UpdateInputs | Exception | None]:
         """Count a contribution once and, mostly after that, read what an Update decides from."""
-        tag = keys.model_tag(key)
         outcome, inputs = await self._record(
-            tag, contribution, _inputs_call(key, request, selectors)
+            key, contribution, _inputs_call(key, request, selectors)
         )
         recorded = RecordOutcome(outcome.decode())
         return recorded, inputs if isinstance(inputs, Exception) else _update_inputs(inputs)
 
     async def _record(
-        self, tag: bytes, contribution: Contribution, *others: ScriptCall
+        self, key: ModelKey, contribution: Contribution, *others: ScriptCall
     ) -> list[Any]:
         """Record a contribution, and run other scripts right after it; return all answers.
 
         If another fails, its error takes the place of its answer; the contribution stays recorded.
         """
-        calls = (self._record_call(tag, contribution), *others)
+        calls = (self._record_call(key, contribution), *others)
         answers = await self._run_first(calls)
         if answers[0] == b"MISSING":  # it is new and large: only now its parts have to be written
-            name = keys.gradient_prefix(tag) + layouts.waiting_to_bytes(contribution.waiting)
+            name = keys.gradient_prefix(keys.model_tag(key)) + layouts.waiting_to_bytes(
+                contribution.waiting
+            )
             await self._write_parts(_parts(name, contribution.gradient))
             answers = await self._run_first(calls)
         if answers[0] == b"MISSING":
@@ -261,8 +262,9 @@ class RedisModelStore:
             raise answers[0]
         return answers
 
-    def _record_call(self, tag: bytes, contribution: Contribution) -> ScriptCall:
-        limits, gradient = self._limits, contribution.gradient
+    def _record_call(self, key: ModelKey, contribution: Contribution) -> ScriptCall:
+        tag, gradient = keys.model_tag(key), contribution.gradient
+        limits, quotas = self._limits, self._policy.of(key.tenant)
         slot = (
             keys.model_key(tag),
             keys.contributions_key(tag),
@@ -275,8 +277,8 @@ class RedisModelStore:
             contribution.digest,
             gradient.joined() if gradient.nbytes <= PART_BYTES else b"",
             limits.contribution_ttl_ms,
-            limits.contributions_per_model,
-            limits.contribution_bytes_per_model,
+            quotas.contributions_per_model,
+            quotas.contribution_bytes_per_model,
             limits.remembered_contributions_per_model,
             keys.gradient_prefix(tag),
             gradient.nbytes,
@@ -349,7 +351,7 @@ class RedisModelStore:
             keys.gradient_prefix(tag),
             2 * limits.tape_ttl_ms,
             limits.tape_ttl_ms,
-            limits.superseded_bytes_per_model,
+            self._policy.of(key.tenant).superseded_bytes_per_model,
             limits.remembered_requests_per_model,
         )
         first = _writes(parts) if is_small else ()
@@ -399,7 +401,12 @@ class RedisModelStore:
             keys.checkpoints_key(tag),
         )
         named = layouts.version_to_bytes(version) if version else b""
-        arguments = (incarnation, checkpoint_id, named, self._limits.checkpoints_per_model)
+        arguments = (
+            incarnation,
+            checkpoint_id,
+            named,
+            self._policy.of(key.tenant).checkpoints_per_model,
+        )
         outcome, *entry = await self._runner.run(ScriptCall(_CREATE_CHECKPOINT, slot, arguments))
         kept = layouts.checkpoint_from_bytes(checkpoint_id, entry[0]) if entry else None
         return CheckpointOutcome(outcome.decode()), kept

@@ -23,6 +23,7 @@ from service.store.scripts import ScriptCall, load_script
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from service.domain.limits_policy import LimitsPolicy
     from service.domain.ports import (
         AbsentSession,
         ChunkCommit,
@@ -64,10 +65,11 @@ class CorruptRecordError(Exception):
 class RedisSessionStore:
     """The SessionStore port over a Redis or Valkey server."""
 
-    def __init__(self, runner: ScriptRunner, limits: Limits) -> None:
-        """Keep the runner and the limits that the scripts get as arguments."""
+    def __init__(self, runner: ScriptRunner, limits: Limits, policy: LimitsPolicy) -> None:
+        """Keep the runner, and the limits and quotas that the scripts get as arguments."""
         self._runner = runner
         self._limits = limits
+        self._policy = policy
 
     async def read_session(
         self, key: SessionKey, chunk_seq: int = 0
@@ -212,7 +214,8 @@ class RedisSessionStore:
 
     async def reserve_session(self, key: SessionKey, ttl_ms: int) -> int | None:
         """List a session among its tenant's; return the end of its entry in ms, None if the list is full."""
-        arguments = (key.session_id, ttl_ms + ttl_ms // 4, self._limits.sessions_per_tenant, "GT")
+        most = self._policy.of(key.tenant).sessions_per_tenant
+        arguments = (key.session_id, ttl_ms + ttl_ms // 4, most, "GT")
         call = ScriptCall(_RESERVE_SESSION, (keys.tenant_sessions_key(key.tenant),), arguments)
         answer = await self._runner.run(call)
         return None if answer == b"FULL" else int(answer)
@@ -270,13 +273,12 @@ class RedisSessionStore:
         parts: list[bytes] = []
         for commit in commits:
             parts += layouts.commit_to_parts(commit)
+            if commit.tape is not None:
+                parts.append(layouts.tape_limits_to_bytes(self._policy.of(commit.key.tenant)))
         arguments: tuple[Argument, ...] = (
             limits.replay_window,
             MARKER_MS,
             limits.tape_ttl_ms,
-            limits.tapes_per_session,
-            limits.counted_tapes_per_session,
-            limits.counted_tape_bytes_per_session,
             b"".join(parts),
         )
         first = [_stage_tape(commit) for commit in commits if commit.tape is not None]

@@ -14,11 +14,12 @@ from service.compute.scheduler import Scheduler
 from service.domain.backward import Backpropagation
 from service.domain.contributions import Contributions
 from service.domain.errors import InvalidArgument
+from service.domain.limits_policy import SameLimits
 from service.domain.model_cache import ModelCache
 from service.domain.models import Models
 from service.domain.publisher import VersionPublisher
 from service.domain.recurrence import Recurrence
-from service.domain.rules import make_optimizer
+from service.domain.rules import InputRules, make_optimizer
 from service.domain.session_cache import SessionCache
 from service.domain.session_tapes import SessionTapes
 from service.domain.sessions import Sessions
@@ -373,15 +374,18 @@ def use_cases() -> Iterator[UseCases]:
     store: Any = Untouched()
     scheduler = Scheduler(8)
     cache = ModelCache(store, 50, 1 << 20)
-    parts: Any = {"model_cache": cache, "scheduler": scheduler, "limits": LIMITS}
+    rules, policy = InputRules(LIMITS), SameLimits(LIMITS)
+    parts: Any = {"model_cache": cache, "scheduler": scheduler, "rules": rules}
     publisher = VersionPublisher(store, cache, scheduler)
-    contributions = Contributions(store, LIMITS)
+    contributions = Contributions(store, policy, cache_bytes=1 << 20)
     tapes = TapeCache(1 << 20)
     updates = Updates(contributions, publisher, **parts)
     yield UseCases(
-        models=Models(store, cache, publisher, scheduler=scheduler, limits=LIMITS),
-        sessions=Sessions(store, cache, SessionCache(1 << 20), limits=LIMITS),
-        recurrence=Recurrence(store, session_cache=SessionCache(1 << 20), tapes=tapes, **parts),
+        models=Models(store, cache, publisher, scheduler=scheduler, rules=rules, policy=policy),
+        sessions=Sessions(store, cache, SessionCache(1 << 20), rules=rules, policy=policy),
+        recurrence=Recurrence(
+            store, session_cache=SessionCache(1 << 20), tapes=tapes, policy=policy, **parts
+        ),
         backpropagation=Backpropagation(
             SessionTapes(store, tapes, model_cache=cache, contributions=contributions),
             contributions,
@@ -389,7 +393,7 @@ def use_cases() -> Iterator[UseCases]:
             **parts,
         ),
         updates=updates,
-        waiting=WaitingWork(store, cache, contributions, limits=LIMITS),
+        waiting=WaitingWork(store, cache, contributions, rules=rules),
     )
     scheduler.close()
 

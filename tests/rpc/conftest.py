@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]  # has no stubs
 
+from service.domain.limits_policy import SameLimits
 from service.domain.recurrence import callback_of
 from service.domain.rules import InputRules
 from service.domain.types import (
@@ -258,7 +259,10 @@ async def serve(domain: StandIn) -> AsyncIterator[Callable[..., Awaitable[Served
         authenticator: Authenticator | None = None,
         observer: Observer = NULL_OBSERVER,
     ) -> Served:
-        info = ServerInfo("1.2.3", "replica", 1_700_000_000_123, limits or Limits(), "primary")
+        limits = limits or Limits()
+        info = ServerInfo(
+            "1.2.3", "replica", 1_700_000_000_123, limits, SameLimits(limits), "primary"
+        )
         stand_in: Any = domain
         server = RpcServer(
             UseCases(*6 * (stand_in,)),

@@ -9,6 +9,7 @@ import pytest
 
 from instruments.replicas import patient
 from service.domain.digests import request_digest
+from service.domain.limits_policy import TenantLimits
 from service.domain.ports import (
     Absence,
     AbsentSession,
@@ -371,6 +372,41 @@ async def test_tapes_wait_count_and_are_pushed_out(store_url: str, tenant: str, 
     assert there == [False, True, True]
     index = keys.tape_index_key(keys.session_tag(SessionKey(tenant, "s")))
     assert await raw.hlen(index) == 2
+    await store.close()
+
+
+class ByTenant:
+    """A policy that gives each tenant named what it says, and everyone else what is usual."""
+
+    def __init__(self, quotas: dict[str, TenantLimits]) -> None:
+        self._quotas = quotas
+
+    def of(self, tenant: str) -> TenantLimits:
+        """Return the quotas of a tenant."""
+        return self._quotas.get(tenant, TenantLimits.from_limits(Limits()))
+
+
+async def test_one_call_carries_commits_under_different_quotas(store_url: str, tenant: str) -> None:
+    """Chunks with and without a tape, of several tenants, are each decided by their own numbers."""
+    one_tape = TenantLimits.from_limits(Limits(tapes_per_session=1))
+    policy = ByTenant({f"{tenant}-tight": one_tape})
+    store = await open_store(store_url, patient(Limits()), policy=policy)
+    tight, plain, usual, last = (
+        Writer(store, f"{tenant}-{kind}", name)
+        for kind, name in (("tight", "a"), ("tight", "b"), ("usual", "c"), ("usual", "d"))
+    )
+    for one in (tight, plain, usual, last):
+        await one.begin()
+        assert await one.commit(1, tape=b"tape") is ChunkOutcome.OK
+    chunks = [
+        tight.chunk(2, tape=b"tape"),
+        plain.chunk(2),
+        usual.chunk(2, tape=b"tape"),
+        last.chunk(2),
+    ]
+    outcomes = await store.sessions.commit_chunks(chunks)
+    ok = ChunkOutcome.OK
+    assert outcomes == [ChunkOutcome.QUOTA, ok, ok, ok]
     await store.close()
 
 

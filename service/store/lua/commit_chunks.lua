@@ -7,20 +7,23 @@
 -- well, so that a slot on its move refuses it whole; elsewhere a call carries many, which saves most of
 -- what it costs.
 -- ARGV[1] window: the ring holds one state more  ARGV[2] time for which the marker outlives the session (ms)
--- ARGV[3] tape_ttl (ms)  ARGV[4] waiting tapes  ARGV[5] consumed tapes  ARGV[6] bytes of consumed tapes, at most
--- ARGV[7] for each chunk: epoch (8) acknowledged seq (8) token of the base (16) bytes of h (4) bytes of the tape
---         (4; 0: none), then the new slot. The tape was staged under a key of its own right before: passed through the
+-- ARGV[3] tape_ttl (ms)
+-- ARGV[4] for each chunk: epoch (8) acknowledged seq (8) token of the base (16) bytes of h (4) bytes of the tape
+--         (4; 0: none), then the new slot and, with a tape, what its session may keep: waiting tapes (4), consumed
+--         tapes (4) and their bytes (8). The tape was staged under a key of its own right before: passed through the
 --         script it would be copied several times; so it is only renamed.
 -- Returns for each chunk OK; TOUCH: OK, and the session's entry in the tenant's list has to be extended; STALE;
 -- QUOTA: too many tapes wait; UNSTAGED: the tape is not under its staged key; UNSUPPORTED_LAYOUT, an error in this
 -- chunk's place: another release laid out the record or an entry of the tapes
 -- Library: clock, sessions, tapes
 -- Arguments are read where they are used, since a run that has no tape is to make no variables for one.
-local window, chunks = tonumber(ARGV[1]), ARGV[7]
+local window, chunks = tonumber(ARGV[1]), ARGV[4]
 local now = now_ms()
 -- Of a chunk: epoch, acknowledged seq, token of the base, bytes of h, bytes of the tape; then its slot: chunk_seq.
 local CHUNK <const> = '>I8I8c16I4I4I8'
 local CHUNK_BYTES <const> = 40 -- before the slot
+local TAPE_LIMITS <const> = '>I4I4I8' -- waiting tapes, consumed tapes, bytes of these: the most that a session keeps
+local TAPE_LIMITS_BYTES <const> = 16
 local TAPE_NAME <const> = '>I8I8' -- epoch, chunk_seq
 -- What a session's other keys add to its record's.
 local MARKER <const> = 'e'
@@ -45,8 +48,7 @@ local function survey_tapes(index_key, index)
 end
 
 -- Drop the oldest of the consumed tapes until no more are left than may be.
-local function evict_tapes(index_key, consumed, consumed_bytes)
-  local most, most_bytes = tonumber(ARGV[5]), tonumber(ARGV[6])
+local function evict_tapes(index_key, consumed, consumed_bytes, most, most_bytes)
   table.sort(consumed, function(one, other)
     if one.expires ~= other.expires then return one.expires < other.expires end
     return one.name < other.name
@@ -73,8 +75,9 @@ local function adopt_tape(chunk, ttl)
   local index, refusal = read_tapes(index_key)
   if refusal then return refusal end
   local waiting, consumed, consumed_bytes = survey_tapes(index_key, index)
-  if waiting >= tonumber(ARGV[4]) then return 'QUOTA' end
-  evict_tapes(index_key, consumed, consumed_bytes)
+  local most_waiting, most_consumed, most_bytes = struct.unpack(TAPE_LIMITS, chunk.tape_limits)
+  if waiting >= most_waiting then return 'QUOTA' end
+  evict_tapes(index_key, consumed, consumed_bytes, most_consumed, most_bytes)
   local name, lasts = struct.pack(TAPE_NAME, chunk.epoch, chunk.seq), math.min(tonumber(ARGV[3]), ttl)
   redis.call('RENAME', staged_key, index_key .. name)
   redis.call('PEXPIRE', index_key .. name, lasts)
@@ -129,6 +132,10 @@ while position <= #chunks do
     key = KEYS[#answers + 1], epoch = epoch, acknowledged = acknowledged, base_token = base_token, seq = seq,
     slot = string.sub(chunks, slot_from, position - 1), tape_bytes = tape_bytes,
   }
+  if tape_bytes > 0 then
+    chunk.tape_limits = string.sub(chunks, position, position + TAPE_LIMITS_BYTES - 1)
+    position = position + TAPE_LIMITS_BYTES
+  end
   local answer = commit(chunk)
   local is_applied = answer == 'OK' or answer == 'TOUCH'
   if tape_bytes > 0 and not is_applied then redis.pcall('UNLINK', (select(2, token_and_staged_key(chunk)))) end

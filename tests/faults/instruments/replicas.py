@@ -16,10 +16,12 @@ from service.compute.scheduler import Scheduler
 from service.domain.backward import Backpropagation
 from service.domain.contributions import Contributions
 from service.domain.errors import DomainError
+from service.domain.limits_policy import SameLimits
 from service.domain.model_cache import ModelCache
 from service.domain.models import Models
 from service.domain.publisher import VersionPublisher
 from service.domain.recurrence import Recurrence
+from service.domain.rules import InputRules
 from service.domain.session_cache import SessionCache
 from service.domain.session_tapes import SessionTapes
 from service.domain.sessions import Sessions
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     from redis.asyncio import Redis
 
     from rnn_engine import Array
+    from service.domain.limits_policy import LimitsPolicy
     from service.domain.types import (
         BackwardResult,
         ForwardResult,
@@ -103,9 +106,11 @@ async def start_replica(
     clock: Callable[[], float] = time.monotonic,
     disturb: Callable[[Any], object] = lambda client: client,
     observer: Observer = NULL_OBSERVER,
+    policy: LimitsPolicy | None = None,
 ) -> Replica:
     """Wire a replica as the service does; by default it asks for the head each time."""
-    store = await open_store(url, patient(limits), observer)
+    rules, policy = InputRules(limits), policy or SameLimits(limits)
+    store = await open_store(url, patient(limits), observer, policy=policy)
     disturb(store._client)
     catalog = ModelCache(store.models, head_max_age_ms, 64 * MIB, clock=clock, observer=observer)
     live, tapes = SessionCache(16 * MIB), TapeCache(16 * MIB)
@@ -113,11 +118,16 @@ async def start_replica(
     observer.cache_added("tapes", tapes.counts)
     scheduler = Scheduler(1024, observer=observer)
     heads = VersionPublisher(store.models, catalog, scheduler, observer=observer)
-    contributions = Contributions(store.models, limits, observer=observer)
+    contributions = Contributions(
+        store.models,
+        policy,
+        cache_bytes=limits.contribution_bytes_per_model // 4,
+        observer=observer,
+    )
     session_tapes = SessionTapes(
         store.sessions, tapes, model_cache=catalog, contributions=contributions
     )
-    updates = Updates(contributions, heads, model_cache=catalog, scheduler=scheduler, limits=limits)
+    updates = Updates(contributions, heads, model_cache=catalog, scheduler=scheduler, rules=rules)
     return Replica(
         store,
         catalog,
@@ -130,21 +140,22 @@ async def start_replica(
             session_cache=live,
             tapes=tapes,
             scheduler=scheduler,
-            limits=limits,
+            rules=rules,
+            policy=policy,
             observer=observer,
         ),
-        Sessions(store.sessions, catalog, live, limits=limits),
-        Models(store.models, catalog, heads, scheduler=scheduler, limits=limits),
+        Sessions(store.sessions, catalog, live, rules=rules, policy=policy),
+        Models(store.models, catalog, heads, scheduler=scheduler, rules=rules, policy=policy),
         Backpropagation(
             session_tapes,
             contributions,
             updates,
             model_cache=catalog,
             scheduler=scheduler,
-            limits=limits,
+            rules=rules,
         ),
         updates,
-        WaitingWork(store.sessions, catalog, contributions, limits=limits),
+        WaitingWork(store.sessions, catalog, contributions, rules=rules),
         limits,
     )
 
