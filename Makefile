@@ -60,6 +60,10 @@ proto: setup ## Generate timernn/v1 from proto/.
 release-proto: setup ## Record the contract that `buf breaking` holds later changes to.
 	@$(BIN)/buf build --exclude-source-info --path proto/timernn -o proto/released.binpb
 
+.PHONY: release-wheel
+release-wheel: setup ## Build the release's wheel, the same bits each time, for the upgrade tests.
+	@scripts/release_wheel.sh
+
 .PHONY: lock
 lock: setup ## Resolve requirements/*.lock anew; LOCK_ARGS=--upgrade takes the newest versions.
 	@scripts/lock.sh $(LOCK_ARGS)

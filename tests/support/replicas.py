@@ -25,19 +25,21 @@ class Stubs:
     sessions: Any
     rnn: Any
 
+    @classmethod
+    def on(cls, channel: grpc.Channel) -> Stubs:
+        """Make the stubs of a channel."""
+        return cls(
+            model_service_pb2_grpc.ModelServiceStub(channel),
+            session_service_pb2_grpc.SessionServiceStub(channel),
+            time_rnn_service_pb2_grpc.TimeRnnServiceStub(channel),
+        )
+
 
 class TwoReplicas:
     """Two replicas; each use of `next` gives the stubs of the other one."""
 
     def __init__(self, *channels: grpc.Channel) -> None:
-        self._stubs = [
-            Stubs(
-                model_service_pb2_grpc.ModelServiceStub(channel),
-                session_service_pb2_grpc.SessionServiceStub(channel),
-                time_rnn_service_pb2_grpc.TimeRnnServiceStub(channel),
-            )
-            for channel in channels
-        ]
+        self._stubs = [Stubs.on(channel) for channel in channels]
         self._turn = 0
 
     @property
