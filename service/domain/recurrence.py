@@ -16,6 +16,7 @@ import asyncio
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -311,7 +312,7 @@ class Recurrence:
                 pending.op.xs,
                 loaded.network.state_spec.split_rows(base.state),
                 pending.op.train,
-                lambda done: self._commit(pending, done),
+                partial(self._commit, pending),
             )
         )
 
@@ -338,7 +339,7 @@ class Recurrence:
             min(op.acknowledged_seq, op.chunk_seq - 1),
             tape_to_bytes(pending.version, op.xs, pending.base.state) if op.train else None,
         )
-        self._committer.submit(commit, lambda outcome: self._committed(pending, outcome))
+        self._committer.submit(commit, partial(self._committed, pending))
 
     def _committed(self, pending: _PendingChunk, outcome: ChunkOutcome | Exception) -> None:
         if outcome is ChunkOutcome.OK or outcome is ChunkOutcome.TOUCH:
