@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from service.cli import models, sessions
+from service.cli import models, sessions, tokens
 from service.cli.extras import explain_missing
 from service.cli.output import fail, warn
 from service.cli.ping import ping
@@ -44,6 +44,7 @@ app.command(cls=PlainCommand)(serve)
 app.command()(ping)
 app.add_typer(models.app, name="models")
 app.add_typer(sessions.app, name="sessions")
+app.add_typer(tokens.app, name="tokens")
 
 
 def _print_version(value: bool) -> None:  # noqa: FBT001 - Typer's callback

@@ -19,6 +19,9 @@ WRONG = ("neither nor", "nan", "-1")
 WRONG_ADDRESSES = ("neither nor", "host:port:port", "[::1")
 # Any text is good for these; the server or the file system says what is not.
 FREE = {"model", "hyperparameter", "failpoints", "worker", "data_dir"}
+FREE |= {"file", "tenant", "name", "token_id"}
+# What an option takes that has to be there and takes no number.
+CHOSEN = {"role": "infer"}
 # A port, where a server would begin to serve if it were let.
 SAFE = ("--listen", "127.0.0.1:0")
 
@@ -43,7 +46,7 @@ def options() -> Iterator[Option]:
             for each in command.params
             if each.required
             for word in (
-                [each.opts[0], "1"]
+                [each.opts[0], CHOSEN.get(each.name, "1")]
                 if each.param_type_name == "option"
                 else [__file__ if path[-1:] == ("import",) else "x"]
             )
