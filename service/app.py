@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # has no stubs
 
+from service.access import Access
 from service.compute.scheduler import Scheduler
 from service.domain.backward import Backpropagation
 from service.domain.contributions import Contributions
@@ -39,12 +40,19 @@ from service.domain.tapes import TapeCache
 from service.domain.updates import Updates
 from service.domain.use_cases import UseCases
 from service.domain.waiting import WaitingWork
+from service.exposure import ExposedError
 from service.failpoints import FailpointError, Failpoints
 from service.listening import try_to_bind
 from service.logs import log_to_stderr
-from service.rpc.server import RpcServer
+from service.metrics.recorder import Recorder
+from service.metrics.start import serve_metrics, serve_worker, start_measuring
+from service.rpc.auth import DEFAULT_TENANT
+from service.rpc.logins import TokenLogin
+from service.rpc.server import RpcServer, rpc_types
 from service.rpc.server_info import ServerInfo
 from service.rpc.stream import StreamRules
+from service.rpc.tls import TlsIdentity
+from service.security.files import SecretFileError
 from service.store.addresses import parse_store_url
 from service.store.connect import UnfitStoreError, open_store
 from service.store.embedded import EmbeddedStore, EmbeddedStoreError
@@ -54,7 +62,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from service.domain.limits_policy import LimitsPolicy
+    from service.metrics.recorder import Snapshot
     from service.rpc.auth import Authenticator
+    from service.security.certificates import ServerCertificate
     from service.settings import Settings
     from service.store.connect import Store
     from service.telemetry import Observer
@@ -92,17 +102,32 @@ async def serve(settings: Settings, on_ready: Callable[[str], None]) -> int:
             stack.enter_context(_ends_with_stdin(signals))
         # Results must not depend on how many cores there are.
         stack.enter_context(threadpool_limits(1, "blas"))
+        access = _access(settings)
         embedded = await _start_embedded(settings, stack)
-        observer = NULL_OBSERVER
+        recorder = Recorder(rpc_types()) if settings.metrics_listen else None
+        observer = recorder or NULL_OBSERVER
         policy = SameLimits(settings.limits)
         store = await _open_store(settings, embedded, stack, observer=observer, policy=policy)
         server = build_server(
-            settings, store, stack, points=points, observer=observer, policy=policy
+            settings,
+            store,
+            stack,
+            authenticator=_authenticator(access, recorder),
+            points=points,
+            observer=observer,
+            policy=policy,
         )
         if signals.is_stopping:
             return 0
-        address = await _listen(server, settings)
+        identity = TlsIdentity(access.certificate.value) if access.certificate else None
+        address = await _listen(server, settings, identity)
         stack.push_async_callback(server.drain, 0)
+        changes: list[Callable[[ServerCertificate], None]] = []
+        if identity is not None:
+            changes.append(identity.change)
+        if recorder is not None:
+            changes += await _start_metrics(recorder, server, store, access, settings, stack)
+        stack.enter_context(access.watched(*changes))
         _keep_freed_memory()
         # What was built until now lives as long as the process: the garbage collector may skip it.
         gc.freeze()
@@ -298,6 +323,63 @@ def build_server(
     )
 
 
+def _access(settings: Settings) -> Access:
+    try:
+        return Access(settings)
+    except (ExposedError, SecretFileError) as error:
+        raise StartError(str(error)) from error
+
+
+async def _start_metrics(
+    recorder: Recorder,
+    server: RpcServer,
+    store: Store,
+    access: Access,
+    settings: Settings,
+    stack: contextlib.AsyncExitStack,
+) -> list[Callable[[ServerCertificate], None]]:
+    """Begin to measure, and show it on the metrics port; return who has to know of a new certificate."""
+    tokens = access.tokens
+
+    async def count_sessions() -> dict[str, int]:
+        tenants = {DEFAULT_TENANT} | {token.tenant for token in (tokens.value if tokens else ())}
+        return {tenant: await store.sessions.count_sessions(tenant) for tenant in sorted(tenants)}
+
+    async def snapshot() -> Snapshot:
+        return recorder.snapshot()
+
+    recorder.ask(
+        lambda: {
+            "timernn_store_usable": float(server.health.is_serving),
+            "timernn_operations_in_flight": server.admission.operations,
+            "timernn_request_bytes_in_flight": server.admission.request_bytes,
+        }
+    )
+    await start_measuring(recorder, count_sessions, access, settings=settings, stack=stack)
+    if settings.supervised:
+        await serve_worker(recorder, settings.metrics_listen, stack)
+        return []
+    try:
+        address, tls = await serve_metrics(snapshot, access, settings=settings, stack=stack)
+    except OSError as error:
+        reason = error.strerror or "the address cannot be bound"
+        raise StartError(f"cannot listen on {settings.metrics_listen}: {reason}") from error
+    _LOGGER.info("metrics on %s://%s/metrics", "https" if tls else "http", address)
+    return [tls.change] if tls else []
+
+
+def _authenticator(access: Access, recorder: Recorder | None) -> Authenticator | None:
+    tokens = access.tokens
+    if tokens is None:
+        return None
+
+    def on_login(result: str) -> None:
+        if recorder is not None:
+            recorder.add("timernn_logins_total", result)
+
+    return TokenLogin(lambda: tokens.value, on_login)
+
+
 def _failpoints(settings: Settings) -> Failpoints:
     try:
         points = Failpoints(settings.failpoints)
@@ -308,12 +390,12 @@ def _failpoints(settings: Settings) -> Failpoints:
     return points
 
 
-async def _listen(server: RpcServer, settings: Settings) -> str:
+async def _listen(server: RpcServer, settings: Settings, identity: TlsIdentity | None) -> str:
     """Open the port; if that fails, raise a StartError with the reason."""
     listen = settings.listen
     try:
         try_to_bind(listen, is_shared=settings.supervised)
-        return await server.start(listen)
+        return await server.start(listen, identity)
     except OSError as error:
         reason = error.strerror or "the address cannot be bound"
         raise StartError(f"cannot listen on {listen}: {reason}") from error

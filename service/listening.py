@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import ipaddress
 import os
 import socket
 import sys
@@ -87,3 +88,16 @@ def _try_path(path: str) -> None:
         except (FileNotFoundError, ConnectionRefusedError):
             return  # nobody listens; what an ended server left there is gRPC's to remove
     raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+
+
+def is_loopback(listen: str) -> bool:
+    """Return whether only this machine can reach an address to listen on."""
+    if listen.startswith(UNIX):
+        return True
+    host = listen.rpartition(":")[0].strip("[]")
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -55,6 +55,15 @@ class Settings:
     """How one server process runs."""
 
     listen: str = "127.0.0.1:50051"
+    tls_cert: str = ""  # files of the server's certificate, PEM; empty: plaintext
+    tls_key: str = ""
+    tls_client_ca: str = (
+        ""  # signs the certificates that clients have to show; empty: they need none
+    )
+    tokens: str = ""  # file of tokens; empty: every caller is let in
+    insecure: bool = False  # serve strangers without encryption or login
+    metrics_listen: str = ""  # where Prometheus reads; empty: nowhere
+    metrics_tenants: bool = False  # let tenants' names stand in metrics
     redis_url: str = ""  # empty: the embedded store in data_dir
     data_dir: Path = Path("timernn-data")
     drain_s: float = 20.0  # how long calls in flight may take after SIGTERM

@@ -18,8 +18,12 @@ import sys
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Final
 
-from service.listening import shared_port
+from service.access import Access
+from service.listening import UNIX, shared_port
 from service.logs import log_to_stderr
+from service.metrics.start import serve_metrics
+from service.metrics.workers import WorkerMetrics
+from service.security.files import SecretFileError
 from service.settings import Limits, Settings
 from service.store.embedded import EmbeddedStore, EmbeddedStoreError
 
@@ -53,26 +57,62 @@ async def supervise(settings: Settings, on_ready: Callable[[str], None]) -> int:
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    with _port(settings.listen) as address, _store(settings) as url:
-        own = replace(settings, listen=address, redis_url=url, workers=1, supervised=True)
-        environment = environment_of(replace(own, compute_threads=settings.threads))
-        workers = [_Worker(i + 1, environment) for i in range(settings.workers)]
-        running = [asyncio.create_task(worker.run()) for worker in workers]
-        stopping = asyncio.create_task(stop.wait())
-        try:
-            await _until_ready(workers, running, stopping)
-            if not stop.is_set():
-                on_ready(address)
-            await asyncio.wait({stopping, *running}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            stopping.cancel()
-            for worker in workers:
-                worker.stop()
-            codes = await asyncio.gather(*running, return_exceptions=True)
+    async with contextlib.AsyncExitStack() as stack:
+        address = stack.enter_context(_port(settings.listen))
+        own = replace(
+            settings,
+            listen=address,
+            redis_url=stack.enter_context(_store(settings)),
+            workers=1,
+            supervised=True,
+            compute_threads=settings.threads,
+        )
+        metrics = await _serve_metrics(settings, stack) if settings.metrics_listen else None
+        workers = []
+        for index in range(1, settings.workers + 1):
+            socket = f"{UNIX}{metrics.path(index)}" if metrics else ""
+            workers.append(_Worker(index, environment_of(replace(own, metrics_listen=socket))))
+        codes = await _run_all(workers, stop, lambda: on_ready(address))
     for code in codes:
         if isinstance(code, BaseException):
             raise code
     return max(code for code in codes if isinstance(code, int))
+
+
+async def _run_all(
+    workers: list[_Worker], stop: asyncio.Event, on_ready: Callable[[], None]
+) -> list[int | BaseException]:
+    """Run the workers until one ends for good or a stop is asked for; return how each ended."""
+    running = [asyncio.create_task(worker.run()) for worker in workers]
+    stopping = asyncio.create_task(stop.wait())
+    try:
+        await _until_ready(workers, running, stopping)
+        if not stop.is_set():
+            on_ready()
+        await asyncio.wait({stopping, *running}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        stopping.cancel()
+        for worker in workers:
+            worker.stop()
+        codes = await asyncio.gather(*running, return_exceptions=True)
+    return codes
+
+
+async def _serve_metrics(settings: Settings, stack: contextlib.AsyncExitStack) -> WorkerMetrics:
+    """Serve one metrics port for all workers; return where each of them is to answer."""
+    try:
+        access = Access(settings)
+        metrics = WorkerMetrics(settings.workers)
+        stack.callback(metrics.close)
+        address, tls = await serve_metrics(metrics.snapshot, access, settings=settings, stack=stack)
+    except SecretFileError as error:
+        raise WorkerError(str(error)) from error
+    except OSError as error:
+        reason = error.strerror or "the address cannot be bound"
+        raise WorkerError(f"cannot listen on {settings.metrics_listen}: {reason}") from error
+    stack.enter_context(access.watched(*([tls.change] if tls else [])))
+    _LOGGER.info("metrics on %s://%s/metrics", "https" if tls else "http", address)
+    return metrics
 
 
 def environment_of(settings: Settings) -> dict[str, str]:

@@ -27,6 +27,7 @@ CHOICES = {
 }
 LIMIT_PREFIX = "limit_"
 MAY_BE_0 = ("drain_s", "drain_notice_s", "compute_threads", "limit_head_max_age_ms")
+FILES = ("tls_cert", "tls_key", "tls_client_ca", "tokens")
 HIDDEN = (
     "failpoints",
     "testing",
@@ -36,6 +37,14 @@ HIDDEN = (
 
 SETTINGS_HELP = {
     "listen": "Address to serve on: HOST:PORT, where port 0 picks a free one, or unix:PATH.",
+    "tls_cert": "Certificate to serve TLS with, PEM, followed by those that signed it. Read again when it"
+    " changes.",
+    "tls_key": "Its private key, PEM, which not everybody may read.",
+    "tls_client_ca": "Authority of the certificates that clients have to show (mTLS).",
+    "tokens": "File of the tokens that callers need; `timernn tokens` makes it. Read again when it changes.",
+    "insecure": "Serve on an address that strangers can reach without TLS, or without a login.",
+    "metrics_listen": "Address where Prometheus reads /metrics: HOST:PORT, apart from --listen.",
+    "metrics_tenants": "Show sessions by tenant in metrics.",
     "redis_url": "Redis or Valkey that keeps the state: redis://, rediss:// (TLS) or unix://,"
     " redis+sentinel://HOST:26379,…/NAME, redis+cluster://HOST:6379,…. Without it the server runs a"
     " store of its own in --data-dir.",
@@ -134,6 +143,15 @@ def parse_address(text: str) -> str:
     return text
 
 
+def parse_optional_address(text: str) -> str:
+    """Check a HOST:PORT, or a unix:PATH, or nothing.
+
+    Raises:
+        typer.BadParameter: If it is none of these.
+    """
+    return parse_address(text) if text else text
+
+
 def parse_choice(text: str, choices: tuple[str, ...]) -> str:
     """Check that a word is one of the choices, in upper or lower case.
 
@@ -212,6 +230,14 @@ def _option(name: str, default: object, explained: str, panel: str) -> Any:  # n
         return typer.Option(flag, parser=parser, metavar="|".join(choices), **common)
     if isinstance(default, Path):
         return typer.Option(flag, file_okay=False, metavar="DIR", **common)
+    if name in FILES:
+        return typer.Option(flag, metavar="FILE", show_default=False, **common)
+    if name == "metrics_listen":
+        return typer.Option(
+            flag, parser=parse_optional_address, metavar="HOST:PORT", show_default=False, **common
+        )
+    if isinstance(default, bool) and name not in HIDDEN:
+        return typer.Option(flag, **common)
     if name == "redis_url":
         return typer.Option(flag, metavar="URL", show_default="an embedded store", **common)
     if name in HIDDEN:

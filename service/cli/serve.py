@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import os
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -12,6 +11,8 @@ import typer
 
 from service.cli.options import takes_settings
 from service.cli.output import warn
+from service.exposure import check_options, lacks
+from service.listening import is_loopback
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,10 +37,12 @@ def serve(settings: Settings) -> None:
     Examples:
       timernn serve
       timernn serve --listen 127.0.0.1:0 --data-dir /var/lib/timernn
-      timernn serve --listen 0.0.0.0:50051 --redis-url redis://redis:6379/0
+      timernn serve --listen 0.0.0.0:50051 --tls-cert tls.crt --tls-key tls.key --tokens tokens.toml
     """
-    if not (settings.supervised or is_loopback(settings.listen)):  # once, not in every worker
-        warn(f"{settings.listen} may be reached from other machines, without encryption or login")
+    check_options(settings)
+    is_open = bool(lacks(settings)) and not is_loopback(settings.listen)
+    if is_open and not settings.supervised:  # once, not in every worker
+        warn(f"{settings.listen} may be reached from other machines, without {lacks(settings)}")
     code = _run(settings)
     if code:
         raise typer.Exit(code)
@@ -71,16 +74,3 @@ def fast_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
 def announce(address: str) -> None:
     """Print the ready line."""
     print(f"timernn ready on {address}", flush=True)
-
-
-def is_loopback(listen: str) -> bool:
-    """Return whether an address to listen on can be reached from this machine only."""
-    if listen.startswith("unix:"):
-        return True
-    host = listen.rpartition(":")[0].strip("[]")
-    if host == "localhost" or host.endswith(".localhost"):
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

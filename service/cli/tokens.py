@@ -6,13 +6,16 @@ import sys
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from service.cli.output import fail, print_json, print_table, warn
 from service.cli.remote import AsJson
-from service.security.tokens import Role, Token, create_token, read_tokens, revoke_tokens
+from service.security.roles import Role
+
+if TYPE_CHECKING:
+    from service.security.tokens import Token
 
 app = typer.Typer(
     help="Make and revoke the tokens that a server with --tokens accepts.", no_args_is_help=True
@@ -83,13 +86,15 @@ def create(
     Example:
       timernn tokens create --file tokens.toml --role train --tenant acme --expires 30d
     """
+    from service.security.tokens import create_token  # noqa: PLC0415 - not for other commands
+
     now = datetime.now(UTC).replace(microsecond=0)
     try:
         ends = now + expires if expires else None
     except OverflowError:
         raise typer.BadParameter("--expires: it would end after the year 9999") from None
     try:
-        presented, token = create_token(file, Role[role.name], tenant, name=name, expires=ends)
+        presented, token = create_token(file, Role(role.value), tenant, name=name, expires=ends)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     until = f"until {_moment(ends)}" if ends else "without an end"
@@ -104,6 +109,8 @@ def list_tokens(*, file: File, json: AsJson = False) -> None:
     Example:
       timernn tokens list --file tokens.toml
     """
+    from service.security.tokens import read_tokens  # noqa: PLC0415 - not for other commands
+
     found, now = list(read_tokens(file)), datetime.now(UTC)
     if json:
         print_json([_json(token, now) for token in found])
@@ -136,6 +143,8 @@ def revoke(
       timernn tokens revoke --file tokens.toml --name acme-train-3fa1
       timernn tokens revoke --file tokens.toml --token-stdin < leaked-token
     """
+    from service.security.tokens import read_tokens, revoke_tokens  # noqa: PLC0415
+
     if sum(map(bool, (name, token_id, token_stdin))) != 1:
         raise typer.BadParameter("expected one of --name, --id and --token-stdin")
     presented = sys.stdin.readline().strip() if token_stdin else ""
@@ -151,12 +160,12 @@ def revoke(
         warn(f"{file} holds no token any more: servers that use it refuse everybody")
 
 
-def _json(token: Token, now: datetime) -> dict[str, str | None]:
+def _json(token: "Token", now: datetime) -> dict[str, str | None]:
     return {
         "id": token.id,
         "name": token.name,
         "tenant": token.tenant,
-        "role": token.role.name.lower(),
+        "role": token.role.value,
         "created": _moment(token.created),
         "expires": _moment(token.expires) if token.expires else None,
         "state": "expired" if token.has_expired(now) else "valid",

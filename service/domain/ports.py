@@ -430,6 +430,9 @@ class SessionStore(Protocol):
     async def touch_session(self, key: SessionKey, ttl_ms: int) -> None:
         """Move the end of a session's entry in the tenant's list to what a chunk has made it."""
 
+    async def count_sessions(self, tenant: str) -> int:
+        """Return the length of the tenant's list, entries whose session has just ended included."""
+
     async def list_sessions(
         self, tenant: str, after: tuple[str, str] | None, page_size: int
     ) -> list[tuple[str, str]]:

@@ -7,8 +7,9 @@ need different roles, and its credential may expire or be revoked while it is op
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
+
+from service.security.roles import Role
 
 if TYPE_CHECKING:
     import grpc.aio
@@ -16,15 +17,6 @@ if TYPE_CHECKING:
     Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 
 DEFAULT_TENANT = "default"
-
-
-class Role(Enum):
-    """What a credential is good for."""
-
-    INFER = "infer"
-    TRAIN = "train"
-    ADMIN = "admin"
-    OPERATOR = "operator"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +27,19 @@ class Principal:
         tenant: Whose data the call sees.
         roles: What the credential is good for.
         name: The credential's own name, for logs; empty where there is none.
+        credential_id: What the credential is known by, so that it can be found again; empty where there is none.
         expire_time_s: When the credential ends, in seconds since 1970; None for never.
     """
 
     tenant: str
     roles: frozenset[Role] = frozenset(Role)
     name: str = ""
+    credential_id: str = ""
     expire_time_s: float | None = None
+
+
+ANONYMOUS: Final = Principal("", roles=frozenset())
+"""Who calls what needs no credential."""
 
 
 class Caller(Protocol):

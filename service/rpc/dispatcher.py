@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from google.protobuf.message_factory import GetMessageClass
 
 from service.rpc.admission import Admission, Share
+from service.rpc.auth import ANONYMOUS
 from service.rpc.errors import draining
+from service.rpc.permissions import PUBLIC
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -147,8 +149,11 @@ class Dispatcher:
 
     def let_in(self, operation: Operation, caller: Caller) -> Share:
         """Return an empty share for a call, or refuse it by who calls or because the server drains."""
-        principal = self._authenticator.authenticate(caller)
-        self._authenticator.authorise(principal, operation.method)
+        if operation.method in PUBLIC:
+            principal = ANONYMOUS
+        else:
+            principal = self._authenticator.authenticate(caller)
+            self._authenticator.authorise(principal, operation.method)
         if self.is_draining and not operation.is_always_served:
             raise draining()
         return Share(self._unbounded if operation.is_always_served else self.admission, principal)

@@ -17,7 +17,14 @@ import grpc
 import grpc.aio
 
 from service.deadlines import Deadlines
-from service.rpc.errors import DETAILS_KEY, code_of, refusal_of, refusal_to_status
+from service.rpc.errors import (
+    DETAILS_KEY,
+    Unauthenticated,
+    code_of,
+    refusal_of,
+    refusal_to_status,
+)
+from service.rpc.logins import LoginThrottle
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
@@ -83,6 +90,7 @@ class Gate:
         self._codec = codec
         self._observer = observer
         self._deadlines = Deadlines(default_deadline_s)
+        self._throttle = LoginThrottle()
 
     def wrap(
         self, service: ServiceDescriptor, servicer: object, *, is_always_served: bool = False
@@ -152,6 +160,8 @@ class Gate:
                         request_bytes=traffic.request_bytes,
                         answer_bytes=traffic.answer_bytes,
                     )
+            if isinstance(refusal, Unauthenticated):
+                await self._throttle.hold(context.peer())
             return await _abort(context, refusal)
 
         return guarded

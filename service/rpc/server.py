@@ -19,6 +19,7 @@ from service.rpc.dispatcher import Dispatcher
 from service.rpc.gate import Gate
 from service.rpc.health import Health
 from service.rpc.model_service import ModelService
+from service.rpc.permissions import check_complete
 from service.rpc.reflection import Reflection
 from service.rpc.session_service import SessionService
 from service.rpc.stream import StreamRules, Streams
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from service.domain.use_cases import UseCases
     from service.rpc.auth import Authenticator
     from service.rpc.server_info import ServerInfo
+    from service.rpc.tls import TlsIdentity
     from service.telemetry import Observer
 
 # Beyond the limit on messages, so that one a little too large is refused by us, with a reason.
@@ -44,6 +46,23 @@ _REFLECTION: Final = reflection_pb2.DESCRIPTOR.services_by_name["ServerReflectio
 
 SERVICES: Final = (_MODEL, _SESSION, _TIME_RNN, _HEALTH, _REFLECTION)
 SERVICE_NAMES: Final = tuple(service.full_name for service in SERVICES)
+
+
+def rpc_types() -> dict[str, str]:
+    """Return for each method's path its type, in the words of metrics."""
+    names = {
+        (False, False): "unary",
+        (True, False): "client_stream",
+        (False, True): "server_stream",
+        (True, True): "bidi_stream",
+    }
+    return {
+        f"/{service.full_name}/{method.name}": names[
+            method.client_streaming, method.server_streaming
+        ]
+        for service in SERVICES
+        for method in service.methods
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +103,7 @@ class RpcServer:
         # The pure-Python parser has no bound on nesting (CVE-2025-4565), and is slow.
         if api_implementation.Type() != "upb":
             raise RuntimeError("protobuf runs without its compiled parser; install its wheel")
+        check_complete(rpc_types())
         limits = info.limits
         deadline_s = limits.default_deadline_ms / 1000
         rules = rules or StreamRules(deadline_s=deadline_s)
@@ -113,14 +133,21 @@ class RpcServer:
             ]
         )
 
-    async def start(self, listen: str) -> str:
+    async def start(self, listen: str, identity: TlsIdentity | None = None) -> str:
         """Open the port and begin to serve; return the address with the port that was taken.
+
+        Args:
+            listen: HOST:PORT or unix:PATH.
+            identity: What the server shows to its clients; None: it speaks plaintext.
 
         Raises:
             OSError: If the address cannot be bound.
         """
         try:
-            port = self._server.add_insecure_port(listen)
+            if identity is None:
+                port = self._server.add_insecure_port(listen)
+            else:
+                port = self._server.add_secure_port(listen, identity.credentials())
         except RuntimeError as error:
             raise OSError(f"cannot listen on {listen}") from error
         await self._server.start()

@@ -14,16 +14,16 @@ import secrets
 import tomllib
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Final
 
 import tomlkit
 from tomlkit.exceptions import TOMLKitError
 
 from service.security.files import SecretFileError, locked, read_private, replace_private
+from service.security.roles import Role
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
 PREFIX: Final = "timernn_"
@@ -34,15 +34,6 @@ _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,62}")
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 # Compared with where there is no entry, so that a wrong id takes as long as a wrong secret.
 _NO_DIGEST: Final = hashlib.sha256(b"").hexdigest()
-
-
-class Role(IntEnum):
-    """What a token may do; each but OPERATOR also what those before it may."""
-
-    INFER = 1  # sessions and forward passes
-    TRAIN = 2  # gradients, updates and weights
-    ADMIN = 3  # creates and deletes the models of its tenant
-    OPERATOR = 4  # sees all tenants and changes nothing in them
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +48,8 @@ class Token:
         digest: The SHA-256 of the token, 64 hexadecimal digits.
         created: When it was made, UTC.
         expires: When it ends, UTC; None: never.
+        certificate: A subject alternative name: a client certificate with it, signed by the authority of
+            --tls-client-ca, stands for the token. None: only the token itself does.
     """
 
     id: str
@@ -66,6 +59,7 @@ class Token:
     digest: str
     created: datetime
     expires: datetime | None = None
+    certificate: str | None = None
 
     def has_expired(self, now: datetime) -> bool:
         """Return whether its time is over."""
@@ -78,6 +72,7 @@ class TokenSet:
     def __init__(self, tokens: Mapping[str, Token] | None = None) -> None:
         """Keep entries by id."""
         self._tokens = dict(tokens or {})
+        self._certificates = {one.certificate: one for one in self if one.certificate}
 
     def __iter__(self) -> Iterator[Token]:
         """Go through the entries in the file's order."""
@@ -90,6 +85,12 @@ class TokenSet:
     def get(self, token_id: str) -> Token | None:
         """Return the entry of an id."""
         return self._tokens.get(token_id)
+
+    def of_certificate(self, names: Iterable[str]) -> Token | None:
+        """Return the entry that names a certificate by one of its subject alternative names."""
+        return next(
+            (self._certificates[name] for name in names if name in self._certificates), None
+        )
 
     def find(self, presented: str) -> Token | None:
         """Return the entry of a token; None when there is none, whatever is wrong with it.
@@ -154,7 +155,7 @@ def create_token(
     """
     check_name("tenant", tenant)
     token_id = secrets.token_hex(_ID_BYTES)
-    name = name or f"{tenant}-{role.name.lower()}-{token_id[:4]}"
+    name = name or f"{tenant}-{role.value}-{token_id[:4]}"
     check_name("name", name)
     presented = f"{PREFIX}{token_id}_{secrets.token_urlsafe(_SECRET_BYTES)}"
     digest = hashlib.sha256(presented.encode()).hexdigest()
@@ -205,11 +206,14 @@ def check_name(field: str, text: str) -> None:
 
 def _entry(entry: Mapping[str, Any], source: str) -> Token:
     expected = {"id", "name", "tenant", "role", "sha256", "created"}
-    missing, unknown = sorted(expected - set(entry)), sorted(set(entry) - expected - {"expires"})
+    missing, unknown = (
+        sorted(expected - set(entry)),
+        sorted(set(entry) - expected - {"expires", "certificate"}),
+    )
     if missing or unknown:
         wrong = f"{missing[0]!r} is missing" if missing else f"{unknown[0]!r} is not known"
         raise SecretFileError(f"{source}: {wrong}")
-    names = [role.name.lower() for role in Role]
+    names = [role.value for role in Role]
     forms = {
         "id": (re.compile(rf"[0-9a-f]{{{2 * _ID_BYTES}}}"), f"{2 * _ID_BYTES} hexadecimal digits"),
         "name": (_NAME, "a name"),
@@ -230,11 +234,19 @@ def _entry(entry: Mapping[str, Any], source: str) -> Token:
         entry["id"],
         entry["name"],
         entry["tenant"],
-        Role[entry["role"].upper()],
+        Role(entry["role"]),
         entry["sha256"],
         entry["created"],
         entry.get("expires"),
+        _certificate(entry, source),
     )
+
+
+def _certificate(entry: Mapping[str, Any], source: str) -> str | None:
+    name = entry.get("certificate")
+    if name is None or (isinstance(name, str) and name):
+        return name
+    raise SecretFileError(f"{source}: certificate: expected a subject alternative name")
 
 
 def _document(path: Path) -> tomlkit.TOMLDocument:
@@ -262,7 +274,7 @@ def _table(token: Token) -> tomlkit.items.Table:
             "id": token.id,
             "name": token.name,
             "tenant": token.tenant,
-            "role": token.role.name.lower(),
+            "role": token.role.value,
             "sha256": token.digest,
             "created": token.created,
         }

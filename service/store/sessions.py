@@ -244,6 +244,11 @@ class RedisSessionStore:
             ScriptCall(_RESERVE_SESSION, (keys.tenant_sessions_key(key.tenant),), arguments)
         )
 
+    async def count_sessions(self, tenant: str) -> int:
+        """Return the length of the tenant's list, entries whose session has just ended included."""
+        (count,) = await self._runner.run_commands([("ZCARD", keys.tenant_sessions_key(tenant))])
+        return int(count)
+
     async def list_sessions(
         self, tenant: str, after: tuple[str, str] | None, page_size: int
     ) -> list[tuple[str, str]]:

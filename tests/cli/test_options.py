@@ -21,7 +21,7 @@ from service.cli.options import (
     parse_bytes,
     takes_settings,
 )
-from service.cli.serve import is_loopback
+from service.listening import is_loopback
 from service.settings import Limits, Settings
 
 if TYPE_CHECKING:

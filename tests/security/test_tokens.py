@@ -12,9 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.security.files import SecretFileError
+from service.security.roles import Role
 from service.security.tokens import (
-    Role,
-    TokenSet,
     create_token,
     parse_tokens,
     read_tokens,
@@ -168,9 +167,3 @@ def test_an_entry_that_is_not_valid_refuses_the_file(text: str, error: str) -> N
     """The error names the entry and the field, and repeats no value."""
     with pytest.raises(SecretFileError, match=error):
         parse_tokens(text, "tokens.toml")
-
-
-def test_roles_are_ordered() -> None:
-    """Each role may do what those before it may."""
-    assert Role.INFER < Role.TRAIN < Role.ADMIN
-    assert len(TokenSet()) == 0

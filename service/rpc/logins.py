@@ -1,0 +1,163 @@
+"""Who calls, by a bearer token or by a client certificate that a token's entry names."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import OrderedDict
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Final
+
+from service.rpc.auth import Principal
+from service.rpc.errors import PermissionDenied, Unauthenticated
+from service.rpc.permissions import ROLES
+from service.security.roles import GRANTED, Role
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from service.rpc.auth import Caller
+    from service.security.tokens import Token, TokenSet
+
+TENANT_KEY: Final = "timernn-tenant"
+"""Metadata by which an operator names the tenant that it wants to see."""
+
+_AUTHORIZATION: Final = "authorization"
+_SCHEME: Final = "bearer"
+_ALTERNATIVE_NAMES: Final = "x509_subject_alternative_name"
+# One text for unknown, wrong, expired and revoked: nobody learns which tokens there are.
+_BAD: Final = "the credential is not valid, or not valid any more"
+
+_AUDIT: Final = logging.getLogger("service.audit")
+
+
+class TokenLogin:
+    """Knows callers by the tokens of a file, which may change at any time."""
+
+    def __init__(
+        self, tokens: Callable[[], TokenSet], on_login: Callable[[str], None] = lambda _: None
+    ) -> None:
+        """Keep where the tokens are.
+
+        Args:
+            tokens: Returns those that are valid now.
+            on_login: Called with how a login ended: accepted, missing, expired or refused.
+        """
+        self._tokens = tokens
+        self._on_login = on_login
+
+    def authenticate(self, caller: Caller) -> Principal:
+        """Return who calls.
+
+        Raises:
+            Unauthenticated: NO_CREDENTIALS, BAD_CREDENTIALS.
+        """
+        metadata = dict(caller.invocation_metadata() or ())
+        presented = _bearer(metadata.get(_AUTHORIZATION, ""))
+        if presented is None:
+            entry = self._of_certificate(caller)
+        else:
+            entry = self._tokens().find(presented)
+        if entry is None:
+            raise self._refused(caller, "missing" if presented is None else "refused", "")
+        if entry.has_expired(datetime.now(UTC)):
+            raise self._refused(caller, "expired", entry.name)
+        self._on_login("accepted")
+        return _principal(entry, metadata)
+
+    def authorise(self, principal: Principal, method: str) -> None:
+        """Return if the principal may call a method now.
+
+        Raises:
+            Unauthenticated: BAD_CREDENTIALS: its token has expired or was revoked since it logged in.
+            PermissionDenied: ROLE.
+        """
+        entry = self._tokens().get(principal.credential_id)
+        ends = principal.expire_time_s
+        if entry is None or (ends is not None and time.time() >= ends):
+            self._on_login("refused" if entry is None else "expired")
+            raise Unauthenticated("BAD_CREDENTIALS", _BAD)
+        needed = ROLES.get(method, frozenset())
+        if not needed & principal.roles:
+            held = max(principal.roles, key=list(Role).index).value
+            name = method.rpartition("/")[2]
+            raise PermissionDenied("ROLE", f"role {held!r} may not call {name}", role=held)
+
+    def _of_certificate(self, caller: Caller) -> Token | None:
+        """Return the entry that names the caller's certificate, which the connection verified."""
+        proved: Any = caller.auth_context() or {}
+        names = {name.decode(errors="replace") for name in proved.get(_ALTERNATIVE_NAMES, ())}
+        return self._tokens().of_certificate(names) if names else None
+
+    def _refused(self, caller: Caller, how: str, name: str) -> Unauthenticated:
+        self._on_login(how)
+        _AUDIT.warning("login %s from %s %s", how, caller.peer(), name)
+        if how == "missing":
+            text = "a token is needed: metadata 'authorization' with 'Bearer TOKEN'"
+            return Unauthenticated("NO_CREDENTIALS", text)
+        return Unauthenticated("BAD_CREDENTIALS", _BAD)
+
+
+class LoginThrottle:
+    """Makes the caller wait whose logins fail again and again; others from its address do not.
+
+    Only the refusal itself is held back, so a caller with a right token never waits.
+    """
+
+    _FREE: Final = 5
+    _FIRST_S: Final = 0.1
+    _LONGEST_S: Final = 2.0
+    _FORGET_S: Final = 60.0
+    _HOSTS: Final = 10_000
+    _WAITING: Final = 200
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """Start without failures."""
+        self._clock = clock
+        self._failures: OrderedDict[str, tuple[int, float]] = OrderedDict()
+        self._waiting = 0
+
+    async def hold(self, peer: str) -> None:
+        """Wait as long as a failure from this peer has to; not at all when too many wait already."""
+        delay_s = self.note(peer)
+        if not delay_s or self._waiting >= self._WAITING:
+            return
+        self._waiting += 1
+        try:
+            await asyncio.sleep(delay_s)
+        finally:
+            self._waiting -= 1
+
+    def note(self, peer: str) -> float:
+        """Count a failure and return for how long it has to wait, in seconds."""
+        host, now = peer.rpartition(":")[0], self._clock()
+        count, last = self._failures.pop(host, (0, now))
+        count = 1 if now - last > self._FORGET_S else count + 1
+        self._failures[host] = count, now
+        while len(self._failures) > self._HOSTS:
+            self._failures.popitem(last=False)
+        over = count - self._FREE
+        if over <= 0:
+            return 0.0
+        return min(self._FIRST_S * 2.0 ** min(over - 1, 10), self._LONGEST_S)
+
+
+def _bearer(header: str | bytes) -> str | None:
+    if isinstance(header, bytes):
+        return None
+    scheme, _, token = header.partition(" ")
+    return token.strip() if scheme.lower() == _SCHEME and token.strip() else None
+
+
+def _principal(entry: Token, metadata: dict[str, Any]) -> Principal:
+    tenant = entry.tenant
+    if entry.role is Role.OPERATOR:
+        tenant = str(metadata.get(TENANT_KEY, tenant))
+    return Principal(
+        tenant=tenant,
+        roles=GRANTED[entry.role],
+        name=entry.name,
+        credential_id=entry.id,
+        expire_time_s=entry.expires.timestamp() if entry.expires else None,
+    )
