@@ -69,7 +69,7 @@ def test_settings_come_from_the_environment(
 
 def test_an_address_that_others_reach_is_warned_of(serving: Serving, tmp_path: Path) -> None:
     """Without encryption or login, a wildcard address is worth a line."""
-    with serving(tmp_path, "--listen", "0.0.0.0:0") as server:
+    with serving(tmp_path, "--listen", "0.0.0.0:0", "--insecure") as server:
         assert "0.0.0.0:0 may be reached from other machines" in server.log.read_text()
 
 

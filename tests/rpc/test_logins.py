@@ -1,4 +1,4 @@
-"""Every method and every kind of credential: who is let in, and what the others are told."""
+"""Every method and every kind of credential: who is let in, and how the others are refused."""
 
 from __future__ import annotations
 
