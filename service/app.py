@@ -16,6 +16,7 @@ import secrets
 import signal
 import time
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Final
 
@@ -55,11 +56,12 @@ from service.rpc.tls import TlsIdentity
 from service.security.files import SecretFileError
 from service.store.addresses import parse_store_url
 from service.store.connect import UnfitStoreError, open_store
+from service.store.credentials import PasswordFileError
 from service.store.embedded import EmbeddedStore, EmbeddedStoreError
 from service.telemetry import NULL_OBSERVER
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Awaitable, Callable, Iterator
 
     from service.domain.limits_policy import LimitsPolicy
     from service.metrics.recorder import Snapshot
@@ -120,8 +122,11 @@ async def serve(settings: Settings, on_ready: Callable[[str], None]) -> int:
         if signals.is_stopping:
             return 0
         identity = TlsIdentity(access.certificate.value) if access.certificate else None
-        address = await _listen(server, settings, identity)
+        address = await _listen(settings.listen, partial(server.start, identity=identity), settings)
         stack.push_async_callback(server.drain, 0)
+        if settings.health_listen:
+            health = await _listen(settings.health_listen, server.start_health, settings)
+            _LOGGER.info("health on %s", health)
         changes: list[Callable[[ServerCertificate], None]] = []
         if identity is not None:
             changes.append(identity.change)
@@ -212,6 +217,8 @@ async def _open_store(
     policy: LimitsPolicy,
 ) -> Store:
     url = embedded.url if embedded else settings.redis_url
+    if embedded and settings.redis_password_file:
+        raise StartError("--redis-password-file needs --redis-url")
     try:
         shown = f"the store at {parse_store_url(url)}"
         store = await open_store(url, settings, observer, policy=policy)
@@ -220,6 +227,8 @@ async def _open_store(
             await store.check()
     except ValueError as error:
         raise StartError(f"--redis-url: {error}") from error
+    except PasswordFileError as error:
+        raise StartError(f"--redis-password-file: {error}") from error
     except Unavailable as error:
         raise StartError(f"{shown} cannot be reached: {error.__cause__ or error}") from error
     except UnfitStoreError as error:
@@ -390,12 +399,11 @@ def _failpoints(settings: Settings) -> Failpoints:
     return points
 
 
-async def _listen(server: RpcServer, settings: Settings, identity: TlsIdentity | None) -> str:
-    """Open the port; if that fails, raise a StartError with the reason."""
-    listen = settings.listen
+async def _listen(listen: str, start: Callable[[str], Awaitable[str]], settings: Settings) -> str:
+    """Open a port; if that fails, raise a StartError with the reason."""
     try:
         try_to_bind(listen, is_shared=settings.supervised)
-        return await server.start(listen, identity)
+        return await start(listen)
     except OSError as error:
         reason = error.strerror or "the address cannot be bound"
         raise StartError(f"cannot listen on {listen}: {reason}") from error

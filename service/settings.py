@@ -61,10 +61,12 @@ class Settings:
         ""  # signs the certificates that clients have to show; empty: they need none
     )
     tokens: str = ""  # file of tokens; empty: every caller is let in
+    health_listen: str = ""  # a second address, plaintext, for health alone; empty: none
     insecure: bool = False  # serve strangers without encryption or login
     metrics_listen: str = ""  # where Prometheus reads; empty: nowhere
     metrics_tenants: bool = False  # let tenants' names stand in metrics
     redis_url: str = ""  # empty: the embedded store in data_dir
+    redis_password_file: str = ""  # holds the password of the URL's user; empty: the URL has it
     data_dir: Path = Path("timernn-data")
     drain_s: float = 20.0  # how long calls in flight may take after SIGTERM
     drain_notice_s: float = 0.0  # how long health is NOT_SERVING before calls are refused

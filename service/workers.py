@@ -59,9 +59,13 @@ async def supervise(settings: Settings, on_ready: Callable[[str], None]) -> int:
         loop.add_signal_handler(number, stop.set)
     async with contextlib.AsyncExitStack() as stack:
         address = stack.enter_context(_port(settings.listen))
+        health = ""
+        if settings.health_listen:
+            health = stack.enter_context(_port(settings.health_listen))
         own = replace(
             settings,
             listen=address,
+            health_listen=health,
             redis_url=stack.enter_context(_store(settings)),
             workers=1,
             supervised=True,
@@ -158,15 +162,20 @@ class _Worker:
             self._process.terminate()
 
     async def _run_once(self) -> int:
-        self._process = process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "service",
-            "serve",
-            stdin=asyncio.subprocess.PIPE,  # closed by the system when this process ends
-            stdout=asyncio.subprocess.PIPE,
-            env=self._environment,
-        )
+        # A process inherits what is blocked: SIGTERM waits until the worker has a handler for it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            self._process = process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "service",
+                "serve",
+                stdin=asyncio.subprocess.PIPE,  # closed by the system when this process ends
+                stdout=asyncio.subprocess.PIPE,
+                env=self._environment,
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         if self._is_stopping:
             process.terminate()
         reader = process.stdout

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from service.cli.extras import explain_missing
 from service.cli.output import fail
+from service.cli.stopping import stop_early
 
 # NumPy and gRPC read these once, at import. One BLAS thread, because the same update has to give the
 # same weights bit for bit, whatever the machine; no fork support, because nothing here forks after
@@ -33,6 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: The words after `timernn`; those of this process by default.
     """
+    if arguments is None:
+        arguments = sys.argv[1:]
+        stop_early(arguments)
     try:
         from service.cli.app import run  # noqa: PLC0415 - after the environment is set
     except ModuleNotFoundError as error:
@@ -40,4 +44,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
             fail(text)
             return 1
         raise
-    return run(list(sys.argv[1:] if arguments is None else arguments))
+    return run(list(arguments))

@@ -27,7 +27,8 @@ CHOICES = {
 }
 LIMIT_PREFIX = "limit_"
 MAY_BE_0 = ("drain_s", "drain_notice_s", "compute_threads", "limit_head_max_age_ms")
-FILES = ("tls_cert", "tls_key", "tls_client_ca", "tokens")
+FILES = ("tls_cert", "tls_key", "tls_client_ca", "tokens", "redis_password_file")
+OPTIONAL_ADDRESSES = ("metrics_listen", "health_listen")
 HIDDEN = (
     "failpoints",
     "testing",
@@ -42,12 +43,15 @@ SETTINGS_HELP = {
     "tls_key": "Its private key, PEM, which not everybody may read.",
     "tls_client_ca": "Authority of the certificates that clients have to show (mTLS).",
     "tokens": "File of the tokens that callers need; `timernn tokens` makes it. Read again when it changes.",
+    "health_listen": "Second address, in plaintext, that answers health checks and nothing else: for probes"
+    " that have no certificate.",
     "insecure": "Serve on an address that strangers can reach without TLS, or without a login.",
     "metrics_listen": "Address where Prometheus reads /metrics: HOST:PORT, apart from --listen.",
     "metrics_tenants": "Show sessions by tenant in metrics.",
     "redis_url": "Redis or Valkey that keeps the state: redis://, rediss:// (TLS) or unix://,"
     " redis+sentinel://HOST:26379,…/NAME, redis+cluster://HOST:6379,…. Without it the server runs a"
     " store of its own in --data-dir.",
+    "redis_password_file": "File with the password of the store's user, read again for each connection.",
     "data_dir": "Folder of the embedded store: what it holds survives a restart.",
     "drain_s": "Seconds that calls in flight may take after SIGTERM.",
     "drain_notice_s": "Seconds that health says NOT_SERVING before calls are refused, so that a"
@@ -232,7 +236,7 @@ def _option(name: str, default: object, explained: str, panel: str) -> Any:  # n
         return typer.Option(flag, file_okay=False, metavar="DIR", **common)
     if name in FILES:
         return typer.Option(flag, metavar="FILE", show_default=False, **common)
-    if name == "metrics_listen":
+    if name in OPTIONAL_ADDRESSES:
         return typer.Option(
             flag, parser=parse_optional_address, metavar="HOST:PORT", show_default=False, **common
         )

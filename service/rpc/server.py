@@ -81,7 +81,7 @@ class _Service:
 
 
 class RpcServer:
-    """Serves the contract on one port.
+    """Serves the contract on one port, and health on a second one if it is asked for.
 
     Attributes:
         health: NOT_SERVING until set.
@@ -116,22 +116,26 @@ class RpcServer:
         )
         gate = Gate(self.dispatcher, codec, observer=observer, default_deadline_s=deadline_s)
         input_rules = InputRules(limits)
+        health = gate.wrap(_HEALTH, self.health, is_always_served=True)
         services = [
             _Service(_MODEL, ModelService(use_cases.models, info, input_rules)),
             _Service(_SESSION, SessionService(use_cases.sessions, input_rules)),
             _Service(_TIME_RNN, TimeRnnService(use_cases, limits, self.streams)),
-            _Service(_HEALTH, self.health, is_always_served=True),
             _Service(_REFLECTION, Reflection(SERVICE_NAMES, codec), is_always_served=True),
         ]
-        self._server = grpc.aio.server(
-            options=_options(limits.message_bytes, rules, reuse_port=reuse_port)
-        )
+        options = _options(limits.message_bytes, rules, reuse_port=reuse_port)
+        self._server = grpc.aio.server(options=options)
         self._server.add_generic_rpc_handlers(
             [
-                gate.wrap(each.contract, each.servicer, is_always_served=each.is_always_served)
-                for each in services
+                health,
+                *(
+                    gate.wrap(each.contract, each.servicer, is_always_served=each.is_always_served)
+                    for each in services
+                ),
             ]
         )
+        self._health_server = grpc.aio.server(options=options)
+        self._health_server.add_generic_rpc_handlers([health])
 
     async def start(self, listen: str, identity: TlsIdentity | None = None) -> str:
         """Open the port and begin to serve; return the address with the port that was taken.
@@ -143,18 +147,20 @@ class RpcServer:
         Raises:
             OSError: If the address cannot be bound.
         """
-        try:
-            if identity is None:
-                port = self._server.add_insecure_port(listen)
-            else:
-                port = self._server.add_secure_port(listen, identity.credentials())
-        except RuntimeError as error:
-            raise OSError(f"cannot listen on {listen}") from error
-        await self._server.start()
-        if listen.startswith("unix:"):
-            return listen
-        host, _, _ = listen.rpartition(":")
-        return f"{host}:{port}"
+        return await _start(self._server, listen, identity)
+
+    async def start_health(self, listen: str) -> str:
+        """Open a second port, in plaintext, that serves health alone; return its address.
+
+        It is served until the server has drained.
+
+        Args:
+            listen: HOST:PORT or unix:PATH.
+
+        Raises:
+            OSError: If the address cannot be bound.
+        """
+        return await _start(self._health_server, listen, None)
 
     async def drain(self, grace_s: float) -> None:
         """Take nothing more; finish what was accepted within grace_s, then cut it off.
@@ -169,6 +175,23 @@ class RpcServer:
             # refuses it, with a reason.
             await asyncio.sleep(_HANDOVER_S)
         await self._server.stop(grace_s)
+        await self._health_server.stop(0)
+
+
+async def _start(server: grpc.aio.Server, listen: str, identity: TlsIdentity | None) -> str:
+    """Open a server's port and begin to serve; return the address with the port that was taken."""
+    try:
+        if identity is None:
+            port = server.add_insecure_port(listen)
+        else:
+            port = server.add_secure_port(listen, identity.credentials())
+    except RuntimeError as error:
+        raise OSError(f"cannot listen on {listen}") from error
+    await server.start()
+    if listen.startswith("unix:"):
+        return listen
+    host, _, _ = listen.rpartition(":")
+    return f"{host}:{port}"
 
 
 def _options(message_bytes: int, rules: StreamRules, *, reuse_port: bool) -> list[tuple[str, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from redis import exceptions as redis_errors
@@ -14,6 +15,7 @@ from redis.backoff import NoBackoff
 
 from service.store.addresses import join_host, parse_store_url
 from service.store.cluster import ClusterRouter
+from service.store.credentials import PasswordFile
 from service.store.links import WITHOUT_NOTICES, StoreClient, watch_links
 from service.telemetry import NULL_OBSERVER
 
@@ -101,9 +103,12 @@ def connect(
         observer: Is called with each round trip.
 
     Raises:
-        ValueError: If the URL is malformed.
+        ValueError: If the URL is malformed, or has a password although a file has it.
+        PasswordFileError: If the file of the password cannot be used.
     """
     address = parse_store_url(url)
+    if settings.redis_password_file and address.password:
+        raise ValueError("the URL has a password, and --redis-password-file is given too")
     if address.form.endswith("cluster"):
         return _connect_cluster(address, settings, observer)
     if address.form.endswith("sentinel"):
@@ -129,7 +134,7 @@ def _connect_one(
         max_connections=settings.store_connections,
         maint_notifications_config=WITHOUT_NOTICES,
         **place,
-        **_login(address),
+        **_login(address, settings),
         **_pool_options(settings),
     )
     watch_links(pool)
@@ -156,7 +161,7 @@ def _connect_sentinel(address: StoreAddress, settings: Settings) -> StoreClient:
         redis_class=StoreClient,
         connection_pool_class=OneMasterPool,
         ssl=address.is_tls,
-        **_login(address),
+        **_login(address, settings),
         # This pool cannot block when it is exhausted: ScriptRunner bounds the calls, the spare
         # connections are for health checks.
         max_connections=settings.store_connections + _SPARE_CONNECTIONS,
@@ -176,13 +181,12 @@ def _connect_cluster(
     return ClusterRouter(address.hosts, make_client)
 
 
-def _login(address: StoreAddress) -> dict[str, Any]:
-    return {
-        "db": address.database,
-        "username": address.username,
-        "password": address.password,
-        **address.link_options,
-    }
+def _login(address: StoreAddress, settings: Settings) -> dict[str, Any]:
+    login: dict[str, Any] = {"username": address.username, "password": address.password}
+    if settings.redis_password_file:
+        file = PasswordFile(address.username, Path(settings.redis_password_file))
+        login = {"credential_provider": file}
+    return {"db": address.database, **login, **address.link_options}
 
 
 def _link_options(settings: Settings) -> dict[str, Any]:
