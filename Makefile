@@ -95,8 +95,17 @@ soak: setup ## Hours of mixed load, watched for leaks.
 	@$(BIN)/python -m pytest tests/faults -m soak --timeout=0 $(PYTEST_ARGS)
 
 .PHONY: image-test
-image-test: ## Build the image, start it, ping it (docker, podman or buildah).
+image-test: ## Build the image, start it, send it a Forward, stop it (docker, podman or buildah).
 	@scripts/image_test.sh
+
+.PHONY: compose-test
+compose-test: setup ## Run the compose files and break them; COMPOSE is the command, "docker compose" by default.
+	@scripts/setup.sh operate
+	@$(BIN)/python -m pytest tests/deployment/compose_run.py -p no:randomly $(PYTEST_ARGS)
+
+.PHONY: operate
+operate: setup ## Check the deployment's files with their own tools: hadolint, Kubernetes' schemas, Prometheus.
+	@scripts/operate.sh $(PYTEST_ARGS)
 
 .PHONY: clean
 clean: ## Remove what the targets made.

@@ -16,7 +16,9 @@ compile() {
 
 compile bootstrap "$@" requirements/bootstrap.in
 compile build "$@" requirements/build.in
+compile sbom "$@" requirements/sbom.in
 compile server "$@" --extra server pyproject.toml
 compile dev "$@" --extra server --extra demo --extra test --extra lint \
   --constraints requirements/server.lock --constraints requirements/build.lock pyproject.toml requirements/build.in
+compile operate "$@" --constraints requirements/dev.lock requirements/operate.in
 compile bench "$@" --extra bench --constraints requirements/dev.lock pyproject.toml

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Make .venv ready: the locked dependencies and this package, editable.
 # Does nothing, within milliseconds, when pyproject.toml, the lock files and the interpreter are unchanged.
-# Usage: scripts/setup.sh [LOCK]   LOCK: dev (default) or bench, which adds to dev.
+# Usage: scripts/setup.sh [LOCK]   LOCK: dev (default), or bench or operate, which add to dev.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 lock=${1:-dev}

@@ -25,13 +25,16 @@ class SecretFileError(Exception):
 def read_private(path: Path) -> str:
     """Return the text of a file that only its owner may read.
 
+    Where an orchestrator mounts a secret, root owns it and the server may read it by its group.
+
     Raises:
         SecretFileError: If it cannot be read, or if others may read or write it.
     """
     try:
         with path.open("rb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-            if stat.S_IMODE(mode) & _OTHERS:
+            found = os.fstat(file.fileno())
+            mode, is_own = found.st_mode, found.st_uid == os.geteuid()
+            if stat.S_IMODE(mode) & (_OTHERS if is_own else _OTHERS & ~stat.S_IRGRP):
                 text = f"{path}: expected mode 0600, got {stat.S_IMODE(mode):04o}: run `chmod 600 {path}`"
                 raise SecretFileError(text)
             return file.read().decode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
@@ -167,3 +168,15 @@ def test_an_entry_that_is_not_valid_refuses_the_file(text: str, error: str) -> N
     """The error names the entry and the field, and repeats no value."""
     with pytest.raises(SecretFileError, match=error):
         parse_tokens(text, "tokens.toml")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_a_mounted_file_may_be_read_by_its_group(file: Path) -> None:
+    """So an orchestrator mounts a secret: another user owns it."""
+    create(file)
+    os.chown(file, 12345, 0)
+    file.chmod(0o440)
+    assert len(read_tokens(file)) == 1
+    file.chmod(0o460)
+    with pytest.raises(SecretFileError, match="got 0460"):
+        read_tokens(file)
