@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import urllib.parse
 import urllib.request
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +21,6 @@ from service.metrics.families import FAMILIES, Kind
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 needs_prometheus = pytest.mark.skipif(
     not (shutil.which("prometheus") and shutil.which("promtool")),
@@ -151,3 +151,9 @@ def test_a_replica_that_is_gone_raises_an_alert(prometheus: str, alerts: dict[st
     """The expression finds a server that stopped answering, once the condition is turned round."""
     assert ask(prometheus, alerts["TimernnReplicaDown"].replace("== 0", "== 1"))
     assert ask(prometheus, alerts["TimernnNoReplica"].replace("== 1", "== 7"))
+
+
+def test_each_alert_stands_in_the_docs(alerts: dict[str, str]) -> None:
+    """With what to do about it."""
+    text = (Path(__file__).resolve().parents[2] / "docs/deployment.md").read_text()
+    assert {name for name in alerts if f"`{name}`" not in text} == set()
