@@ -3,7 +3,7 @@
 # The user's rights are those of service/store/permissions.py, which a test compares. The password stays
 # out of the command line and the environment: the store gets its SHA-256 on standard input.
 set -eu
-digest=$(sha256sum /run/timernn/store-password | cut -d ' ' -f 1)
+digest=$(tr -d '\r\n' </run/timernn/store-password | sha256sum | cut -d ' ' -f 1)
 # Floats do not shrink, and training makes the append-only file grow fast.
 exec valkey-server - <<CONFIG
 bind * -::*
