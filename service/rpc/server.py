@@ -116,26 +116,24 @@ class RpcServer:
         )
         gate = Gate(self.dispatcher, codec, observer=observer, default_deadline_s=deadline_s)
         input_rules = InputRules(limits)
-        health = gate.wrap(_HEALTH, self.health, is_always_served=True)
         services = [
             _Service(_MODEL, ModelService(use_cases.models, info, input_rules)),
             _Service(_SESSION, SessionService(use_cases.sessions, input_rules)),
             _Service(_TIME_RNN, TimeRnnService(use_cases, limits, self.streams)),
+            _Service(_HEALTH, self.health, is_always_served=True),
             _Service(_REFLECTION, Reflection(SERVICE_NAMES, codec), is_always_served=True),
         ]
+        handlers = {
+            each.contract.full_name: gate.wrap(
+                each.contract, each.servicer, is_always_served=each.is_always_served
+            )
+            for each in services
+        }
         options = _options(limits.message_bytes, rules, reuse_port=reuse_port)
         self._server = grpc.aio.server(options=options)
-        self._server.add_generic_rpc_handlers(
-            [
-                health,
-                *(
-                    gate.wrap(each.contract, each.servicer, is_always_served=each.is_always_served)
-                    for each in services
-                ),
-            ]
-        )
+        self._server.add_generic_rpc_handlers([*handlers.values()])
         self._health_server = grpc.aio.server(options=options)
-        self._health_server.add_generic_rpc_handlers([health])
+        self._health_server.add_generic_rpc_handlers([handlers[_HEALTH.full_name]])
 
     async def start(self, listen: str, identity: TlsIdentity | None = None) -> str:
         """Open the port and begin to serve; return the address with the port that was taken.

@@ -107,7 +107,7 @@ def chunks() -> list[Any]:
     return [rng.normal(size=(2, 8, 4)) for _ in range(40)]
 
 
-def train(name: str, *, during: Callable[[], None] | None = None) -> Any:
+def train(name: str, *, during: Callable[[], object] | None = None) -> Any:
     """Train a model through the balancer, with something happening meanwhile; return its weights."""
     inputs, failures = chunks(), []
 
