@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from service.exposure import check_options
 from service.security.certificates import read_certificate
+from service.security.files import SecretFileError
 from service.security.reload import Reloaded
 from service.security.tokens import TokenSet, read_tokens
 
@@ -43,7 +44,12 @@ class Access:
             self.certificate = Reloaded("certificate", paths, lambda: read_certificate(*paths))
         if settings.tokens:
             path = Path(settings.tokens)
-            self.tokens = Reloaded("tokens", [path], lambda: read_tokens(path), when_gone=TokenSet)
+            try:
+                self.tokens = Reloaded(
+                    "tokens", [path], lambda: read_tokens(path), when_gone=TokenSet
+                )
+            except SecretFileError as error:
+                raise SecretFileError(f"--tokens: {error}") from error
 
     @contextlib.contextmanager
     def watched(self, *changes: Callable[[ServerCertificate], None]) -> Iterator[None]:

@@ -22,7 +22,7 @@ def check_options(settings: Settings) -> None:
     """
     if bool(settings.tls_cert) != bool(settings.tls_key):
         missing = "--tls-key" if settings.tls_cert else "--tls-cert"
-        raise ExposedError(f"{missing} is missing: a certificate and its key belong together")
+        raise ExposedError(f"{missing} is missing: --tls-cert and --tls-key belong together")
     if settings.tls_client_ca and not settings.tls_cert:
         raise ExposedError("--tls-client-ca needs --tls-cert and --tls-key")
     if settings.insecure:

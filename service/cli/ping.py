@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from service.cli.describe import format_span, server_json
+from service.cli.options import parse_optional_address
 from service.cli.output import fail, print_json
 from service.cli.remote import DEFAULT_SERVER, AsJson, Proxy, Server, Timeout, connected
 from service.probe import ProbeError, check
@@ -17,6 +18,7 @@ Health = Annotated[
         "--health",
         envvar="TIMERNN_HEALTH_LISTEN",
         metavar="HOST:PORT",
+        parser=parse_optional_address,
         show_default=False,
         help="Ask this health port (--health-listen of the server) instead, if no --server is named.",
         rich_help_panel="Connection",
