@@ -97,7 +97,7 @@ class Contributions:
         """
         key = recording.model.key
         outcome = await self._store.record_contribution(key, recording.contribution)
-        self._settle(recording, outcome)
+        self._note_outcome(recording, outcome)
 
     async def record_and_read(
         self, recording: Recording, request: StepRequest, selectors: Sequence[Selector]
@@ -114,7 +114,7 @@ class Contributions:
         outcome, inputs = await self._store.record_and_read(
             request.model_key, recording.contribution, request=request.digest, selectors=selectors
         )
-        self._settle(recording, outcome)
+        self._note_outcome(recording, outcome)
         return inputs
 
     def forget_gradient(self, recording: Recording) -> None:
@@ -122,7 +122,7 @@ class Contributions:
         contribution = recording.contribution
         self._grads.drop((contribution.incarnation, contribution.waiting))
 
-    def _settle(self, recording: Recording, outcome: RecordOutcome) -> None:
+    def _note_outcome(self, recording: Recording, outcome: RecordOutcome) -> None:
         """Note what came of a recording, or refuse it."""
         self._refuse(recording, outcome)
         recording.outcome = outcome
@@ -152,7 +152,7 @@ class Contributions:
             raise ResourceExhausted("TAPE_QUOTA", text, quota="contributions_per_model")
         if outcome is RecordOutcome.FULL:
             text = (
-                "too many contributions were counted lately to remember one more; try again later"
+                "too many contributions were recorded lately to remember one more; try again later"
             )
             raise ResourceExhausted(
                 "TAPE_QUOTA", text, retry_after_s=30.0, quota="remembered_contributions_per_model"

@@ -311,17 +311,17 @@ class Recurrence:
                 loaded.prepared,
                 pending.op.xs,
                 loaded.network.state_spec.split_rows(base.state),
-                pending.op.train,
-                partial(self._commit, pending),
+                alone=pending.op.train,
+                deliver=partial(self._commit, pending),
             )
         )
 
-    def _commit(self, pending: _PendingChunk, done: Chunk) -> None:
-        if done.step is None or pending.base is None or pending.version is None:
-            self._end(pending, done.error or RuntimeError("a chunk was not computed"))
+    def _commit(self, pending: _PendingChunk, computed: Chunk) -> None:
+        if computed.step is None or pending.base is None or pending.version is None:
+            self._end(pending, computed.error or RuntimeError("a chunk was not computed"))
             return
-        pending.step = done.step
-        pending.state = done.network.state_spec.join_rows(done.step.state)
+        pending.step = computed.step
+        pending.state = computed.network.state_spec.join_rows(computed.step.state)
         try:
             check_state(pending.state)
         except FailedPrecondition as error:

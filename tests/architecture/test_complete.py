@@ -17,6 +17,7 @@ from timernn._core.contract import Rpc
 from timernn.v1 import model_service_pb2, session_service_pb2, time_rnn_service_pb2
 
 ROOT = Path(__file__).resolve().parents[2]
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 DOCS, SERVICE = ROOT / "docs", ROOT / "service"
 STUBS = (model_service_pb2, session_service_pb2, time_rnn_service_pb2)
 METHODS = [
@@ -87,6 +88,27 @@ def test_each_module_of_a_layer_is_in_the_table(layer: str) -> None:
     rows = re.findall(r"^\| `(\w+)` \|", rest.partition("\n## ")[0], re.MULTILINE)
     modules = [path.stem for path in (SERVICE / layer).glob("*.py")]
     assert sorted([*rows, "__init__"]) == sorted(modules)
+
+
+def names_of_the_code() -> set[str]:
+    """Return each method and attribute of each class, as `Class.name`."""
+    names = set()
+    for package in ("rnn_engine", "service", "timernn"):
+        for path in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.ClassDef):
+                    parts = [each for each in ast.walk(node) if each is not node]
+                    found = {each.name for each in parts if isinstance(each, FUNCTIONS)}
+                    found |= {each.attr for each in parts if isinstance(each, ast.Attribute)}
+                    names |= {f"{node.name}.{each}" for each in found}
+    return names
+
+
+def test_each_method_that_the_architecture_names_exists() -> None:
+    """Who follows docs/architecture.md by name finds each `Class.method` of it."""
+    named = re.findall(r"`([A-Z]\w+\.\w+)`", (DOCS / "architecture.md").read_text())
+    assert named
+    assert set(named) - names_of_the_code() == set()
 
 
 def test_each_decision_is_in_the_index() -> None:

@@ -1,6 +1,6 @@
 #!lua
 -- Apply chunks of different sessions, each if its session still stands where its state was computed from.
--- Closes the race between reading h and writing the next h on two replicas. Anything but a match is
+-- Closes the race between reading a state and writing the next one on two replicas. Anything but a match is
 -- STALE: the caller reads again and decides from what is there.
 -- KEYS the sessions' records, one a chunk; a session's other keys are built from its record's. In a
 -- cluster one call carries one chunk, and names its tape index, its tape and the staged tape as
@@ -8,10 +8,10 @@
 -- what it costs.
 -- ARGV[1] window: the ring holds one state more  ARGV[2] time for which the marker outlives the session (ms)
 -- ARGV[3] tape_ttl (ms)
--- ARGV[4] for each chunk: epoch (8) acknowledged seq (8) token of the base (16) bytes of h (4) bytes of the tape
---         (4; 0: none), then the new slot and, with a tape, what its session may keep: waiting tapes (4), consumed
---         tapes (4) and their bytes (8). The tape was staged under a key of its own right before: passed through the
---         script it would be copied several times; so it is only renamed.
+-- ARGV[4] for each chunk: epoch (8) acknowledged seq (8) token of the base (16) bytes of the state (4) bytes of the
+--         tape (4; 0: none), then the new slot and, with a tape, what its session may keep: waiting tapes (4),
+--         consumed tapes (4) and their bytes (8). The tape was staged under a key of its own right before: passed
+--         through the script it would be copied several times; so it is only renamed.
 -- Returns for each chunk OK; TOUCH: OK, and the session's entry in the tenant's list has to be extended; STALE;
 -- QUOTA: too many tapes wait; UNSTAGED: the tape is not under its staged key; UNSUPPORTED_LAYOUT, an error in this
 -- chunk's place: another release laid out the record or an entry of the tapes
@@ -19,7 +19,7 @@
 -- Arguments are read where they are used, since a run that has no tape is to make no variables for one.
 local window, chunks = tonumber(ARGV[1]), ARGV[4]
 local now = now_ms()
--- Of a chunk: epoch, acknowledged seq, token of the base, bytes of h, bytes of the tape; then its slot: chunk_seq.
+-- Of a chunk: epoch, acknowledged seq, token of the base, bytes of the state, of the tape; then its slot: chunk_seq.
 local CHUNK <const> = '>I8I8c16I4I4I8'
 local CHUNK_BYTES <const> = 40 -- before the slot
 local TAPE_LIMITS <const> = '>I4I4I8' -- waiting tapes, consumed tapes, bytes of these: the most that a session keeps
@@ -125,9 +125,9 @@ end
 
 local answers, position = {}, 1
 while position <= #chunks do
-  local epoch, acknowledged, base_token, h_bytes, tape_bytes, seq = struct.unpack(CHUNK, chunks, position)
+  local epoch, acknowledged, base_token, state_bytes, tape_bytes, seq = struct.unpack(CHUNK, chunks, position)
   local slot_from = position + CHUNK_BYTES
-  position = slot_from + SLOT_HEAD_BYTES + h_bytes
+  position = slot_from + SLOT_HEAD_BYTES + state_bytes
   local chunk = {
     key = KEYS[#answers + 1], epoch = epoch, acknowledged = acknowledged, base_token = base_token, seq = seq,
     slot = string.sub(chunks, slot_from, position - 1), tape_bytes = tape_bytes,
