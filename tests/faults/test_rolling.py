@@ -12,13 +12,16 @@ import numpy as np
 import pytest
 
 import timernn
+from releases import ROOT, WHEELS, Release
 from scenes.figures import figure
 from scenes.fleet import Fleet
 from scenes.wire import Model, N, Wire, draw, is_close
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from pathlib import Path
 
+    from instruments.processes import ServiceProcess
     from instruments.report import Proof
 
 SESSIONS = 50
@@ -99,6 +102,19 @@ class Crowd:
             self._answered.clear()
             await self._answered.wait()
 
+    async def restart(self, replica: ServiceProcess) -> None:
+        """Restart a replica while the sessions stream; it has to end in time and without an error."""
+        proof, before, started = self.proof, self.answers, time.monotonic()
+        code = await asyncio.to_thread(replica.terminate)
+        took = time.monotonic() - started
+        proof.hit("SIGTERM")
+        proof.require(code == 0, f"exit code {code}")
+        proof.require(took <= DRAIN_S + EXIT_MARGIN_S, f"it took {took:.1f} s to end")
+        proof.figures["drain s"] = max(took, proof.figures.get("drain s", 0.0))
+        await self.until(before + 2 * SESSIONS)  # the others carry the load
+        await asyncio.to_thread(replica.start)
+        await self.until(self.answers + 2 * SESSIONS)
+
     async def end(self, tasks: list[asyncio.Task[None]]) -> None:
         """Stop all sessions and let their last answers come."""
         self.is_over.set()
@@ -119,16 +135,28 @@ async def test_every_replica_is_restarted_under_streaming_sessions(
         crowd = Crowd(fleet.addresses, model, proof, seed)
         tasks = await crowd.run(clients=10)
         for replica in [*fleet.replicas] * rounds:
-            before, started = crowd.answers, time.monotonic()
-            code = await asyncio.to_thread(replica.terminate)
-            took = time.monotonic() - started
-            proof.hit("SIGTERM")
-            proof.require(code == 0, f"exit code {code}")
-            proof.require(took <= DRAIN_S + EXIT_MARGIN_S, f"it took {took:.1f} s to end")
-            proof.figures["drain s"] = max(took, proof.figures.get("drain s", 0.0))
-            await crowd.until(before + 2 * SESSIONS)  # the others carry the load
-            await asyncio.to_thread(replica.start)
-            await crowd.until(crowd.answers + 2 * SESSIONS)
+            await crowd.restart(replica)
+        await crowd.end(tasks)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.promise("R12", "a rolling restart loses nothing")
+@figure("rounds", 1, 5)
+@pytest.mark.parametrize("wheel", WHEELS, ids=lambda wheel: wheel.stem)
+async def test_a_fleet_is_upgraded_and_rolled_back_under_streaming_sessions(
+    proof: Proof, seed: int, rounds: int, wheel: Path, tmp_path: Path
+) -> None:
+    """Replica after replica goes from an earlier release to this one and back: no client call fails."""
+    old, new = Release.of_wheel(wheel, tmp_path), Release(ROOT)
+    with Fleet(2, "--drain-s", str(DRAIN_S), envs=[old.env, old.env]) as fleet:
+        async with Wire(fleet.addresses[0]) as wire:
+            model = await Model.create(wire, np.random.default_rng(seed), "upgraded")
+        crowd = Crowd(fleet.addresses, model, proof, seed)
+        tasks = await crowd.run(clients=10)
+        for release in (new, old) * rounds:
+            for replica in fleet.replicas:
+                replica.env = release.env
+                await crowd.restart(replica)
         await crowd.end(tasks)
 
 
