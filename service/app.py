@@ -95,7 +95,7 @@ async def serve(settings: Settings, on_ready: Callable[[str], None]) -> int:
     Raises:
         StartError: If a port, the data directory or the store cannot be used.
     """
-    log_to_stderr(settings.log_level, settings.worker)
+    log_to_stderr(settings.log_level, settings.worker, settings.log_format)
     points = _failpoints(settings)
     signals = _Signals()
     async with contextlib.AsyncExitStack() as stack:

@@ -53,7 +53,7 @@ async def supervise(settings: Settings, on_ready: Callable[[str], None]) -> int:
     Raises:
         WorkerError: If the port or the store cannot be used, or a worker does not start.
     """
-    log_to_stderr(settings.log_level)
+    log_to_stderr(settings.log_level, form=settings.log_format)
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)

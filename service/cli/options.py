@@ -24,6 +24,7 @@ UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 CHOICES = {
     "durability": ("primary", "replica"),
     "log_level": ("debug", "info", "warning", "error"),
+    "log_format": ("console", "json"),
 }
 LIMIT_PREFIX = "limit_"
 MAY_BE_0 = ("drain_s", "drain_notice_s", "compute_threads", "limit_head_max_age_ms")
@@ -70,6 +71,7 @@ SETTINGS_HELP = {
     "durability_timeout_ms": "Milliseconds that it waits for the replica; less than"
     " --store-timeout-ms.",
     "log_level": "What to log on stderr.",
+    "log_format": "How: lines for people, or a JSON object a line.",
     "workers": "Server processes on the one port, about one a core; sessions move between them freely.",
     "failpoints": "Where to fail on purpose; see service/failpoints.py.",
     "testing": "Allow --failpoints.",

@@ -6,18 +6,20 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
+from service.logs import escaped
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
 
 def warn(text: str) -> None:
     """Print one line of warning on stderr."""
-    print(f"timernn: warning: {text}", file=sys.stderr, flush=True)
+    print(f"timernn: warning: {escaped(text)}", file=sys.stderr, flush=True)
 
 
 def fail(text: str) -> None:
     """Print on stderr, as one line, why a command failed."""
-    print(f"timernn: {' '.join(text.split())}", file=sys.stderr, flush=True)
+    print(f"timernn: {escaped(' '.join(text.split()))}", file=sys.stderr, flush=True)
 
 
 def print_json(value: object) -> None:

@@ -12,18 +12,18 @@ on a stream stands for the unary method that takes the same request message.
 from __future__ import annotations
 
 import asyncio
-import re
 import sys
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from google.protobuf.message_factory import GetMessageClass
 
 from service.rpc.admission import Admission, Share
+from service.rpc.audit import UNAUDITED
 from service.rpc.auth import ANONYMOUS
 from service.rpc.errors import draining
-from service.rpc.permissions import PUBLIC
+from service.rpc.permissions import PUBLIC, kind_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from service.rpc.auth import Authenticator, Caller, Principal
 
     Begin: TypeAlias = Callable[[str, Any, Callable[[Any], None]], None]
-
-_WORD_START: Final = re.compile(r"(?<!^)(?=[A-Z])")
 
 
 def _as_it_is(request: Any) -> Any:
@@ -87,6 +85,7 @@ class Operation:
         response_class: The message that it returns.
         behaviour: What serves it: the `Steps` of a unary method, and of others what the gate calls.
         is_always_served: Whether it is served also when the replica is full or drains: health, reflection.
+        is_audited: Whether it has a line in the audit log.
     """
 
     method: str
@@ -95,6 +94,7 @@ class Operation:
     response_class: type[Message]
     behaviour: Any
     is_always_served: bool = False
+    is_audited: bool = False
 
 
 class Dispatcher:
@@ -125,7 +125,7 @@ class Dispatcher:
                 one `Steps`, or `f(tenant, request) -> response`, which is all steps in one.
             is_always_served: Whether it is served also when the replica is full or drains.
         """
-        kind = _WORD_START.sub("_", method.name).lower()
+        kind = kind_of(method.name)
         behaviour = getattr(servicer, kind)
         is_unary = not (method.client_streaming or method.server_streaming)
         if is_unary and not isinstance(behaviour, Steps):
@@ -137,6 +137,7 @@ class Dispatcher:
             response_class=GetMessageClass(method.output_type),
             behaviour=behaviour,
             is_always_served=is_always_served,
+            is_audited=kind not in UNAUDITED,
         )
         self.operations[operation.method] = operation
         if is_unary:

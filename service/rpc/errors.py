@@ -26,6 +26,7 @@ from service.domain.errors import (
     ResourceExhausted,
     Unavailable,
 )
+from service.logs import FIELDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -103,7 +104,13 @@ def refusal_of(error: BaseException, method: str) -> DomainError:
     if isinstance(error, MemoryError):
         return overloaded("memory", "is used up")
     error_id = secrets.token_hex(8)
-    _LOGGER.error("internal error %s in %s", error_id, method, exc_info=error)
+    _LOGGER.error(
+        "internal error %s in %s",
+        error_id,
+        method,
+        exc_info=error,
+        extra={FIELDS: {"error_id": error_id}},
+    )
     return Bug("BUG", f"internal error, id {error_id}", id=error_id)
 
 

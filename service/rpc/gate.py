@@ -17,6 +17,7 @@ import grpc
 import grpc.aio
 
 from service.deadlines import Deadlines
+from service.rpc import audit
 from service.rpc.errors import (
     DETAILS_KEY,
     Unauthenticated,
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
     from service.domain.errors import DomainError
     from service.rpc.admission import Share
-    from service.rpc.auth import Context
+    from service.rpc.auth import Context, Principal
     from service.rpc.codec import Codec
     from service.rpc.dispatcher import Dispatcher, Operation
     from service.telemetry import Observer
@@ -51,10 +52,21 @@ _LOGGER = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Traffic:
-    """What a call has read and written so far, in bytes of messages."""
+    """What a call has read and written so far.
+
+    Attributes:
+        request_bytes: Of messages read.
+        answer_bytes: Of messages written.
+        principal: Who calls, once that is known.
+        request: The first message read.
+        answer: The answer, where there is one and no more.
+    """
 
     request_bytes: int = 0
     answer_bytes: int = 0
+    principal: Principal | None = None
+    request: Message | None = None
+    answer: Message | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +172,15 @@ class Gate:
                         request_bytes=traffic.request_bytes,
                         answer_bytes=traffic.answer_bytes,
                     )
+                if operation.is_audited and traffic.principal is not None:
+                    audit.operation_ended(
+                        operation.kind,
+                        principal=traffic.principal,
+                        peer=context.peer(),
+                        outcome=outcome,
+                        request=traffic.request,
+                        answer=traffic.answer,
+                    )
             if isinstance(refusal, Unauthenticated):
                 await self._throttle.hold(context.peer())
             return await _abort(context, refusal)
@@ -177,10 +198,12 @@ class Gate:
         async def handle(raw: bytes, context: Context, traffic: Traffic) -> bytes:
             traffic.request_bytes = len(raw)
             with dispatcher.let_in(operation, context) as share:
+                traffic.principal = share.principal
                 share.take(len(raw), operations=1)
-                request = codec.parse(operation.request_class, raw)
+                traffic.request = request = codec.parse(operation.request_class, raw)
                 steps = dispatcher.call(operation, request, share)
-                answer = codec.serialize(await self._bounded(context, steps))
+                traffic.answer = message = await self._bounded(context, steps)
+                answer = codec.serialize(message)
                 traffic.answer_bytes = len(answer)
                 return answer
 
@@ -190,8 +213,9 @@ class Gate:
         async def handle(raw: bytes, context: Context, traffic: Traffic) -> None:
             traffic.request_bytes = len(raw)
             with self._dispatcher.let_in(operation, context) as share:
+                traffic.principal = share.principal
                 share.take(len(raw), operations=1)
-                request = self._codec.parse(operation.request_class, raw)
+                traffic.request = request = self._codec.parse(operation.request_class, raw)
                 messages = operation.behaviour(RpcCall(context, share), request)
                 writing = self._write_all(context, messages, traffic)
                 # A health watch has no end.
@@ -202,10 +226,12 @@ class Gate:
     def _client_stream(self, operation: Operation) -> Handler:
         async def handle(_: object, context: Context, traffic: Traffic) -> bytes:
             with self._dispatcher.let_in(operation, context) as share:
+                traffic.principal = share.principal
                 share.take(0, operations=1)
                 requests = self._read_all(operation, context, traffic)
                 steps = operation.behaviour(RpcCall(context, share), requests)
-                answer = self._codec.serialize(await self._bounded(context, steps))
+                traffic.answer = message = await self._bounded(context, steps)
+                answer = self._codec.serialize(message)
                 traffic.answer_bytes = len(answer)
                 return answer
 
@@ -231,7 +257,9 @@ class Gate:
     ) -> AsyncIterator[Message]:
         while (raw := await context.read()) is not grpc.aio.EOF:
             traffic.request_bytes += len(raw)
-            yield self._codec.parse(operation.request_class, raw)
+            message = self._codec.parse(operation.request_class, raw)
+            traffic.request = traffic.request or message
+            yield message
 
 
 def _is_over(error: BaseException) -> bool:

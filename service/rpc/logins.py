@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections import OrderedDict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
+from service.rpc import audit
 from service.rpc.auth import Principal
 from service.rpc.errors import PermissionDenied, Unauthenticated
-from service.rpc.permissions import ROLES
+from service.rpc.permissions import ROLES, kind_of
 from service.security.roles import GRANTED, Role
 
 if TYPE_CHECKING:
@@ -28,8 +28,6 @@ _SCHEME: Final = "bearer"
 _ALTERNATIVE_NAMES: Final = "x509_subject_alternative_name"
 # One text for unknown, wrong, expired and revoked: nobody learns which tokens there are.
 _BAD: Final = "the credential is not valid, or not valid any more"
-
-_AUDIT: Final = logging.getLogger("service.audit")
 
 
 class TokenLogin:
@@ -77,11 +75,13 @@ class TokenLogin:
         ends = principal.expire_time_s
         if entry is None or (ends is not None and time.time() >= ends):
             self._on_login("refused" if entry is None else "expired")
+            audit.refused_operation(principal, kind_of(method), reason="BAD_CREDENTIALS")
             raise Unauthenticated("BAD_CREDENTIALS", _BAD)
         needed = ROLES.get(method, frozenset())
         if not needed & principal.roles:
             held = max(principal.roles, key=list(Role).index).value
             name = method.rpartition("/")[2]
+            audit.refused_operation(principal, kind_of(method), reason="ROLE")
             raise PermissionDenied("ROLE", f"role {held!r} may not call {name}", role=held)
 
     def _of_certificate(self, caller: Caller) -> Token | None:
@@ -92,7 +92,7 @@ class TokenLogin:
 
     def _refused(self, caller: Caller, how: str, name: str) -> Unauthenticated:
         self._on_login(how)
-        _AUDIT.warning("login %s from %s %s", how, caller.peer(), name)
+        audit.refused_login(how, peer=caller.peer(), name=name)
         if how == "missing":
             text = "a token is needed: metadata 'authorization' with 'Bearer TOKEN'"
             return Unauthenticated("NO_CREDENTIALS", text)

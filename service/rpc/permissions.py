@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Final
 
 from service.security.roles import Role
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+_WORD_START: Final = re.compile(r"(?<!^)(?=[A-Z])")
 
 _ANYBODY: Final = frozenset(Role)
 _INFER: Final = frozenset({Role.INFER})
@@ -54,6 +57,11 @@ ROLES: Final[dict[str, frozenset[Role]]] = {
     _TIME_RNN + "ListWaiting": _TRAIN | _SEES,
 }
 """By method the roles of which one is needed."""
+
+
+def kind_of(method: str) -> str:
+    """Return a method's name in snake case, as an operation is called: "forward" of "/…/Forward"."""
+    return _WORD_START.sub("_", method.rpartition("/")[2]).lower()
 
 
 def check_complete(methods: Iterable[str]) -> None:

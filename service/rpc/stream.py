@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 import grpc.aio
 
 from service.domain.errors import bad_field
+from service.rpc import audit
 from service.rpc.errors import (
     idle_stream,
     refusal_of,
@@ -321,13 +322,22 @@ class OperationStream:
     def _observe(self, operation: StreamOperation, outcome: str, answer_bytes: int = 0) -> None:
         if not operation.field:
             return
+        row = self._streams.operations[operation.field]
         self._streams.observer.operation_ended(
-            self._streams.operations[operation.field].kind,
+            row.kind,
             outcome=outcome,
             duration_s=time.perf_counter() - operation.started_at,
             request_bytes=operation.request_bytes,
             answer_bytes=answer_bytes,
         )
+        if row.is_audited:
+            audit.operation_ended(
+                row.kind,
+                principal=self._call.share.principal,
+                peer=self._call.context.peer(),
+                outcome=outcome,
+                request=operation.request,
+            )
 
     # --- writing ----------------------------------------------------------------------------------
 

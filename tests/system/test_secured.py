@@ -158,7 +158,7 @@ def test_no_secret_stands_in_the_log_or_the_metrics(secured: Secured) -> None:
     shown += " ".join(secured.process.command)
     assert secured.token[20:] not in shown
     assert wrong[20:] not in shown
-    assert "login refused from" in shown
+    assert "login outcome=refused peer=" in shown
 
 
 def test_logins_and_certificate_days_are_counted(secured: Secured) -> None:
