@@ -352,6 +352,7 @@ class Client:
         self._frame_lock = threading.RLock()
 
     create_model = _of_models(ModelsCore.create_model)
+    import_model = _of_models(ModelsCore.import_model)
     get_model = _of_models(ModelsCore.get_model)
     delete_model = _of_models(ModelsCore.delete_model)
     get_weights = _of_models(ModelsCore.get_weights)
@@ -363,6 +364,7 @@ class Client:
     restore_checkpoint = _of_models(ModelsCore.restore_checkpoint)
     delete_checkpoint = _of_models(ModelsCore.delete_checkpoint)
     get_session = _of_client(ClientCore.get_session)
+    get_state = _of_client(ClientCore.get_state)
     close_session = _of_client(ClientCore.close_session)
     discard_gradients = _of_client(ClientCore.discard_gradients)
     forward = _of_client(ClientCore.forward)

@@ -11,7 +11,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from service.cli import models, sessions, tokens
+from service.cli import checkpoints, models, sessions, tokens
+from service.cli.backup import backup, restore
 from service.cli.extras import explain_missing
 from service.cli.output import fail, warn
 from service.cli.ping import ping
@@ -43,8 +44,11 @@ app = typer.Typer(
 app.command(cls=PlainCommand)(serve)
 app.command()(ping)
 app.add_typer(models.app, name="models")
+app.add_typer(checkpoints.app, name="checkpoints")
 app.add_typer(sessions.app, name="sessions")
 app.add_typer(tokens.app, name="tokens")
+app.command()(backup)
+app.command()(restore)
 
 
 def _print_version(value: bool) -> None:  # noqa: FBT001 - Typer's callback

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import io
 import os
-import sys
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import timernn
+from service.cli.progress import bar
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 
@@ -32,7 +30,7 @@ def write_weights(
     """
     data = io.BytesIO()
     named = None if version is None else timernn.Version(version)
-    with _bar(f"fetching {model_id}"):
+    with bar(f"fetching {model_id}"):
         got = client.export_weights(model_id, data, version=named, include_moments=moments)
     partial = file.with_name(f".{file.name}.{os.getpid()}.part")
     try:
@@ -55,21 +53,5 @@ def read_weights(
         expected_version: Refuse unless the newest version has this number; None for any.
     """
     named = None if expected_version is None else timernn.Version(expected_version)
-    with _bar(f"sending {file.stat().st_size:,} bytes to {model_id}"):
+    with bar(f"sending {file.stat().st_size:,} bytes to {model_id}"):
         return client.import_weights(model_id, file, expected_version=named)
-
-
-@contextmanager
-def _bar(what: str) -> Iterator[None]:
-    """Show on a terminal that a transfer is running, and for how long."""
-    if not sys.stderr.isatty():
-        yield
-        return
-    # Rich comes with Typer. Only here: it takes longer to import than most commands take to run.
-    from rich.console import Console  # noqa: PLC0415
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: PLC0415
-
-    columns = (TextColumn("{task.description}"), BarColumn(24), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        progress.add_task(what, total=None)
-        yield

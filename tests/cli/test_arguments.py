@@ -48,7 +48,7 @@ def options() -> Iterator[Option]:
             for word in (
                 [each.opts[0], CHOSEN.get(each.name, "1")]
                 if each.param_type_name == "option"
-                else [__file__ if path[-1:] == ("import",) else "x"]
+                else [__file__ if path[-1:] in {("import",), ("restore",)} else "x"]
             )
         )
         for option in command.params:

@@ -231,6 +231,8 @@ def test_what_is_not_understood_is_exit_code_2(
         (), ("serve",), ("ping",), ("models",), ("models", "create"), ("models", "list"),
         ("models", "show"), ("models", "delete"), ("models", "export"), ("models", "import"),
         ("sessions",), ("sessions", "list"), ("sessions", "show"), ("sessions", "close"),
+        ("checkpoints",), ("checkpoints", "create"), ("checkpoints", "list"),
+        ("checkpoints", "restore"), ("checkpoints", "delete"), ("backup",), ("restore",),
     ],
 )  # fmt: skip
 def test_every_command_explains_itself(
@@ -239,5 +241,5 @@ def test_every_command_explains_itself(
     """--help works everywhere, and commands show how they are used."""
     assert main([*words, "--help"]) == 0
     shown = capsys.readouterr().out
-    is_group = words in {(), ("models",), ("sessions",)}
+    is_group = words in {(), ("checkpoints",), ("models",), ("sessions",)}
     assert is_group or f"timernn {' '.join(words)}" in shown.split("Example")[1]

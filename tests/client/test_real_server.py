@@ -166,6 +166,35 @@ def test_weights_go_out_and_come_in(
     assert np.array_equal(live.get_weights(model_id).Wx, before.Wx)
 
 
+async def test_a_model_is_made_of_a_file(
+    live: timernn.Client, model_id: str, local: TimeRNN, replicas: list[str], tmp_path: Path
+) -> None:
+    """Its first version has the content of the file, the optimizer's state included, from either frontend."""
+    live.export_weights(model_id, tmp_path / "w", include_moments=True)
+    old = live.get_model(model_id)
+    sizes: dict[str, Any] = {"input_size": D, "hidden_size": H, "dtype": old.dtype}
+    made = live.import_model(f"{model_id}-copy", tmp_path / "w", optimizer=old.optimizer, **sizes)
+    assert (made.head.number, made.head.digest) == (1, old.head.digest)
+    async with timernn.aio.connect(replicas, timeout=20) as client:
+        with pytest.raises(timernn.ModelExists):
+            await client.import_model(f"{model_id}-copy", tmp_path / "w", **sizes)
+
+
+async def test_a_state_is_read_without_opening_the_session(
+    live: timernn.Client, model_id: str, local: TimeRNN, replicas: list[str]
+) -> None:
+    """Its time to live does not start again."""
+    with live.session(model_id) as session:
+        hs = session.forward(np.ones((1, 3, D)))
+        expires = live.get_session(session.session_id).expire_time
+        info, state = live.get_state(session.session_id)
+        async with timernn.aio.connect(replicas, timeout=20) as client:
+            again, same = await client.get_state(session.session_id)
+    assert np.array_equal(state, hs[:, -1])
+    assert np.array_equal(same, state)
+    assert (info.expire_time, again.expire_time) == (expires, expires)
+
+
 def test_weights_of_another_shape_are_refused(
     live: timernn.Client, model_id: str, local: TimeRNN
 ) -> None:

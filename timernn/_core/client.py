@@ -157,6 +157,16 @@ class ClientCore:
         answer = yield from self.context.caller.call(contract.GET_SESSION, request)
         return session_from_proto(answer.session)
 
+    @checked
+    def get_state(self, session_id: str) -> Op[tuple[SessionInfo, Array]]:
+        """Return one session as it stands and its hidden state, shape (N, H), without opening it.
+
+        Its time to live does not start again.
+        """
+        request = session_pb.GetStateRequest(session_id=session_id)
+        answer = yield from self.context.caller.call(contract.GET_STATE, request)
+        return session_from_proto(answer.session), tensor_from_proto(answer.state)
+
     @checked_with(model_id=arguments.optional(arguments.CHECKS["model_id"]))
     def sessions_page(
         self, model_id: str | None, page_size: int, page_token: str

@@ -93,12 +93,12 @@ class ModelsCore:
         Raises:
             ModelExists: If the name is taken; its message says what is different there.
         """
-        spec = model_pb.ModelSpec(
-            model_id=model_id,
+        spec = _spec(
+            model_id,
             input_size=input_size,
             hidden_size=hidden_size,
-            dtype=_DTYPES[dtype],
-            optimizer=None if optimizer is None else optimizer_to_proto(optimizer),
+            dtype=dtype,
+            optimizer=optimizer,
         )
         request = model_pb.CreateModelRequest(spec=spec, request_id=new_request_id())
         creating: Op[Any] = self._caller.call(contract.CREATE_MODEL, request)
@@ -129,6 +129,43 @@ class ModelsCore:
             if not exist_ok or error.metadata.get("difference") != "":
                 raise
             return (yield from self._context.read_model(model_id))
+        self._known.forget(model_id)
+        model = model_from_proto(answer.model)
+        self._known.note_model(model)
+        return model
+
+    @checked_with(source=arguments.file)
+    def import_model(
+        self,
+        model_id: str,
+        source: WeightsFile,
+        *,
+        input_size: int,
+        hidden_size: int,
+        dtype: DTypeName = "float32",
+        optimizer: Optimizer | None = None,
+    ) -> Op[ModelInfo]:
+        """Create a model from a safetensors file with Wx, Wh and b; moments in it are kept.
+
+        Args:
+            model_id: Its name.
+            source: A path, or a file open for reading bytes.
+            input_size: D.
+            hidden_size: H.
+            dtype: Element type of weights, states and chunks.
+            optimizer: What `update` applies; None: plain gradient descent.
+
+        Raises:
+            ModelExists: If the name is taken.
+        """
+        spec = _spec(
+            model_id,
+            input_size=input_size,
+            hidden_size=hidden_size,
+            dtype=dtype,
+            optimizer=optimizer,
+        )
+        answer = yield from self._import(spec, read_file(source), new_request_id())
         self._known.forget(model_id)
         model = model_from_proto(answer.model)
         self._known.note_model(model)
@@ -336,6 +373,23 @@ class ModelsCore:
             lambda address, timeout: Upload(contract.PUT_WEIGHTS, requests, address, timeout)
         )
         return note_made(self._known, model_id, answer.version)
+
+
+def _spec(
+    model_id: str,
+    *,
+    input_size: int,
+    hidden_size: int,
+    dtype: DTypeName,
+    optimizer: Optimizer | None,
+) -> model_pb.ModelSpec:
+    return model_pb.ModelSpec(
+        model_id=model_id,
+        input_size=input_size,
+        hidden_size=hidden_size,
+        dtype=_DTYPES[dtype],
+        optimizer=None if optimizer is None else optimizer_to_proto(optimizer),
+    )
 
 
 def note_made(known: KnownModels, model_id: str, message: tensor_pb.WeightsVersion) -> Version:
