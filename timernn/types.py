@@ -245,6 +245,7 @@ class ServerInfo:
         start_time: When it began to serve, UTC.
         durability: How answers are made durable.
         limits: The bounds in force by their name in the contract: ints, and timedeltas for spans.
+        server_time: Its clock when it answered, UTC; None of a server that does not say.
     """
 
     server_version: str
@@ -252,6 +253,7 @@ class ServerInfo:
     start_time: datetime
     durability: str
     limits: Mapping[str, int | timedelta]
+    server_time: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from typer.core import TyperCommand
 
 from service.cli import checkpoints, models, sessions, tokens
 from service.cli.backup import backup, restore
+from service.cli.doctor import doctor
 from service.cli.extras import explain_missing
 from service.cli.output import fail, warn
 from service.cli.ping import ping
@@ -43,6 +44,7 @@ app = typer.Typer(
 )
 app.command(cls=PlainCommand)(serve)
 app.command()(ping)
+app.command()(doctor)
 app.add_typer(models.app, name="models")
 app.add_typer(checkpoints.app, name="checkpoints")
 app.add_typer(sessions.app, name="sessions")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -195,6 +196,7 @@ class ModelService:
             replica_id=self.info.replica_id,
             start_time=time_to_proto(self.info.start_time_ms),
             limits=limits_to_proto(self.info.limits_of(tenant)),
+            server_time=time_to_proto(int(time.time() * 1000)),
             durability=self.info.durability,
         )
 

@@ -11,6 +11,7 @@ from service.domain.limits_policy import SameLimits
 from service.store import keys
 from service.store.addresses import parse_store_url
 from service.store.cluster import ClusterRouter
+from service.store.facts import facts_of
 from service.store.failures import as_domain_error
 from service.store.models import RedisModelStore
 from service.store.permissions import commands_for, keys_for
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from service.domain.limits_policy import LimitsPolicy
     from service.settings import Settings
     from service.store.addresses import StoreAddress
+    from service.store.facts import StoreFacts
     from service.store.links import StoreClient
     from service.telemetry import Observer
 
@@ -64,6 +66,23 @@ class Store:
                     await client.connection_pool.follow()
             for node, key in nodes:
                 await self._check_primary(node, key)
+        except (redis_errors.RedisError, OSError) as error:
+            raise as_domain_error(error) from error
+
+    async def facts(self) -> list[StoreFacts]:
+        """Return how each primary is configured and what it holds.
+
+        Raises:
+            Unavailable: If one cannot be reached.
+        """
+        try:
+            client = self._client
+            nodes = (
+                [node for node, _ in await client.primaries(keys.check_key)]
+                if isinstance(client, ClusterRouter)
+                else [client]
+            )
+            return [await facts_of(node) for node in nodes]
         except (redis_errors.RedisError, OSError) as error:
             raise as_domain_error(error) from error
 

@@ -232,7 +232,7 @@ def test_what_is_not_understood_is_exit_code_2(
         ("models", "show"), ("models", "delete"), ("models", "export"), ("models", "import"),
         ("sessions",), ("sessions", "list"), ("sessions", "show"), ("sessions", "close"),
         ("checkpoints",), ("checkpoints", "create"), ("checkpoints", "list"),
-        ("checkpoints", "restore"), ("checkpoints", "delete"), ("backup",), ("restore",),
+        ("checkpoints", "restore"), ("checkpoints", "delete"), ("backup",), ("restore",), ("doctor",),
     ],
 )  # fmt: skip
 def test_every_command_explains_itself(

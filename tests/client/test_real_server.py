@@ -172,12 +172,13 @@ async def test_a_model_is_made_of_a_file(
     """Its first version has the content of the file, the optimizer's state included, from either frontend."""
     live.export_weights(model_id, tmp_path / "w", include_moments=True)
     old = live.get_model(model_id)
-    sizes: dict[str, Any] = {"input_size": D, "hidden_size": H, "dtype": old.dtype}
-    made = live.import_model(f"{model_id}-copy", tmp_path / "w", optimizer=old.optimizer, **sizes)
+    spec: dict[str, Any] = {"dtype": old.dtype, "optimizer": old.optimizer}
+    spec |= {"input_size": D, "hidden_size": H}
+    made = live.import_model(f"{model_id}-copy", tmp_path / "w", **spec)
     assert (made.head.number, made.head.digest) == (1, old.head.digest)
     async with timernn.aio.connect(replicas, timeout=20) as client:
         with pytest.raises(timernn.ModelExists):
-            await client.import_model(f"{model_id}-copy", tmp_path / "w", **sizes)
+            await client.import_model(f"{model_id}-copy", tmp_path / "w", **spec)
 
 
 async def test_a_state_is_read_without_opening_the_session(

@@ -260,4 +260,7 @@ def server_info_from_proto(message: model_pb.GetServerInfoResponse) -> ServerInf
         start_time=message.start_time.ToDatetime(UTC),
         durability=message.durability,
         limits=limits,
+        server_time=message.server_time.ToDatetime(UTC)
+        if message.HasField("server_time")
+        else None,
     )
