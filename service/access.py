@@ -1,4 +1,4 @@
-"""What stands between strangers and the server: its certificate and the tokens, read again when they change."""
+"""Who gets in, and what each tenant may have: certificate, tokens and tenants, read again when they change."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from service.security.certificates import read_certificate
 from service.security.files import SecretFileError
 from service.security.reload import Reloaded
 from service.security.tokens import TokenSet, read_tokens
+from service.tenants import Tenants
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ class Access:
     Attributes:
         certificate: What the server shows; None: it speaks plaintext.
         tokens: Who may call; None: everybody who can connect.
+        tenants: What each tenant may have; None: all the same.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -50,13 +52,21 @@ class Access:
                 )
             except SecretFileError as error:
                 raise SecretFileError(f"--tokens: {error}") from error
+        self.tenants: Tenants | None = None
+        if settings.tenants:
+            self.tenants = Tenants(Path(settings.tenants), settings.limits)
 
     @contextlib.contextmanager
-    def watched(self, *changes: Callable[[ServerCertificate], None]) -> Iterator[None]:
+    def watched(
+        self,
+        *changes: Callable[[ServerCertificate], None],
+        on_tenants: Callable[[], None] = lambda: None,
+    ) -> Iterator[None]:
         """Read the files again while they change.
 
         Args:
             changes: Called with each new certificate.
+            on_tenants: Called when tenants may have something else.
         """
 
         def on_certificate(certificate: ServerCertificate) -> None:
@@ -68,6 +78,9 @@ class Access:
             tasks.append(asyncio.ensure_future(self.certificate.watch(on_certificate)))
         if self.tokens is not None:
             tasks.append(asyncio.ensure_future(self.tokens.watch()))
+        if self.tenants is not None:
+            watching = self.tenants.file.watch(lambda _table: on_tenants())
+            tasks.append(asyncio.ensure_future(watching))
         try:
             yield
         finally:
@@ -87,7 +100,8 @@ class Access:
 
     def errors(self) -> dict[str, float]:
         """Return by file 1 if it cannot be read as it is now, else 0."""
-        found = {"certificate": self.certificate, "tokens": self.tokens}
+        tenants = self.tenants.file if self.tenants else None
+        found = {"certificate": self.certificate, "tokens": self.tokens, "tenants": tenants}
         return {
             name: float(file.error is not None) for name, file in found.items() if file is not None
         }

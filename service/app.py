@@ -47,6 +47,7 @@ from service.listening import try_to_bind
 from service.logs import log_to_stderr
 from service.metrics.recorder import Recorder
 from service.metrics.start import serve_metrics, serve_worker, start_measuring
+from service.rpc.admission import TenantAdmissions
 from service.rpc.auth import DEFAULT_TENANT
 from service.rpc.logins import TokenLogin
 from service.rpc.server import RpcServer, rpc_types
@@ -108,7 +109,8 @@ async def serve(settings: Settings, on_ready: Callable[[str], None]) -> int:
         embedded = await _start_embedded(settings, stack)
         recorder = Recorder(rpc_types()) if settings.metrics_listen else None
         observer = recorder or NULL_OBSERVER
-        policy = SameLimits(settings.limits)
+        policy = access.tenants or SameLimits(settings.limits)
+        admissions = _tenant_admissions(access, settings)
         store = await _open_store(settings, embedded, stack, observer=observer, policy=policy)
         server = build_server(
             settings,
@@ -118,6 +120,7 @@ async def serve(settings: Settings, on_ready: Callable[[str], None]) -> int:
             points=points,
             observer=observer,
             policy=policy,
+            tenants=admissions,
         )
         if signals.is_stopping:
             return 0
@@ -132,7 +135,8 @@ async def serve(settings: Settings, on_ready: Callable[[str], None]) -> int:
             changes.append(identity.change)
         if recorder is not None:
             changes += await _start_metrics(recorder, server, store, access, settings, stack)
-        stack.enter_context(access.watched(*changes))
+        renew = admissions.renew if admissions else (lambda: None)
+        stack.enter_context(access.watched(*changes, on_tenants=renew))
         _keep_freed_memory()
         # What was built until now lives as long as the process: the garbage collector may skip it.
         gc.freeze()
@@ -245,6 +249,7 @@ def build_server(
     points: Failpoints | None = None,
     observer: Observer = NULL_OBSERVER,
     policy: LimitsPolicy | None = None,
+    tenants: TenantAdmissions | None = None,
 ) -> RpcServer:
     """Wire every layer over an open store; the stack closes what has work to finish."""
     limits = settings.limits
@@ -328,6 +333,7 @@ def build_server(
         authenticator=authenticator,
         observer=observer,
         rules=stream_rules,
+        tenants=tenants,
         reuse_port=settings.supervised,
     )
 
@@ -375,6 +381,12 @@ async def _start_metrics(
         raise StartError(f"cannot listen on {settings.metrics_listen}: {reason}") from error
     _LOGGER.info("metrics on %s://%s/metrics", "https" if tls else "http", address)
     return [tls.change] if tls else []
+
+
+def _tenant_admissions(access: Access, settings: Settings) -> TenantAdmissions | None:
+    if access.tenants is None:
+        return None
+    return TenantAdmissions(access.tenants.rates_of, parts=settings.worker_count)
 
 
 def _authenticator(access: Access, recorder: Recorder | None) -> Authenticator | None:

@@ -62,6 +62,7 @@ class Settings:
     )
     tokens: str = ""  # file of tokens; empty: every caller is let in
     health_listen: str = ""  # a second address, plaintext, for health alone; empty: none
+    tenants: str = ""  # file of what each tenant may have; empty: all the same
     insecure: bool = False  # serve strangers without encryption or login
     metrics_listen: str = ""  # where Prometheus reads; empty: nowhere
     metrics_tenants: bool = False  # let tenants' names stand in metrics
@@ -86,6 +87,7 @@ class Settings:
     workers: int = 1  # server processes on the one port
     supervised: bool = False  # one of several workers: shares the port, ends when stdin closes
     worker: int = 0  # which one, from 1
+    worker_count: int = 1  # of how many; they divide what a tenant may have of a replica
     limits: Limits = field(default_factory=Limits)
 
     @property

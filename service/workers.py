@@ -68,6 +68,7 @@ async def supervise(settings: Settings, on_ready: Callable[[str], None]) -> int:
             health_listen=health,
             redis_url=stack.enter_context(_store(settings)),
             workers=1,
+            worker_count=settings.workers,
             supervised=True,
             compute_threads=settings.threads,
         )

@@ -28,13 +28,14 @@ CHOICES = {
 }
 LIMIT_PREFIX = "limit_"
 MAY_BE_0 = ("drain_s", "drain_notice_s", "compute_threads", "limit_head_max_age_ms")
-FILES = ("tls_cert", "tls_key", "tls_client_ca", "tokens", "redis_password_file")
+FILES = ("tls_cert", "tls_key", "tls_client_ca", "tokens", "tenants", "redis_password_file")
 OPTIONAL_ADDRESSES = ("metrics_listen", "health_listen")
 HIDDEN = (
     "failpoints",
     "testing",
     "supervised",
     "worker",
+    "worker_count",
 )  # for tests and for the supervisor of workers
 
 SETTINGS_HELP = {
@@ -46,6 +47,7 @@ SETTINGS_HELP = {
     "tokens": "File of the tokens that callers need; `timernn tokens` makes it. Read again when it changes.",
     "health_listen": "Second address, in plaintext, that answers health checks and nothing else: for probes"
     " that have no certificate.",
+    "tenants": "File of what each tenant may have, TOML. Read again when it changes.",
     "insecure": "Serve on an address that strangers can reach without TLS, or without a login.",
     "metrics_listen": "Address where Prometheus reads /metrics: HOST:PORT, apart from --listen.",
     "metrics_tenants": "Show sessions by tenant in metrics.",
@@ -76,6 +78,7 @@ SETTINGS_HELP = {
     "failpoints": "Where to fail on purpose; see service/failpoints.py.",
     "testing": "Allow --failpoints.",
     "worker": "Which worker of the supervisor this is, for its log.",
+    "worker_count": "How many workers there are, which divide a tenant's rates among them.",
     "supervised": "Share the port, and stop when stdin closes.",
 }
 

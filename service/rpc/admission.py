@@ -1,19 +1,32 @@
-"""How much work one replica takes at once: operations and bytes, refused at once beyond."""
+"""How much work one replica takes at once, of everybody and of each tenant; what is beyond is refused at once.
+
+The tenants share what the replica can do. So that one that asks for too much slows nobody else, each can have bounds
+of its own, which are smaller: on what it has in work, and on how much comes a second.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Self
+import math
+import sys
+import time
+from typing import TYPE_CHECKING, Final, Self
 
 from service.rpc.errors import overloaded
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
 
+    from service.domain.errors import DomainError
     from service.rpc.auth import Principal
+    from service.tenants import TenantRates
+
+BUSY_RETRY_S: Final = 0.1  # when something that is in work may have ended
+BURST_S: Final = 1.0  # what a tenant may save up of its rate, and send at once
 
 
 class Admission:
-    """Counts what this process has in work or waiting; a `Share` takes from it and gives back.
+    """Counts what is in work or waiting, of this process or of one tenant; a `Share` takes from it and gives back.
 
     Attributes:
         operations: Operations in work.
@@ -22,15 +35,157 @@ class Admission:
         max_operations: The bound of the first.
         max_bytes: The bound of the second. Something larger is let in while nobody else holds any
             bytes, so that no size within the limits is refused for ever.
+        owner: Whose bounds they are, for refusals.
     """
 
-    __slots__ = ("max_bytes", "max_operations", "operations", "request_bytes")
+    __slots__ = ("max_bytes", "max_operations", "operations", "owner", "request_bytes")
 
-    def __init__(self, max_operations: int, max_bytes: int) -> None:
+    def __init__(self, max_operations: int, max_bytes: int, owner: str = "this replica") -> None:
         self.max_operations = max_operations
         self.max_bytes = max_bytes
         self.operations = 0
         self.request_bytes = 0
+        self.owner = owner
+
+    def full(self, bound: str, limit: int) -> DomainError:
+        """Make the refusal of what would be beyond a bound."""
+        state = f"is at its limit of {limit}"
+        return overloaded(bound, state, owner=self.owner, retry_after_s=BUSY_RETRY_S, limit=limit)
+
+
+class TokenBucket:
+    """How much of a rate is left: it fills as time passes, and each operation takes from it.
+
+    An operation may take more than there is. The bucket then owes it, and the next one waits for longer, so that no
+    size is refused for ever.
+
+    Attributes:
+        rate: What it fills by a second.
+    """
+
+    __slots__ = ("_clock", "_filled_at", "_level", "rate")
+
+    def __init__(self, rate: float, clock: Callable[[], float]) -> None:
+        self.rate = rate
+        self._clock = clock
+        self._filled_at = clock()
+        self._level = self._capacity()
+
+    def wait_s(self) -> float:
+        """Return how long it takes until the bucket holds one; 0 if it does."""
+        now = self._clock()
+        self._level += (now - self._filled_at) * self.rate
+        self._level = min(self._level, self._capacity())
+        self._filled_at = now
+        return max(0.0, (1.0 - self._level) / self.rate)
+
+    def take(self, amount: float) -> None:
+        """Take an amount, whether it is there or not."""
+        self._level -= amount
+
+    def _capacity(self) -> float:
+        return max(1.0, self.rate * BURST_S)
+
+
+class TenantAdmission(Admission):
+    """The bounds of one tenant on this process: what it has in work, and what comes a second.
+
+    Attributes:
+        operation_bucket: Bounds the operations a second; None: nothing does.
+        byte_bucket: Bounds the bytes of requests a second; None: nothing does.
+    """
+
+    __slots__ = ("_clock", "byte_bucket", "operation_bucket")
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        super().__init__(sys.maxsize, sys.maxsize, "this tenant on this replica")
+        self._clock = clock
+        self.operation_bucket: TokenBucket | None = None
+        self.byte_bucket: TokenBucket | None = None
+
+    def set(self, rates: TenantRates, parts: int) -> None:
+        """Let other bounds hold from now on.
+
+        Args:
+            rates: The bounds.
+            parts: Of how many processes, that divide the bounds among them, this is one.
+        """
+        self.max_operations = _part(rates.operations_in_flight, parts)
+        self.max_bytes = _part(rates.request_bytes_in_flight, parts)
+        self.operation_bucket = self._bucket(
+            self.operation_bucket, rates.operations_per_second, parts
+        )
+        self.byte_bucket = self._bucket(self.byte_bucket, rates.bytes_per_second, parts)
+
+    def count(self, size_bytes: int) -> None:
+        """Count an operation and the bytes of its request, or raise OVERLOADED and count nothing."""
+        operations, sizes = self.operation_bucket, self.byte_bucket
+        if operations is not None and (wait_s := operations.wait_s()):
+            raise self._too_fast("operations_per_second", operations, wait_s)
+        if sizes is not None and (wait_s := sizes.wait_s()):
+            raise self._too_fast("bytes_per_second", sizes, wait_s)
+        if operations is not None:
+            operations.take(1)
+        self.count_bytes(size_bytes)
+
+    def count_bytes(self, size_bytes: int) -> None:
+        """Count bytes that belong to an operation that was counted."""
+        if self.byte_bucket is not None:
+            self.byte_bucket.take(size_bytes)
+
+    def _too_fast(self, bound: str, bucket: TokenBucket, wait_s: float) -> DomainError:
+        state = f"has reached its limit of {bucket.rate:g}"
+        wait_s = (
+            math.ceil(1000 * wait_s) / 1000
+        )  # a client that waits so long does not come too soon
+        return overloaded(bound, state, owner=self.owner, retry_after_s=wait_s, limit=bucket.rate)
+
+    def _bucket(
+        self, bucket: TokenBucket | None, rate: int | None, parts: int
+    ) -> TokenBucket | None:
+        """Return the bucket of a rate: the one that is there, so that a reload fills none."""
+        if rate is None:
+            return None
+        if bucket is None:
+            return TokenBucket(rate / parts, self._clock)
+        bucket.rate = rate / parts
+        return bucket
+
+
+class TenantAdmissions:
+    """The bounds of all tenants on this process."""
+
+    def __init__(
+        self,
+        rates_of: Callable[[str], TenantRates],
+        *,
+        parts: int = 1,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Begin with nothing in work.
+
+        Args:
+            rates_of: Returns the bounds of a tenant as they are now.
+            parts: Of how many processes, that divide the bounds among them, this is one.
+            clock: Monotonic seconds.
+        """
+        self._rates_of = rates_of
+        self._parts = parts
+        self._clock = clock
+        self._of: dict[str, TenantAdmission] = {}
+
+    def of(self, tenant: str) -> TenantAdmission:
+        """Return what counts for one tenant."""
+        found = self._of.get(tenant)
+        if found is None:
+            found = self._of[tenant] = TenantAdmission(self._clock)
+            found.set(self._rates_of(tenant), self._parts)
+        return found
+
+    def renew(self) -> None:
+        """Let the bounds hold as they are now, for open streams as well."""
+        for tenant, each in self._of.items():
+            each.set(self._rates_of(tenant), self._parts)
 
 
 class Share:
@@ -38,38 +193,48 @@ class Share:
 
     Attributes:
         principal: For whom.
+        tenant: The bounds of its tenant, which count what it holds as well; None: it has none of its own.
         operations: Operations held.
         held_bytes: Bytes held.
     """
 
-    __slots__ = ("_admission", "held_bytes", "operations", "principal")
+    __slots__ = ("_admissions", "held_bytes", "operations", "principal", "tenant")
 
-    def __init__(self, admission: Admission, principal: Principal) -> None:
-        self._admission = admission
+    def __init__(
+        self, admission: Admission, principal: Principal, tenant: TenantAdmission | None = None
+    ) -> None:
+        self._admissions = (admission,) if tenant is None else (tenant, admission)
         self.principal = principal
+        self.tenant = tenant
         self.operations = 0
         self.held_bytes = 0
 
     def take(self, size_bytes: int, operations: int = 0) -> None:
         """Hold more, or raise OVERLOADED and hold what was held before."""
-        admission = self._admission
-        if operations and admission.operations >= admission.max_operations:
-            limit = admission.max_operations
-            raise overloaded("operations_in_flight", f"is at its limit of {limit}")
-        total_bytes = admission.request_bytes
-        if total_bytes > self.held_bytes and total_bytes + size_bytes > admission.max_bytes:
-            limit = admission.max_bytes
-            raise overloaded("request_bytes_in_flight", f"is at its limit of {limit}")
-        admission.request_bytes = total_bytes + size_bytes
-        admission.operations += operations
-        self.held_bytes += size_bytes
+        held_bytes = self.held_bytes
+        for each in self._admissions:
+            if operations and each.operations >= each.max_operations:
+                raise each.full("operations_in_flight", each.max_operations)
+            total_bytes = each.request_bytes
+            if total_bytes > held_bytes and total_bytes + size_bytes > each.max_bytes:
+                raise each.full("request_bytes_in_flight", each.max_bytes)
+        for each in self._admissions:
+            each.request_bytes += size_bytes
+            each.operations += operations
+        self.held_bytes = held_bytes + size_bytes
         self.operations += operations
+
+    def take_transfer(self, size_bytes: int) -> None:
+        """Hold an upload or a download of an operation that was counted, or raise OVERLOADED."""
+        self.take(size_bytes)
+        if self.tenant is not None:
+            self.tenant.count_bytes(size_bytes)
 
     def give_back(self, size_bytes: int, operations: int = 0) -> None:
         """Release some of the held bytes and operations."""
-        admission = self._admission
-        admission.request_bytes -= size_bytes
-        admission.operations -= operations
+        for each in self._admissions:
+            each.request_bytes -= size_bytes
+            each.operations -= operations
         self.held_bytes -= size_bytes
         self.operations -= operations
 
@@ -83,3 +248,7 @@ class Share:
         traceback: TracebackType | None,
     ) -> None:
         self.give_back(self.held_bytes, self.operations)
+
+
+def _part(limit: int | None, parts: int) -> int:
+    return sys.maxsize if limit is None else max(1, limit // parts)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from google.protobuf.descriptor import Descriptor, MethodDescriptor
     from google.protobuf.message import Message
 
+    from service.rpc.admission import TenantAdmissions
     from service.rpc.auth import Authenticator, Caller, Principal
 
     Begin: TypeAlias = Callable[[str, Any, Callable[[Any], None]], None]
@@ -106,8 +107,14 @@ class Dispatcher:
         operations: The rows of the table by their method.
     """
 
-    def __init__(self, authenticator: Authenticator, admission: Admission) -> None:
+    def __init__(
+        self,
+        authenticator: Authenticator,
+        admission: Admission,
+        tenants: TenantAdmissions | None = None,
+    ) -> None:
         self.admission = admission
+        self._tenants = tenants
         self.is_draining = False
         self._authenticator = authenticator
         self._unbounded = Admission(sys.maxsize, sys.maxsize)  # for what is open
@@ -148,8 +155,17 @@ class Dispatcher:
         """Return the unary operation that takes this kind of message."""
         return self._by_request[request.full_name]
 
-    def let_in(self, operation: Operation, caller: Caller) -> Share:
-        """Return an empty share for a call, or refuse it by who calls or because the server drains."""
+    def let_in(
+        self, operation: Operation, caller: Caller, request_bytes: int | None = None
+    ) -> Share:
+        """Return an empty share for a call, or refuse it.
+
+        Args:
+            operation: What is called.
+            caller: Who calls, which may be a reason to refuse.
+            request_bytes: What its tenant's rates count beside one operation; None: the call is no operation
+                itself, but a stream of them.
+        """
         if operation.method in PUBLIC:
             principal = ANONYMOUS
         else:
@@ -157,7 +173,12 @@ class Dispatcher:
             self._authenticator.authorise(principal, operation.method)
         if self.is_draining and not operation.is_always_served:
             raise draining()
-        return Share(self._unbounded if operation.is_always_served else self.admission, principal)
+        if operation.is_always_served:
+            return Share(self._unbounded, principal)
+        tenant = None if self._tenants is None else self._tenants.of(principal.tenant)
+        if tenant is not None and request_bytes is not None:
+            tenant.count(request_bytes)
+        return Share(self.admission, principal, tenant)
 
     async def call(self, operation: Operation, request: Message, share: Share) -> Message:
         """Run an operation that was let in, and return its response.

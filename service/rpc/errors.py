@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
@@ -129,13 +129,30 @@ def refusal_to_status(refusal: DomainError) -> status_pb2.Status:
     return status
 
 
-def overloaded(bound: str, state: str) -> ResourceExhausted:
-    """Make the refusal of more work than this replica takes at once."""
+def overloaded(
+    bound: str,
+    state: str,
+    *,
+    owner: str = "this replica",
+    retry_after_s: float = 0.1,
+    limit: float | None = None,
+) -> ResourceExhausted:
+    """Make the refusal of more work than this replica takes at once, of everybody or of one tenant.
+
+    Args:
+        bound: What is bounded, in the name of its setting.
+        state: How it stands.
+        owner: Whose bound it is.
+        retry_after_s: When it may be better, in seconds.
+        limit: How much it is, if it is a number.
+    """
+    facts: dict[str, Any] = {} if limit is None else {"limit": f"{limit:.15g}"}
     return ResourceExhausted(
         "OVERLOADED",
-        f"{bound} of this replica {state}: try again, or another replica",
-        retry_after_s=0.1,
+        f"{bound} of {owner} {state}: try again, or another replica",
+        retry_after_s=retry_after_s,
         bound=bound,
+        **facts,
     )
 
 

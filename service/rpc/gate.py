@@ -197,7 +197,7 @@ class Gate:
 
         async def handle(raw: bytes, context: Context, traffic: Traffic) -> bytes:
             traffic.request_bytes = len(raw)
-            with dispatcher.let_in(operation, context) as share:
+            with dispatcher.let_in(operation, context, len(raw)) as share:
                 traffic.principal = share.principal
                 share.take(len(raw), operations=1)
                 traffic.request = request = codec.parse(operation.request_class, raw)
@@ -212,7 +212,7 @@ class Gate:
     def _server_stream(self, operation: Operation) -> Handler:
         async def handle(raw: bytes, context: Context, traffic: Traffic) -> None:
             traffic.request_bytes = len(raw)
-            with self._dispatcher.let_in(operation, context) as share:
+            with self._dispatcher.let_in(operation, context, len(raw)) as share:
                 traffic.principal = share.principal
                 share.take(len(raw), operations=1)
                 traffic.request = request = self._codec.parse(operation.request_class, raw)
@@ -225,7 +225,7 @@ class Gate:
 
     def _client_stream(self, operation: Operation) -> Handler:
         async def handle(_: object, context: Context, traffic: Traffic) -> bytes:
-            with self._dispatcher.let_in(operation, context) as share:
+            with self._dispatcher.let_in(operation, context, 0) as share:
                 traffic.principal = share.principal
                 share.take(0, operations=1)
                 requests = self._read_all(operation, context, traffic)

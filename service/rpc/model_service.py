@@ -71,7 +71,7 @@ class ModelService:
         limit = self.models.import_limit(call.tenant, spec, request_id)
         if total_bytes > limit:
             raise message_too_large("weights file", total_bytes, limit, advice=_OF_OTHER_SIZES)
-        call.share.take(total_bytes)
+        call.share.take_transfer(total_bytes)
         data = await _collect(requests, total_bytes)
         view, replayed = await self.models.import_model(
             call.tenant, spec, data, request_id=request_id
@@ -110,7 +110,7 @@ class ModelService:
             optional_version(request),
             include_moments=request.include_moments,
         )
-        call.share.take(len(data))
+        call.share.take_transfer(len(data))
         part_bytes = min(PART_BYTES, self.info.limits.message_bytes - _PART_OVERHEAD_BYTES)
         for part in weights_parts(version, data, part_bytes):
             yield part
@@ -126,7 +126,7 @@ class ModelService:
         limit = await self.models.upload_limit(key, expected, request_id)
         if total_bytes > limit:
             raise message_too_large("weights file", total_bytes, limit, advice=_OF_OTHER_SIZES)
-        call.share.take(total_bytes)
+        call.share.take_transfer(total_bytes)
         data = await _collect(requests, total_bytes)
         version, replayed = await self.models.put_weights(
             key, data, expected=expected, request_id=request_id

@@ -29,6 +29,7 @@ from timernn.v1 import model_service_pb2, session_service_pb2, time_rnn_service_
 
 if TYPE_CHECKING:
     from service.domain.use_cases import UseCases
+    from service.rpc.admission import TenantAdmissions
     from service.rpc.auth import Authenticator
     from service.rpc.server_info import ServerInfo
     from service.rpc.tls import TlsIdentity
@@ -98,6 +99,7 @@ class RpcServer:
         authenticator: Authenticator | None = None,
         observer: Observer = NULL_OBSERVER,
         rules: StreamRules | None = None,
+        tenants: TenantAdmissions | None = None,
         reuse_port: bool = False,
     ) -> None:
         # The pure-Python parser has no bound on nesting (CVE-2025-4565), and is slow.
@@ -109,7 +111,7 @@ class RpcServer:
         rules = rules or StreamRules(deadline_s=deadline_s)
         codec = Codec(limits.message_bytes)
         self.admission = Admission(limits.operations_in_flight, limits.request_bytes_in_flight)
-        self.dispatcher = Dispatcher(authenticator or AllowAll(), self.admission)
+        self.dispatcher = Dispatcher(authenticator or AllowAll(), self.admission, tenants)
         self.health = Health(SERVICE_NAMES)
         self.streams = Streams(
             self.dispatcher, codec, observer=observer, limits=limits, rules=rules

@@ -73,7 +73,10 @@ class StreamBudget:
         Only now: what waits for its session, or for a client that does not read, takes nobody
         else's room.
         """
-        self._share.take(answer_bytes, operations=1)
+        share = self._share
+        if share.tenant is not None:
+            share.tenant.count(operation.request_bytes)
+        share.take(answer_bytes, operations=1)
         operation.is_admitted = True
         operation.expected_bytes = answer_bytes
         self.expected_bytes += answer_bytes

@@ -27,6 +27,7 @@ from service.rpc.server_info import ServerInfo
 from service.settings import Limits
 from service.telemetry import NULL_OBSERVER
 from timernn.v1 import tensor_pb2
+from timernn.v1 import time_rnn_service_pb2 as pb
 from timernn.v1.model_service_pb2_grpc import ModelServiceStub
 from timernn.v1.session_service_pb2_grpc import SessionServiceStub
 from timernn.v1.time_rnn_service_pb2_grpc import TimeRnnServiceStub
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
         Forward,
         SessionKey,
     )
+    from service.rpc.admission import TenantAdmissions
     from service.rpc.auth import Authenticator
     from service.rpc.stream import StreamRules
     from service.telemetry import Observer
@@ -258,6 +260,7 @@ async def serve(domain: StandIn) -> AsyncIterator[Callable[..., Awaitable[Served
         rules: StreamRules | None = None,
         authenticator: Authenticator | None = None,
         observer: Observer = NULL_OBSERVER,
+        tenants: TenantAdmissions | None = None,
     ) -> Served:
         limits = limits or Limits()
         info = ServerInfo(
@@ -270,6 +273,7 @@ async def serve(domain: StandIn) -> AsyncIterator[Callable[..., Awaitable[Served
             rules=rules,
             authenticator=authenticator,
             observer=observer,
+            tenants=tenants,
         )
         address = await server.start("127.0.0.1:0")
         server.health.set_serving(True)
@@ -309,3 +313,23 @@ def until() -> Callable[[Callable[[], Any]], Awaitable[None]]:
             await asyncio.sleep(0.001)
 
     return until
+
+
+@pytest.fixture
+def chunk(tensor: Callable[..., tensor_pb2.Tensor]) -> Callable[..., pb.Operation]:
+    """Make a Forward operation; its tag is its number unless another is given."""
+
+    def chunk(
+        session_id: str, chunk_seq: int, *, epoch: int = 1, steps: int = 1, **fields: Any
+    ) -> pb.Operation:
+        tag = fields.pop("tag", chunk_seq)
+        request = pb.ForwardRequest(
+            session_id=session_id,
+            epoch=epoch,
+            chunk_seq=chunk_seq,
+            xs=tensor(1, steps, 1),
+            **fields,
+        )
+        return pb.Operation(tag=tag, forward=request)
+
+    return chunk

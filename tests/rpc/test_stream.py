@@ -25,26 +25,6 @@ if TYPE_CHECKING:
     MakeChunk = Callable[..., pb.Operation]
 
 
-@pytest.fixture
-def chunk(tensor: MakeTensor) -> MakeChunk:
-    """Make a Forward operation; its tag is its number unless another is given."""
-
-    def chunk(
-        session_id: str, chunk_seq: int, *, epoch: int = 1, steps: int = 1, **fields: Any
-    ) -> pb.Operation:
-        tag = fields.pop("tag", chunk_seq)
-        request = pb.ForwardRequest(
-            session_id=session_id,
-            epoch=epoch,
-            chunk_seq=chunk_seq,
-            xs=tensor(1, steps, 1),
-            **fields,
-        )
-        return pb.Operation(tag=tag, forward=request)
-
-    return chunk
-
-
 async def send(call: Any, *operations: pb.Operation) -> None:
     """Send operations as one message."""
     await call.write(pb.StreamRequest(operations=operations))

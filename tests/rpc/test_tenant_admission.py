@@ -1,0 +1,197 @@
+"""What one tenant may ask of a replica, and that another notices nothing when it asks for more."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from service.rpc.admission import TenantAdmissions, TokenBucket
+from service.rpc.auth import AllowAll, Principal
+from service.tenants import TenantRates
+from timernn.v1 import time_rnn_service_pb2 as pb
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from service.rpc.auth import Caller
+    from tests.rpc.conftest import Served
+
+    Serve = Callable[..., Awaitable[Served]]
+    Refused = Callable[[Awaitable[Any]], Awaitable[Any]]
+    Unpack = Callable[[Any], Any]
+    MakeTensor = Callable[..., Any]
+    MakeChunk = Callable[..., Any]
+    Until = Callable[[Callable[[], Any]], Awaitable[None]]
+
+GREEDY, MODEST = (("tenant", "greedy"),), (("tenant", "modest"),)
+UPDATE = pb.UpdateRequest(model_id="m", request_id="r")
+
+
+class Clock:
+    """A clock that stands until it is moved."""
+
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def __call__(self) -> float:
+        """Return the time in seconds."""
+        return self.now_s
+
+
+class ByMetadata(AllowAll):
+    """Takes the tenant from the metadata."""
+
+    def authenticate(self, caller: Caller) -> Principal:
+        """Return the tenant that the caller names."""
+        return Principal(dict(caller.invocation_metadata() or ())["tenant"])
+
+
+class Rates:
+    """The rates of the greedy tenant; everyone else has none."""
+
+    def __init__(self, **rates: int) -> None:
+        self.greedy = TenantRates(**rates)
+
+    def __call__(self, tenant: str) -> TenantRates:
+        """Return the rates of a tenant."""
+        return self.greedy if tenant == "greedy" else TenantRates()
+
+
+@pytest.fixture
+def clock() -> Clock:
+    """The clock of the buckets."""
+    return Clock()
+
+
+async def started(serve: Serve, tenants: TenantAdmissions) -> Served:
+    """Serve two tenants with these bounds."""
+    return await serve(authenticator=ByMetadata(), tenants=tenants)
+
+
+async def read_results(call: Any, count: int) -> list[pb.OperationResult]:
+    """Read messages until so many results have come."""
+    results: list[pb.OperationResult] = []
+    while len(results) < count:
+        results += (await call.read()).results
+    return results
+
+
+def test_a_bucket_fills_by_its_rate_and_holds_a_second_of_it(clock: Clock) -> None:
+    """What was not used for longer than a second is lost."""
+    bucket = TokenBucket(4.0, clock)
+    clock.now_s += 3600
+    for _ in range(4):
+        assert bucket.wait_s() == 0
+        bucket.take(1)
+    assert bucket.wait_s() == 0.25
+    clock.now_s += 0.25
+    assert bucket.wait_s() == 0
+
+
+def test_a_bucket_owes_what_is_larger_than_itself(clock: Clock) -> None:
+    """The next one waits until it is paid, so that the rate holds for any size."""
+    bucket = TokenBucket(4.0, clock)
+    bucket.take(12)
+    assert bucket.wait_s() == 2.25
+    clock.now_s += 2.25
+    assert bucket.wait_s() == 0
+
+
+async def test_a_tenant_beyond_its_rate_is_refused_and_another_is_not(
+    serve: Serve, refused: Refused, clock: Clock
+) -> None:
+    """The refusal says which limit, how much it is and when to come again; then it is let in."""
+    served = await started(serve, TenantAdmissions(Rates(operations_per_second=2), clock=clock))
+    for _ in range(2):
+        await served.rnn.Update(UPDATE, metadata=GREEDY)
+    refusal = await refused(served.rnn.Update(UPDATE, metadata=GREEDY))
+    assert (refusal.code, refusal.reason) == ("RESOURCE_EXHAUSTED", "OVERLOADED")
+    assert (refusal.metadata["bound"], refusal.metadata["limit"]) == ("operations_per_second", "2")
+    assert refusal.details["RetryInfo"].retry_delay.ToMilliseconds() == 500
+    for _ in range(5):
+        await served.rnn.Update(UPDATE, metadata=MODEST)
+    clock.now_s += 0.5
+    await served.rnn.Update(UPDATE, metadata=GREEDY)
+
+
+async def test_bytes_a_second_are_counted_by_the_request(
+    serve: Serve, refused: Refused, tensor: MakeTensor, clock: Clock
+) -> None:
+    """A request larger than the rate is let in, and the next has to wait for as long as it takes."""
+    served = await started(serve, TenantAdmissions(Rates(bytes_per_second=1000), clock=clock))
+    chunk = pb.ForwardRequest(model_id="m", xs=tensor(1, 10, 100))
+    size = chunk.ByteSize()
+    await served.rnn.Forward(chunk, metadata=GREEDY)
+    refusal = await refused(served.rnn.Forward(chunk, metadata=GREEDY))
+    assert refusal.metadata["bound"] == "bytes_per_second"
+    wait_ms = refusal.details["RetryInfo"].retry_delay.ToMilliseconds()
+    assert wait_ms == pytest.approx(size - 999, abs=1)
+    clock.now_s += wait_ms / 1000 + 1e-6
+    await served.rnn.Forward(chunk, metadata=GREEDY)
+
+
+async def test_a_tenant_has_its_own_bound_of_work_in_flight(
+    serve: Serve, refused: Refused, until: Until
+) -> None:
+    """What a tenant has in work keeps nobody else out; when it is done, the tenant may send more."""
+    served = await started(serve, TenantAdmissions(Rates(operations_in_flight=1)))
+    release = asyncio.Event()
+    served.domain.answers["update"] = release.wait
+    first = asyncio.ensure_future(served.rnn.Update(UPDATE, metadata=GREEDY))
+    await until(lambda: served.domain.asked)
+    refusal = await refused(served.rnn.Update(UPDATE, metadata=GREEDY))
+    assert (refusal.metadata["bound"], refusal.metadata["limit"]) == ("operations_in_flight", "1")
+    assert "of this tenant" in refusal.message
+    other = asyncio.ensure_future(served.rnn.Update(UPDATE, metadata=MODEST))
+    await until(lambda: served.server.admission.operations == 2)
+    release.set()
+    await asyncio.gather(first, other)
+    await served.rnn.Update(UPDATE, metadata=GREEDY)
+
+
+async def test_operations_on_a_stream_are_counted_each(
+    serve: Serve, chunk: MakeChunk, unpack: Unpack, clock: Clock
+) -> None:
+    """The stream stays open: what is beyond the rate has its own refusal, and later ones are let in."""
+    served = await started(serve, TenantAdmissions(Rates(operations_per_second=2), clock=clock))
+    call = served.rnn.Stream(metadata=GREEDY)
+    operations = [chunk(f"s{index}", 1, tag=index) for index in range(3)]
+    await call.write(pb.StreamRequest(operations=operations))
+    results = await read_results(call, 3)
+    refusals = [result for result in results if result.HasField("error")]
+    assert [result.tag for result in refusals] == [2]
+    assert unpack(refusals[0].error).metadata["bound"] == "operations_per_second"
+    clock.now_s += 0.5
+    await call.write(pb.StreamRequest(operations=[chunk("s2", 1, tag=3)]))
+    assert (await call.read()).results[0].forward.session_id == "s2"
+
+
+async def test_workers_divide_a_tenants_bounds(
+    serve: Serve, refused: Refused, clock: Clock
+) -> None:
+    """Each of four workers takes a quarter of the rate."""
+    admissions = TenantAdmissions(Rates(operations_per_second=4), parts=4, clock=clock)
+    served = await started(serve, admissions)
+    await served.rnn.Update(UPDATE, metadata=GREEDY)
+    refusal = await refused(served.rnn.Update(UPDATE, metadata=GREEDY))
+    assert refusal.metadata["limit"] == "1"
+
+
+async def test_new_rates_hold_for_open_streams(
+    serve: Serve, chunk: MakeChunk, unpack: Unpack, clock: Clock
+) -> None:
+    """A tenant that had no rate has one from the moment the file says so."""
+    rates = Rates()
+    admissions = TenantAdmissions(rates, clock=clock)
+    served = await started(serve, admissions)
+    call = served.rnn.Stream(metadata=GREEDY)
+    await call.write(pb.StreamRequest(operations=[chunk("s", 1, tag=1)]))
+    assert (await call.read()).results[0].tag == 1
+    rates.greedy = TenantRates(operations_per_second=1)
+    admissions.renew()
+    operations = [chunk("a", 1, tag=2), chunk("b", 1, tag=3)]
+    await call.write(pb.StreamRequest(operations=operations))
+    results = await read_results(call, 2)
+    assert sorted(result.HasField("error") for result in results) == [False, True]
