@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from service.cli import checkpoints, models, sessions, tokens
+from service.cli import checkpoints, models, sessions, tenants, tokens
 from service.cli.backup import backup, restore
 from service.cli.doctor import doctor
 from service.cli.extras import explain_missing
@@ -48,6 +48,7 @@ app.command()(doctor)
 app.add_typer(models.app, name="models")
 app.add_typer(checkpoints.app, name="checkpoints")
 app.add_typer(sessions.app, name="sessions")
+app.add_typer(tenants.app, name="tenants")
 app.add_typer(tokens.app, name="tokens")
 app.command()(backup)
 app.command()(restore)

@@ -15,6 +15,7 @@ from service.domain.ports import (
     SessionSnapshot,
     TapeSnapshot,
 )
+from service.domain.types import SessionKey
 from service.settings import DAY_MS
 from service.store import keys, layouts
 from service.store.failures import as_domain_error, is_refusal
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
         EpochStart,
         SessionHead,
     )
-    from service.domain.types import ChunkKey, SessionKey, WaitingTape
+    from service.domain.types import ChunkKey, WaitingTape
     from service.settings import Limits
     from service.store.links import Command
     from service.store.scripts import Argument, Ran, ScriptRunner
@@ -56,6 +57,9 @@ _CHUNK_OUTCOMES = {outcome.value.encode(): outcome for outcome in ChunkOutcome}
 
 
 _ANY_CHUNK = -1  # begin_epoch.lua: the last chunk may be any
+
+
+ERASED_A_TRIP = 200  # sessions in one round trip of an erasure
 
 
 class CorruptRecordError(Exception):
@@ -249,6 +253,28 @@ class RedisSessionStore:
         (count,) = await self._runner.run_commands([("ZCARD", keys.tenant_sessions_key(tenant))])
         return int(count)
 
+    async def erase_sessions(self, tenant: str) -> int:
+        """Erase all sessions on the tenant's list, then the list; return how many were live.
+
+        Raises:
+            UnsupportedLayout: If another release laid one out; those before it are erased.
+        """
+        listed = keys.tenant_sessions_key(tenant)
+        (names,) = await self._runner.run_commands([("ZRANGE", listed, 0, -1)])
+        live = 0
+        for at in range(0, len(names), ERASED_A_TRIP):
+            some = [SessionKey(tenant, name.decode()) for name in names[at : at + ERASED_A_TRIP]]
+            tags = [keys.session_tag(key) for key in some]
+            runs = await self._runner.run_many([_erase_call(tag) for tag in tags])
+            for ran in runs:
+                if isinstance(ran.answer, Exception):
+                    raise ran.answer
+                live += ran.answer[0] == b"CLOSED"
+            # What closing leaves for late clients: that there was a session.
+            await self._runner.run_commands([("UNLINK", keys.marker_key(tag)) for tag in tags])
+        await self._runner.run_commands([("UNLINK", listed)])
+        return live
+
     async def list_sessions(
         self, tenant: str, after: tuple[str, str] | None, page_size: int
     ) -> list[tuple[str, str]]:
@@ -288,6 +314,12 @@ class RedisSessionStore:
         )
         first = [_stage_tape(commit) for commit in commits if commit.tape is not None]
         return ScriptCall(_COMMIT_CHUNKS, slot, arguments, first)
+
+
+def _erase_call(tag: bytes) -> ScriptCall:
+    """Return the call that ends a session, whatever its epoch."""
+    slot = (keys.record_key(tag), keys.marker_key(tag), keys.tape_index_key(tag))
+    return ScriptCall(_CLOSE_SESSION, slot, (0, MARKER_MS))
 
 
 def _chunk_outcomes(commits: Sequence[ChunkCommit], ran: Ran) -> Iterator[ChunkOutcome | Exception]:

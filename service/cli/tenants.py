@@ -1,0 +1,70 @@
+"""`timernn tenants`: what is done with all that one tenant has."""
+
+# No postponed annotations here: Typer reads them when a command is made.
+import asyncio
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from service.cli.output import print_json
+from service.cli.remote import AsJson
+
+if TYPE_CHECKING:
+    from service.store.purge import Purged
+
+app = typer.Typer(help="Do something with all that one tenant has.", no_args_is_help=True)
+
+
+@app.callback()
+def _group() -> None:
+    """Keep the name of the one command."""
+
+
+@app.command()
+def purge(
+    tenant: Annotated[str, typer.Argument(help="Whose models and sessions.")],
+    *,
+    redis_url: Annotated[
+        str,
+        typer.Option(
+            envvar="TIMERNN_REDIS_URL",
+            metavar="URL",
+            show_default=False,
+            help="Store of the servers; a URL with a password belongs into the variable.",
+        ),
+    ],
+    yes: Annotated[
+        bool, typer.Option("--yes", envvar="TIMERNN_YES", help="Erase; without it nothing happens.")
+    ] = False,
+    json: AsJson = False,
+) -> None:
+    """Erase the models, checkpoints, sessions and waiting gradients of a tenant from the store.
+
+    Revoke its tokens first: servers go on serving whoever holds one, and what begins meanwhile may stay.
+
+    Example:
+      timernn tenants purge acme --redis-url redis://127.0.0.1:6379 --yes
+    """
+    if not yes:
+        raise typer.BadParameter(f"this erases all that {tenant} has, for ever: add --yes to do it")
+    purged = asyncio.run(_purge(redis_url, tenant))
+    if json:
+        print_json({"tenant": tenant, "models": purged.models, "sessions": purged.sessions})
+    else:
+        print(f"erased of {tenant}: {purged.models} models, {purged.sessions} sessions")
+
+
+async def _purge(url: str, tenant: str) -> "Purged":
+    # Not imported for other commands.
+    from service.settings import Settings  # noqa: PLC0415
+    from service.store.connect import open_store  # noqa: PLC0415
+    from service.store.purge import purge_tenant  # noqa: PLC0415
+
+    try:
+        store = await open_store(url, Settings(store_timeout_ms=5000))
+    except ValueError as error:
+        raise typer.BadParameter(f"--redis-url: {error}") from error
+    try:
+        return await purge_tenant(store, tenant)
+    finally:
+        await store.close()
