@@ -102,20 +102,21 @@ def read_tenants(path: Path, limits: Limits) -> TenantTable:
     Raises:
         SecretFileError: If it cannot be read, or an entry is not valid.
     """
+    source = f"--tenants {path}"
     try:
         document = tomllib.loads(path.read_text("utf-8"))
     except OSError as error:
-        raise SecretFileError(f"{path}: {error.strerror}") from error
+        raise SecretFileError(f"{source}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise SecretFileError(f"{path}: expected UTF-8 text") from error
+        raise SecretFileError(f"{source}: expected UTF-8 text") from error
     except tomllib.TOMLDecodeError as error:
-        raise SecretFileError(f"{path}: not valid TOML: {error}") from error
-    _check_known(document, ("default", "tenant"), f"{path}")
+        raise SecretFileError(f"{source}: not valid TOML: {error}") from error
+    _check_known(document, ("default", "tenant"), source)
     usual = TenantTerms(TenantLimits.from_limits(limits), TenantRates())
-    default = usual.changed(_numbers(document.get("default", {}), f"{path}: [default]"))
+    default = usual.changed(_numbers(document.get("default", {}), f"{source}: [default]"))
     tenants = {}
-    for name, table in _table(document.get("tenant", {}), f"{path}: [tenant]").items():
-        where = f"{path}: [tenant.{name}]"
+    for name, table in _table(document.get("tenant", {}), f"{source}: [tenant]").items():
+        where = f"{source}: [tenant.{name}]"
         if not _NAME.fullmatch(name):
             raise SecretFileError(f"{where}: a name must match ^{_NAME.pattern}$")
         tenants[name] = default.changed(_numbers(table, where))

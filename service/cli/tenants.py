@@ -45,6 +45,12 @@ def purge(
     Example:
       timernn tenants purge acme --redis-url redis://127.0.0.1:6379 --yes
     """
+    from service.store.addresses import parse_store_url  # noqa: PLC0415 - not for other commands
+
+    try:
+        parse_store_url(redis_url)
+    except ValueError as error:
+        raise typer.BadParameter(f"--redis-url: {error}") from error
     if not yes:
         raise typer.BadParameter(f"this erases all that {tenant} has, for ever: add --yes to do it")
     purged = asyncio.run(_purge(redis_url, tenant))
@@ -60,10 +66,7 @@ async def _purge(url: str, tenant: str) -> "Purged":
     from service.store.connect import open_store  # noqa: PLC0415
     from service.store.purge import purge_tenant  # noqa: PLC0415
 
-    try:
-        store = await open_store(url, Settings(store_timeout_ms=5000))
-    except ValueError as error:
-        raise typer.BadParameter(f"--redis-url: {error}") from error
+    store = await open_store(url, Settings(store_timeout_ms=5000))
     try:
         return await purge_tenant(store, tenant)
     finally:

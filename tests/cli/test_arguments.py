@@ -18,7 +18,7 @@ WRONG = ("neither nor", "nan", "-1")
 # A name that a host may have is no wrong address.
 WRONG_ADDRESSES = ("neither nor", "host:port:port", "[::1")
 # Any text is good for these; the server or the file system says what is not.
-FREE = {"model", "hyperparameter", "failpoints", "worker", "data_dir"}
+FREE = {"model", "hyperparameter", "failpoints", "worker", "worker_count", "data_dir"}
 FREE |= {"file", "tenant", "name", "token_id"}
 # What an option takes that has to be there and takes no number.
 CHOSEN = {"role": "infer"}

@@ -63,7 +63,7 @@ def test_a_file_that_says_something_else_is_refused(tmp_path: Path, text: str, s
     path = tmp_path / "tenants.toml"
     with pytest.raises(SecretFileError) as caught:
         tenants_of(path, text)
-    assert str(caught.value).startswith(str(path))
+    assert str(caught.value).startswith(f"--tenants {path}: ")
     assert says in str(caught.value)
 
 
