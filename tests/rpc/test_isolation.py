@@ -168,7 +168,7 @@ def variants(own: Ids, theirs: Ids) -> Iterator[tuple[str, str, list[Message]]]:
 class Tenant:
     """A client of one tenant."""
 
-    def __init__(self, channel: grpc.aio.Channel, name: str) -> None:
+    def __init__(self, channel: Any, name: str) -> None:
         self.channel, self.name = channel, name
         self.metadata = (("tenant", name),)
 
@@ -179,7 +179,7 @@ class Tenant:
         raw = [message.SerializeToString() for message in messages]
         try:
             if contract.client_streaming:
-                call: Any = self.channel.stream_unary(path)(iter(raw), metadata=self.metadata)
+                call = self.channel.stream_unary(path)(iter(raw), metadata=self.metadata)
                 return "OK", await call
             if contract.server_streaming:
                 parts = self.channel.unary_stream(path)(raw[0], metadata=self.metadata)
