@@ -59,7 +59,7 @@ from service.store.addresses import parse_store_url
 from service.store.connect import UnfitStoreError, open_store
 from service.store.credentials import PasswordFileError
 from service.store.embedded import EmbeddedStore, EmbeddedStoreError
-from service.telemetry import NULL_OBSERVER
+from service.telemetry import NULL_OBSERVER, Observers
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -108,7 +108,7 @@ async def serve(settings: Settings, on_ready: Callable[[str], None]) -> int:
         access = _access(settings)
         embedded = await _start_embedded(settings, stack)
         recorder = Recorder(rpc_types()) if settings.metrics_listen else None
-        observer = recorder or NULL_OBSERVER
+        observer = _observer(recorder, settings, stack)
         policy = access.tenants or SameLimits(settings.limits)
         admissions = _tenant_admissions(access, settings)
         store = await _open_store(settings, embedded, stack, observer=observer, policy=policy)
@@ -387,6 +387,24 @@ def _tenant_admissions(access: Access, settings: Settings) -> TenantAdmissions |
     if access.tenants is None:
         return None
     return TenantAdmissions(access.tenants.rates_of, parts=settings.worker_count)
+
+
+def _observer(
+    recorder: Recorder | None, settings: Settings, stack: contextlib.AsyncExitStack
+) -> Observer:
+    """Return who sees what the server does: the metrics, the traces, both or nobody."""
+    observers: list[Observer] = [recorder] if recorder else []
+    if settings.traces:
+        try:
+            from service.tracing import start_tracing  # noqa: PLC0415 - an extra of its own
+        except ModuleNotFoundError as error:
+            raise StartError("--traces needs more: pip install 'timernn[otel]'") from error
+        spans, finish = start_tracing(settings.worker)
+        stack.push_async_callback(asyncio.to_thread, finish)
+        observers.append(spans)
+    if len(observers) > 1:
+        return Observers(*observers)
+    return observers[0] if observers else NULL_OBSERVER
 
 
 def _authenticator(access: Access, recorder: Recorder | None) -> Authenticator | None:

@@ -81,6 +81,7 @@ class Settings:
     durability: str = "primary"  # or "replica": an answer waits until a replica has its writes
     durability_timeout_ms: int = 200  # how long it waits; must be less than store_timeout_ms
     log_level: str = "info"
+    traces: bool = False  # send spans by OTLP, as the variables OTEL_… say
     log_format: str = "console"  # or "json": an object a line
     failpoints: str = ""  # see service.failpoints; only with `testing`
     testing: bool = False

@@ -16,7 +16,10 @@ reads when it is asked for figures.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
 
 
 @dataclass(slots=True)
@@ -37,11 +40,14 @@ class CacheCounts:
 class Observer:
     """Sees what happens, and ignores it: a subclass takes what it is interested in. No method may raise or block."""
 
-    def rpc_started(self, method: str) -> None:
+    def rpc_started(
+        self, method: str, metadata: Callable[[], Iterable[tuple[str, str | bytes]] | None]
+    ) -> None:
         """See a call begin, as gRPC counts calls: a Stream is one, however many operations it carries.
 
         Args:
             method: Its path, such as "/timernn.v1.TimeRnnService/Stream".
+            metadata: Returns what came with it, which may hold where its trace began, and secrets.
         """
 
     def rpc_ended(self, method: str, *, code: str, duration_s: float) -> None:
@@ -57,6 +63,8 @@ class Observer:
         self, kind: str, *, outcome: str, duration_s: float, request_bytes: int, answer_bytes: int
     ) -> None:
         """See an operation end: a unary call, an upload or download, or one operation of a Stream.
+
+        Called in the context of its call, and before its end if it is one.
 
         Args:
             kind: The method that it is or stands for, in snake case: "forward", "open_session".
@@ -132,6 +140,24 @@ class Observer:
             name: What it holds: "sessions", "heads", "weights", "moments", "tapes", "gradients".
             counts: Read by the observer at any later time.
         """
+
+
+class Observers(Observer):
+    """Shows everything to several observers, one after another."""
+
+    def __init__(self, *observers: Observer) -> None:
+        """Keep them; each method of `Observer` becomes one that calls theirs."""
+        for name in vars(Observer):
+            if not name.startswith("_"):
+                setattr(self, name, _each([getattr(observer, name) for observer in observers]))
+
+
+def _each(methods: Sequence[Callable[..., None]]) -> Callable[..., None]:
+    def call(*arguments: Any, **values: Any) -> None:
+        for method in methods:
+            method(*arguments, **values)
+
+    return call
 
 
 NULL_OBSERVER: Final = Observer()

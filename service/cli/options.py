@@ -73,6 +73,7 @@ SETTINGS_HELP = {
     "durability_timeout_ms": "Milliseconds that it waits for the replica; less than"
     " --store-timeout-ms.",
     "log_level": "What to log on stderr.",
+    "traces": "Send traces by OTLP, as the environment variables OTEL_... say; needs timernn[otel].",
     "log_format": "How: lines for people, or a JSON object a line.",
     "workers": "Server processes on the one port, about one a core; sessions move between them freely.",
     "failpoints": "Where to fail on purpose; see service/failpoints.py.",

@@ -62,7 +62,7 @@ class Recorder(Observer):
 
     # --- what the observer sees -------------------------------------------------------------------
 
-    def rpc_started(self, method: str) -> None:
+    def rpc_started(self, method: str, metadata: object = None) -> None:  # noqa: ARG002
         """Count it; a method that the contract does not have never comes here."""
         self.add("grpc_server_started_total", *self._rpcs[method])
 

@@ -148,7 +148,7 @@ class Gate:
             if _LOGGER.isEnabledFor(logging.DEBUG):
                 watched: Any = context  # its stubs declare another kind of callback
                 watched.add_done_callback(_log_end_of(method))
-            observer.rpc_started(method)
+            observer.rpc_started(method, context.invocation_metadata)
             began, traffic = time.perf_counter(), Traffic()
             code = outcome = _CANCELLED
             try:
@@ -163,7 +163,6 @@ class Gate:
                 return answer
             finally:
                 duration_s = time.perf_counter() - began
-                observer.rpc_ended(method, code=code, duration_s=duration_s)
                 if is_operation:
                     observer.operation_ended(
                         operation.kind,
@@ -172,6 +171,7 @@ class Gate:
                         request_bytes=traffic.request_bytes,
                         answer_bytes=traffic.answer_bytes,
                     )
+                observer.rpc_ended(method, code=code, duration_s=duration_s)
                 if operation.is_audited and traffic.principal is not None:
                     audit.operation_ended(
                         operation.kind,

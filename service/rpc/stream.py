@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
+from contextvars import copy_context
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property, partial
@@ -147,6 +148,7 @@ class OperationStream:
         self._failure: Exception | None = None
         self._is_used = False  # since the last sweep
         self._born = self._last_used = time.perf_counter()
+        self._context = copy_context()
 
     async def run(self) -> None:
         """Serve until the client half-closes, fails or goes away, or the server drains."""
@@ -323,7 +325,9 @@ class OperationStream:
         if not operation.field:
             return
         row = self._streams.operations[operation.field]
-        self._streams.observer.operation_ended(
+        # Whose callback this is may be another stream's: chunks of several are committed together.
+        self._context.run(
+            self._streams.observer.operation_ended,
             row.kind,
             outcome=outcome,
             duration_s=time.perf_counter() - operation.started_at,

@@ -57,7 +57,7 @@ def test_an_operation_counts_by_kind_and_outcome(recorder: Recorder) -> None:
 
 def test_an_rpc_has_the_names_that_dashboards_know(recorder: Recorder) -> None:
     """Those of go-grpc-middleware, with codes in camel case."""
-    recorder.rpc_started(STREAM)
+    recorder.rpc_started(STREAM, tuple)
     recorder.rpc_ended(STREAM, code="DEADLINE_EXCEEDED", duration_s=3.0)
     found = samples(recorder.snapshot())
     rpc = (
