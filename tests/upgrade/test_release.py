@@ -28,6 +28,9 @@ def test_the_wheels_are_releases() -> None:
 def test_the_newest_release_is_at_all_its_places(version: str) -> None:
     """The newest section of CHANGELOG.md has its version, image, wheel and recorded store."""
     assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == version
-    assert f"image: timernn:{version}\n" in (ROOT / "docker" / "compose.yaml").read_text()
+    for name in ("compose.yaml", "kubernetes/timernn.yaml"):
+        tags = re.findall(r"image: timernn:(\S+)", (ROOT / "docker" / name).read_text())
+        assert set(tags) == {version}
+    assert f"ARG VERSION={version}\n" in (ROOT / "docker" / "Dockerfile").read_text()
     assert f"timernn-{version}-py3-none-any.whl" in {path.name for path in WHEELS}
     assert (ROOT / "tests" / "recorded" / f"{version}.jsonl").exists()
