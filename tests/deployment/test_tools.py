@@ -16,7 +16,7 @@ HADOLINT = shutil.which("hadolint") or shutil.which(
 
 @pytest.mark.skipif(HADOLINT is None, reason="hadolint is not installed (`make operate` does)")
 def test_hadolint_finds_nothing_in_the_dockerfile(docker: Path) -> None:
-    """Without an exception."""
+    """But for what the file itself excepts, with a reason."""
     assert HADOLINT is not None
     done = subprocess.run(
         [HADOLINT, str(docker / "Dockerfile")], capture_output=True, text=True, check=False
