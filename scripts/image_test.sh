@@ -37,7 +37,8 @@ check_size() {
 }
 
 with_engine() {
-  local engine=$1 container code began
+  local code began
+  engine=$1 container= # not local: the trap needs them at the end
   "$engine" build --quiet --file docker/Dockerfile --tag "$image" . >/dev/null
   start() {
     "$engine" run --detach --read-only --tmpfs /tmp --tmpfs /data:uid=10001,gid=10001,mode=0700 \
