@@ -262,7 +262,8 @@ def _document(path: Path) -> tomlkit.TOMLDocument:
             document = tomlkit.parse(text)
         except TOMLKitError as error:
             raise SecretFileError(f"{path}: not valid TOML") from error
-    if "token" not in document:
+    if not document.get("token"):
+        document.pop("token", None)  # `token = []`, as the last one leaves it, takes no table
         document.add("token", tomlkit.aot())
     return document
 

@@ -97,6 +97,15 @@ def test_a_revoked_token_is_gone(file: Path, by: str) -> None:
     assert "# for the weather team" in file.read_text()
 
 
+def test_a_file_whose_last_token_was_revoked_takes_another(file: Path) -> None:
+    """It can be read in between, and afterwards has the new one alone."""
+    create(file, "one")
+    revoke_tokens(file, name="one")
+    assert len(read_tokens(file)) == 0
+    create(file, "two")
+    assert [token.name for token in read_tokens(file)] == ["two"]
+
+
 def test_to_revoke_an_unknown_token_is_an_error(file: Path) -> None:
     """Nobody is to believe that a token is gone which never was there."""
     create(file)
