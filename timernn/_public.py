@@ -4,6 +4,7 @@ from importlib.metadata import version as _version_of
 
 from timernn import aio, errors
 from timernn._core.retry import RetryPolicy
+from timernn._core.tls import TLS
 from timernn._sync import Client, Session, connect
 from timernn.errors import *  # noqa: F403  # the tree's names, listed in errors.__all__
 from timernn.optimizers import (
@@ -34,6 +35,7 @@ from timernn.types import (
 
 __all__ = [
     "SGD",
+    "TLS",
     "AdaGrad",
     "Adam",
     "AdamW",

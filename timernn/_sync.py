@@ -23,6 +23,7 @@ from timernn._core.convert import copy_of_caller
 from timernn._core.effects import (
     END,
     NOT_YET,
+    AskToken,
     Download,
     OpenStream,
     Pull,
@@ -37,7 +38,6 @@ from timernn._core.models import ModelsCore
 from timernn._core.options import Options
 from timernn._core.retry import RetryPolicy
 from timernn._core.session import SessionCore
-from timernn._core.status import error_from_rpc
 from timernn._core.stream import StreamCore
 from timernn._core.targets import addresses_of
 from timernn._core.views import SessionView
@@ -51,11 +51,13 @@ if TYPE_CHECKING:
 
     from timernn._core.channels import Link
     from timernn._core.contract import Rpc
+    from timernn._core.credentials import Credentials, Metadata, TokenSource
     from timernn._core.effects import (
         Effect,
         Op,
     )
     from timernn._core.frame import Frames
+    from timernn._core.tls import TLS
     from timernn.types import (
         Array,
         Contributions,
@@ -84,6 +86,10 @@ def connect(
     log_total_bytes: int = 256 << 20,
     max_message_bytes: int = 16 << 20,
     proxy: str | None = None,
+    tls: TLS | bool = False,
+    token: TokenSource = None,
+    token_over_plaintext: bool = False,
+    metadata: Metadata = None,
 ) -> Client:
     """Make a client; the first call connects.
 
@@ -100,6 +106,13 @@ def connect(
         proxy: "http://HOST:PORT" of an HTTP proxy to connect through, or "environment" to use what
             http_proxy, https_proxy and no_proxy say; None connects directly. A loopback address and
             a Unix socket are always reached directly.
+        tls: True speaks TLS with a server whose certificate a public authority signed; a
+            `timernn.TLS` names authorities, a certificate of the client's own, a server's name.
+        token: What the server knows the caller by, or a callable that returns it: called before the
+            first call, and again when the server refuses the token; the refused call is then
+            repeated.
+        token_over_plaintext: Send it also to other machines without TLS, where others can read it.
+        metadata: Sent with every call.
     """
     options = Options(
         timeout_s=timeout,
@@ -110,6 +123,10 @@ def connect(
         log_total_bytes=log_total_bytes,
         max_message_bytes=max_message_bytes,
         proxy=proxy,
+        tls=tls,
+        token=token,
+        token_over_plaintext=token_over_plaintext,
+        metadata=metadata,
     )
     return Client(addresses_of(target), options)
 
@@ -207,9 +224,12 @@ class _Transport:
     to its end or its deadline, unheard.
     """
 
-    def __init__(self, addresses: Sequence[str], options: Options) -> None:
-        self._links = Links(addresses, options, grpc.insecure_channel)
+    def __init__(
+        self, addresses: Sequence[str], options: Options, credentials: Credentials
+    ) -> None:
+        self._links = Links(addresses, options, grpc, credentials)
         self._worker: _Worker | None = None
+        self._asking = threading.RLock()
 
     def run(self, op: Op[R]) -> R:
         """Drive a generator of the core to its end."""
@@ -240,6 +260,8 @@ class _Transport:
         match effect:
             case Pull(source, block):
                 return source.pull(block)
+            case AskToken(credentials):
+                return self._ask(credentials)
             case Sleep(seconds):
                 return time.sleep(seconds)
             case Write(stream, message):
@@ -250,6 +272,13 @@ class _Transport:
             case _:
                 return self._aside(self._called, effect)
 
+    def _ask(self, credentials: Credentials) -> None:
+        with self._asking:
+            if credentials.is_due and credentials.source is not None:
+                with credentials.asking():
+                    token = credentials.source()
+                credentials.take(token)
+
     def _called(self, effect: Any) -> Any:
         return self._over(self._links.get(effect.address), _call, effect)
 
@@ -259,7 +288,7 @@ class _Transport:
         try:
             return do(link, effect)
         except grpc.RpcError as failure:
-            error = error_from_rpc(failure)
+            error = link.error_of(failure)
             self._links.leave_if_silent(link, error, started)
             raise error from failure
         except ValueError:  # gRPC's, when another thread has closed the client
@@ -348,7 +377,8 @@ class Client:
 
     def __init__(self, addresses: list[str], options: Options) -> None:
         self._core = ClientCore(addresses, options)
-        self._transport = _Transport(addresses, options)
+        credentials = self._core.context.caller.credentials
+        self._transport = _Transport(addresses, options, credentials)
         self._frame_lock = threading.RLock()
 
     create_model = _of_models(ModelsCore.create_model)

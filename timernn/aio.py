@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import time
 from collections.abc import AsyncIterable, AsyncIterator
 from contextlib import AsyncExitStack
@@ -28,6 +29,7 @@ from timernn._core.client import ClientCore
 from timernn._core.effects import (
     END,
     NOT_YET,
+    AskToken,
     Download,
     OpenStream,
     Pull,
@@ -42,7 +44,6 @@ from timernn._core.models import ModelsCore
 from timernn._core.options import Options
 from timernn._core.retry import RetryPolicy
 from timernn._core.session import SessionCore
-from timernn._core.status import error_from_rpc
 from timernn._core.stream import StreamCore
 from timernn._core.targets import addresses_of
 from timernn._core.views import SessionView
@@ -56,11 +57,13 @@ if TYPE_CHECKING:
 
     from timernn._core.channels import Link
     from timernn._core.contract import Rpc
+    from timernn._core.credentials import Credentials, Metadata, TokenSource
     from timernn._core.effects import (
         Effect,
         Op,
     )
     from timernn._core.frame import Frames
+    from timernn._core.tls import TLS
     from timernn.types import (
         Array,
         Contributions,
@@ -91,8 +94,15 @@ def connect(
     log_total_bytes: int = 256 << 20,
     max_message_bytes: int = 16 << 20,
     proxy: str | None = None,
+    tls: TLS | bool = False,
+    token: TokenSource = None,
+    token_over_plaintext: bool = False,
+    metadata: Metadata = None,
 ) -> Client:
-    """Make a client; the first call connects. The arguments are those of `timernn.connect`."""
+    """Make a client; the first call connects. The arguments are those of `timernn.connect`.
+
+    The callable that `token` may be runs in the event loop; it may return an awaitable.
+    """
     options = Options(
         timeout_s=timeout,
         connect_timeout_s=connect_timeout,
@@ -102,6 +112,10 @@ def connect(
         log_total_bytes=log_total_bytes,
         max_message_bytes=max_message_bytes,
         proxy=proxy,
+        tls=tls,
+        token=token,
+        token_over_plaintext=token_over_plaintext,
+        metadata=metadata,
     )
     return Client(addresses_of(target), options)
 
@@ -147,10 +161,13 @@ class _Stream:
 class _Transport:
     """Carries out effects on the loop that runs at the first call."""
 
-    def __init__(self, addresses: Sequence[str], options: Options) -> None:
+    def __init__(
+        self, addresses: Sequence[str], options: Options, credentials: Credentials
+    ) -> None:
         # A channel belongs to the loop that it is made in, hence none before the first call.
-        self._links = Links(addresses, options, grpc.aio.insecure_channel)
+        self._links = Links(addresses, options, grpc.aio, credentials)
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._asking = asyncio.Lock()
 
     async def run(self, op: Op[R]) -> R:
         """Drive a generator of the core to its end."""
@@ -194,6 +211,8 @@ class _Transport:
         match effect:
             case Pull(source, block):
                 return await source.pull(block)
+            case AskToken(credentials):
+                return await self._ask(credentials)
             case Sleep(seconds):
                 return await asyncio.sleep(seconds)
             case Read(stream) | Write(stream, _):
@@ -204,7 +223,7 @@ class _Transport:
         try:
             return await _over(link, effect)
         except grpc.RpcError as failure:
-            error = error_from_rpc(failure)
+            error = link.error_of(failure)
             self._links.leave_if_silent(link, error, started)
             raise error from failure
         except (asyncio.CancelledError, GeneratorExit, errors.Error):
@@ -213,6 +232,15 @@ class _Transport:
             self._links.leave(link)  # an interrupt may have left it half done
             self._check()  # gRPC's own, when the client was closed meanwhile
             raise
+
+    async def _ask(self, credentials: Credentials) -> None:
+        async with self._asking:
+            if credentials.is_due and credentials.source is not None:
+                with credentials.asking():
+                    token = credentials.source()
+                    if inspect.isawaitable(token):
+                        token = await token
+                credentials.take(token)
 
 
 async def _over(link: Link, effect: Effect) -> Any:
@@ -282,7 +310,8 @@ class Client:
 
     def __init__(self, addresses: list[str], options: Options) -> None:
         self._core = ClientCore(addresses, options)
-        self._transport = _Transport(addresses, options)
+        credentials = self._core.context.caller.credentials
+        self._transport = _Transport(addresses, options, credentials)
         self._frame_lock = asyncio.Lock()
 
     create_model = _of_models(ModelsCore.create_model)

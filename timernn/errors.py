@@ -25,12 +25,13 @@ Error:
     │   ├── MaxSessions, MaxModels, MaxCheckpoints
     │   ├── TapeQuota, MessageTooLarge, StoreFull, Overloaded
     ├── Unauthenticated
-    │   └── BadCredentials
+    │   └── NoCredentials, BadCredentials
     ├── PermissionDenied
     │   └── Role
     ├── Unavailable
     │   ├── StoreDown, Draining, UnknownOutcome
-    │   └── NoServer         (the client's own: nothing accepts connections there)
+    │   ├── NoServer         (the client's own: nothing accepts connections there)
+    │   └── TlsFailed        (the client's own: the two sides cannot agree on TLS)
     ├── DeadlineExceeded
     ├── Cancelled
     ├── Unimplemented
@@ -79,6 +80,7 @@ __all__ = [
     "MessageTooLarge",
     "ModelExists",
     "ModelNotFound",
+    "NoCredentials",
     "NoGradients",
     "NoServer",
     "NonFinite",
@@ -104,6 +106,7 @@ __all__ = [
     "StoreFull",
     "TapeMissing",
     "TapeQuota",
+    "TlsFailed",
     "Unauthenticated",
     "Unavailable",
     "Unimplemented",
@@ -466,8 +469,14 @@ class Unauthenticated(Error):
     CODE = grpc.StatusCode.UNAUTHENTICATED
 
 
+class NoCredentials(Unauthenticated):
+    """The server wants a token, and none was sent; or the callable that `token` is has given none."""
+
+    REASON = "NO_CREDENTIALS"
+
+
 class BadCredentials(Unauthenticated):
-    """The credential is missing, wrong or expired."""
+    """The token is wrong, expired or revoked."""
 
     REASON = "BAD_CREDENTIALS"
 
@@ -512,6 +521,12 @@ class NoServer(Unavailable):
     """Nothing accepts connections at the address, or the name is not known."""
 
     REASON = "NO_SERVER"
+
+
+class TlsFailed(Unavailable):
+    """No connection, because of TLS: one side speaks it alone, or a certificate is not accepted."""
+
+    REASON = "TLS_FAILED"
 
 
 class DeadlineExceeded(Error):

@@ -164,6 +164,8 @@ def test_a_wrong_argument_of_connect_is_refused_by_name(
 ) -> None:
     """A client that could not work is not made."""
     for value in (object(), -1, float("nan"), uuid.UUID(int=7), "soon", [1]):
+        if name == "token" and value == "soon":
+            continue  # a server's tokens may look like that
         with pytest.raises(timernn.InvalidArgument, match=name):
             connect("localhost:50051", **{name: value})
 

@@ -183,9 +183,21 @@ class Channel:
         self.target, self.options = target, dict(options)
 
 
+class Channels:
+    """Stands for `grpc`."""
+
+    def insecure_channel(self, target: str, options: Any) -> Any:
+        """Make one without encryption."""
+        return Channel(target, options)
+
+    def secure_channel(self, target: str, credentials: Any, options: Any) -> Any:
+        """Make one with it."""
+        return Channel(target, [*options, ("credentials", credentials)])
+
+
 def test_a_channel_over_which_nothing_came_is_left() -> None:
     """The next call takes a fresh one, which tries the name's addresses in another order."""
-    links = Links(["a"], Options(), Channel)
+    links = Links(["a"], Options(), Channels())
     first = links.get(0)
     links.leave_if_silent(first, errors.DeadlineExceeded(), started=0.5)
     second = links.get(0)
@@ -207,7 +219,7 @@ def test_a_channel_without_a_sign_of_a_cut_is_kept(
     error: errors.Error, answered: float, started: float
 ) -> None:
     """A slow call alone is no reason to connect again."""
-    links = Links(["a"], Options(), Channel)
+    links = Links(["a"], Options(), Channels())
     link = links.get(0)
     link.answered = answered
     links.leave_if_silent(link, error, started)
@@ -216,7 +228,7 @@ def test_a_channel_without_a_sign_of_a_cut_is_kept(
 
 def test_calls_under_way_keep_a_channel_that_is_left(stand_in: Any) -> None:
     """It closes when the last of them has ended."""
-    links = Links([stand_in.address], Options(), grpc.insecure_channel)
+    links = Links([stand_in.address], Options(), grpc)
     link = links.get(0)
     grpc.channel_ready_future(link.channel).result(10)
     links.leave(link)

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from timernn import errors
+from timernn._core.credentials import Credentials
+from timernn._core.status import error_from_rpc
 from timernn._core.targets import FROM_ENVIRONMENT, Target
+from timernn._core.tls import TLS, Certificates
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
+
+    import grpc
 
     from timernn._core.contract import Rpc
     from timernn._core.options import Options
@@ -99,13 +104,19 @@ class Link:
     Attributes:
         address: The number of its target.
         channel: Of either kind.
+        target: Where it leads, as gRPC takes it.
+        is_tls: Whether it speaks TLS.
         answered: When a call over it was last answered, on the monotonic clock, in seconds.
     """
 
-    __slots__ = ("_methods", "address", "answered", "channel")
+    __slots__ = ("_credentials", "_methods", "address", "answered", "channel", "is_tls", "target")
 
-    def __init__(self, address: int, channel: Any) -> None:
+    def __init__(
+        self, address: int, channel: Any, target: str, credentials: Credentials, *, is_tls: bool
+    ) -> None:
         self.address, self.channel = address, channel
+        self.target, self.is_tls = target, is_tls
+        self._credentials = credentials
         self.answered = 0.0
         self._methods: dict[str, Any] = {}
 
@@ -126,7 +137,21 @@ class Link:
         method = self._methods.get(rpc.path)
         if method is None:
             method = self._methods[rpc.path] = getattr(self.channel, rpc.kind)(rpc.path)
-        return method(request, timeout=timeout_s)
+        return method(request, timeout=timeout_s, metadata=self._credentials.metadata)
+
+    def error_of(self, failure: grpc.RpcError) -> errors.Error:
+        """Return the exception of the library for a failed call."""
+        return error_from_rpc(failure, self.target, is_tls=self.is_tls)
+
+
+class ChannelMaker(Protocol):
+    """`grpc` or `grpc.aio`."""
+
+    def insecure_channel(self, target: str, options: Any) -> Any:
+        """Make a channel without encryption."""
+
+    def secure_channel(self, target: str, credentials: Any, options: Any) -> Any:
+        """Make a channel with it."""
 
 
 class Links:
@@ -135,17 +160,26 @@ class Links:
     Args:
         addresses: Targets; callers name them by number.
         options: Of `connect`.
-        make: Makes a channel of a target and its arguments.
+        maker: Makes channels.
+        credentials: What each call carries.
+
+    Raises:
+        BadField: If certificates cannot be used, or a token would be sent so that others can read it.
     """
 
     def __init__(
         self,
         addresses: Sequence[str],
         options: Options,
-        make: Callable[[str, ChannelOptions], Any],
+        maker: ChannelMaker,
+        credentials: Credentials | None = None,
     ) -> None:
         self._targets = [Target.parse(address) for address in addresses]
-        self._options, self._make = options, make
+        self._options, self._maker = options, maker
+        self._credentials = Credentials() if credentials is None else credentials
+        tls = options.tls
+        self._certificates = Certificates(tls) if isinstance(tls, TLS) else None
+        _require_secrecy(self._targets, options)
         self._links: dict[int, Link] = {}
         self._left: set[int] = set()
         self._forks, self._is_closed = _forks, False
@@ -175,7 +209,9 @@ class Links:
             raise errors.ClientClosed("the client is closed; connect again")
 
     def get(self, address: int) -> Link:
-        """Return the channel to an address by its number."""
+        """Return the channel to an address by its number; with new certificates it is a new one."""
+        if self._certificates is not None and self._certificates.renew():
+            self._links.clear()  # calls under way keep theirs
         link = self._links.get(address)
         if link is None:
             self.check()
@@ -191,7 +227,15 @@ class Links:
             self._options.proxy,
             is_renewed=address in self._left,
         )
-        return Link(address, self._make(target.text, arguments))
+        certificates = self._certificates
+        if certificates is None:
+            channel = self._maker.insecure_channel(target.text, arguments)
+        else:
+            if (name := certificates.server_name) is not None:
+                arguments.append(("grpc.ssl_target_name_override", name))
+            channel = self._maker.secure_channel(target.text, certificates.credentials, arguments)
+        is_tls = certificates is not None
+        return Link(address, channel, target.text, self._credentials, is_tls=is_tls)
 
     def leave(self, link: Link) -> None:
         """Let the next call take a new channel; those under way keep this one."""
@@ -220,3 +264,20 @@ class Links:
         links = list(self._links.values())
         self._links.clear()
         return links
+
+
+def _require_secrecy(targets: Sequence[Target], options: Options) -> None:
+    """Refuse to send a token where others may read it.
+
+    Raises:
+        BadField: If a target is reached over a network without TLS, unless that was asked for.
+    """
+    if options.token is None or options.tls is not None or options.token_over_plaintext:
+        return
+    for target in targets:
+        if not target.is_private:
+            raise errors.BadField(
+                f"token: expected TLS for {target.text}, since others can read what is sent there in plaintext; "
+                "token_over_plaintext sends it all the same",
+                metadata={"field": "token"},
+            )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from timernn._core.ages import Ages
 from timernn._core.contract import GET_MODEL, GET_SERVER_INFO
 from timernn._core.convert import model_from_proto
+from timernn._core.credentials import Credentials
 from timernn._core.journal import LogBudget
 from timernn._core.known import KnownModels
 from timernn._core.retry import Caller
@@ -40,6 +41,7 @@ class ClientContext:
             options.retry,
             timeout_s=options.timeout_s,
             connect_timeout_s=options.connect_timeout_s,
+            credentials=Credentials(options.token, options.metadata),
         )
         self.ages = Ages()
         self.known = KnownModels()

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from timernn._core.contract import Rpc
+    from timernn._core.credentials import Credentials
 
 R = TypeVar("R")
 
@@ -80,6 +81,13 @@ class Pull:
 
 
 @dataclass(frozen=True, slots=True)
+class AskToken:
+    """Ask the caller's callable for a token, unless another call has done so meanwhile."""
+
+    credentials: Credentials
+
+
+@dataclass(frozen=True, slots=True)
 class Sleep:
     """Wait for some seconds."""
 
@@ -100,6 +108,6 @@ class Mark(Generic[R]):
 END: Mark[Any] = Mark()
 NOT_YET: Mark[Any] = Mark()
 
-Effect = RpcCall | Download | Upload | OpenStream | Write | Read | Pull | Sleep
+Effect = RpcCall | Download | Upload | OpenStream | Write | Read | Pull | AskToken | Sleep
 Op: TypeAlias = Generator[Effect, Any, R]
 """A piece of the client's logic that ends in an R."""

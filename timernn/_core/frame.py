@@ -12,7 +12,7 @@ from timernn._core.contract import STREAM
 from timernn._core.effects import OpenStream, Read, Write
 from timernn._core.healing import Healing
 from timernn._core.requests import forward_intent
-from timernn._core.retry import STREAM_TIMEOUT_S, Patience, is_worth_retrying
+from timernn._core.retry import STREAM_TIMEOUT_S, Attempt, Patience
 from timernn._core.status import error_from_status
 from timernn.v1 import time_rnn_service_pb2 as rnn_pb
 
@@ -84,7 +84,7 @@ class Frames:
         self._caller, self._recovery = context.caller, recovery
         self._handle: StreamHandle | None = None
         self._is_quiet = True  # no answer is still to come
-        self._address = 0
+        self._attempt = Attempt(0, 0)
         self._fresh_until = 0.0
 
     def close(self) -> None:
@@ -151,13 +151,15 @@ class Frames:
             self.close()
             for item in items:
                 item.note(error)
-            yield from patience.after(error, self._address)
+            yield from patience.after(error, self._attempt)
             return
         retry: errors.Error | None = None
         for item, failure in failures:
             item.note(failure)
-            if is_worth_retrying(failure):
-                retry = failure
+            if self._caller.is_worth_retrying(failure):
+                # Without a new token nothing else gets better.
+                if retry is None or not self._caller.wants_token(retry):
+                    retry = failure
                 continue
             if item.healing is None:
                 item.healing = Healing(self._caller, item.session.doubts.scope())
@@ -168,7 +170,9 @@ class Frames:
             except errors.Error as final:
                 item.fail(final)
         if retry is not None:
-            yield from patience.after(retry, self._address)
+            if self._caller.wants_token(retry):
+                self.close()  # it was opened with the old one
+            yield from patience.after(retry, self._attempt)
 
     def _exchange(self, items: list[_Item]) -> Op[list[tuple[_Item, errors.Error]]]:
         handle = yield from self._stream()
@@ -198,11 +202,11 @@ class Frames:
         if self._handle is not None and is_fresh:
             return self._handle
         self.close()
-        self._address = caller.address
+        self._attempt = yield from caller.begin()
         # Half of its time is kept for the answers of a frame that begins at the last moment.
         open_s = min(STREAM_TIMEOUT_S, caller.timeout_s)
         self._fresh_until = caller.clock() + open_s / 2
-        self._handle = yield OpenStream(STREAM, self._address, open_s)
+        self._handle = yield OpenStream(STREAM, self._attempt.address, open_s)
         return self._handle
 
     def _messages(self, items: list[_Item]) -> Iterator[rnn_pb.StreamRequest]:

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from timernn._core import arguments
+from timernn._core.credentials import require_metadata, require_token
 from timernn._core.retry import RetryPolicy
 from timernn._core.targets import require_proxy
+from timernn._core.tls import tls_of
+
+if TYPE_CHECKING:
+    from timernn._core.credentials import Metadata, TokenSource
+    from timernn._core.tls import TLS
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +29,10 @@ class Options:
         log_total_bytes: Bytes of all journals together; those written longest ago give way.
         max_message_bytes: Largest message either way.
         proxy: An HTTP proxy's URL, "environment", or None for direct connections.
+        tls: How to speak TLS; None for plaintext.
+        token: What the server knows the caller by, a callable that returns it, or None.
+        token_over_plaintext: Whether it may be sent to another machine without TLS.
+        metadata: Sent with every call.
     """
 
     timeout_s: float = 60.0
@@ -31,7 +42,12 @@ class Options:
     log_bytes: int = 16 << 20
     log_total_bytes: int = 256 << 20
     max_message_bytes: int = 16 << 20
-    proxy: str | None = None
+    # It may hold a password, as the token and the metadata may.
+    proxy: str | None = field(default=None, repr=False)
+    tls: TLS | bool | None = None
+    token: TokenSource = field(default=None, repr=False)
+    token_over_plaintext: bool = False
+    metadata: Metadata = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         """Refuse what no client can work with, by the names that `connect` gives the arguments.
@@ -50,3 +66,7 @@ class Options:
             arguments.integer(0)(name, getattr(self, name))
         arguments.integer(1, arguments.MOST_INT32)("max_message_bytes", self.max_message_bytes)
         require_proxy(self.proxy)
+        object.__setattr__(self, "tls", tls_of(self.tls))
+        require_token(self.token)
+        arguments.flag("token_over_plaintext", self.token_over_plaintext)
+        require_metadata(self.metadata)

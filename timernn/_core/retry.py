@@ -5,11 +5,12 @@ from __future__ import annotations
 import random
 import time
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from timernn import errors
 from timernn._core.arguments import positive_number, rate, refusal
-from timernn._core.effects import RpcCall, Sleep
+from timernn._core.credentials import Credentials
+from timernn._core.effects import AskToken, RpcCall, Sleep
 from timernn._core.refusals import Proof, proof_of
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ A = TypeVar("A")
 # A stream is left for a new one after this time at the latest, so that a replica that hangs is
 # noticed without a watcher for each stream: reopening costs one round trip.
 STREAM_TIMEOUT_S = 60.0
+_NO_CONNECTION = (errors.NoServer, errors.TlsFailed)
 _ABOVE_ZERO = ("attempt_timeout_s", "budget_per_s")
 
 
@@ -79,6 +81,18 @@ def is_worth_retrying(error: errors.Error) -> bool:
     )
 
 
+class Attempt(NamedTuple):
+    """Where a request is sent, and with which token.
+
+    Attributes:
+        address: The number of the target.
+        token: The number of the token.
+    """
+
+    address: int
+    token: int
+
+
 class Budget:
     """A bucket of retries for the whole client: it drains with each retry and fills with time."""
 
@@ -106,6 +120,7 @@ class Caller:
         timeout_s: Seconds for a whole call with all its attempts.
         connect_timeout_s: The same until something has answered for the first time, so that a
             mistyped address is reported soon.
+        credentials: What each call carries.
         clock: Monotonic seconds.
     """
 
@@ -116,9 +131,11 @@ class Caller:
         *,
         timeout_s: float,
         connect_timeout_s: float,
+        credentials: Credentials | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.addresses, self.policy, self.clock = addresses, policy, clock
+        self.credentials = Credentials() if credentials is None else credentials
         self.timeout_s = timeout_s
         self.address = 0
         self._connect_timeout_s = connect_timeout_s
@@ -143,14 +160,35 @@ class Caller:
         """Carry out an effect, given its address and timeout, until it answers or time is over."""
         patience = Patience(self, deadline)
         while True:
-            address = self.address
+            attempt = Attempt(self.address, self.credentials.number)
             try:
-                answer = yield effect(address, patience.attempt_timeout_s())
+                attempt = yield from self.begin()
+                answer = yield effect(attempt.address, patience.attempt_timeout_s())
             except errors.Error as error:
-                yield from patience.after(error, address)
+                yield from patience.after(error, attempt)
             else:
                 self._has_answered = True
                 return answer
+
+    def begin(self) -> Op[Attempt]:
+        """Return where the next attempt goes, once there is a token to send with it.
+
+        Raises:
+            NoCredentials: If the callable has none.
+        """
+        if self.credentials.is_due:
+            yield AskToken(self.credentials)
+        return Attempt(self.address, self.credentials.number)
+
+    def is_worth_retrying(self, error: errors.Error) -> bool:
+        """Return whether the same request may succeed when it is sent again, with another token."""
+        return is_worth_retrying(error) or self.wants_token(error)
+
+    def wants_token(self, error: errors.Error) -> bool:
+        """Return whether the server refuses a token in whose place there may be another."""
+        is_refused = isinstance(error, errors.Unauthenticated)
+        is_without = isinstance(error, errors.NoCredentials)
+        return self.credentials.can_renew and is_refused and not is_without
 
     def move_on(self, failed: int) -> None:
         """Turn to the next address unless another call has done so already."""
@@ -164,7 +202,7 @@ class Caller:
 
     def note(self, error: errors.Error) -> None:
         """Take a typed answer as a sign of life."""
-        if not isinstance(error, errors.NoServer):
+        if not isinstance(error, _NO_CONNECTION):
             self._has_answered = self._has_answered or bool(error.reason)
 
     def latest(self, deadline: float, started: float, *, is_nobody_there: bool = False) -> float:
@@ -195,15 +233,19 @@ class Patience:
         self._failures = 0
         self._retries = 0
         self._last_informative: errors.Error | None = None
-        self._refused: set[int] | None = set()
+        self._refused: dict[int, errors.Error] | None = {}
+        self._has_new_token = False
 
     def attempt_timeout_s(self) -> float:
         """Return how long the next attempt may take, in seconds."""
         left = self._caller.latest(self._deadline, self._started) - self._caller.clock()
         return max(0.001, min(left, self._attempt_s))
 
-    def after(self, error: errors.Error, address: int) -> Op[None]:
-        """Wait before the next attempt elsewhere, or raise the error when there is to be none."""
+    def after(self, error: errors.Error, attempt: Attempt) -> Op[None]:
+        """Wait before the next attempt elsewhere, or raise the error when there is to be none.
+
+        A token that is refused is left for a new one, once, and without a wait.
+        """
         caller = self._caller
         caller.note(error)
         self._failures += 1
@@ -212,6 +254,10 @@ class Patience:
         error.attempts = self._failures
         error._had_unknown_attempt = self.may_be_carried_out  # noqa: SLF001  # one package
         error.is_outcome_unknown = self.may_be_carried_out and proof is not Proof.REQUEST
+        if caller.wants_token(error) and not self._has_new_token:
+            self._has_new_token = True
+            caller.credentials.refuse(attempt.token)
+            return
         if not is_worth_retrying(error):
             raise error
         if isinstance(error, errors.DeadlineExceeded):
@@ -219,23 +265,30 @@ class Patience:
         else:
             self._last_informative = error
         wait = caller.delay_s(self._retries, error)
-        is_nobody_there = self._is_nobody_there(error, address)
+        is_nobody_there = self._is_nobody_there(error, attempt.address)
         latest = caller.latest(self._deadline, self._started, is_nobody_there=is_nobody_there)
         if caller.clock() + wait >= latest:
-            if is_nobody_there:
-                error.message = self._no_server()
-            raise self._most_informative(error)
-        caller.move_on(address)
+            raise self._unreachable(error) if is_nobody_there else self._most_informative(error)
+        caller.move_on(attempt.address)
         self._retries += 1
         yield Sleep(wait)
 
     def _is_nobody_there(self, error: errors.Error, address: int) -> bool:
-        """Return whether every address has been tried and nothing but refused connections came."""
-        if not isinstance(error, errors.NoServer):
+        """Return whether every address has been tried and no connection was made to any."""
+        if not isinstance(error, _NO_CONNECTION):
             self._refused = None
         elif self._refused is not None:
-            self._refused.add(address)
+            self._refused[address] = error
         return self._refused is not None and len(self._refused) == len(self._caller.addresses)
+
+    def _unreachable(self, last: errors.Error) -> errors.Error:
+        """Return the error to raise where no connection is made: of a server that is there first."""
+        for error in (self._refused or {}).values():
+            if isinstance(error, errors.TlsFailed):
+                error.attempts, error.is_outcome_unknown = last.attempts, last.is_outcome_unknown
+                return error
+        last.message = self._no_server()
+        return last
 
     def _no_server(self) -> str:
         tries = "1 try" if self._failures == 1 else f"{self._failures} tries"

@@ -35,8 +35,32 @@ _NO_SERVER = (
 )
 
 
-def error_from_rpc(failure: Any) -> errors.Error:
-    """Turn a grpc.RpcError of either kind of channel into the tree's exception."""
+# What it says of a handshake that failed, beside UNAVAILABLE; the first that fits counts.
+_NO_TLS = {
+    "WRONG_VERSION_NUMBER": "it speaks no TLS; connect without tls",
+    "certificate has expired": "its certificate has expired",
+    "certificate is not yet valid": "its certificate is not valid yet",
+    "CERTIFICATE_VERIFY_FAILED": "its certificate is not signed by an authority that this client"
+    " trusts; tls=timernn.TLS(ca=…) names one",
+    "Hostname Verification Check failed": "its certificate is for another name;"
+    " tls=timernn.TLS(server_name=…) names the one to expect",
+    "Failed to create security handshaker": "the client's own certificate and key are no PEM, or do"
+    " not belong together",
+    "Tls handshake failed": "the TLS handshake failed",
+}
+_NOT_CONNECTED = "failed to connect to all addresses"
+# Right after connecting: a server that wants TLS, or a certificate; or one that is about to stop.
+_CLOSED = "Socket closed"
+
+
+def error_from_rpc(failure: Any, target: str = "", *, is_tls: bool = False) -> errors.Error:
+    """Turn a grpc.RpcError of either kind of channel into the tree's exception.
+
+    Args:
+        failure: How the call ended.
+        target: Where it went, for the text.
+        is_tls: Whether the channel speaks TLS.
+    """
     code, text = failure.code(), failure.details() or ""
     details = _details(failure.trailing_metadata() or ())
     if details is not None:
@@ -51,7 +75,29 @@ def error_from_rpc(failure: Any) -> errors.Error:
         return errors.Unavailable(f"the connection broke: {text}", code=code)
     if code is grpc.StatusCode.UNAVAILABLE and any(sign in text for sign in _NO_SERVER):
         return errors.NoServer(text, code=code)
+    if code is grpc.StatusCode.UNAVAILABLE and (why := _without_tls(text, is_tls=is_tls)):
+        return errors.TlsFailed(f"{target}: {why}", code=code)
     return errors.BY_CODE.get(code, errors.Error)(text, code=code)
+
+
+def _without_tls(text: str, *, is_tls: bool) -> str:
+    """Return in words why TLS keeps a connection from being made; nothing if it is not TLS."""
+    if _NOT_CONNECTED not in text:
+        return ""
+    if is_tls:
+        for sign, why in _NO_TLS.items():
+            if sign in text:
+                return why
+    if _CLOSED not in text:
+        return ""
+    if is_tls:
+        return (
+            "it closes the connection after the TLS handshake; it may demand a certificate of the client,"
+            " tls=timernn.TLS(cert=…, key=…), or refuse this one"
+        )
+    return (
+        "it closes the connection before it answers; it may expect TLS, tls=True or a timernn.TLS"
+    )
 
 
 def error_from_status(status: status_pb2.Status) -> errors.Error:

@@ -19,7 +19,7 @@ from timernn._core.effects import (
 from timernn._core.healing import Healing
 from timernn._core.intents import ForwardIntent
 from timernn._core.requests import forward_intent
-from timernn._core.retry import STREAM_TIMEOUT_S, Patience, is_worth_retrying
+from timernn._core.retry import STREAM_TIMEOUT_S, Attempt, Patience
 from timernn._core.status import error_from_status
 from timernn.v1 import time_rnn_service_pb2 as rnn_pb
 
@@ -70,7 +70,7 @@ class StreamCore:
         self._sent: deque[Chunk] = deque()
         self._to_send: deque[Chunk] = deque()
         self._handle: StreamHandle | None = None
-        self._address = 0
+        self._attempt = Attempt(0, 0)
         self._fresh_until = 0.0
         self._failure: errors.Error | None = None  # of the first chunk that has no answer
         self._refused: Exception | None = None  # instead of the chunk that comes next
@@ -211,11 +211,11 @@ class StreamCore:
         if is_old and not self._sent:
             self._leave()
         if self._handle is None:
-            self._address, is_old = caller.address, False
+            self._attempt, is_old = (yield from caller.begin()), False
             # Half of its time is kept for the answers of what is sent at the last moment.
             open_s = min(STREAM_TIMEOUT_S, caller.timeout_s)
             self._fresh_until = caller.clock() + open_s / 2
-            self._handle = yield OpenStream(STREAM, self._address, open_s)
+            self._handle = yield OpenStream(STREAM, self._attempt.address, open_s)
         while self._to_send and len(self._sent) < self._in_flight and not is_old:
             intent, request = self._to_send[0]
             self._doubts.keep(intent)
@@ -258,8 +258,8 @@ class StreamCore:
             self._patience = Patience(caller, deadline)
             self._healing = Healing(caller, self._doubts.scope())
         try:
-            if is_worth_retrying(error):
-                yield from self._patience.after(error, self._address)
+            if caller.is_worth_retrying(error):
+                yield from self._patience.after(error, self._attempt)
             else:
                 request = self._to_send[0][1] if self._to_send else None
                 yield from session.recovery.heal(

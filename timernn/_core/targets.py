@@ -59,6 +59,21 @@ class Target:
         """Whether it stays on this machine: a loopback address or a Unix socket."""
         return all(map(_is_loopback, self.hosts))
 
+    @property
+    def is_private(self) -> bool:
+        """Whether nobody on a network can read along: a Unix socket, or loopback addresses by number or name.
+
+        No name is looked up that another machine may answer for, and a vsock leads out of this machine.
+        """
+        scheme = self.text.partition(":")[0]
+        if not self.hosts:
+            return scheme.startswith("unix")
+        asks_resolver = self.text.startswith("dns://") and not self.text.startswith("dns:///")
+        return not asks_resolver and all(
+            host.lower() == "localhost" or (_is_address(host) and _is_loopback(host))
+            for host in self.hosts
+        )
+
 
 def addresses_of(target: str | Sequence[str]) -> list[str]:
     """Return the targets as a list, each host with its port.
@@ -122,6 +137,14 @@ def _ipv6(text: str) -> str | None:
     except ValueError:
         return None
     return text
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def _is_loopback(host: str) -> bool:
