@@ -17,6 +17,7 @@ from service.cli.doctor import doctor
 from service.cli.extras import explain_missing
 from service.cli.output import fail, warn
 from service.cli.ping import ping
+from service.cli.remote import TOKEN_VARIABLE
 from service.cli.serve import serve
 
 # Click's UsageError, which Typer keeps in another module from release to release.
@@ -75,7 +76,7 @@ def _root(
 
 def known_variables() -> set[str]:
     """Return the environment variables that some command reads, by the options of all of them."""
-    known, commands = {"TIMERNN_TRACEBACK"}, [typer.main.get_command(app)]
+    known, commands = {"TIMERNN_TRACEBACK", TOKEN_VARIABLE}, [typer.main.get_command(app)]
     for command in commands:
         known |= {str(option.envvar) for option in command.params if option.envvar}
         commands += getattr(command, "commands", {}).values()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from service.cli.output import fail, print_json, warn
-from service.cli.remote import DEFAULT_SERVER, AsJson, Proxy, Server, Timeout, connected
+from service.cli.remote import AsJson, Connection, connects
 
 if TYPE_CHECKING:
     import zipfile
@@ -33,6 +33,7 @@ class Left:
     lines: list[str] = field(default_factory=list)
 
 
+@connects(timeout=300.0)
 def backup(
     file: Annotated[Path, typer.Argument(metavar="FILE", dir_okay=False, help="Where to.")],
     *,
@@ -43,9 +44,7 @@ def backup(
     force: Annotated[
         bool, typer.Option("--force", envvar="TIMERNN_FORCE", help="Overwrite FILE if it exists.")
     ] = False,
-    server: Server = DEFAULT_SERVER,
-    timeout: Timeout = 300.0,
-    proxy: Proxy = None,
+    connection: Connection,
     json: AsJson = False,
 ) -> None:
     """Save a tenant's models in a file: weights, optimizer state and checkpoints of each.
@@ -62,7 +61,7 @@ def backup(
     if file.exists() and not force:
         raise typer.BadParameter(f"{file} exists; --force overwrites it", param_hint="'FILE'")
     left = Left()
-    with connected(server, timeout, proxy) as client, write_backup(file) as archive:
+    with connection.open() as client, write_backup(file) as archive:
         manifest = _save(client, archive, left, with_sessions=sessions)
         write_manifest(archive, manifest)
     if not sessions:
@@ -78,6 +77,7 @@ def backup(
         print(f"not saved: {line}")
 
 
+@connects(timeout=300.0)
 def restore(
     file: Annotated[
         Path, typer.Argument(metavar="FILE", exists=True, dir_okay=False, help="Where from.")
@@ -97,9 +97,7 @@ def restore(
             help="With --sessions: also those that are live, which then stand where they were saved.",
         ),
     ] = False,
-    server: Server = DEFAULT_SERVER,
-    timeout: Timeout = 300.0,
-    proxy: Proxy = None,
+    connection: Connection,
     json: AsJson = False,
 ) -> None:
     """Make the models of a backup again, with checkpoints and optimizer state.
@@ -115,7 +113,7 @@ def restore(
     from service.cli.backup_file import read_backup  # noqa: PLC0415
 
     left = Left()
-    with connected(server, timeout, proxy) as client, read_backup(file) as (archive, manifest):
+    with connection.open() as client, read_backup(file) as (archive, manifest):
         wanted = _wanted(client, manifest, left)
         _restore(client, archive, wanted, manifest)
         if sessions:

@@ -7,7 +7,7 @@ import typer
 
 from service.cli.describe import format_time, version_json
 from service.cli.output import print_json, print_table
-from service.cli.remote import DEFAULT_SERVER, AsJson, ModelId, Proxy, Server, Timeout, connected
+from service.cli.remote import AsJson, Connection, ModelId, connects
 
 app = typer.Typer(
     help="Keep versions of a model under names, and bring them back.", no_args_is_help=True
@@ -19,6 +19,7 @@ CheckpointId = Annotated[
 
 
 @app.command()
+@connects()
 def create(
     model: ModelId,
     checkpoint: CheckpointId,
@@ -31,9 +32,7 @@ def create(
             help="A version, without the optimizer's state; the newest with it if not given.",
         ),
     ] = None,
-    server: Server = DEFAULT_SERVER,
-    timeout: Timeout = 30.0,
-    proxy: Proxy = None,
+    connection: Connection,
     json: AsJson = False,
 ) -> None:
     """Keep a version of a model under a name, with the optimizer's state if it is the newest.
@@ -44,7 +43,7 @@ def create(
     import timernn  # noqa: PLC0415 - not for --help and usage errors
 
     named = None if version is None else timernn.Version(version)
-    with connected(server, timeout, proxy) as client:
+    with connection.open() as client:
         made = client.create_checkpoint(model, checkpoint, version=named)
     if json:
         print_json(_json(made))
@@ -53,12 +52,11 @@ def create(
 
 
 @app.command("list")
+@connects()
 def list_checkpoints(
     model: ModelId,
     *,
-    server: Server = DEFAULT_SERVER,
-    timeout: Timeout = 30.0,
-    proxy: Proxy = None,
+    connection: Connection,
     json: AsJson = False,
 ) -> None:
     """List a model's checkpoints by name.
@@ -66,7 +64,7 @@ def list_checkpoints(
     Example:
       timernn checkpoints list weather
     """
-    with connected(server, timeout, proxy) as client:
+    with connection.open() as client:
         found = client.list_checkpoints(model)
     if json:
         print_json([_json(each) for each in found])
@@ -79,6 +77,7 @@ def list_checkpoints(
 
 
 @app.command()
+@connects(timeout=300.0)
 def restore(
     model: ModelId,
     checkpoint: CheckpointId,
@@ -91,9 +90,7 @@ def restore(
             help="Refuse unless this is the newest version now.",
         ),
     ] = None,
-    server: Server = DEFAULT_SERVER,
-    timeout: Timeout = 300.0,
-    proxy: Proxy = None,
+    connection: Connection,
     json: AsJson = False,
 ) -> None:
     """Make a checkpoint's weights and optimizer state the model's next version.
@@ -104,7 +101,7 @@ def restore(
     import timernn  # noqa: PLC0415 - not for --help and usage errors
 
     named = None if expect_version is None else timernn.Version(expect_version)
-    with connected(server, timeout, proxy) as client:
+    with connection.open() as client:
         made = client.restore_checkpoint(model, checkpoint, expected_version=named)
     if json:
         print_json({"model_id": model, "version": version_json(made)})
@@ -113,6 +110,7 @@ def restore(
 
 
 @app.command()
+@connects()
 def delete(
     model: ModelId,
     checkpoint: CheckpointId,
@@ -123,16 +121,14 @@ def delete(
             "--missing-ok", envvar="TIMERNN_MISSING_OK", help="Succeed also when there is none."
         ),
     ] = False,
-    server: Server = DEFAULT_SERVER,
-    timeout: Timeout = 30.0,
-    proxy: Proxy = None,
+    connection: Connection,
 ) -> None:
     """Delete a checkpoint; its version then goes like any superseded one.
 
     Example:
       timernn checkpoints delete weather before-tuning
     """
-    with connected(server, timeout, proxy) as client:
+    with connection.open() as client:
         deleted = client.delete_checkpoint(model, checkpoint, missing_ok=missing_ok)
     print(f"deleted {checkpoint}" if deleted else f"there was no {checkpoint}")
 

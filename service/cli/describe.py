@@ -111,14 +111,21 @@ def server_json(info: timernn.ServerInfo, ping: timernn.Ping) -> dict[str, Any]:
         for name, value in info.limits.items()
     }
     return {
-        "serving": ping.serving,
-        "address": ping.address,
-        "latency_ms": round(ping.latency_s * 1000, 3),
+        **ping_json(ping),
         "server_version": info.server_version,
         "replica_id": info.replica_id,
         "start_time": info.start_time.isoformat(),
         "durability": info.durability,
         "limits": limits,
+    }
+
+
+def ping_json(ping: timernn.Ping) -> dict[str, Any]:
+    """Return what a server answers to everybody, for programs."""
+    return {
+        "serving": ping.serving,
+        "address": ping.address,
+        "latency_ms": round(ping.latency_s * 1000, 3),
     }
 
 

@@ -17,7 +17,7 @@ import typer
 from service.cli.cgroup import machine_memory, memory_limit
 from service.cli.options import format_bytes, parse_bytes
 from service.cli.output import print_json
-from service.cli.remote import DEFAULT_SERVER, AsJson, Proxy, Server, Timeout, connected
+from service.cli.remote import AsJson, Connection, connects
 from service.listening import is_loopback
 from service.logs import escaped
 from service.settings import Settings
@@ -51,6 +51,7 @@ class Finding:
     advice: str = ""
 
 
+@connects(timeout=5.0)
 def doctor(
     *,
     redis_url: Annotated[
@@ -101,9 +102,7 @@ def doctor(
         int,
         typer.Option("--workers", envvar="TIMERNN_WORKERS", min=1, help="As the server has it."),
     ] = 1,
-    server: Server = DEFAULT_SERVER,
-    timeout: Timeout = 5.0,
-    proxy: Proxy = None,
+    connection: Connection,
     json: AsJson = False,
 ) -> None:
     """Check a server from here: address, TLS, token, version, clock, store and memory.
@@ -118,17 +117,14 @@ def doctor(
       TIMERNN_REDIS_URL=redis://store:6379/0 timernn doctor
     """
     findings: list[Finding] = []
-    addresses = _addresses(server)
+    addresses = _addresses(connection.server)
     store = Settings(redis_url=redis_url, redis_password_file=str(redis_password_file or ""))
     _require_store_url(store)
     for address in addresses:
-        findings += check_address(address, timeout)
+        findings += check_address(address, connection.timeout)
     info: list[timernn.ServerInfo] = []
 
-    def connect() -> AbstractContextManager["timernn.Client"]:
-        return connected(server, timeout, proxy)
-
-    findings += check_server(connect, info.append)
+    findings += check_server(connection.open, info.append)
     findings += check_store(store) if redis_url else [_store_skipped()]
     caches = 2 * session_cache_bytes + weights_cache_bytes
     findings += check_memory(addresses, info, caches, workers)

@@ -16,7 +16,7 @@ from service.cli.describe import (
     version_json,
 )
 from service.cli.output import print_fields, print_json, print_table
-from service.cli.remote import DEFAULT_SERVER, AsJson, ModelId, Proxy, Server, Timeout, connected
+from service.cli.remote import AsJson, Connection, ModelId, connects
 
 if TYPE_CHECKING:
     import timernn
@@ -46,6 +46,7 @@ class OptimizerName(StrEnum):
 
 
 @app.command()
+@connects()
 def create(
     model: ModelId,
     *,
@@ -85,9 +86,7 @@ def create(
             help="Succeed also when there is one of the same sizes, type and optimizer.",
         ),
     ] = False,
-    server: Server = DEFAULT_SERVER,
-    timeout: Timeout = 30.0,
-    proxy: Proxy = None,
+    connection: Connection,
     json: AsJson = False,
 ) -> None:
     """Create a model with weights drawn from a seed.
@@ -97,7 +96,7 @@ def create(
       timernn models create lm --input-size 64 --hidden-size 128 --optimizer adam
     """
     chosen = make_optimizer(optimizer, lr, hyperparameter or [])
-    with connected(server, timeout, proxy) as client:
+    with connection.open() as client:
         made = client.create_model(
             model,
             input_size=input_size,
@@ -116,11 +115,10 @@ def create(
 
 
 @app.command("list")
+@connects()
 def list_models(
     *,
-    server: Server = DEFAULT_SERVER,
-    timeout: Timeout = 30.0,
-    proxy: Proxy = None,
+    connection: Connection,
     json: AsJson = False,
 ) -> None:
     """List all models by name.
@@ -129,7 +127,7 @@ def list_models(
       timernn models list
       timernn models list --json
     """
-    with connected(server, timeout, proxy) as client:
+    with connection.open() as client:
         found = list(client.list_models())
     if json:
         print_json([model_json(model) for model in found])
@@ -138,12 +136,11 @@ def list_models(
 
 
 @app.command()
+@connects()
 def show(
     model: ModelId,
     *,
-    server: Server = DEFAULT_SERVER,
-    timeout: Timeout = 30.0,
-    proxy: Proxy = None,
+    connection: Connection,
     json: AsJson = False,
 ) -> None:
     """Show one model.
@@ -151,7 +148,7 @@ def show(
     Example:
       timernn models show weather
     """
-    with connected(server, timeout, proxy) as client:
+    with connection.open() as client:
         found = client.get_model(model)
     if json:
         print_json(model_json(found))
@@ -160,6 +157,7 @@ def show(
 
 
 @app.command()
+@connects()
 def delete(
     model: ModelId,
     *,
@@ -169,9 +167,7 @@ def delete(
             "--missing-ok", envvar="TIMERNN_MISSING_OK", help="Succeed also when there is none."
         ),
     ] = False,
-    server: Server = DEFAULT_SERVER,
-    timeout: Timeout = 30.0,
-    proxy: Proxy = None,
+    connection: Connection,
 ) -> None:
     """Delete a model with its weights, checkpoints and waiting gradients.
 
@@ -179,12 +175,13 @@ def delete(
       timernn models delete weather
       timernn models delete weather --missing-ok
     """
-    with connected(server, timeout, proxy) as client:
+    with connection.open() as client:
         deleted = client.delete_model(model, missing_ok=missing_ok)
     print(f"deleted {model}" if deleted else f"there was no {model}")
 
 
 @app.command("export")
+@connects(timeout=300.0)
 def export_weights(
     model: ModelId,
     file: Annotated[Path, typer.Argument(metavar="FILE", dir_okay=False, help="Where to.")],
@@ -202,9 +199,7 @@ def export_weights(
     force: Annotated[
         bool, typer.Option("--force", envvar="TIMERNN_FORCE", help="Overwrite FILE if it exists.")
     ] = False,
-    server: Server = DEFAULT_SERVER,
-    timeout: Timeout = 300.0,
-    proxy: Proxy = None,
+    connection: Connection,
     json: AsJson = False,
 ) -> None:
     """Write a model's weights to a safetensors file: Wx, Wh and b.
@@ -217,7 +212,7 @@ def export_weights(
 
     if file.exists() and not force:
         raise typer.BadParameter(f"{file} exists; --force overwrites it", param_hint="'FILE'")
-    with connected(server, timeout, proxy) as client:
+    with connection.open() as client:
         found, size = write_weights(client, model, file, version=version, moments=moments)
     if json:
         print_json({"file": str(file), "bytes": size, "version": version_json(found)})
@@ -226,6 +221,7 @@ def export_weights(
 
 
 @app.command("import")
+@connects(timeout=300.0)
 def import_weights(
     model: ModelId,
     file: Annotated[
@@ -240,9 +236,7 @@ def import_weights(
             help="Refuse unless this is the newest version now.",
         ),
     ] = None,
-    server: Server = DEFAULT_SERVER,
-    timeout: Timeout = 300.0,
-    proxy: Proxy = None,
+    connection: Connection,
     json: AsJson = False,
 ) -> None:
     """Make the weights in a safetensors file the model's next version.
@@ -255,7 +249,7 @@ def import_weights(
     """
     from service.cli.weights import read_weights  # noqa: PLC0415 - not for --help
 
-    with connected(server, timeout, proxy) as client:
+    with connection.open() as client:
         made = read_weights(client, model, file, expected_version=expect_version)
     if json:
         print_json({"model_id": model, "version": version_json(made)})

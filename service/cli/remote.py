@@ -1,52 +1,225 @@
-"""The options that all client commands share: the server, the timeout, the output format."""
+"""How client commands reach a server: one set of options for all of them."""
 
 from __future__ import annotations
 
+import functools
+import inspect
+import os
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import dataclass, fields
+from pathlib import Path  # noqa: TC003 - Typer reads the annotations
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     import timernn
 
 DEFAULT_SERVER = "127.0.0.1:50051"
+TOKEN_VARIABLE = "TIMERNN_TOKEN"  # noqa: S105 - the variable's name
+_PANEL = "Connection"
+_A_FILE: dict[str, Any] = {
+    "exists": True, "dir_okay": False, "metavar": "FILE", "show_default": False, "rich_help_panel": _PANEL,
+}  # fmt: skip
 
-Server = Annotated[
-    str,
-    typer.Option(
-        "--server",
-        envvar="TIMERNN_SERVER",
-        metavar="HOST[:PORT]",
-        help="The server, or several by commas to be tried in turn.",
-        rich_help_panel="Connection",
-    ),
-]
-Timeout = Annotated[
-    float,
-    typer.Option(
-        "--timeout",
-        envvar="TIMERNN_TIMEOUT",
-        min=0.001,
-        metavar="SECONDS",
-        help="How long to try, retries included.",
-        rich_help_panel="Connection",
-    ),
-]
-Proxy = Annotated[
-    str | None,
-    typer.Option(
-        "--proxy",
-        envvar="TIMERNN_PROXY",
-        metavar="URL",
-        show_default="a direct connection",
-        help='HTTP proxy, http://HOST:PORT, or "environment" for what http_proxy says; never used for'
-        " a loopback address.",
-        rich_help_panel="Connection",
-    ),
-]
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """How a command reaches its server; each field is an option of every client command.
+
+    The variables of TLS are not named after their options: TIMERNN_TLS_CERT is what a server shows.
+    """
+
+    server: Annotated[
+        str,
+        typer.Option(
+            "--server",
+            envvar="TIMERNN_SERVER",
+            metavar="HOST[:PORT]",
+            help="The server, or several by commas to be tried in turn.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = DEFAULT_SERVER
+    timeout: Annotated[
+        float,
+        typer.Option(
+            "--timeout",
+            envvar="TIMERNN_TIMEOUT",
+            min=0.001,
+            metavar="SECONDS",
+            help="How long to try, retries included.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = 30.0
+    proxy: Annotated[
+        str | None,
+        typer.Option(
+            "--proxy",
+            envvar="TIMERNN_PROXY",
+            metavar="URL",
+            show_default="a direct connection",
+            help='HTTP proxy, http://HOST:PORT, or "environment" for what http_proxy says; never used for'
+            " a loopback address.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None
+    tls: Annotated[
+        bool,
+        typer.Option(
+            "--tls",
+            envvar="TIMERNN_CLIENT_TLS",
+            help="Speak TLS; the options --tls-... imply it.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = False
+    tls_ca: Annotated[
+        Path | None,
+        typer.Option(
+            "--tls-ca",
+            envvar="TIMERNN_CLIENT_TLS_CA",
+            help="Authorities that the server's certificate has to be signed by, PEM; the public ones if"
+            " not given.",
+            **_A_FILE,
+        ),
+    ] = None
+    tls_cert: Annotated[
+        Path | None,
+        typer.Option(
+            "--tls-cert",
+            envvar="TIMERNN_CLIENT_TLS_CERT",
+            help="Certificate to show to the server, PEM.",
+            **_A_FILE,
+        ),
+    ] = None
+    tls_key: Annotated[
+        Path | None,
+        typer.Option(
+            "--tls-key",
+            envvar="TIMERNN_CLIENT_TLS_KEY",
+            help="Its private key, PEM.",
+            **_A_FILE,
+        ),
+    ] = None
+    tls_server_name: Annotated[
+        str | None,
+        typer.Option(
+            "--tls-server-name",
+            envvar="TIMERNN_CLIENT_TLS_SERVER_NAME",
+            metavar="NAME",
+            show_default="the address's host",
+            help="Name that the server's certificate has to hold.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None
+    token_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--token-file",
+            envvar="TIMERNN_TOKEN_FILE",
+            help="File whose last line is the token; without it the variable TIMERNN_TOKEN may hold one.",
+            **_A_FILE,
+        ),
+    ] = None
+    token_over_plaintext: Annotated[
+        bool,
+        typer.Option(
+            "--token-over-plaintext",
+            envvar="TIMERNN_TOKEN_OVER_PLAINTEXT",
+            help="Send the token also without TLS to another machine, where others can read it.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = False
+
+    @contextmanager
+    def open(self) -> Iterator[timernn.Client]:
+        """Connect for one command.
+
+        Raises:
+            typer.BadParameter: If an option does not fit.
+        """
+        # A failed handshake is reported in one line; gRPC would write more beside it.
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+        import timernn  # noqa: PLC0415 - not for --help and usage errors
+
+        addresses = [address.strip() for address in self.server.split(",") if address.strip()]
+        if not addresses:
+            raise typer.BadParameter("expected HOST:PORT, got nothing", param_hint="'--server'")
+        try:
+            connecting = timernn.connect(
+                addresses,
+                timeout=self.timeout,
+                connect_timeout=self.timeout,
+                proxy=self.proxy,
+                tls=self._tls(),
+                token=self._token(),
+                token_over_plaintext=self.token_over_plaintext,
+            )
+        except timernn.BadField as error:
+            option = _OPTIONS.get(error.metadata.get("field", ""), "--timeout")
+            _, _, why = error.message.partition(": ")
+            raise typer.BadParameter(why, param_hint=f"'{option}'") from error
+        with connecting as client:
+            yield client
+
+    def _tls(self) -> timernn.TLS | bool:
+        import timernn  # noqa: PLC0415 - not for --help and usage errors
+
+        parts = (self.tls_ca, self.tls_cert, self.tls_key, self.tls_server_name)
+        return self.tls if parts == (None,) * 4 else timernn.TLS(*parts)
+
+    def _token(self) -> str | None:
+        """Return the token of file or variable: what `timernn tokens create` printed may be the file."""
+        if self.token_file is None:
+            return os.environ.get(TOKEN_VARIABLE) or None
+        try:
+            lines = self.token_file.read_text().split()
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or "expected text"
+            raise typer.BadParameter(why, param_hint="'--token-file'") from error
+        if not lines:
+            raise typer.BadParameter("expected a token, got nothing", param_hint="'--token-file'")
+        return lines[-1]
+
+
+def connects(*, timeout: float = 30.0) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command that takes a `connection` an option for each of its fields.
+
+    Args:
+        timeout: The default of --timeout, in seconds.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        parameters = []
+        for each in inspect.signature(command).parameters.values():
+            parameters += _parameters(timeout) if each.name == "connection" else [each]
+
+        @functools.wraps(command)
+        def with_options(**values: Any) -> None:
+            given = {field.name: values.pop(field.name) for field in fields(Connection)}
+            command(connection=Connection(**given), **values)
+
+        # Typer reads these two attributes instead of the wrapper's signature.
+        with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        with_options.__annotations__ = {p.name: p.annotation for p in parameters}
+        del with_options.__wrapped__
+        return with_options
+
+    return decorate
+
+
+def _parameters(timeout: float) -> list[inspect.Parameter]:
+    types = get_type_hints(Connection, include_extras=True)
+    defaults = {field.name: field.default for field in fields(Connection)} | {"timeout": timeout}
+    return [
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=types[name]
+        )
+        for name, default in defaults.items()
+    ]
+
+
 AsJson = Annotated[bool, typer.Option("--json", envvar="TIMERNN_JSON", help="Print JSON.")]
 ModelId = Annotated[
     str, typer.Argument(metavar="MODEL", show_default=False, help="The model's name.")
@@ -56,30 +229,12 @@ SessionId = Annotated[
 ]
 
 # The option for each argument of the library whose name is another.
-_OPTIONS = {"target": "--server", "proxy": "--proxy"}
-
-
-@contextmanager
-def connected(server: str, timeout_s: float, proxy: str | None = None) -> Iterator[timernn.Client]:
-    """Connect to one of the servers for one command.
-
-    Args:
-        server: HOST:PORT, or several by commas.
-        timeout_s: For each call with its retries, in seconds.
-        proxy: An HTTP proxy's URL, "environment", or None.
-    """
-    import timernn  # noqa: PLC0415 - not for --help and usage errors
-
-    addresses = [address.strip() for address in server.split(",") if address.strip()]
-    if not addresses:
-        raise typer.BadParameter("expected HOST:PORT, got nothing", param_hint="'--server'")
-    try:
-        connecting = timernn.connect(
-            addresses, timeout=timeout_s, connect_timeout=timeout_s, proxy=proxy
-        )
-    except timernn.BadField as error:
-        option = _OPTIONS.get(error.metadata.get("field", ""), "--timeout")
-        _, _, why = error.message.partition(": ")
-        raise typer.BadParameter(why, param_hint=f"'{option}'") from error
-    with connecting as client:
-        yield client
+_OPTIONS = {
+    "target": "--server",
+    "proxy": "--proxy",
+    "tls.ca": "--tls-ca",
+    "tls.cert": "--tls-cert",
+    "tls.key": "--tls-key",
+    "tls.server_name": "--tls-server-name",
+    "token": "--token-file",
+}

@@ -7,21 +7,20 @@ import typer
 
 from service.cli.describe import SESSION_HEADINGS, session_fields, session_json, session_row
 from service.cli.output import print_fields, print_json, print_table
-from service.cli.remote import DEFAULT_SERVER, AsJson, Proxy, Server, SessionId, Timeout, connected
+from service.cli.remote import AsJson, Connection, SessionId, connects
 
 app = typer.Typer(help="Look at live sessions and end them.", no_args_is_help=True)
 
 
 @app.command("list")
+@connects()
 def list_sessions(
     *,
     model: Annotated[
         str | None,
         typer.Option(envvar="TIMERNN_MODEL", metavar="MODEL", help="Only sessions of this model."),
     ] = None,
-    server: Server = DEFAULT_SERVER,
-    timeout: Timeout = 30.0,
-    proxy: Proxy = None,
+    connection: Connection,
     json: AsJson = False,
 ) -> None:
     """List live sessions, the next to expire first.
@@ -30,7 +29,7 @@ def list_sessions(
       timernn sessions list
       timernn sessions list --model weather --json
     """
-    with connected(server, timeout, proxy) as client:
+    with connection.open() as client:
         found = list(client.list_sessions(model))
     if json:
         print_json([session_json(session) for session in found])
@@ -39,12 +38,11 @@ def list_sessions(
 
 
 @app.command()
+@connects()
 def show(
     session: SessionId,
-    server: Server = DEFAULT_SERVER,
-    timeout: Timeout = 30.0,
-    proxy: Proxy = None,
     *,
+    connection: Connection,
     json: AsJson = False,
 ) -> None:
     """Show one session.
@@ -52,7 +50,7 @@ def show(
     Example:
       timernn sessions show device-7
     """
-    with connected(server, timeout, proxy) as client:
+    with connection.open() as client:
         found = client.get_session(session)
     if json:
         print_json(session_json(found))
@@ -61,17 +59,17 @@ def show(
 
 
 @app.command()
+@connects()
 def close(
     session: SessionId,
-    server: Server = DEFAULT_SERVER,
-    timeout: Timeout = 30.0,
-    proxy: Proxy = None,
+    *,
+    connection: Connection,
 ) -> None:
     """End a session: its state is dropped.
 
     Example:
       timernn sessions close device-7
     """
-    with connected(server, timeout, proxy) as client:
+    with connection.open() as client:
         ended = client.close_session(session)
     print(f"closed {session}" if ended else f"{session} had ended before")

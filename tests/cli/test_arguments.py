@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 # No number, no size, no choice, no address and no URL; a number that none of them takes.
 WRONG = ("neither nor", "nan", "-1")
 # A name that a host may have is no wrong address.
+ADDRESSES = {"server", "listen", "tls_server_name"}
 WRONG_ADDRESSES = ("neither nor", "host:port:port", "[::1")
 # Any text is good for these; the server or the file system says what is not.
 FREE = {"model", "hyperparameter", "failpoints", "worker", "worker_count", "data_dir"}
@@ -63,7 +64,7 @@ def test_a_wrong_value_is_one_line_that_names_the_option(
 ) -> None:
     """Exit code 1 or 2, no traceback, nothing on stdout."""
     safe = SAFE if option.command == ("serve",) and option.name != "listen" else ()
-    for value in WRONG_ADDRESSES if option.name in {"server", "listen"} else WRONG:
+    for value in WRONG_ADDRESSES if option.name in ADDRESSES else WRONG:
         code = main([*option.command, *option.needed, *safe, option.flag, value])
         captured = capsys.readouterr()
         assert code in (1, 2), (value, captured)
