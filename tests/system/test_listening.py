@@ -18,7 +18,8 @@ WORKERS = ("--workers", "2")
 def start_another(listen: str, store_url: str, *options: str) -> subprocess.CompletedProcess[str]:
     """Start a server that is expected to refuse; return what it said."""
     program = str(Path(sys.executable).with_name("timernn"))
-    command = [program, "serve", "--listen", listen, "--redis-url", store_url, *options]
+    command = [program, "serve", "--listen", listen, "--redis-url", store_url, "--insecure"]
+    command += options
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
