@@ -115,12 +115,17 @@ def test_whether_a_server_is_ready_needs_no_token(command: Any, secured: Secured
 
 def test_plaintext_to_a_server_with_tls_is_one_line(bare: Any, secured: Secured) -> None:
     """Of the process too: gRPC writes nothing beside it."""
-    failed = bare("ping", "--server", secured.address, "--timeout", "9")
-    assert (failed.code, failed.out, failed.err.count("\n")) == (1, "", 1)
-    assert "it may expect TLS" in failed.err
-    failed = bare("ping", "--server", secured.address, "--timeout", "9", "--tls")
-    assert (failed.code, failed.out, failed.err.count("\n")) == (1, "", 1)
-    assert "not signed by an authority" in failed.err
+    for options, words in (
+        ((), "it may expect TLS"),
+        (("--tls",), "not signed by an authority"),
+    ):
+        # On a busy machine gRPC's 100 ms to connect may pass, and its last error then says that.
+        for _ in range(4):
+            failed = bare("ping", "--server", secured.address, "--timeout", "9", *options)
+            assert (failed.code, failed.out, failed.err.count("\n")) == (1, "", 1)
+            if "Timeout occurred" not in failed.err:
+                break
+        assert words in failed.err
 
 
 @pytest.mark.parametrize(
