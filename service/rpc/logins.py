@@ -8,11 +8,13 @@ from collections import OrderedDict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
+from service.domain.errors import bad_field, quoted
 from service.rpc import audit
 from service.rpc.auth import Principal
 from service.rpc.errors import PermissionDenied, Unauthenticated
 from service.rpc.permissions import ROLES, kind_of
 from service.security.roles import GRANTED, Role
+from service.security.tokens import check_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -72,15 +74,14 @@ class TokenLogin:
             PermissionDenied: ROLE.
         """
         entry = self._tokens().get(principal.credential_id)
-        ends = principal.expire_time_s
-        if entry is None or (ends is not None and time.time() >= ends):
-            self._on_login("refused" if entry is None else "expired")
+        # What the entry says now counts: it may have been changed since the caller logged in.
+        is_known = entry is not None and _may_act_for(entry, principal.tenant)
+        if entry is None or not is_known or _has_ended(entry):
+            self._on_login("expired" if is_known else "refused")
             audit.refused_operation(principal, kind_of(method), reason="BAD_CREDENTIALS")
             raise Unauthenticated("BAD_CREDENTIALS", _BAD)
-        needed = ROLES.get(method, frozenset())
-        if not needed & principal.roles:
-            held = max(principal.roles, key=list(Role).index).value
-            name = method.rpartition("/")[2]
+        if not ROLES.get(method, frozenset()) & GRANTED[entry.role]:
+            held, name = entry.role.value, method.rpartition("/")[2]
             audit.refused_operation(principal, kind_of(method), reason="ROLE")
             raise PermissionDenied("ROLE", f"role {held!r} may not call {name}", role=held)
 
@@ -150,10 +151,23 @@ def _bearer(header: str | bytes) -> str | None:
     return token.strip() if scheme.lower() == _SCHEME and token.strip() else None
 
 
+def _may_act_for(entry: Token, tenant: str) -> bool:
+    """Return whether an entry may act for the tenant that its bearer logged in for."""
+    return entry.role is Role.OPERATOR or entry.tenant == tenant
+
+
+def _has_ended(entry: Token) -> bool:
+    return entry.expires is not None and entry.has_expired(datetime.now(UTC))
+
+
 def _principal(entry: Token, metadata: dict[str, Any]) -> Principal:
     tenant = entry.tenant
-    if entry.role is Role.OPERATOR:
-        tenant = str(metadata.get(TENANT_KEY, tenant))
+    if entry.role is Role.OPERATOR and TENANT_KEY in metadata:
+        tenant = str(metadata[TENANT_KEY])
+        try:
+            check_name(TENANT_KEY, tenant)
+        except ValueError:
+            raise bad_field(TENANT_KEY, f"expected a tenant's name, got {quoted(tenant)}") from None
     return Principal(
         tenant=tenant,
         roles=GRANTED[entry.role],

@@ -86,11 +86,10 @@ class Reloaded(Generic[T]):
             await asyncio.sleep(CHECK_S)
             try:
                 has_changed = await asyncio.to_thread(self.check)
-            except Exception:
-                _LOGGER.exception("%s: could not be checked", self._name)
-                continue
-            if has_changed and on_change is not None:
-                on_change(self.value)
+                if has_changed and on_change is not None:
+                    on_change(self.value)
+            except Exception:  # whatever it is, the next change has to be noticed
+                _LOGGER.exception("%s: could not be taken over", self._name)
 
     def _stamps(self) -> tuple[Stamp, ...]:
         return tuple(stamp(path) for path in self._paths)

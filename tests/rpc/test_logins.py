@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,8 @@ import pytest
 from google.protobuf.message_factory import GetMessageClass
 
 from service.rpc import permissions
+from service.rpc.auth import Principal
+from service.rpc.errors import PermissionDenied, Unauthenticated
 from service.rpc.logins import LoginThrottle, TokenLogin
 from service.rpc.permissions import PUBLIC, ROLES, check_complete
 from service.rpc.server import SERVICES, rpc_types
@@ -126,6 +129,45 @@ async def test_a_revoked_token_is_refused_at_the_next_call(
     assert (await outcome(served.channel, path, token))[0] == "OK"
     credentials.tokens = TokenSet()
     assert (await outcome(served.channel, path, token))[0] == "UNAUTHENTICATED"
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"role": Role.INFER}, PermissionDenied),
+        ({"tenant": "other"}, Unauthenticated),
+        ({"expires": datetime(2020, 1, 1, tzinfo=UTC)}, Unauthenticated),
+    ],
+)
+def test_an_entry_that_is_changed_counts_for_open_streams(
+    credentials: Credentials, changes: dict[str, Any], error: type[Exception]
+) -> None:
+    """Less of a role, another tenant, an earlier end: from the next operation on, without a new login."""
+    login, update = credentials.authenticator(), "/timernn.v1.TimeRnnService/Update"
+    entry = credentials.tokens.find(credentials.of[Role.TRAIN])
+    assert entry is not None
+    principal = Principal("acme", GRANTED[Role.TRAIN], "train", entry.id)
+    login.authorise(principal, update)
+    credentials.tokens = TokenSet({entry.id: replace(entry, **changes)})
+    with pytest.raises(error):
+        login.authorise(principal, update)
+
+
+async def test_an_operator_names_a_tenant_by_its_name(
+    serve: Serve, credentials: Credentials
+) -> None:
+    """What can be no tenant's name is a field at fault, not an empty list."""
+    served = await serve(authenticator=credentials.authenticator())
+    metadata = [
+        ("authorization", f"Bearer {credentials.of[Role.OPERATOR]}"),
+        ("timernn-tenant", "x" * 500),
+    ]
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await served.channel.unary_unary("/timernn.v1.ModelService/ListModels")(
+            b"", metadata=metadata
+        )
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert str(caught.value.details()).startswith("timernn-tenant: expected a tenant's name, got")
 
 
 def test_a_method_without_an_entry_does_not_start() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from typing import TYPE_CHECKING
 
 import pytest
 
+from service.security import reload
 from service.security.files import SecretFileError, replace_private
 from service.security.reload import Reloaded
 
@@ -106,3 +108,27 @@ def test_a_change_of_content_alone_is_a_change(file: Path) -> None:
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + 1_000_000))
     assert number.check()
     assert number.value == 5
+
+
+async def test_a_change_that_cannot_be_taken_over_does_not_end_the_watch(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next one is handed on as if nothing had been."""
+    monkeypatch.setattr(reload, "CHECK_S", 0.0)
+    number = Reloaded("number", [file], lambda: read_number(file))
+    got: list[int] = []
+    seen = asyncio.Event()
+
+    def on_change(value: int) -> None:
+        got.append(value)
+        seen.set()
+        if value == 2:
+            raise OSError("the file is being replaced")
+
+    watching = asyncio.ensure_future(number.watch(on_change))
+    for value in (2, 3):
+        seen.clear()
+        replace_private(file, str(value))
+        await asyncio.wait_for(seen.wait(), 30)
+    watching.cancel()
+    assert got == [2, 3]
