@@ -25,22 +25,12 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # h
 
 from service.access import Access
 from service.compute.scheduler import Scheduler
-from service.domain.backward import Backpropagation
-from service.domain.contributions import Contributions
 from service.domain.errors import Unavailable
 from service.domain.limits_policy import SameLimits
 from service.domain.model_cache import ModelCache
-from service.domain.models import Models
-from service.domain.publisher import VersionPublisher
-from service.domain.recurrence import Recurrence
-from service.domain.rules import InputRules
 from service.domain.session_cache import SessionCache
-from service.domain.session_tapes import SessionTapes
-from service.domain.sessions import Sessions
 from service.domain.tapes import TapeCache
-from service.domain.updates import Updates
-from service.domain.use_cases import UseCases
-from service.domain.waiting import WaitingWork
+from service.domain.use_cases import Caches, build_use_cases
 from service.exposure import ExposedError
 from service.failpoints import FailpointError, Failpoints
 from service.listening import try_to_bind
@@ -65,6 +55,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
 
     from service.domain.limits_policy import LimitsPolicy
+    from service.domain.recurrence import Recurrence
     from service.metrics.recorder import Snapshot
     from service.rpc.auth import Authenticator
     from service.security.certificates import ServerCertificate
@@ -253,7 +244,7 @@ def build_server(
 ) -> RpcServer:
     """Wire every layer over an open store; the stack closes what has work to finish."""
     limits = settings.limits
-    rules, policy = InputRules(limits), policy or SameLimits(limits)
+    policy = policy or SameLimits(limits)
     scheduler = Scheduler(settings.max_batch_rows, settings.threads, observer)
     if points:
         scheduler = points.wrap_scheduler(scheduler)
@@ -263,59 +254,25 @@ def build_server(
             models=points.wrap_store(store.models),
         )
     stack.push_async_callback(asyncio.to_thread, scheduler.close)
-    model_cache = ModelCache(
-        store.models, limits.head_max_age_ms, settings.weights_cache_bytes, observer=observer
+    caches = Caches(
+        ModelCache(
+            store.models, limits.head_max_age_ms, settings.weights_cache_bytes, observer=observer
+        ),
+        SessionCache(settings.session_cache_bytes),
+        TapeCache(settings.session_cache_bytes),
     )
-    session_cache = SessionCache(settings.session_cache_bytes)
-    tapes = TapeCache(settings.session_cache_bytes)
-    observer.cache_added("sessions", session_cache.counts)
-    observer.cache_added("tapes", tapes.counts)
-    publisher = VersionPublisher(store.models, model_cache, scheduler, observer=observer)
-    contributions = Contributions(
-        store.models,
-        policy,
-        cache_bytes=limits.contribution_bytes_per_model // 4,
-        observer=observer,
-    )
-    session_tapes = SessionTapes(
-        store.sessions, tapes, model_cache=model_cache, contributions=contributions
-    )
-    updates = Updates(
-        contributions, publisher, model_cache=model_cache, scheduler=scheduler, rules=rules
-    )
-    recurrence = Recurrence(
+    observer.cache_added("sessions", caches.sessions.counts)
+    observer.cache_added("tapes", caches.tapes.counts)
+    use_cases = build_use_cases(
         store.sessions,
-        model_cache=model_cache,
-        session_cache=session_cache,
-        tapes=tapes,
+        store.models,
+        caches,
         scheduler=scheduler,
-        rules=rules,
+        limits=limits,
         policy=policy,
         observer=observer,
     )
-    stack.push_async_callback(_finish, recurrence, model_cache, settings.drain_s)
-    use_cases = UseCases(
-        models=Models(
-            store.models,
-            model_cache,
-            publisher,
-            scheduler=scheduler,
-            rules=rules,
-            policy=policy,
-        ),
-        sessions=Sessions(store.sessions, model_cache, session_cache, rules=rules, policy=policy),
-        recurrence=recurrence,
-        backpropagation=Backpropagation(
-            session_tapes,
-            contributions,
-            updates,
-            model_cache=model_cache,
-            scheduler=scheduler,
-            rules=rules,
-        ),
-        updates=updates,
-        waiting=WaitingWork(store.sessions, model_cache, contributions, rules=rules),
-    )
+    stack.push_async_callback(_finish, use_cases.recurrence, caches.models, settings.drain_s)
     info = ServerInfo(
         server_version=version("timernn"),
         replica_id=secrets.token_hex(8),

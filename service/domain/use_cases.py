@@ -1,17 +1,31 @@
-"""Everything that a transport may ask of the domain."""
+"""Everything that a transport may ask of the domain, and how its parts are put together."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from service.domain.backward import Backpropagation
+from service.domain.contributions import Contributions
+from service.domain.models import Models
+from service.domain.publisher import VersionPublisher
+from service.domain.recurrence import Recurrence
+from service.domain.rules import InputRules
+from service.domain.session_tapes import SessionTapes
+from service.domain.sessions import Sessions
+from service.domain.updates import Updates
+from service.domain.waiting import WaitingWork
+from service.telemetry import NULL_OBSERVER
+
 if TYPE_CHECKING:
-    from service.domain.backward import Backpropagation
-    from service.domain.models import Models
-    from service.domain.recurrence import Recurrence
-    from service.domain.sessions import Sessions
-    from service.domain.updates import Updates
-    from service.domain.waiting import WaitingWork
+    from service.compute.scheduler import Scheduler
+    from service.domain.limits_policy import LimitsPolicy
+    from service.domain.model_cache import ModelCache
+    from service.domain.ports import ModelStore, SessionStore
+    from service.domain.session_cache import SessionCache
+    from service.domain.tapes import TapeCache
+    from service.settings import Limits
+    from service.telemetry import Observer
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,3 +47,65 @@ class UseCases:
     backpropagation: Backpropagation
     updates: Updates
     waiting: WaitingWork
+
+
+@dataclass(frozen=True, slots=True)
+class Caches:
+    """What a process remembers of the store, so that a warm chunk reads nothing."""
+
+    models: ModelCache
+    sessions: SessionCache
+    tapes: TapeCache
+
+
+def build_use_cases(
+    sessions: SessionStore,
+    models: ModelStore,
+    caches: Caches,
+    *,
+    scheduler: Scheduler,
+    limits: Limits,
+    policy: LimitsPolicy,
+    observer: Observer = NULL_OBSERVER,
+) -> UseCases:
+    """Put the domain together over a store, caches and a scheduler."""
+    rules = InputRules(limits)
+    publisher = VersionPublisher(models, caches.models, scheduler, observer=observer)
+    contributions = Contributions(
+        models,
+        policy,
+        cache_bytes=limits.contribution_bytes_per_model // 4,
+        observer=observer,
+    )
+    session_tapes = SessionTapes(
+        sessions, caches.tapes, model_cache=caches.models, contributions=contributions
+    )
+    updates = Updates(
+        contributions, publisher, model_cache=caches.models, scheduler=scheduler, rules=rules
+    )
+    return UseCases(
+        models=Models(
+            models, caches.models, publisher, scheduler=scheduler, rules=rules, policy=policy
+        ),
+        sessions=Sessions(sessions, caches.models, caches.sessions, rules=rules, policy=policy),
+        recurrence=Recurrence(
+            sessions,
+            model_cache=caches.models,
+            session_cache=caches.sessions,
+            tapes=caches.tapes,
+            scheduler=scheduler,
+            rules=rules,
+            policy=policy,
+            observer=observer,
+        ),
+        backpropagation=Backpropagation(
+            session_tapes,
+            contributions,
+            updates,
+            model_cache=caches.models,
+            scheduler=scheduler,
+            rules=rules,
+        ),
+        updates=updates,
+        waiting=WaitingWork(sessions, caches.models, contributions, rules=rules),
+    )

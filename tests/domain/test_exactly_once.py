@@ -203,7 +203,9 @@ async def test_a_replay_whose_version_is_gone_is_answered_from_the_record(
     opened = await open_on(trainer, tenant)
     client = Client([trainer], tenant, "s", opened.session.epoch)
     await client.forward(draw(rng))
-    behind.live.put(SessionKey(tenant, "s"), present(trainer.live.get(SessionKey(tenant, "s"))))
+    behind.caches.sessions.put(
+        SessionKey(tenant, "s"), present(trainer.caches.sessions.get(SessionKey(tenant, "s")))
+    )
     xs = draw(rng)
     first = await client.forward(xs)
     other = Client([trainer], tenant, "t", (await open_on(trainer, tenant, "t")).session.epoch)
@@ -570,7 +572,7 @@ async def test_a_cached_state_does_not_keep_a_chunks_outputs(
     client = await open_session(batch_size=1)
     client.replicas = replicas[:1]
     await client.forward(draw(rng, 100, rows=1))
-    assert present(replicas[0].live.get(SessionKey(tenant, "s"))).state.base is None
+    assert present(replicas[0].caches.sessions.get(SessionKey(tenant, "s"))).state.base is None
 
 
 @pytest.mark.parametrize("wanted", list(ReturnHs))

@@ -311,7 +311,7 @@ async def test_a_head_that_vanishes_under_a_chunk_still_answers_its_minimum(
     await other.backward(draw(rng, size=HIDDEN))
     newer = (await other.update("m", "u")).version
     now[0] = 1.0
-    await replica.catalog.get(ModelKey(tenant, "m"))  # the head is known, its weights are not
+    await replica.caches.models.get(ModelKey(tenant, "m"))  # the head is known, its weights are not
     await backup.restore(raw)
     refused = await refusal(client.forward(draw(rng), minimum=newer))
     assert refused.reason == "VERSION_GONE"
@@ -497,6 +497,6 @@ async def test_a_step_never_starts_an_optimizer_anew_that_has_moments(
         return found
 
     monkeypatch.setattr(models, "read_moments", read_ahead)
-    replicas[1].catalog.forget(ModelKey(tenant, "m"))
+    replicas[1].caches.models.forget(ModelKey(tenant, "m"))
     again = await replicas[1].updates.update(tenant, step("m", "u2", named))
     assert (again.version, again.replayed) == (made.version, False)

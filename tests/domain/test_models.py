@@ -240,8 +240,8 @@ async def test_a_read_ahead_ends_before_its_replica_does(
 ) -> None:
     """Nobody waits for it, and it would open a connection that nobody closes."""
     await make_model()
-    reading = replicas[0].catalog.start_reading(ModelKey(tenant, "m"))
-    await replicas[0].catalog.drain()
+    reading = replicas[0].caches.models.start_reading(ModelKey(tenant, "m"))
+    await replicas[0].caches.models.drain()
     assert reading.done()
 
 

@@ -166,7 +166,7 @@ async def test_caches_count_hits_and_misses(watched: Watched, rng: np.random.Gen
         assert (after[name][0] - before[name][0], after[name][1]) == (1, before[name][1]), name
     assert set(after) == {"sessions", "heads", "weights", "moments", "tapes", "gradients"}
     assert watched.recorder.caches["sessions"].size_bytes > STATE_BYTES
-    watched.replica.live.drop(SessionKey(watched.client.tenant, "s"))
+    watched.replica.caches.sessions.drop(SessionKey(watched.client.tenant, "s"))
     await watched.client.forward(chunk(rng))
     assert watched.recorder.lookups()["sessions"] == (
         after["sessions"][0],

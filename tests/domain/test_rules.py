@@ -12,16 +12,13 @@ import pytest
 from rnn_engine import SGD, AdamW, Params, TanhNetwork
 from service.compute.scheduler import Scheduler
 from service.domain.backward import Backpropagation
-from service.domain.contributions import Contributions
 from service.domain.errors import InvalidArgument
 from service.domain.limits_policy import SameLimits
 from service.domain.model_cache import ModelCache
 from service.domain.models import Models
-from service.domain.publisher import VersionPublisher
 from service.domain.recurrence import Recurrence
-from service.domain.rules import InputRules, make_optimizer
+from service.domain.rules import make_optimizer
 from service.domain.session_cache import SessionCache
-from service.domain.session_tapes import SessionTapes
 from service.domain.sessions import Sessions
 from service.domain.tapes import TapeCache
 from service.domain.types import (
@@ -42,7 +39,7 @@ from service.domain.types import (
     Version,
 )
 from service.domain.updates import Updates
-from service.domain.use_cases import UseCases
+from service.domain.use_cases import Caches, UseCases, build_use_cases
 from service.domain.waiting import WaitingWork
 from service.settings import Limits
 
@@ -373,28 +370,9 @@ def use_cases() -> Iterator[UseCases]:
     """The use cases over a store that nobody may ask."""
     store: Any = Untouched()
     scheduler = Scheduler(8)
-    cache = ModelCache(store, 50, 1 << 20)
-    rules, policy = InputRules(LIMITS), SameLimits(LIMITS)
-    parts: Any = {"model_cache": cache, "scheduler": scheduler, "rules": rules}
-    publisher = VersionPublisher(store, cache, scheduler)
-    contributions = Contributions(store, policy, cache_bytes=1 << 20)
-    tapes = TapeCache(1 << 20)
-    updates = Updates(contributions, publisher, **parts)
-    yield UseCases(
-        models=Models(store, cache, publisher, scheduler=scheduler, rules=rules, policy=policy),
-        sessions=Sessions(store, cache, SessionCache(1 << 20), rules=rules, policy=policy),
-        recurrence=Recurrence(
-            store, session_cache=SessionCache(1 << 20), tapes=tapes, policy=policy, **parts
-        ),
-        backpropagation=Backpropagation(
-            SessionTapes(store, tapes, model_cache=cache, contributions=contributions),
-            contributions,
-            updates,
-            **parts,
-        ),
-        updates=updates,
-        waiting=WaitingWork(store, cache, contributions, rules=rules),
-    )
+    caches = Caches(ModelCache(store, 50, 1 << 20), SessionCache(1 << 20), TapeCache(1 << 20))
+    policy = SameLimits(LIMITS)
+    yield build_use_cases(store, store, caches, scheduler=scheduler, limits=LIMITS, policy=policy)
     scheduler.close()
 
 

@@ -562,10 +562,10 @@ async def test_a_retry_reads_the_tape_that_was_let_go(
     client = await open_session()
     client.replicas = replicas[:1]
     await client.forward(draw(rng), train=True)
-    assert replicas[0].tapes.get(client.token) is not None
+    assert replicas[0].caches.tapes.get(client.token) is not None
     dhs = draw(rng, size=HIDDEN)
     first = await client.backward(dhs, return_d_inputs=True)
-    assert replicas[0].tapes.get(client.token) is None
+    assert replicas[0].caches.tapes.get(client.token) is None
     again = await client.backward(dhs, return_d_inputs=True)
     assert again.replayed
     np.testing.assert_array_equal(again.d_inputs, first.d_inputs)

@@ -187,7 +187,7 @@ async def test_an_error_inside_a_script_leaves_every_chunk_of_the_call_open(
 ) -> None:
     """Broken off after the first write, both chunks are UNKNOWN_OUTCOME; sent again they are done once."""
     replica, client = await started(own.url)
-    replica.catalog._max_age_s = 60.0
+    replica.caches.models._max_age_s = 60.0
     other = Client([replica], "t", "other", (await open_on(replica, "t", "other")).session.epoch)
     for each in (client, other):
         await each.forward(draw(rng))
@@ -220,7 +220,7 @@ async def test_what_was_refused_before_it_ran_is_known_not_to_be_applied(
 ) -> None:
     """STORE_DOWN, not UNKNOWN_OUTCOME; other content may take the number afterwards."""
     replica, client = await started(own.url)
-    replica.catalog._max_age_s = 60.0
+    replica.caches.models._max_age_s = 60.0
     await client.forward(draw(rng))
     await raw.execute_command(*refuse)
     assert (await refusal(client.forward(draw(rng)))).reason == "STORE_DOWN"

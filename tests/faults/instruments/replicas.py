@@ -13,18 +13,10 @@ import pytest
 
 from rnn_engine import Params, TimeRNN
 from service.compute.scheduler import Scheduler
-from service.domain.backward import Backpropagation
-from service.domain.contributions import Contributions
 from service.domain.errors import DomainError
 from service.domain.limits_policy import SameLimits
 from service.domain.model_cache import ModelCache
-from service.domain.models import Models
-from service.domain.publisher import VersionPublisher
-from service.domain.recurrence import Recurrence
-from service.domain.rules import InputRules
 from service.domain.session_cache import SessionCache
-from service.domain.session_tapes import SessionTapes
-from service.domain.sessions import Sessions
 from service.domain.tapes import TapeCache
 from service.domain.types import (
     Backward,
@@ -37,8 +29,7 @@ from service.domain.types import (
     SessionKey,
     Update,
 )
-from service.domain.updates import Updates
-from service.domain.waiting import WaitingWork
+from service.domain.use_cases import Caches, build_use_cases
 from service.domain.weights import weights_from_bytes
 from service.settings import MIB, Settings
 from service.store import keys
@@ -52,7 +43,11 @@ if TYPE_CHECKING:
     from redis.asyncio import Redis
 
     from rnn_engine import Array
+    from service.domain.backward import Backpropagation
     from service.domain.limits_policy import LimitsPolicy
+    from service.domain.models import Models
+    from service.domain.recurrence import Recurrence
+    from service.domain.sessions import Sessions
     from service.domain.types import (
         BackwardResult,
         ForwardResult,
@@ -61,6 +56,8 @@ if TYPE_CHECKING:
         UpdateResult,
         Version,
     )
+    from service.domain.updates import Updates
+    from service.domain.waiting import WaitingWork
     from service.settings import Limits
     from service.store.connect import Store
     from service.telemetry import Observer
@@ -74,17 +71,15 @@ class Replica:
     """One server process, as far as the domain is concerned."""
 
     store: Store
-    catalog: ModelCache
-    live: SessionCache
-    tapes: TapeCache
+    caches: Caches
     scheduler: Scheduler
-    recurrence: Recurrence
-    sessions: Sessions
+    limits: Limits
     models: Models
+    sessions: Sessions
+    recurrence: Recurrence
     backpropagation: Backpropagation
     updates: Updates
     waiting: WaitingWork
-    limits: Limits
 
     async def close(self) -> None:
         """Let chunks in flight end, then the threads and the connections."""
@@ -109,54 +104,37 @@ async def start_replica(
     policy: LimitsPolicy | None = None,
 ) -> Replica:
     """Wire a replica as the service does; by default it asks for the head each time."""
-    rules, policy = InputRules(limits), policy or SameLimits(limits)
+    policy = policy or SameLimits(limits)
     store = await open_store(url, patient(limits), observer, policy=policy)
     disturb(store._client)
-    catalog = ModelCache(store.models, head_max_age_ms, 64 * MIB, clock=clock, observer=observer)
-    live, tapes = SessionCache(16 * MIB), TapeCache(16 * MIB)
-    observer.cache_added("sessions", live.counts)
-    observer.cache_added("tapes", tapes.counts)
+    caches = Caches(
+        ModelCache(store.models, head_max_age_ms, 64 * MIB, clock=clock, observer=observer),
+        SessionCache(16 * MIB),
+        TapeCache(16 * MIB),
+    )
+    observer.cache_added("sessions", caches.sessions.counts)
+    observer.cache_added("tapes", caches.tapes.counts)
     scheduler = Scheduler(1024, observer=observer)
-    heads = VersionPublisher(store.models, catalog, scheduler, observer=observer)
-    contributions = Contributions(
+    use_cases = build_use_cases(
+        store.sessions,
         store.models,
-        policy,
-        cache_bytes=limits.contribution_bytes_per_model // 4,
+        caches,
+        scheduler=scheduler,
+        limits=limits,
+        policy=policy,
         observer=observer,
     )
-    session_tapes = SessionTapes(
-        store.sessions, tapes, model_cache=catalog, contributions=contributions
-    )
-    updates = Updates(contributions, heads, model_cache=catalog, scheduler=scheduler, rules=rules)
     return Replica(
         store,
-        catalog,
-        live,
-        tapes,
+        caches,
         scheduler,
-        Recurrence(
-            store.sessions,
-            model_cache=catalog,
-            session_cache=live,
-            tapes=tapes,
-            scheduler=scheduler,
-            rules=rules,
-            policy=policy,
-            observer=observer,
-        ),
-        Sessions(store.sessions, catalog, live, rules=rules, policy=policy),
-        Models(store.models, catalog, heads, scheduler=scheduler, rules=rules, policy=policy),
-        Backpropagation(
-            session_tapes,
-            contributions,
-            updates,
-            model_cache=catalog,
-            scheduler=scheduler,
-            rules=rules,
-        ),
-        updates,
-        WaitingWork(store.sessions, catalog, contributions, rules=rules),
         limits,
+        models=use_cases.models,
+        sessions=use_cases.sessions,
+        recurrence=use_cases.recurrence,
+        backpropagation=use_cases.backpropagation,
+        updates=use_cases.updates,
+        waiting=use_cases.waiting,
     )
 
 
