@@ -7,8 +7,8 @@ call of `grpc.health.v1.Health/Check` takes (docs/adr/0028-a-probe-without-grpc.
     python -m service.probe [ADDRESS [SERVICE]]
 
 ADDRESS is HOST:PORT or unix:PATH. Without it the variables of the server say where: that of
-TIMERNN_HEALTH_LISTEN, else that of TIMERNN_LISTEN, with TLS if TIMERNN_TLS_CERT is set. SERVICE is a
-name of the health service, such as `liveness`.
+TIMERNN_HEALTH_LISTEN, else that of TIMERNN_LISTEN, with TLS if TIMERNN_TLS_CERT is set; what is not set may
+stand in the file of TIMERNN_CONFIG. SERVICE is a name of the health service, such as `liveness`.
 """
 
 from __future__ import annotations
@@ -37,10 +37,11 @@ class ProbeError(Exception):
 
 def main(arguments: list[str]) -> int:
     """Ask, and return the exit code."""
-    own, is_tls = own_address(os.environ)
-    address = arguments[0] if arguments else own
+    address, is_tls = arguments[0] if arguments else "the server", False
     try:
-        check(address, *arguments[1:2], is_tls=is_tls and not arguments)
+        if not arguments:
+            address, is_tls = own_address(os.environ)
+        check(address, *arguments[1:2], is_tls=is_tls)
     except (ProbeError, OSError) as error:
         sys.stderr.write(f"timernn: {address}: {error}\n")
         return 1
@@ -48,12 +49,31 @@ def main(arguments: list[str]) -> int:
 
 
 def own_address(variables: os._Environ[str] | dict[str, str]) -> tuple[str, bool]:
-    """Return where a server with these variables says how it is, and whether it speaks TLS there."""
-    if listen := variables.get("TIMERNN_HEALTH_LISTEN"):
+    """Return where a server with these variables says how it is, and whether it speaks TLS there.
+
+    Raises:
+        ProbeError: If the file of TIMERNN_CONFIG is no TOML.
+        OSError: If it cannot be read.
+    """
+    config = variables.get("TIMERNN_CONFIG")
+    in_file = _read_toml(config) if config else {}
+
+    def setting(name: str) -> str:
+        return variables.get(f"TIMERNN_{name.upper()}") or str(in_file.get(name, ""))
+
+    if listen := setting("health_listen"):
         return listen, False
-    return variables.get("TIMERNN_LISTEN") or DEFAULT_ADDRESS, bool(
-        variables.get("TIMERNN_TLS_CERT")
-    )
+    return setting("listen") or DEFAULT_ADDRESS, bool(setting("tls_cert"))
+
+
+def _read_toml(path: str) -> dict[str, object]:
+    import tomllib  # noqa: PLC0415 - only where there is a file
+
+    with open(path, "rb") as file:  # noqa: PTH123 - pathlib would have to be imported
+        try:
+            return {key.replace("-", "_"): value for key, value in tomllib.load(file).items()}
+        except ValueError as error:
+            raise ProbeError(f"{path}: expected TOML: {error}") from error
 
 
 def check(

@@ -129,7 +129,9 @@ def environment_of(settings: Settings) -> dict[str, str]:
     names |= {
         f"limit_{field.name}": getattr(settings.limits, field.name) for field in fields(Limits)
     }
-    return {f"TIMERNN_{name.upper()}": str(value) for name, value in names.items()}
+    variables = {f"TIMERNN_{name.upper()}": str(value) for name, value in names.items()}
+    # An empty variable is as good as none: without this one, the file would say what an option had taken back.
+    return {**variables, "TIMERNN_CONFIG": ""}
 
 
 class _Worker:

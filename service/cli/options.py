@@ -1,24 +1,26 @@
 """The options of `timernn serve`: one for each field of `Settings` and of `Limits`.
 
 They are made from the dataclasses, so that name, type and default cannot drift apart from what the
-server uses; only the explanations stand here.
+server uses; only the explanations stand here. `OPTIONS` is what the command line, the file of --config and
+the table in docs/operations.md are made from.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import math
 import re
-from dataclasses import MISSING, fields
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import Annotated, Any, Final, TypeAlias, get_type_hints
 
 import typer
 
 from service.settings import Limits, Settings
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+Parser: TypeAlias = Callable[[Any], Any]
 
 UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 CHOICES = {
@@ -27,7 +29,7 @@ CHOICES = {
     "log_format": ("console", "json"),
 }
 LIMIT_PREFIX = "limit_"
-MAY_BE_0 = ("drain_s", "drain_notice_s", "compute_threads", "limit_head_max_age_ms")
+MAY_BE_0 = ("drain_s", "drain_notice_s", "compute_threads", "limit_head_max_age_ms", "worker")
 FILES = ("tls_cert", "tls_key", "tls_client_ca", "tokens", "tenants", "redis_password_file")
 OPTIONAL_ADDRESSES = ("metrics_listen", "health_listen")
 HIDDEN = (
@@ -173,84 +175,160 @@ def parse_choice(text: str, choices: tuple[str, ...]) -> str:
     return text.lower()
 
 
-def takes_settings(command: Callable[[Settings], None]) -> Callable[..., None]:
-    """Give a command that takes `Settings` an option for each of their fields."""
-    parameters = [
-        *_parameters(Settings, SETTINGS_HELP, prefix="", panel="Server"),
-        *_parameters(Limits, LIMITS_HELP, prefix=LIMIT_PREFIX, panel="Limits"),
-    ]
+def parse_number(given: str | float, kind: type[int | float], least: float) -> int | float:
+    """Check a number against the least that it may be.
 
-    @functools.wraps(command)
-    def with_options(**values: Any) -> None:
-        command(settings_from(values))
-
-    # Typer reads these two attributes instead of the wrapper's signature.
-    with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    with_options.__annotations__ = {p.name: p.annotation for p in parameters}
-    del with_options.__wrapped__
-    return with_options
-
-
-def settings_from(values: dict[str, Any]) -> Settings:
-    """Build the Settings from the options' values.
-
-    Args:
-        values: By option name: `batch_size` of the limits is `limit_batch_size`.
+    Raises:
+        typer.BadParameter: If it is none, or less.
     """
-    limits = {f.name: values[LIMIT_PREFIX + f.name] for f in fields(Limits)}
-    others = {f.name: values[f.name] for f in fields(Settings) if f.name in values}
-    return Settings(**others, limits=Limits(**limits))
+    what = "a whole number" if kind is int else "a number"
+    try:
+        number = kind(given)
+    except ValueError:
+        number = kind(-1)
+    if not least <= number < math.inf:
+        raise typer.BadParameter(f"expected {what} of at least {least}, got {given!r}")
+    return number
 
 
-def _parameters(
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What values a setting takes.
+
+    Attributes:
+        expected: What a value has to be, for messages.
+        toml: What types it may have in a TOML file.
+        parse: Checks a value and returns it as the server takes it; raises a typer.BadParameter.
+        unit: In what it is counted, for the table of settings.
+        shown: Further arguments of Typer's option.
+    """
+
+    expected: str
+    toml: tuple[type, ...]
+    parse: Parser | None = None
+    unit: str = ""
+    shown: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ServeOption:
+    """One setting as an operator sees it.
+
+    Attributes:
+        name: Of its parameter: `batch_size` of the limits is `limit_batch_size`.
+        type: Of its field.
+        default: Of its field.
+        help: What it does.
+        panel: Under which heading it stands.
+        kind: What values it takes.
+    """
+
+    name: str
+    type: Any
+    default: Any
+    help: str
+    panel: str
+    kind: Kind
+
+    @property
+    def key(self) -> str:
+        """Its name in a file."""
+        return self.name.replace("_", "-")
+
+    @property
+    def flag(self) -> str:
+        """Its name on the command line."""
+        return f"--{self.key}"
+
+    @property
+    def variable(self) -> str:
+        """Its environment variable."""
+        return f"TIMERNN_{self.name.upper()}"
+
+    @property
+    def is_hidden(self) -> bool:
+        """Whether it is for tests and for the supervisor of workers alone."""
+        return self.name in HIDDEN
+
+    def parameter(self) -> inspect.Parameter:
+        """Return the keyword parameter of a command, annotated as Typer needs it."""
+        shown: dict[str, Any] = {"parser": self.kind.parse} if self.kind.parse else {}
+        option = typer.Option(
+            self.flag,
+            help=self.help,
+            envvar=self.variable,
+            rich_help_panel=self.panel,
+            hidden=self.is_hidden,
+            **shown,
+            **self.kind.shown,
+        )
+        return inspect.Parameter(
+            self.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=self.default,
+            annotation=Annotated[self.type, option],
+        )
+
+
+def _options(
     settings: type[Settings | Limits], explained: dict[str, str], *, prefix: str, panel: str
-) -> list[inspect.Parameter]:
-    """Return one keyword parameter per field, annotated as Typer needs it."""
+) -> list[ServeOption]:
     types = get_type_hints(settings)
     return [
-        inspect.Parameter(
-            prefix + f.name,
-            inspect.Parameter.KEYWORD_ONLY,
+        ServeOption(
+            name=prefix + f.name,
+            type=types[f.name],
             default=f.default,
-            annotation=Annotated[
-                types[f.name], _option(prefix + f.name, f.default, explained.get(f.name, ""), panel)
-            ],
+            help=explained.get(f.name, ""),
+            panel=panel,
+            kind=_kind(prefix + f.name, f.default),
         )
         for f in fields(settings)
         if f.default is not MISSING
     ]
 
 
-def _option(name: str, default: object, explained: str, panel: str) -> Any:  # noqa: PLR0911 - a kind each
-    """Describe one option; its environment variable is named after it."""
-    flag = "--" + name.replace("_", "-")
-    common: dict[str, Any] = {
-        "help": explained,
-        "envvar": f"TIMERNN_{name.upper()}",
-        "rich_help_panel": panel,
-    }
+def _kind(name: str, default: Any) -> Kind:  # noqa: PLR0911 - a kind each
+    shown: dict[str, Any]
     if name.endswith("_bytes") or "_bytes_" in name:
-        assert isinstance(default, int)  # noqa: S101 - a field named so is a size
-        shown = format_bytes(default)
-        return typer.Option(flag, parser=parse_bytes, metavar="BYTES", show_default=shown, **common)
+        shown = {"metavar": "BYTES", "show_default": format_bytes(default)}
+        expected = "bytes, such as 1048576 or 16MiB"
+        return Kind(expected, (int, str), parse_bytes, unit="bytes", shown=shown)
     if name == "listen":
-        return typer.Option(flag, parser=parse_address, metavar="HOST:PORT", **common)
-    if choices := CHOICES.get(name):
-        parser = functools.partial(parse_choice, choices=choices)
-        return typer.Option(flag, parser=parser, metavar="|".join(choices), **common)
-    if isinstance(default, Path):
-        return typer.Option(flag, file_okay=False, metavar="DIR", **common)
-    if name in FILES:
-        return typer.Option(flag, metavar="FILE", show_default=False, **common)
+        return Kind("HOST:PORT", (str,), parse_address, shown={"metavar": "HOST:PORT"})
     if name in OPTIONAL_ADDRESSES:
-        return typer.Option(
-            flag, parser=parse_optional_address, metavar="HOST:PORT", show_default=False, **common
+        shown = {"metavar": "HOST:PORT", "show_default": False}
+        return Kind("HOST:PORT", (str,), parse_optional_address, shown=shown)
+    if choices := CHOICES.get(name):
+        parse = functools.partial(parse_choice, choices=choices)
+        return Kind(
+            f"one of {', '.join(choices)}", (str,), parse, shown={"metavar": "|".join(choices)}
         )
-    if isinstance(default, bool) and name not in HIDDEN:
-        return typer.Option(flag, **common)
+    if isinstance(default, Path):
+        return Kind("a path", (str,), shown={"file_okay": False, "metavar": "DIR"})
+    if name in FILES:
+        return Kind("a path", (str,), shown={"metavar": "FILE", "show_default": False})
+    if isinstance(default, bool):
+        return Kind("true or false", (bool,))
     if name == "redis_url":
-        return typer.Option(flag, metavar="URL", show_default="an embedded store", **common)
-    if name in HIDDEN:
-        return typer.Option(flag, hidden=True, **common)
+        return Kind("a URL", (str,), shown={"metavar": "URL", "show_default": "an embedded store"})
+    if isinstance(default, str):
+        return Kind("a text", (str,))
     least = 0 if name in MAY_BE_0 else 1
-    return typer.Option(flag, min=least, **common)
+    number = type(default)
+    what = "a whole number" if number is int else "a number"
+    return Kind(
+        f"{what} of at least {least}",
+        (int,) if number is int else (int, float),
+        functools.partial(parse_number, kind=number, least=least),
+        unit=next((unit for end, unit in _SUFFIXES.items() if name.endswith(end)), ""),
+        shown={"metavar": "NUMBER"},
+    )
+
+
+_SUFFIXES: Final = {"_ms": "ms", "_s": "s"}
+
+OPTIONS: Final = (
+    *_options(Settings, SETTINGS_HELP, prefix="", panel="Server"),
+    *_options(Limits, LIMITS_HELP, prefix=LIMIT_PREFIX, panel="Limits"),
+)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from service.cli.options import takes_settings
 from service.cli.output import warn
+from service.cli.settings import takes_settings
 from service.exposure import check_options, lacks
 from service.listening import is_loopback
 
@@ -34,10 +34,22 @@ def serve(settings: Settings) -> None:
     Once it serves it prints one line on stdout, `timernn ready on HOST:PORT`; everything else goes
     to stderr.
 
+    Each option may stand in a TOML file, --config FILE, by its name without the dashes in front. An option
+    counts more than its environment variable, and that more than the file. No password may stand in the
+    file: use --redis-password-file.
+
+      listen = "0.0.0.0:50051"
+      tls-cert = "/etc/timernn/tls.crt"
+      tls-key = "/etc/timernn/tls.key"
+      tokens = "/etc/timernn/tokens.toml"
+      workers = 4
+      session-cache-bytes = "512MiB"
+
     Examples:
       timernn serve
       timernn serve --listen 127.0.0.1:0 --data-dir /var/lib/timernn
       timernn serve --listen 0.0.0.0:50051 --tls-cert tls.crt --tls-key tls.key --tokens tokens.toml
+      timernn serve --config /etc/timernn/timernn.toml
     """
     check_options(settings)
     is_open = bool(lacks(settings)) and not is_loopback(settings.listen)

@@ -19,8 +19,8 @@ from service.cli.options import (
     format_bytes,
     parse_address,
     parse_bytes,
-    takes_settings,
 )
+from service.cli.settings import takes_settings
 from service.listening import is_loopback
 from service.settings import Limits, Settings
 

@@ -23,6 +23,7 @@ from timernn.v1.model_service_pb2_grpc import ModelServiceStub
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 
 def probe(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -223,3 +224,16 @@ def test_the_server_s_variables_say_where(
 ) -> None:
     """The health port first, then the clients' port."""
     assert own_address(variables) == expected
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [({}, ("h:7", True)), ({"TIMERNN_LISTEN": "h:8"}, ("h:8", True))],
+)
+def test_the_server_s_file_says_where(
+    tmp_path: Path, variables: dict[str, str], expected: tuple[str, bool]
+) -> None:
+    """What no variable says is read from the file of TIMERNN_CONFIG."""
+    file = tmp_path / "timernn.toml"
+    file.write_text('listen = "h:7"\ntls-cert = "c"\n')
+    assert own_address({"TIMERNN_CONFIG": str(file), **variables}) == expected
