@@ -1,11 +1,11 @@
-"""Run every benchmark: the engine, the service, the client library, where a chunk's time goes, and what follows for capacity.
+"""Run every benchmark: of the engine, the service, the client library and security, and what follows for capacity.
 
 The command line is passed on to the service's part.
 """
 
 import sys
 
-from benchmarks import capacity, engine, library, service, where
+from benchmarks import capacity, engine, library, neighbours, secured, service, where
 
 
 def main() -> int:
@@ -19,6 +19,8 @@ def main() -> int:
         or service.main(sys.argv[1:])
         or library.main([])
         or where.main([])
+        or secured.main([])
+        or neighbours.main([])
         or capacity.main(["--charts"] if "--charts" in sys.argv else [])
     )
 

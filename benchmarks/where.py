@@ -19,7 +19,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import psutil
 from tqdm import tqdm
 
 from benchmarks.harness import (
@@ -30,16 +29,16 @@ from benchmarks.harness import (
     write_document,
 )
 from benchmarks.load.bench_long import fill_sessions, weigh_sessions
-from benchmarks.load.bench_rates import OURS, SCENARIOS, Scenario
+from benchmarks.load.bench_rates import OURS, SCENARIOS
 from benchmarks.load.calls import count_calls
 from benchmarks.load.lab import BEFORE, Lab, Plan, Samples, laboratory
 from benchmarks.load.machine import describe_machine, machine_line
 from benchmarks.load.page import write_block
-from benchmarks.load.processes import processor_s
 from benchmarks.load.rows import table
 from benchmarks.load.stages import BATCHES, COPIES, Stages
 from benchmarks.load.store import running_store
 from benchmarks.load.trips import SHAPES, Trips
+from benchmarks.load.weigh import weigh
 from service.cli.serve import fast_loop
 
 COMMAND = "python -m benchmarks.where --write"
@@ -47,7 +46,6 @@ SHOWN = ("stream-64", "frames-64", "unary-16", "stream-1")
 ACCOUNTED = ("stream-64", "frames-64", "stream-1")
 CALLS_COUNTED = "stream-1"  # the scenario with one chunk on its way
 PEER = "echo"
-WARM_UP_S = 0.5
 TRIP_CHUNKS = 4_000
 WEIGHED = (1_000, 5_000)  # sessions
 STAGES_BUDGET_S = 8.0
@@ -61,54 +59,17 @@ def measure_processes(
     """Weigh each process in each scenario, ours and the peer's in turn.
 
     Returns:
-        For each scenario, as ``SHOWN`` names it, and server what `_weigh` returns.
+        For each scenario, as ``SHOWN`` names it, and server what `weigh` returns.
     """
     samples = [Samples(name, server) for name in SHOWN for server in servers]
     for _ in range(repetitions):
         for one in samples:
-            one.results.append(_weigh(lab, SCENARIOS[one.scenario], one.server))
+            server, client = lab.server(one.server), lab.client(one.server)
+            scenario = SCENARIOS[one.scenario]
+            one.results.append(
+                weigh(lab, scenario, one.server, server=server, client=client, of=one.server)
+            )
     return samples
-
-
-def _weigh(lab: Lab, scenario: Scenario, server: str) -> dict[str, float]:
-    """Measure once.
-
-    Returns:
-        rate (chunks/s), server_us, server_system_us, client_us, store_us (microseconds of processor time
-        a chunk) and batch (chunks a commit).
-    """
-    client = lab.client(server)
-    pids = {
-        "server": lab.server(server).process.pid,
-        "client": client.process.pid,
-        "store": lab.store.pid,
-    }
-    order = scenario.peer_orders.get(server, scenario.order)
-    # Opening and warming up must not be measured, and the divisor must be all chunks that were measured.
-    lab.measure("warm-up", server, client, **order, seconds=WARM_UP_S, warmup_s=0)
-    before, kernel_s = _processor_s(pids), psutil.Process(pids["server"]).cpu_times().system
-    calls = _script_calls(lab)
-    result = lab.measure(scenario.title, server, client, **order, warmup_s=0)
-    calls = _script_calls(lab) - calls
-    after = _processor_s(pids)
-    kernel_s = psutil.Process(pids["server"]).cpu_times().system - kernel_s
-    # Beyond the rate: of each session what was under way at the deadline.
-    chunks = result["rate"] * lab.plan.seconds + order["sessions"] * order.get("in_flight", 1)
-    return {
-        "rate": result["rate"],
-        **{f"{name}_us": 1e6 * (after[name] - before[name]) / chunks for name in pids},
-        "server_system_us": 1e6 * kernel_s / chunks,
-        "batch": chunks / calls if calls else 0.0,
-    }
-
-
-def _processor_s(pids: dict[str, int]) -> dict[str, float]:
-    return {name: processor_s(pid) for name, pid in pids.items()}
-
-
-def _script_calls(lab: Lab) -> int:
-    with lab.store.client() as store:
-        return int(store.info("commandstats").get("cmdstat_evalsha", {"calls": 0})["calls"])
 
 
 def measure_stages() -> dict[str, list[float]]:

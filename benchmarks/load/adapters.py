@@ -17,7 +17,7 @@ from benchmarks.load.workload import Array, Sizes, make_chunk
 MAX_MESSAGE_BYTES = 64 << 20
 # In place of a session's index, where answers come in order.
 ANY_SESSION = -1
-CHANNEL_OPTIONS = (
+CHANNEL_OPTIONS: Sequence[tuple[str, int]] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     # Channels of one process to one address share a connection otherwise, and with it a worker.
@@ -44,6 +44,24 @@ class Session:
     seq: int = 0
     acknowledged_seq: int = 0
     token: bytes = b""
+
+
+@dataclass(frozen=True)
+class Login:
+    """How a client gets in.
+
+    Attributes:
+        authority: PEM of who signed the server's certificate; empty: plaintext.
+        token: For each call; empty: none.
+    """
+
+    authority: bytes = b""
+    token: str = ""
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """Return what each call carries."""
+        return (("authorization", f"Bearer {self.token}"),) if self.token else ()
 
 
 class Adapter(ABC):
@@ -116,10 +134,14 @@ class Adapter(ABC):
 class GrpcAdapter(Adapter):
     """An adapter with a channel of its own."""
 
-    def __init__(self, target: str, sizes: Sizes) -> None:
-        """Open the channel."""
+    def __init__(self, target: str, sizes: Sizes, authority: bytes = b"") -> None:
+        """Open the channel; with an authority over TLS."""
         super().__init__(sizes)
-        self.channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
+        if authority:
+            trust = grpc.ssl_channel_credentials(authority)
+            self.channel = grpc.aio.secure_channel(target, trust, options=CHANNEL_OPTIONS)
+        else:
+            self.channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
 
     async def close(self) -> None:
         """Close the channel."""

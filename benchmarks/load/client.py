@@ -7,12 +7,14 @@ import argparse
 import asyncio
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.load import loops
-from benchmarks.load.adapters import Adapter, Session
+from benchmarks.load.adapters import Adapter, Login, Session
 from benchmarks.load.orders import obey
 from benchmarks.load.peer_adapters import (
     AfternoonAdapter,
@@ -20,6 +22,7 @@ from benchmarks.load.peer_adapters import (
     MlserverAdapter,
     RedisAdapter,
 )
+from benchmarks.load.tenant_loop import run_tenant
 from benchmarks.load.timernn_adapter import TimernnAdapter
 from benchmarks.load.workload import Sizes, expected_outputs
 
@@ -47,12 +50,12 @@ class Client:
         """Run one measurement.
 
         Args:
-            order: mode (open, touch, unary, stream, frames, roam or paced), sessions, seconds,
+            order: mode (open, touch, unary, stream, frames, roam, paced or tenant), sessions, seconds,
                 warmup_s; for stream also streams (0: one a session) and in_flight, for roam
-                streams, for touch rounds, for paced rate (chunks/s).
+                streams, for touch rounds, for paced rate (chunks/s), for tenant rate and is_unary.
 
         Returns:
-            rate (chunks/s), p50_us, p99_us, messages; for open and touch nothing.
+            rate (chunks/s), p50_us, p99_us, messages, refused (a second); for open and touch nothing.
         """
         shares = await self._first_sessions(order["sessions"])
         tally = loops.Tally.begin(order["warmup_s"], order["seconds"])
@@ -113,13 +116,22 @@ async def _run(
         await loops.run_roaming(adapter, sessions, tally, order["streams"])
     elif mode == "paced":
         await loops.run_paced(adapter, sessions, tally, order["rate"])
+    elif mode == "tenant" and isinstance(adapter, TimernnAdapter):
+        await run_tenant(adapter, sessions, tally, order["rate"], is_unary=order["is_unary"])
     elif mode == "touch":
         await loops.touch(adapter, sessions, order["rounds"])
 
 
 async def _serve(options: argparse.Namespace) -> None:
     sizes = Sizes(*options.sizes)
-    adapters = [ADAPTERS[options.server](options.target, sizes) for _ in range(options.channels)]
+    make = ADAPTERS[options.server]
+    if make is TimernnAdapter:
+        login = Login(
+            options.tls_ca.read_bytes() if options.tls_ca else b"",
+            options.token_file.read_text().strip() if options.token_file else "",
+        )
+        make = partial(TimernnAdapter, login=login)
+    adapters = [make(options.target, sizes) for _ in range(options.channels)]
     client = Client(adapters)
     await client.verify()
     await obey(options.target, client.measure)
@@ -134,6 +146,8 @@ def main() -> None:
     parser.add_argument("--target", required=True)
     parser.add_argument("--sizes", type=int, nargs=3, default=[16, 32, 64], metavar=("T", "D", "H"))
     parser.add_argument("--channels", type=int, default=1, help="connections, for several workers")
+    parser.add_argument("--tls-ca", type=Path, help="who signed the server's certificate")
+    parser.add_argument("--token-file", type=Path, help="token of each call")
     asyncio.run(_serve(parser.parse_args()))
 
 

@@ -72,6 +72,7 @@ class Lab:
     Attributes:
         plan: How long and how often is measured.
         log: Everything measured so far, for the tables.
+        folder: For weights, logs and what a bench needs.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class Lab:
 
         Args:
             stack: Ends the processes.
-            folder: For weights and logs.
+            folder: For weights, logs and what a bench needs.
             store: The store of all servers.
             plan: How long and how often is measured.
             pins: Which process runs on which core.
@@ -104,7 +105,7 @@ class Lab:
         self.mlserver = mlserver
         self._before = before
         self._stack = stack
-        self._folder = folder
+        self.folder = folder
         self._pins = pins
         self._tick = tick
         self._children: dict[tuple[object, ...], Child] = {}
@@ -135,7 +136,14 @@ class Lab:
         command = [*self._python_of(name), str(script), *self._serve(f"{name}-profiled"), *options]
         return self._start(command, self._pins.server)
 
-    def client(self, name: str, sizes: Sizes = SMALL, *options: str, channels: int = 1) -> Child:
+    def client(
+        self,
+        name: str,
+        sizes: Sizes = SMALL,
+        *options: str,
+        channels: int = 1,
+        login: tuple[str, ...] = (),
+    ) -> Child:
         """Return a running client of a server; both are started at the first call.
 
         Args:
@@ -143,15 +151,16 @@ class Lab:
             sizes: Of the chunks it sends.
             options: More of the server's command line.
             channels: Connections of the client.
+            login: More of the client's command line, by which the server lets it in.
         """
-        key = ("client", name, sizes, options, channels)
+        key = ("client", name, sizes, options, channels, login)
         if key not in self._children:
             target = self.store.url
             if name != "redis":
                 target = self.server(name, sizes, *options).address
             command = module(
                 "benchmarks.load.client", "--server", "timernn" if name == BEFORE else name, "--target", target,
-                "--sizes", sizes.steps, sizes.inputs, sizes.hidden, "--channels", channels,
+                "--sizes", sizes.steps, sizes.inputs, sizes.hidden, "--channels", channels, *login,
             )  # fmt: skip
             self._children[key] = self._start(command, self._pins.client)
         return self._children[key]
@@ -215,7 +224,7 @@ class Lab:
             raise
 
     def _start(self, command: Sequence[str], core: int | None) -> Child:
-        log = self._folder / f"process-{len(self._children)}.log"
+        log = self.folder / f"process-{len(self._children)}.log"
         return self._stack.enter_context(child(command, core=core, log=log))
 
     def _server_command(self, name: str, sizes: Sizes) -> list[str]:
@@ -225,7 +234,7 @@ class Lab:
             return [str(Path(sys.executable).parent / "timernn"), *self._serve(name)]
         if name == BEFORE:
             return [*self._python_of(name), "-m", "service", *self._serve(name)]
-        weights = save_weights(sizes, self._folder)
+        weights = save_weights(sizes, self.folder)
         arguments = ["--redis-url", self.store.url, "--weights", str(weights)]
         if name == "mlserver":
             script = ROOT / "benchmarks" / "peers" / "mlserver_runtime.py"
@@ -241,7 +250,7 @@ class Lab:
     def _serve(self, name: str) -> list[str]:
         return [
             "serve", "--listen", "127.0.0.1:0", "--redis-url", self.store.url,
-            "--data-dir", str(self._folder / name), "--log-level", "warning",
+            "--data-dir", str(self.folder / name), "--log-level", "warning",
             "--limit-sessions-per-tenant", str(MAX_SESSIONS),
         ]  # fmt: skip
 

@@ -31,12 +31,14 @@ class Tally:
         deadline: When sending ends.
         latencies: From send to answer, seconds; one for each counted message.
         chunk_count: Counted chunks; more than messages where these are frames.
+        refused_count: Counted refusals of a server that was asked for too much.
     """
 
     start: float
     deadline: float
     latencies: "array[float]" = field(default_factory=lambda: array("d"))
     chunk_count: int = 0
+    refused_count: int = 0
 
     @classmethod
     def begin(cls, warmup_s: float, seconds: float) -> "Tally":
@@ -62,6 +64,12 @@ class Tally:
             self.chunk_count += chunks
         return True
 
+    def refuse(self) -> bool:
+        """Count one refusal; return whether there is time for another request."""
+        now = time.perf_counter()
+        self.refused_count += self.start <= now < self.deadline
+        return now < self.deadline
+
     def summary(self) -> dict[str, float]:
         """Return the rate in chunks a second and the latency's percentiles in microseconds."""
         ordered = sorted(self.latencies)
@@ -73,6 +81,7 @@ class Tally:
             "p50_us": 1e6 * ordered[len(ordered) // 2],
             "p99_us": 1e6 * ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))],
             "messages": len(ordered),
+            "refused": self.refused_count / (self.deadline - self.start),
         }
 
 

@@ -5,6 +5,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
+RESAMPLES = 10_000
+
 
 @dataclass(frozen=True)
 class Bar:
@@ -74,6 +78,86 @@ def compare(
         holds=bar.holds(ratio) if bar else None,
         bound="at most" if bar and bar.at_most else "at least",
         noise=(max(ratios) - min(ratios)) / (2 * ratio),
+    )
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """One comparison by the ratios of its pairs, with how sure it is.
+
+    Attributes:
+        name: What is compared.
+        pairs: How many; the two of a pair were measured one right after the other.
+        ours: Median of our samples.
+        peer: Median of the peer's samples.
+        ratio: Median of the pairs' ratios.
+        low: Lower end of the 95 % interval of that median, by a bootstrap.
+        high: Its upper end. Where the interval holds 1, the two cannot be distinguished.
+        bar: What the ratio must reach; None where there is no bar.
+    """
+
+    name: str
+    pairs: int
+    ours: float
+    peer: float
+    ratio: float
+    low: float
+    high: float
+    bar: Bar | None = None
+
+    @property
+    def verdict(self) -> str:
+        """Say whether the bar holds; where the interval reaches to both sides, that nobody knows."""
+        if self.bar is None:
+            return ""
+        if self.bar.holds(self.ratio):
+            return "yes"
+        is_reached = self.bar.holds(self.low) or self.bar.holds(self.high)
+        return "within the noise" if is_reached else "NO"
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it as a JSON object."""
+        return asdict(self)
+
+
+def paired(
+    name: str, ours: Sequence[float], peer: Sequence[float], bar: Bar | None = None
+) -> Ratio:
+    """Compare pairs; the k-th of both were measured one right after the other."""
+    ratios = np.divide(ours, peer)
+    random = np.random.default_rng(0)
+    drawn = np.median(random.choice(ratios, (RESAMPLES, len(ratios))), axis=1)
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    return Ratio(
+        name=name,
+        pairs=len(ratios),
+        ours=statistics.median(ours),
+        peer=statistics.median(peer),
+        ratio=float(np.median(ratios)),
+        low=float(low),
+        high=float(high),
+        bar=bar,
+    )
+
+
+def ratio_table(rows: Sequence[Ratio], ours: str, peer: str) -> str:
+    """Render comparisons of pairs as a table; `ours` and `peer` name what is compared."""
+    header = ("", "pairs", ours, peer, "ratio", "95 % of the median", "bar", "holds")
+    return table(
+        header,
+        [
+            (
+                row.name,
+                str(row.pairs),
+                f"{row.ours:,.0f}",
+                f"{row.peer:,.0f}",
+                f"{row.ratio:.3f}",
+                f"{row.low:.3f}-{row.high:.3f}",
+                str(row.bar or ""),
+                row.verdict,
+            )
+            for row in rows
+        ],
     )
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import grpc
 from typing_extensions import override
 
-from benchmarks.load.adapters import GrpcAdapter, Session
+from benchmarks.load.adapters import GrpcAdapter, Login, Session
+from benchmarks.load.loops import read
 from benchmarks.load.workload import Array, Sizes, make_weights
 from timernn.v1 import (
     model_service_pb2,
@@ -19,6 +20,7 @@ from timernn.v1 import (
     time_rnn_service_pb2_grpc,
 )
 
+_NO_LOGIN = Login()
 OPENED_AT_ONCE = 64
 OPEN_TRIES, OPEN_PAUSE_S = 5, 0.5
 
@@ -58,9 +60,10 @@ class TimernnAdapter(GrpcAdapter):
 
     ordered_stream = False
 
-    def __init__(self, target: str, sizes: Sizes) -> None:
+    def __init__(self, target: str, sizes: Sizes, login: Login = _NO_LOGIN) -> None:
         """Make the stubs."""
-        super().__init__(target, sizes)
+        super().__init__(target, sizes, login.authority)
+        self._metadata = login.metadata
         self._models = model_service_pb2_grpc.ModelServiceStub(self.channel)
         self._sessions = session_service_pb2_grpc.SessionServiceStub(self.channel)
         self._stub = time_rnn_service_pb2_grpc.TimeRnnServiceStub(self.channel)
@@ -69,7 +72,9 @@ class TimernnAdapter(GrpcAdapter):
     @override
     async def open(self, prefix: str, count: int) -> list[Session]:
         try:
-            await self._models.CreateModel(create_model_request(self.sizes))
+            await self._models.CreateModel(
+                create_model_request(self.sizes), metadata=self._metadata
+            )
         except grpc.aio.AioRpcError as error:
             # Made by a client before this one.
             if error.code() != grpc.StatusCode.ALREADY_EXISTS:
@@ -98,12 +103,12 @@ class TimernnAdapter(GrpcAdapter):
         """Open a session, again where the store was busy: opening a million is not what is measured."""
         for _ in range(OPEN_TRIES):
             try:
-                return await self._sessions.OpenSession(request)
+                return await self._sessions.OpenSession(request, metadata=self._metadata)
             except grpc.aio.AioRpcError as error:
                 if error.code() != grpc.StatusCode.UNAVAILABLE:
                     raise
                 await asyncio.sleep(OPEN_PAUSE_S)
-        return await self._sessions.OpenSession(request)
+        return await self._sessions.OpenSession(request, metadata=self._metadata)
 
     def _forward_request(self, session: Session) -> time_rnn_service_pb2.ForwardRequest:
         # With chunks in flight the token before is not known yet; the stream knows it.
@@ -123,13 +128,34 @@ class TimernnAdapter(GrpcAdapter):
     @override
     async def unary(self, session: Session) -> time_rnn_service_pb2.ForwardResponse:
         answer: time_rnn_service_pb2.ForwardResponse = await self._stub.Forward(
-            self._forward_request(session)
+            self._forward_request(session), metadata=self._metadata
         )
         return answer
 
+    async def try_unary(self, session: Session) -> bool:
+        """Send the next chunk as a unary call; return whether the server took it, else it can be sent again."""
+        try:
+            self.accept(session, await self.unary(session))
+        except grpc.aio.AioRpcError as error:
+            if error.code() != grpc.StatusCode.RESOURCE_EXHAUSTED:
+                raise
+            session.seq = session.acknowledged_seq
+            return False
+        return True
+
+    async def try_stream(self, call: Any, session: Session) -> bool:
+        """Send the next chunk on a stream that carries nothing else meanwhile; as `try_unary`."""
+        await call.write(self.stream_request(session))
+        answer = await read(call)
+        if answer.results[0].error.code == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]:
+            session.seq = session.acknowledged_seq
+            return False
+        self.accept(session, answer)
+        return True
+
     @override
     def open_stream(self) -> Any:
-        return self._stub.Stream()
+        return self._stub.Stream(metadata=self._metadata)
 
     def _operation(self, session: Session) -> time_rnn_service_pb2.Operation:
         return time_rnn_service_pb2.Operation(
