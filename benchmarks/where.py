@@ -169,6 +169,22 @@ def _process_table(processes: Sequence[Samples], calls: Mapping[str, float]) -> 
     return table(header, lines)
 
 
+def _ratio_table(samples: Sequence[Samples]) -> str:
+    """Set our server against the earlier one, each repetition with the one measured beside it.
+
+    The interval is a bootstrap's: where it holds 1, the two cannot be told apart.
+    """
+    took = {(one.scenario, one.server): np.array(one.values("server_us")) for one in samples}
+    random = np.random.default_rng(0)
+    lines = []
+    for name in SHOWN:
+        ratios = took[name, OURS] / took[name, BEFORE]
+        drawn = np.median(random.choice(ratios, (10_000, len(ratios))), axis=1)
+        low, high = np.quantile(drawn, (0.025, 0.975))
+        lines.append((name, str(len(ratios)), f"{np.median(ratios):.3f}", f"{low:.3f}-{high:.3f}"))
+    return table(("scenario", "pairs", "server µs, now / before", "95 % of the median"), lines)
+
+
 def _account_table(processes: Sequence[Samples], document: Document) -> str:
     """Set the stages against what the server took, each at the batch that the scenario made."""
     figures = {
@@ -273,7 +289,8 @@ def compare_with_before(options: argparse.Namespace) -> None:
             samples = measure_processes(lab, options.repetitions, servers)
             calls = count_calls(lab, (BEFORE, OURS))
             tick("Python calls")
-    text = f"{machine_line(describe_machine())}.\n\n{_process_table(samples, calls)}"
+    tables = f"{_process_table(samples, calls)}\n\n{_ratio_table(samples)}"
+    text = f"{machine_line(describe_machine())}.\n\n{tables}"
     print("\n" + text)
     if options.write:
         write_block(f"{COMMAND} --before PATH", text)
