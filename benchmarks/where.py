@@ -172,7 +172,7 @@ def _process_table(processes: Sequence[Samples], calls: Mapping[str, float]) -> 
 def _ratio_table(samples: Sequence[Samples]) -> str:
     """Set our server against the earlier one, each repetition with the one measured beside it.
 
-    The interval is a bootstrap's: where it holds 1, the two cannot be told apart.
+    The interval is a bootstrap's: where it holds 1, there is no difference beyond the noise.
     """
     took = {(one.scenario, one.server): np.array(one.values("server_us")) for one in samples}
     random = np.random.default_rng(0)
