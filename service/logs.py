@@ -2,18 +2,38 @@
 
 What comes from outside (names, addresses, messages of errors) may hold line breaks and terminal codes. The
 formatters escape them, so that nobody who logs has to think of it.
+
+Who may not come in, or is refused again and again, must not be able to fill a disk: of lines that a client can cause
+as often as it likes few are written, and the others are counted.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import logging
 import sys
+import time
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable
+    from typing import TextIO
 
 FIELDS: Final = "fields"
 """The key in a log call's `extra` for values that stand in a record by name: a flat dict."""
+
+REPEATED: Final = "repeated"
+"""The key in a log call's `extra` for what makes the line like others that a client can cause as often as it likes: a hashable
+value, never a secret."""
+
+INTERVAL_S: Final = 60.0
+"""Of repeated lines that are like one another one is written in so many seconds."""
+KINDS: Final = 100
+"""How many kinds of repeated lines are written in an interval."""
 
 _OF_EVERY_LINE: Final = frozenset(
     {"time", "level", "logger", "message", "worker", "pid", "traceback"}
@@ -30,11 +50,97 @@ def log_to_stderr(level: str, worker: int = 0, form: str = "console") -> None:
         form: "console" for people, "json" for programs.
     """
     least = logging.getLevelNamesMapping()[level.upper()]
-    handler = logging.StreamHandler(sys.stderr)
+    handler = SparingHandler(sys.stderr)
     handler.setFormatter(JsonFormatter(worker) if form == "json" else ConsoleFormatter(worker))
     # gRPC has a debug line of its own for each call.
     logging.basicConfig(handlers=[handler], level=max(least, logging.INFO))
     logging.getLogger("service").setLevel(least)
+
+
+@dataclass(slots=True)
+class _Kind:
+    """Lines that are like one another.
+
+    Attributes:
+        first: The one that was written.
+        left_out: How many were not.
+    """
+
+    first: logging.LogRecord
+    left_out: int = 0
+
+
+class SparingHandler(logging.StreamHandler["TextIO"]):
+    """Writes each line, but of repeated ones the first of each kind in an interval, and of few kinds.
+
+    At the end of an interval there is a line `left_out=N` for each kind that had more, and one for all kinds
+    that were too many. So a flood costs at most `2 * KINDS + 1` lines an interval.
+    """
+
+    def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
+        """Write to a stream.
+
+        Args:
+            stream: Where lines go.
+            clock: Returns seconds.
+        """
+        super().__init__(stream)
+        self._clock = clock
+        self._ends_at = 0.0
+        self._kinds: dict[Hashable, _Kind] = {}
+        self._others = 0
+
+    def handle(self, record: logging.LogRecord) -> bool:
+        """Write a record unless it is left out; return whether it was written."""
+        like = getattr(record, REPEATED, None)
+        if like is not None and self._is_left_out(record, like):
+            return False
+        return bool(super().handle(record))
+
+    def report(self) -> None:
+        """Write how many were left out, and begin a new interval."""
+        kinds, self._kinds = self._kinds, {}
+        others, self._others = self._others, 0
+        for kind in kinds.values():
+            if kind.left_out:
+                super().handle(_summary(kind.first, kind.left_out))
+        if others:
+            super().handle(_summary(_OTHERS, others))
+
+    def close(self) -> None:
+        """Write what is still counted, and end."""
+        self.report()
+        super().close()
+
+    def _is_left_out(self, record: logging.LogRecord, like: Hashable) -> bool:
+        now = self._clock()
+        if now >= self._ends_at:
+            self.report()
+            self._ends_at = now + INTERVAL_S
+            # So that the end of a flood is reported too, when nothing more comes.
+            with contextlib.suppress(RuntimeError):
+                asyncio.get_running_loop().call_later(INTERVAL_S, self.report)
+        if kind := self._kinds.get(like):
+            kind.left_out += 1
+        elif len(self._kinds) < KINDS:
+            self._kinds[like] = _Kind(_summary(record, 0))
+            return False
+        else:
+            self._others += 1
+        return True
+
+
+_OTHERS: Final = logging.LogRecord(
+    __name__, logging.WARNING, __file__, 0, "refusals of many kinds", None, None
+)
+
+
+def _summary(record: logging.LogRecord, left_out: int) -> logging.LogRecord:
+    """Return a record like another, without its traceback, that says how many were left out."""
+    again = logging.makeLogRecord({**record.__dict__, "exc_info": None, "exc_text": None})
+    again.created = time.time()
+    setattr(again, FIELDS, {**getattr(record, FIELDS, {}), "left_out": left_out})
+    return again
 
 
 def escaped(text: str) -> str:

@@ -2,7 +2,8 @@
 
 A line of logger `service.audit` for each operation that changes something or hands out weights, except the
 chunks of a sequence, which are too many and which metrics count. It names the token, never its secret, and
-no tensor.
+no tensor. What succeeds has a line each; refusals that are like one another share some, so that nobody fills a
+disk by being refused.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any, Final
 
-from service.logs import FIELDS
+from service.logs import FIELDS, REPEATED
+from service.rpc.auth import host_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -60,7 +62,8 @@ def operation_ended(
     level = logging.INFO if outcome == "OK" else logging.WARNING
     if _LOGGER.isEnabledFor(level):
         named = {"operation": kind, "outcome": outcome, **_caller(principal, peer)}
-        _write(level, "operation", named | _targets(request, answer))
+        like = None if outcome == "OK" else _like("operation", named, peer)
+        _write(level, "operation", named | _targets(request, answer), like)
 
 
 def refused_login(how: str, *, peer: str, name: str = "") -> None:
@@ -72,7 +75,8 @@ def refused_login(how: str, *, peer: str, name: str = "") -> None:
         name: The name of the token, where it is known.
     """
     named = {"outcome": how, "token": name, "peer": peer}
-    _write(logging.WARNING, "login", {key: value for key, value in named.items() if value})
+    given = {key: value for key, value in named.items() if value}
+    _write(logging.WARNING, "login", given, ("login", how, name, host_of(peer)))
 
 
 def refused_operation(principal: Principal, kind: str, *, reason: str) -> None:
@@ -83,9 +87,14 @@ def refused_operation(principal: Principal, kind: str, *, reason: str) -> None:
         kind: The method in snake case.
         reason: "ROLE", or "BAD_CREDENTIALS" for a token that has expired or was revoked meanwhile.
     """
-    _write(
-        logging.WARNING, "refused", {"operation": kind, "outcome": reason, **_caller(principal, "")}
-    )
+    named = {"operation": kind, "outcome": reason, **_caller(principal, "")}
+    _write(logging.WARNING, "refused", named, _like("refused", named))
+
+
+def _like(message: str, named: dict[str, str], peer: str = "") -> tuple[str, ...]:
+    """Return what makes a refusal like others: what, and whose token, or without tokens which host."""
+    caller = named.get("token_id") or host_of(peer)
+    return message, named["operation"], named["outcome"], caller
 
 
 def _caller(principal: Principal, peer: str) -> dict[str, str]:
@@ -121,5 +130,7 @@ def _parts(message: Any) -> Iterator[Any]:
             yield from _parts(inner)
 
 
-def _write(level: int, message: str, fields: dict[str, Any]) -> None:
-    _LOGGER.log(level, message, extra={FIELDS: fields})
+def _write(
+    level: int, message: str, fields: dict[str, Any], like: tuple[str, ...] | None = None
+) -> None:
+    _LOGGER.log(level, message, extra={FIELDS: fields, REPEATED: like})

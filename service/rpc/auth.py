@@ -55,6 +55,11 @@ class Caller(Protocol):
         """Return what the connection proved: property names of a TLS certificate to lists of bytes."""
 
 
+def host_of(peer: str) -> str:
+    """Return the host of a peer's address, without the port that differs for each connection."""
+    return peer.rpartition(":")[0]
+
+
 class Authenticator(Protocol):
     """Decides who calls and what they may do."""
 

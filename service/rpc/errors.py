@@ -26,7 +26,7 @@ from service.domain.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from service.logs import FIELDS
+from service.logs import FIELDS, REPEATED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -109,7 +109,8 @@ def refusal_of(error: BaseException, method: str) -> DomainError:
         error_id,
         method,
         exc_info=error,
-        extra={FIELDS: {"error_id": error_id}},
+        # A client that has found a bug can bring it about as often as it likes.
+        extra={FIELDS: {"error_id": error_id}, REPEATED: ("bug", method, type(error).__name__)},
     )
     return Bug("BUG", f"internal error, id {error_id}", id=error_id)
 

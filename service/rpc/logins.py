@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from service.domain.errors import bad_field, quoted
 from service.rpc import audit
-from service.rpc.auth import Principal
+from service.rpc.auth import Principal, host_of
 from service.rpc.errors import PermissionDenied, Unauthenticated
 from service.rpc.permissions import ROLES, kind_of
 from service.security.roles import GRANTED, Role
@@ -132,7 +132,7 @@ class LoginThrottle:
 
     def note(self, peer: str) -> float:
         """Count a failure and return for how long it has to wait, in seconds."""
-        host, now = peer.rpartition(":")[0], self._clock()
+        host, now = host_of(peer), self._clock()
         count, last = self._failures.pop(host, (0, now))
         count = 1 if now - last > self._FORGET_S else count + 1
         self._failures[host] = count, now
