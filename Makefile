@@ -94,6 +94,10 @@ faults-docs: setup ## Put what the last whole `make faults` found into docs/reli
 soak: setup ## Hours of mixed load, watched for leaks.
 	@$(BIN)/python -m pytest tests/faults -m soak --timeout=0 $(PYTEST_ARGS)
 
+.PHONY: security
+security: setup ## Fuzz the service, 100,000 calls in process and 5,000 over the wire, and abuse its port: minutes.
+	@scripts/security.sh $(PYTEST_ARGS)
+
 .PHONY: image-test
 image-test: ## Build the image, start it, send it a Forward, stop it (docker, podman or buildah).
 	@scripts/image_test.sh

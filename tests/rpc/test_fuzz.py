@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import random
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from google.protobuf.message import DecodeError
 
+from random_messages import mutated
 from service.domain.errors import DomainError
 from service.domain.rules import InputRules
 from service.rpc.model_messages import initial_weights_from_proto, spec_from_proto
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 
 RULES = InputRules(Limits())
 READER = OperationReader(RULES)
-ROUNDS = 2000
+ROUNDS = int(os.environ.get("FUZZ_ROUNDS", "2000"))  # `make security` takes more
 TENSOR = Tensor(dtype=1, shape=[1, 2, 3], data=bytes(24))  # type: ignore[arg-type]
 STATE = Tensor(dtype=1, shape=[1, 3], data=bytes(12))  # type: ignore[arg-type]
 SQUARE = Tensor(dtype=1, shape=[3, 3], data=bytes(36))  # type: ignore[arg-type]
@@ -62,23 +64,6 @@ SEEDS: list[tuple[Message, Decoder]] = [
     (model_pb.CreateModelRequest(spec=model_pb.ModelSpec(model_id="m", input_size=2, hidden_size=3, optimizer=model_pb.Optimizer(adam_w=model_pb.AdamW(lr=0.1))), given=model_pb.GivenWeights(wx=STATE, wh=SQUARE, b=BIAS)),
      check_creation),
 ]  # fmt: skip
-
-
-def mutated(raw: bytes, source: random.Random) -> bytes:
-    """Return bytes with a few of them changed, doubled, cut out or inflated."""
-    data = bytearray(raw)
-    for _ in range(source.randint(1, 4)):
-        at = source.randrange(len(data) + 1)
-        action = source.randrange(4)
-        if action == 0 and at < len(data):
-            data[at] = source.choice([0, 1, 0x7F, 0x80, 0xFF, source.randrange(256)])
-        elif action == 1:
-            data[at:at] = source.randbytes(source.randint(1, 12))
-        elif action == 2:
-            del data[at : at + source.randint(1, 8)]
-        else:
-            data[at:at] = data[at : at + source.randint(1, 40)]
-    return bytes(data)
 
 
 @pytest.mark.parametrize(("seed", "decode"), SEEDS, ids=lambda value: type(value).__name__)
