@@ -125,3 +125,23 @@ def test_each_place_of_the_glossary_exists() -> None:
     places = re.findall(r"`([\w/]+\.(?:py|lua|proto))`", page)
     assert places
     assert [place for place in places if not (ROOT / place).is_file()] == []
+
+
+def test_each_test_that_the_security_page_names_exists() -> None:
+    """Whoever doubts a row of docs/security.md can run its tests."""
+    page = (DOCS / "security.md").read_text()
+    named = re.findall(r"`([\w/]+\.py)::(\w+)`", page)
+    assert len(named) > 50
+    for file, test in named:
+        path = ROOT / "tests" / file
+        assert path.is_file(), file
+        assert f"def {test}(" in path.read_text(), f"{file}::{test}"
+
+
+def test_each_demand_on_security_has_a_row_with_a_result() -> None:
+    """S1 to S24; a demand without a test says so."""
+    rows = re.findall(
+        r"^\| S(\d+) \|.*\| ([^|]+) \|$", (DOCS / "security.md").read_text(), re.MULTILINE
+    )
+    assert [int(number) for number, _ in rows] == [*range(1, 25)]
+    assert all(result.startswith(("met", "in part", "not done")) for _, result in rows)

@@ -21,9 +21,12 @@ from service.cli.progress import bar
 from service.settings import Limits, Settings
 from service.store.connect import open_store
 from timernn.v1 import time_rnn_service_pb2 as pb
+from watch import Watch
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
+
+    from service.store.embedded import EmbeddedStore
 
 # `make security` takes more calls, or another seed.
 CALLS = int(os.environ.get("FUZZ_CALLS", "1500"))
@@ -221,6 +224,19 @@ def test_calls_over_the_wire_end_as_listed(
         assert "internal error" not in process.log
         assert "Traceback" not in process.log
     assert findings.codes["OK"] > WIRE_CALLS // 20
+
+
+async def test_calls_in_process_connect_to_the_store_alone(
+    handlers: tuple[Any, list[Any]], store: EmbeddedStore
+) -> None:
+    """Whatever is sent, no other address is connected to, and no file is opened."""
+    _, found = handlers
+    client, source, watch = InProcess(found), random.Random(SEED), Watch()
+    await fuzz(client, source, 100, lambda _: None)  # modules are imported
+    with watch.on():
+        await fuzz(client, source, 200, lambda _: None)
+    assert watch.peers <= {str(store.data_dir / "store.sock")}
+    assert watch.harm == []
 
 
 async def test_a_frame_of_the_fuzzer_reaches_the_domain(handlers: tuple[Any, list[Any]]) -> None:

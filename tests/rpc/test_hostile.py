@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import pickle
 import random
-import sys
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ from service.store.connect import open_store
 from timernn.v1 import model_service_pb2 as model_pb
 from timernn.v1 import session_service_pb2 as session_pb
 from timernn.v1 import time_rnn_service_pb2 as pb
+from watch import Watch
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -59,39 +61,6 @@ async def lab(store_url: str, tenant: str) -> AsyncIterator[Lab]:
 
 
 # --- names and files ------------------------------------------------------------------------------
-
-
-class Watch:
-    """What this process does that no request may make it do, by Python's audit events."""
-
-    HARM = frozenset(
-        {
-            "open", "os.listdir", "os.remove", "os.rename", "os.mkdir", "os.system", "subprocess.Popen",
-            "socket.bind", "pickle.find_class", "marshal.loads", "exec", "compile", "ctypes.dlopen",
-            "shutil.copyfile", "urllib.Request",
-        }
-    )  # fmt: skip
-
-    def __init__(self) -> None:
-        """Begin when asked to; a hook can never be taken away."""
-        self.is_on = False
-        self.seen: list[str] = []
-        sys.addaudithook(self._on_event)
-
-    def _on_event(self, event: str, arguments: Any) -> None:
-        is_library = bool(arguments) and str(arguments[0]).startswith((sys.prefix, sys.base_prefix))
-        if self.is_on and event in self.HARM and not is_library:
-            self.seen.append(f"{event} {arguments!r:.200}")
-
-    @contextmanager
-    def on(self) -> Iterator[list[str]]:
-        """Watch for as long as this lasts; yield what was seen."""
-        self.seen.clear()
-        self.is_on = True
-        try:
-            yield self.seen
-        finally:
-            self.is_on = False
 
 
 @pytest.fixture(scope="module")
@@ -177,10 +146,10 @@ async def test_names_that_reach_for_something_else_reach_nothing(lab: Lab, watch
 
     for each in made[: len(NAMES)]:  # Python loads what it needs for the first of a kind
         await send(*each)
-    with watch.on() as seen:
+    with watch.on():
         for each in made:
             await send(*each)
-    assert not seen, seen
+    assert not watch.harm, watch.harm
     assert set(findings.codes) <= {
         "OK", "INVALID_ARGUMENT", "NOT_FOUND", "ALREADY_EXISTS", "ABORTED", "FAILED_PRECONDITION",
     }  # fmt: skip
@@ -247,7 +216,7 @@ async def test_programs_are_no_weights(lab: Lab, watch: Watch, tmp_path: Path, n
     canary = tmp_path / "canary"
     data = programs(canary)[name]
     await lab.create()
-    with watch.on() as seen:
+    with watch.on():
         status = await refusal_status(lab.upload(data))
         spec = model_pb.ModelSpec(model_id="n", input_size=3, hidden_size=4)
         header = model_pb.ImportModelHeader(spec=spec, request_id="i", total_bytes=len(data))
@@ -255,7 +224,7 @@ async def test_programs_are_no_weights(lab: Lab, watch: Watch, tmp_path: Path, n
             model_pb.ImportModelRequest(header=header), model_pb.ImportModelRequest(data=data),
         ]  # fmt: skip
         new = await refusal_status(lab.models.ImportModel(iter(parts)))
-    assert seen == []
+    assert watch.harm == []
     assert not canary.exists()
     for each in (status, new):
         assert each.code == grpc.StatusCode.INVALID_ARGUMENT.value[0], each
@@ -270,6 +239,32 @@ def test_the_reader_of_weights_takes_no_program(tmp_path: Path) -> None:
         with pytest.raises(DomainError) as caught:
             from_safetensors(spec, data)
         assert caught.value.reason == "BAD_WEIGHTS"
+
+
+def page_token(*position: Any) -> str:
+    """Return a page token as the server would make it of a position."""
+    return base64.urlsafe_b64encode(json.dumps(position).encode()).decode()
+
+
+FORGED = [
+    page_token("s", "9" * 900), page_token("\0", "0"), page_token("[", "1"), page_token("(\xff", ""), page_token("s", "-1"),
+    page_token("s", "1e9"), page_token("s", "inf"), page_token("+", "1"), page_token({"a": 1}, "1"), page_token("s"),
+    page_token("s", "1", "2"), page_token([["s"]] * 50, "1"), "!!!", "=", "\u043f", "A" * 1024, "A" * 1025, "WzEsMV0=",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("token", FORGED, ids=lambda token: f"{token[:20]!a}")
+async def test_a_forged_page_token_shows_nothing(lab: Lab, token: str) -> None:
+    """It is refused, or begins the caller's own list somewhere else."""
+    await lab.opened()
+    wire = Wire(lab.channel)
+    for path, request in (
+        ("/timernn.v1.SessionService/ListSessions", session_pb.ListSessionsRequest),
+        ("/timernn.v1.ModelService/ListModels", model_pb.ListModelsRequest),
+    ):
+        answers, error = await wire.call(path, [request(page_token=token).SerializeToString()])
+        assert error is None or error.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert len(b"".join(answers)) < 1000
 
 
 # --- the wire -------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import ssl
 import subprocess
 import sys
@@ -137,6 +138,23 @@ def test_a_broken_certificate_leaves_the_last_one_in_use(secured: Secured) -> No
     wait_until("the metric", lambda: mended in metrics_of(secured.process))
 
 
+@pytest.mark.filterwarnings("ignore:ssl.TLSVersion:DeprecationWarning")
+@pytest.mark.parametrize("version", ["TLSv1_1", "TLSv1_2", "TLSv1_3"])
+def test_tls_before_1_2_is_not_spoken(secured: Secured, version: str) -> None:
+    """A client that offers 1.1 alone gets no session, one that offers 1.2 or 1.3 does."""
+    context = ssl.create_default_context(cadata=secured.authority.cert_pem.bytes().decode())
+    context.set_ciphers("DEFAULT:@SECLEVEL=0")  # else this side would not offer 1.1
+    context.minimum_version = context.maximum_version = ssl.TLSVersion[version]
+    context.set_alpn_protocols(["h2"])
+    with socket.create_connection(("127.0.0.1", secured.process.port), timeout=30) as connection:
+        if version == "TLSv1_1":
+            with pytest.raises(ssl.SSLError):
+                context.wrap_socket(connection, server_hostname="127.0.0.1")
+            return
+        with context.wrap_socket(connection, server_hostname="127.0.0.1") as secret:
+            assert secret.version() == version.replace("_", ".")
+
+
 def test_a_revoked_token_is_refused_within_seconds(secured: Secured) -> None:
     """Without a restart, on a connection that stays open; one that was just made is accepted."""
     tokens = secured.folder / "tokens.toml"
@@ -146,6 +164,23 @@ def test_a_revoked_token_is_refused_within_seconds(secured: Secured) -> None:
         assert took_s < 30
         revoke_tokens(tokens, name="short")
         wait_until("its end", lambda: secured.call(channel, token) == "UNAUTHENTICATED")
+
+
+def test_a_wrong_roll_out_of_tokens_is_taken_back_with_the_file(secured: Secured) -> None:
+    """Tokens of somebody else lock everybody out; with the file of before all are in again, on the same connection."""
+    tokens = secured.folder / "tokens.toml"
+    right = tokens.read_bytes()
+    other = secured.folder / "other.toml"
+    create_token(other, Role.ADMIN, "acme", name="other", expires=None)
+    with secured.channel() as channel:
+        assert secured.call(channel)[:2] == "0."
+        other.replace(tokens)
+        wait_until("the lock-out", lambda: secured.call(channel) == "UNAUTHENTICATED")
+        back = secured.folder / "back.toml"
+        back.touch(mode=0o600)
+        back.write_bytes(right)
+        back.replace(tokens)
+        wait_until("the way back", lambda: secured.call(channel)[:2] == "0.")
 
 
 def test_no_secret_stands_in_the_log_or_the_metrics(secured: Secured) -> None:
