@@ -55,6 +55,8 @@ def log_to_stderr(level: str, worker: int = 0, form: str = "console") -> None:
     # gRPC has a debug line of its own for each call.
     logging.basicConfig(handlers=[handler], level=max(least, logging.INFO))
     logging.getLogger("service").setLevel(least)
+    # A traceback for each request that is no HTTP: whoever reaches the metrics port could fill a disk.
+    logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
 
 
 @dataclass(slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
@@ -163,15 +164,32 @@ def test_a_flood_of_wrong_tokens_costs_a_server_two_lines(store_url: str, tmp_pa
     assert [line.get("left_out") for line in logins] == [None, 299]
 
 
-def test_connections_that_fail_to_speak_tls_cost_no_line(store_url: str, tmp_path: Path) -> None:
-    """Nobody who reaches the port can write into the log without a token."""
+HOSTILE = (
+    b"GET /metrics HTTP/9.9\r\n\r\n", b"GET / HTTP/1.1\r\nContent-Length: -5\r\n\r\n", b"no HTTP\r\n\r\n",
+    b"\x16\x03\x01\x00\x05hello\r\n\r\n", b"GET /" + b"a" * 20_000 + b" HTTP/1.1\r\n\r\n",
+)  # fmt: skip
+
+
+def say(port: int, junk: bytes) -> None:
+    """Open a connection, say something that is no request, and wait for the end."""
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+        connection.sendall(junk)
+        connection.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(ConnectionError):
+            while connection.recv(4096):
+                pass
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])  # noqa: S104 - with TLS
+def test_connections_that_speak_something_else_cost_no_line(
+    store_url: str, tmp_path: Path, host: str
+) -> None:
+    """Nobody who reaches a port can write into the log without a token: neither the clients' nor that of metrics."""
     write_files(tmp_path)
-    with secured_process(store_url, tmp_path) as process:
-        host, _, port = process.address.rpartition(":")
+    with secured_process(store_url, tmp_path, "--metrics-listen", f"{host}:0") as process:
+        metrics = int(process.wait_for_line(r".*metrics on https?://[^:]+:(\d+).*")[1])
         before = process.log
-        for junk in (b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x00\x05hello"):
-            with socket.create_connection((host, int(port)), timeout=30) as connection:
-                connection.sendall(junk)
-                while connection.recv(4096):  # an alert, and then the end
-                    pass
+        for junk in HOSTILE:
+            say(process.port, junk)
+            say(metrics, junk)
         assert process.log == before
