@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import traceback
@@ -74,9 +75,15 @@ def _root(
     pass
 
 
+@functools.cache
+def command_tree() -> Any:
+    """Return all commands as Click has them; Typer takes much longer to make them than to run one."""
+    return typer.main.get_command(app)
+
+
 def known_variables() -> set[str]:
     """Return the environment variables that some command reads, by the options of all of them."""
-    known, commands = {"TIMERNN_TRACEBACK", TOKEN_VARIABLE}, [typer.main.get_command(app)]
+    known, commands = {"TIMERNN_TRACEBACK", TOKEN_VARIABLE}, [command_tree()]
     for command in commands:
         known |= {str(option.envvar) for option in command.params if option.envvar}
         commands += getattr(command, "commands", {}).values()
@@ -95,7 +102,7 @@ def run(arguments: list[str]) -> int:
     if "--supervised" not in arguments:  # once, not in every worker
         _warn_of_unknown_variables()
     try:
-        code = app(arguments, prog_name="timernn", standalone_mode=False)
+        code = command_tree()(arguments, prog_name="timernn", standalone_mode=False)
     except UsageError as error:
         if message := str(error.format_message()):  # type: ignore[attr-defined]  # Click's own
             fail(message)  # without one, the help was printed instead

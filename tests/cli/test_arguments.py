@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
-import typer
 
 from service.cli import main
-from service.cli.app import app, known_variables
+from service.cli.app import command_tree, known_variables
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,7 +37,7 @@ class Option(NamedTuple):
 
 def options() -> Iterator[Option]:
     """Go through the options of all commands that take a value."""
-    commands: list[tuple[tuple[str, ...], Any]] = [((), typer.main.get_command(app))]
+    commands: list[tuple[tuple[str, ...], Any]] = [((), command_tree())]
     for path, command in commands:
         for name, below in getattr(command, "commands", {}).items():
             commands.append(((*path, name), below))

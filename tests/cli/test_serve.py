@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from service.cli import main
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
@@ -109,12 +111,22 @@ def test_a_port_in_use_is_one_line(
 
 
 @pytest.mark.parametrize("text", ["before_commit=exit", "before_lunch=exit", "before_commit=dance"])
-def test_failpoints_are_refused_in_production(bare: Callable[..., Any], text: str) -> None:
+@pytest.mark.parametrize("is_variable", [False, True], ids=["option", "variable"])
+def test_failpoints_are_refused_in_production(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    text: str,
+    *,
+    is_variable: bool,
+) -> None:
     """Neither an option nor a variable lets a server die on purpose unless --testing stands beside it."""
-    for options, env in ((("--failpoints", text), {}), ((), {"TIMERNN_FAILPOINTS": text})):
-        failed = bare("serve", "--listen", "127.0.0.1:0", *options, **env)
-        assert (failed.code, failed.out) == (1, "")
-        assert "--failpoints" in one_line(failed.err)
+    if is_variable:
+        monkeypatch.setenv("TIMERNN_FAILPOINTS", text)
+    options = () if is_variable else ("--failpoints", text)
+    assert main(["serve", "--listen", "127.0.0.1:0", *options]) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "--failpoints" in one_line(said.err)
 
 
 def test_the_log_tells_the_start_and_at_debug_each_call(
