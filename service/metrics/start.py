@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from service.listening import UNIX, is_loopback
-from service.metrics.http import MetricsServer, OpenAccess
 from service.metrics.sampling import sample_lag, sample_sessions
 from service.metrics.workers import WorkerSocket
 from service.security.roles import Role
@@ -90,6 +89,9 @@ async def serve_metrics(
     Raises:
         OSError: If the address cannot be listened on.
     """
+    # aiohttp takes a quarter of a second, which a server without this port starts sooner.
+    from service.metrics.http import MetricsServer, OpenAccess  # noqa: PLC0415
+
     listen = settings.metrics_listen
     readers: Readers = OpenAccess()
     tokens = access.tokens
