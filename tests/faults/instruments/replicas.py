@@ -298,16 +298,21 @@ class Backup:
     @classmethod
     async def take(cls, raw: Redis, tag: bytes) -> Backup:
         """Remember every key of a slot with its time to live."""
-        entries = {}
-        for key in await keys_of(raw, tag):
-            data = await raw.dump(key)
-            if data is not None:
-                entries[key] = (data, max(0, await raw.pttl(key)))
-        return cls(tag, entries)
+        found = await keys_of(raw, tag)
+        async with raw.pipeline() as pipeline:
+            for key in found:
+                pipeline.dump(key)
+                pipeline.pttl(key)
+            answers = await pipeline.execute()
+        values = zip(found, answers[::2], answers[1::2], strict=True)
+        return cls(tag, {key: (data, max(0, ttl)) for key, data, ttl in values if data is not None})
 
     async def restore(self, raw: Redis) -> None:
-        """Put the slot back."""
-        for key in await keys_of(raw, self.tag):
-            await raw.delete(key)
-        for key, (data, ttl_ms) in self.entries.items():
-            await raw.restore(key, ttl_ms, data)
+        """Put the slot back, at one stroke."""
+        found = await keys_of(raw, self.tag)
+        async with raw.pipeline() as pipeline:
+            for key in found:
+                pipeline.delete(key)
+            for key, (data, ttl_ms) in self.entries.items():
+                pipeline.restore(key, ttl_ms, data)
+            await pipeline.execute()
