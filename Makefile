@@ -4,6 +4,9 @@
 SHELL := bash
 
 BIN := .venv/bin
+# Tests wait for servers half of the time: three workers keep two cores busy (docs/adr/0031).
+WORKERS ?= 3
+PARALLEL := -n $(WORKERS) --dist loadfile
 PYTHON_DIRS := rnn_engine service timernn tests benchmarks examples
 
 # One BLAS thread: results repeat bit for bit, and two cores are not fought over.
@@ -37,11 +40,11 @@ test: lint unit ## Everything that must hold: lint, then all tests. PYTEST_ARGS 
 
 .PHONY: unit
 unit: torch
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
 
 .PHONY: test-newest
 test-newest: setup ## The tests with the newest versions that pyproject.toml admits, and beside another gRPC client.
-	@scripts/test_newest.sh $(PYTEST_ARGS)
+	@scripts/test_newest.sh $(PARALLEL) $(PYTEST_ARGS)
 
 .PHONY: lint
 lint: setup ## ruff, mypy, the Lua scripts, import-linter, buf lint, stubs as generated.
