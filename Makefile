@@ -93,6 +93,10 @@ faults-long: setup ## The same at length, up to hours.
 faults-docs: setup ## Put what the last whole `make faults` found into docs/reliability.md.
 	@$(BIN)/python tests/faults/instruments/page.py
 
+.PHONY: operations-docs
+operations-docs: setup ## Write the tables of docs/operations.md: settings, limits, metrics.
+	@$(BIN)/python -m tests.support.operations_page
+
 .PHONY: soak
 soak: setup ## Hours of mixed load, watched for leaks.
 	@$(BIN)/python -m pytest tests/faults -m soak --timeout=0 $(PYTEST_ARGS)
