@@ -138,6 +138,11 @@ def parse_tokens(text: str, source: str) -> TokenSet:
         token = _entry(entry, f"{source}: token {number}")
         if token.id in tokens:
             raise SecretFileError(f"{source}: token {number}: the id {token.id} is there twice")
+        if any(
+            token.certificate and token.certificate == each.certificate for each in tokens.values()
+        ):
+            twice = "certificate: another token names the same one"
+            raise SecretFileError(f"{source}: token {number}: {twice}")
         tokens[token.id] = token
     return TokenSet(tokens)
 

@@ -169,6 +169,11 @@ def entry(**changes: str) -> str:
         (entry(name="-"), "token 1: 'name' is missing"),
         (entry(rolle="x"), "token 1: 'rolle' is not known"),
         (entry() + entry(name="b"), "token 2: the id 0123456789ab is there twice"),
+        (
+            entry(certificate="a.example") + entry(id="0" * 12, certificate="a.example"),
+            "token 2: certificate: another token names the same one",
+        ),
+        (entry(certificate=""), "token 1: certificate: expected a subject alternative name"),
         (entry() + 'expires = "tomorrow"\n', "token 1: expires: expected a time such as"),
         (entry() + "expires = 2030-01-01T00:00:00\n", "token 1: expires: expected a time such as"),
     ],

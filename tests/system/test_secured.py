@@ -17,6 +17,7 @@ import pytest
 import trustme
 from cryptography import x509
 
+import timernn
 from instruments.processes import ServiceProcess, wait_until
 from service.security.roles import Role
 from service.security.tokens import create_token, revoke_tokens
@@ -235,6 +236,100 @@ def test_a_client_certificate_is_demanded(
             failed: Any = error
             code = failed.code().name
     assert code == ("OK" if is_right else "UNAVAILABLE")
+
+
+@dataclass
+class Mutual:
+    """A server that demands certificates and knows tokens.
+
+    Attributes:
+        address: Where it serves.
+        server: Signed its certificate.
+        clients: Signs those of its clients.
+        tokens: Its file of tokens.
+        token: One of role ADMIN, whose entry names no certificate.
+    """
+
+    address: str
+    server: trustme.CA
+    clients: trustme.CA
+    tokens: Path
+    token: str
+
+    def connect(self, name: str, token: str | None = None) -> timernn.Client:
+        """Connect with a certificate of a name."""
+        own = self.clients.issue_cert(name)
+        tls = timernn.TLS(
+            ca=self.server.cert_pem.bytes(),
+            cert=b"".join(blob.bytes() for blob in own.cert_chain_pems),
+            key=own.private_key_pem.bytes(),
+        )
+        return timernn.connect(self.address, tls=tls, token=token)
+
+
+@pytest.fixture(scope="module")
+def mutual(store_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mutual]:
+    """Run a server with client certificates and tokens."""
+    folder = tmp_path_factory.mktemp("mutual")
+    server, clients = trustme.CA(), trustme.CA()
+    issue(folder, server)
+    clients.cert_pem.write_to_path(folder / "clients.pem")
+    tokens = folder / "tokens.toml"
+    token, _ = create_token(tokens, Role.ADMIN, "acme", name="admin", expires=None)
+    create_token(tokens, Role.INFER, "acme", name="viewer", expires=None)
+    with tokens.open("a") as file:  # to the last entry
+        file.write('certificate = "viewer.example"\n')
+    options = [
+        *("--tls-cert", str(folder / "tls.crt"), "--tls-key", str(folder / "tls.key")),
+        *("--tls-client-ca", str(folder / "clients.pem"), "--tokens", str(tokens)),
+    ]
+    with ServiceProcess(store_url, *options) as process:
+        yield Mutual(process.address, server, clients, tokens, token)
+
+
+def test_a_certificate_stands_for_a_token_only_where_an_entry_says_so(mutual: Mutual) -> None:
+    """Signed by the right authority alone, it opens the connection and nothing else."""
+    with mutual.connect("stranger.example") as client:
+        with pytest.raises(timernn.errors.NoCredentials):
+            client.server_info()
+        assert client.ping().serving
+
+
+def test_a_certificate_has_the_rights_of_its_entry(mutual: Mutual) -> None:
+    """The entry's role is what it may do."""
+    with mutual.connect("viewer.example") as client:
+        client.server_info()
+        with pytest.raises(timernn.errors.Role):
+            client.create_model("m", input_size=2, hidden_size=3)
+
+
+def test_a_token_counts_before_the_certificate(mutual: Mutual) -> None:
+    """Who presents both acts as the token; a wrong one is refused whatever the certificate."""
+    with mutual.connect("viewer.example", mutual.token) as client:
+        client.delete_model("none", missing_ok=True)
+    with mutual.connect("viewer.example", "timernn_0123456789ab_wrong") as client:
+        with pytest.raises(timernn.errors.BadCredentials):
+            client.server_info()
+
+
+def test_a_certificate_ends_with_its_entry(mutual: Mutual) -> None:
+    """Revoked by the entry's name, as a token is."""
+    create_token(mutual.tokens, Role.INFER, "acme", name="guest", expires=None)
+    with mutual.tokens.open("a") as file:
+        file.write('certificate = "guest.example"\n')
+    with mutual.connect("guest.example") as client:
+        wait_until("it is let in", lambda: is_let_in(client))
+        revoke_tokens(mutual.tokens, name="guest")
+        wait_until("it is refused", lambda: not is_let_in(client))
+
+
+def is_let_in(client: timernn.Client) -> bool:
+    """Return whether the server knows the caller."""
+    try:
+        client.server_info()
+    except timernn.errors.Unauthenticated:
+        return False
+    return True
 
 
 def test_the_workers_of_a_server_have_one_metrics_port(store_url: str) -> None:
