@@ -8,8 +8,8 @@ it again in a batch and in a round trip: that of the first operation in them.
 Durations are in seconds, as Prometheus has them, measured by `time.perf_counter`; sizes are in bytes. Every name is one of a
 small fixed set, fit for a label: no session, tenant or model, nothing that a client wrote.
 
-A lone streamed chunk makes four calls: its batch, its round trip, that it was applied, its operation. What a method costs is
-paid there. That is why caches do not call for each lookup: they count in integers of their own, which an observer
+A lone streamed chunk makes five calls: that its operation began, its batch, its round trip, that it was applied, that its
+operation ended. What a method costs is paid there. That is why caches do not call for each lookup: they count in integers of their own, which an observer
 reads when it is asked for figures.
 """
 
@@ -59,16 +59,34 @@ class Observer:
             duration_s: From when the server was given it.
         """
 
+    def operation_started(
+        self, kind: str, headers: Callable[[], Iterable[tuple[str, str]]]
+    ) -> None:
+        """See an operation of a Stream begin, in a context of its own; one that is a call begins with the call.
+
+        Args:
+            kind: The method that it stands for, in snake case: "forward".
+            headers: Returns what came with it as metadata comes with a call: where its trace began.
+        """
+
     def operation_ended(
-        self, kind: str, *, outcome: str, duration_s: float, request_bytes: int, answer_bytes: int
+        self,
+        kind: str,
+        *,
+        outcome: str,
+        code: str,
+        duration_s: float,
+        request_bytes: int,
+        answer_bytes: int,
     ) -> None:
         """See an operation end: a unary call, an upload or download, or one operation of a Stream.
 
-        Called in the context of its call, and before its end if it is one.
+        Called in the context of its call, and before its end if it is one; of a Stream's, in its own.
 
         Args:
             kind: The method that it is or stands for, in snake case: "forward", "open_session".
             outcome: "OK", or the reason of the refusal or failure, such as "SEQ_GAP".
+            code: The name of its status code, such as "OK" or "ABORTED".
             duration_s: From when it was read, or on a Stream started: after those before it of its session.
             request_bytes: Its message, or its part of a message of many.
             answer_bytes: What it is answered with; 0 for a refusal.

@@ -1,7 +1,8 @@
 """Traces by OpenTelemetry: what an `Observer` sees as spans. Needs the extra `timernn[otel]`.
 
-A call is a span of kind SERVER, whose parent is the client's by the W3C's `traceparent` in its metadata. Below it are the
-operations of a Stream, the batch and the round trips to the store. Chunks of several callers share batches and round
+A call is a span of kind SERVER, whose parent is the client's by the W3C's `traceparent` in its metadata. So is an operation of
+a Stream that has a `traceparent` of its own, with a link to the Stream's span; one without is a child of that. Below a call or
+an operation are the batch and the round trips to the store that it began. Chunks of several callers share batches and round
 trips; the span of such a one stands in the trace of the first of them.
 
 Names and attributes are those of OpenTelemetry's conventions for RPC and databases, others begin with `timernn.`; no
@@ -17,6 +18,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from opentelemetry import trace
+from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
@@ -31,7 +33,6 @@ if TYPE_CHECKING:
     from opentelemetry.util.types import AttributeValue
 
 _OURS: Final = "/timernn."  # probes and tools would fill the traces
-_OF_A_STREAM: Final = "/Stream"
 _OK: Final = "OK"
 # What the conventions call the server's own fault; the others are what it was asked.
 _FAULTS: Final = frozenset(
@@ -39,16 +40,22 @@ _FAULTS: Final = frozenset(
 )
 _W3C: Final = TraceContextTextMapPropagator()
 _HEADERS: Final = ("traceparent", "tracestate")
+_MAX_HEADER: Final = 512  # characters, as many as the W3C asks to carry at least
 
 
-class _Call(NamedTuple):
-    """The call in whose context something happens."""
+class _Work(NamedTuple):
+    """What something belongs to that happens in this context.
 
-    method: str
+    Attributes:
+        span: Of a call, or of an operation of a Stream.
+        method: Of the call; empty for an operation.
+    """
+
     span: trace.Span
+    method: str = ""
 
 
-_CALL: ContextVar[_Call | None] = ContextVar("call", default=None)
+_WORK: ContextVar[_Work | None] = ContextVar("work", default=None)
 
 
 class SpanObserver(Observer):
@@ -63,52 +70,61 @@ class SpanObserver(Observer):
     ) -> None:
         """Begin the span of a call."""
         if not method.startswith(_OURS):
-            _CALL.set(None)
+            _WORK.set(None)
             return
-        carrier = {
-            key: value
-            for key, value in metadata() or ()
-            if key in _HEADERS and isinstance(value, str)
-        }
         name = method.removeprefix("/")
         span = self._tracer.start_span(
             name,
-            context=_W3C.extract(carrier),
+            context=_client_of(metadata() or ()),
             kind=trace.SpanKind.SERVER,
             attributes={"rpc.system.name": "grpc", "rpc.method": name},
         )
-        _CALL.set(_Call(method, span))
+        _WORK.set(_Work(span, method))
 
     def rpc_ended(self, method: str, *, code: str, duration_s: float) -> None:  # noqa: ARG002
         """End the span of a call."""
-        call = _CALL.get()
-        if call is None or call.method != method:
-            return
-        call.span.set_attribute("rpc.response.status_code", code)
-        if code != _OK:
-            call.span.set_attribute("error.type", code)
-        if code in _FAULTS:
-            call.span.set_status(trace.StatusCode.ERROR)
-        call.span.end()
+        work = _WORK.get()
+        if work is not None and work.method == method:
+            _end(work.span, code)
 
-    def operation_ended(
-        self, kind: str, *, outcome: str, duration_s: float, request_bytes: int, answer_bytes: int
+    def operation_started(
+        self, kind: str, headers: Callable[[], Iterable[tuple[str, str]]]
     ) -> None:
-        """Add an operation to its call's span; one of a Stream has a span of its own."""
-        call = _CALL.get()
+        """Begin the span of an operation of a Stream, below the client's where it names one."""
+        call = _WORK.get()
         if call is None:
             return
-        attributes: dict[str, AttributeValue] = {
-            "timernn.outcome": outcome,
-            "timernn.request.bytes": request_bytes,
-            "timernn.answer.bytes": answer_bytes,
-        }
-        if not call.method.endswith(_OF_A_STREAM):
-            call.span.set_attributes(attributes)
+        parent, links, span_kind = _client_of(headers()), [], trace.SpanKind.SERVER
+        if trace.get_current_span(parent).get_span_context().is_valid:
+            links = [trace.Link(call.span.get_span_context())]
+        else:
+            parent, span_kind = trace.set_span_in_context(call.span), trace.SpanKind.INTERNAL
+        span = self._tracer.start_span(kind, context=parent, kind=span_kind, links=links)
+        _WORK.set(_Work(span))
+
+    def operation_ended(
+        self,
+        kind: str,  # noqa: ARG002 - of the span since its begin
+        *,
+        outcome: str,
+        code: str,
+        duration_s: float,  # noqa: ARG002 - what was begun is ended now
+        request_bytes: int,
+        answer_bytes: int,
+    ) -> None:
+        """Add an operation to its call's span, or end its own if it is a Stream's."""
+        work = _WORK.get()
+        if work is None:
             return
-        if outcome != _OK:
-            attributes["error.type"] = outcome
-        self._child(kind, duration_s, attributes)
+        work.span.set_attributes(
+            {
+                "timernn.outcome": outcome,
+                "timernn.request.bytes": request_bytes,
+                "timernn.answer.bytes": answer_bytes,
+            }
+        )
+        if not work.method:
+            _end(work.span, code)
 
     def batch_computed(
         self, *, chunks: int, rows: int, work: int, wait_s: float, duration_s: float
@@ -153,13 +169,13 @@ class SpanObserver(Observer):
         kind: trace.SpanKind = trace.SpanKind.INTERNAL,
     ) -> None:
         """Make a span of what has just ended; none outside of a call, or in one that is not sampled."""
-        call = _CALL.get()
-        if call is None or not call.span.get_span_context().trace_flags.sampled:
+        work = _WORK.get()
+        if work is None or not work.span.get_span_context().trace_flags.sampled:
             return
         ended_ns = time.time_ns()
         span = self._tracer.start_span(
             name,
-            context=trace.set_span_in_context(call.span),
+            context=trace.set_span_in_context(work.span),
             kind=kind,
             attributes=attributes,
             start_time=ended_ns - int(duration_s * 1e9),
@@ -167,6 +183,25 @@ class SpanObserver(Observer):
         if "error.type" in attributes:
             span.set_status(trace.StatusCode.ERROR)
         span.end(ended_ns)
+
+
+def _client_of(headers: Iterable[tuple[str, str | bytes]]) -> Context:
+    """Return a context whose span is the client's, if what came names a valid one."""
+    carrier = {
+        key: value
+        for key, value in headers
+        if key in _HEADERS and isinstance(value, str) and len(value) <= _MAX_HEADER
+    }
+    return _W3C.extract(carrier, Context())
+
+
+def _end(span: trace.Span, code: str) -> None:
+    span.set_attribute("rpc.response.status_code", code)
+    if code != _OK:
+        span.set_attribute("error.type", code)
+    if code in _FAULTS:
+        span.set_status(trace.StatusCode.ERROR)
+    span.end()
 
 
 def start_tracing(worker: int) -> tuple[SpanObserver, Callable[[], None]]:

@@ -33,7 +33,7 @@ from timernn._core.effects import (
     Upload,
     Write,
 )
-from timernn._core.frontends import drives, shortened
+from timernn._core.frontends import drives, shortened, spans_of
 from timernn._core.models import ModelsCore
 from timernn._core.options import Options
 from timernn._core.retry import RetryPolicy
@@ -54,10 +54,13 @@ if TYPE_CHECKING:
     from timernn._core.credentials import Credentials, Metadata, TokenSource
     from timernn._core.effects import (
         Effect,
+        Headers,
         Op,
     )
     from timernn._core.frame import Frames
+    from timernn._core.options import Traces
     from timernn._core.tls import TLS
+    from timernn._core.tracing import Spans, TracedStream
     from timernn.types import (
         Array,
         Contributions,
@@ -90,6 +93,7 @@ def connect(
     token: TokenSource = None,
     token_over_plaintext: bool = False,
     metadata: Metadata = None,
+    traces: Traces = False,
 ) -> Client:
     """Make a client; the first call connects.
 
@@ -113,6 +117,8 @@ def connect(
             repeated.
         token_over_plaintext: Send it also to other machines without TLS, where others can read it.
         metadata: Sent with every call.
+        traces: True makes spans by OpenTelemetry, with the process's TracerProvider, or with one that
+            is given instead; needs `pip install 'timernn[otel]'`.
     """
     options = Options(
         timeout_s=timeout,
@@ -127,6 +133,7 @@ def connect(
         token=token,
         token_over_plaintext=token_over_plaintext,
         metadata=metadata,
+        traces=traces,
     )
     return Client(addresses_of(target), options)
 
@@ -137,12 +144,12 @@ class _Stream:
     To write and to close touch no lock of gRPC's, so that they may be interrupted.
     """
 
-    def __init__(self, link: Link, rpc: Rpc[Any, Any], timeout_s: float) -> None:
+    def __init__(self, link: Link, rpc: Rpc[Any, Any], timeout_s: float, headers: Headers) -> None:
         self.link, self.rpc = link, rpc
         self._requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
         calls: list[Any] = []
         requests = _sent(self._requests, calls, _at_end_of(self, self._requests))
-        self._call = link.begin(rpc, requests, timeout_s)
+        self._call = link.begin(rpc, requests, timeout_s, headers)
         calls.append(self._call)
 
     def write(self, message: Any) -> None:
@@ -248,6 +255,12 @@ class _Transport:
         except errors.Error as error:
             raise shortened(error) from None
 
+    run_part = run  # of a call of the caller's that takes several
+
+    def stream(self, core: StreamCore) -> StreamCore | TracedStream:
+        """Return what carries a stream out."""
+        return core
+
     def close(self, frames: Frames) -> None:
         """Leave the frames' stream and close the channels."""
         if self._links.is_inherited:
@@ -305,6 +318,28 @@ class _Transport:
         return worker.call(function, *args)
 
 
+class _TracedTransport(_Transport):
+    """The same, with a span for each call of the caller's."""
+
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        options: Options,
+        credentials: Credentials,
+        spans: Spans,
+    ) -> None:
+        super().__init__(addresses, options, credentials)
+        self._spans = spans
+
+    def run(self, op: Op[R]) -> R:
+        """Drive a generator of the core to its end, as one call."""
+        return super().run(self._spans.call(op))
+
+    def stream(self, core: StreamCore) -> TracedStream:
+        """Return what carries a stream out, as one call."""
+        return self._spans.stream(core)
+
+
 def _close(links: Iterable[Link]) -> None:
     for link in links:
         link.channel.close()
@@ -318,17 +353,17 @@ def _read(link: Link, effect: Read) -> Any:
 
 def _call(link: Link, effect: Effect) -> Any:
     match effect:
-        case RpcCall(rpc, request, _, timeout_s):
-            answer = link.begin(rpc, rpc.serialize(request), timeout_s)
+        case RpcCall(rpc, request, _, timeout_s, headers):
+            answer = link.begin(rpc, rpc.serialize(request), timeout_s, headers)
             answered: Any = rpc.read(answer)
-        case Download(rpc, request, _, timeout_s):
-            call = link.begin(rpc, rpc.serialize(request), timeout_s)
+        case Download(rpc, request, _, timeout_s, headers):
+            call = link.begin(rpc, rpc.serialize(request), timeout_s, headers)
             answered = [rpc.read(message) for message in call]
-        case Upload(rpc, requests, _, timeout_s):
+        case Upload(rpc, requests, _, timeout_s, headers):
             messages = map(rpc.serialize, requests)
-            answered = rpc.read(link.begin(rpc, messages, timeout_s))
-        case OpenStream(rpc, _, timeout_s):
-            return _Stream(link, rpc, timeout_s)
+            answered = rpc.read(link.begin(rpc, messages, timeout_s, headers))
+        case OpenStream(rpc, _, timeout_s, headers):
+            return _Stream(link, rpc, timeout_s, headers)
         case _:
             raise TypeError(f"{type(effect).__name__} needs no channel")
     link.answered = time.monotonic()
@@ -378,7 +413,12 @@ class Client:
     def __init__(self, addresses: list[str], options: Options) -> None:
         self._core = ClientCore(addresses, options)
         credentials = self._core.context.caller.credentials
-        self._transport = _Transport(addresses, options, credentials)
+        spans = spans_of(options.traces, addresses)
+        self._transport = (
+            _Transport(addresses, options, credentials)
+            if spans is None
+            else _TracedTransport(addresses, options, credentials, spans)
+        )
         self._frame_lock = threading.RLock()
 
     create_model = _of_models(ModelsCore.create_model)
@@ -635,11 +675,13 @@ class Session(SessionView):
             train: Leave a tape for `backward` with each chunk, as many as the server keeps.
         """
         source = _source(chunks, in_flight)
-        core = StreamCore(self._core, source, in_flight=in_flight, return_hs=return_hs, train=train)
+        core = self._transport.stream(
+            StreamCore(self._core, source, in_flight=in_flight, return_hs=return_hs, train=train)
+        )
         try:
             with self._lock:
-                self._transport.run(core.open())
-            while (hs := self._transport.run(core.step())) is not END:
+                self._transport.run_part(core.open())
+            while (hs := self._transport.run_part(core.step())) is not END:
                 yield hs  # type: ignore[misc]  # all but END is an array
         except GeneratorExit:
             core.close(is_left=True)

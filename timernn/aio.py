@@ -39,7 +39,7 @@ from timernn._core.effects import (
     Upload,
     Write,
 )
-from timernn._core.frontends import drives, shortened
+from timernn._core.frontends import drives, shortened, spans_of
 from timernn._core.models import ModelsCore
 from timernn._core.options import Options
 from timernn._core.retry import RetryPolicy
@@ -60,10 +60,13 @@ if TYPE_CHECKING:
     from timernn._core.credentials import Credentials, Metadata, TokenSource
     from timernn._core.effects import (
         Effect,
+        Headers,
         Op,
     )
     from timernn._core.frame import Frames
+    from timernn._core.options import Traces
     from timernn._core.tls import TLS
+    from timernn._core.tracing import Spans, TracedStream
     from timernn.types import (
         Array,
         Contributions,
@@ -98,6 +101,7 @@ def connect(
     token: TokenSource = None,
     token_over_plaintext: bool = False,
     metadata: Metadata = None,
+    traces: Traces = False,
 ) -> Client:
     """Make a client; the first call connects. The arguments are those of `timernn.connect`.
 
@@ -116,6 +120,7 @@ def connect(
         token=token,
         token_over_plaintext=token_over_plaintext,
         metadata=metadata,
+        traces=traces,
     )
     return Client(addresses_of(target), options)
 
@@ -123,9 +128,9 @@ def connect(
 class _Stream:
     """A bidirectional call over `grpc.aio`."""
 
-    def __init__(self, link: Link, rpc: Rpc[Any, Any], timeout_s: float) -> None:
+    def __init__(self, link: Link, rpc: Rpc[Any, Any], timeout_s: float, headers: Headers) -> None:
         self.link, self.rpc = link, rpc
-        self._call = link.begin(rpc, None, timeout_s)
+        self._call = link.begin(rpc, None, timeout_s, headers)
         self._has_begun = False
 
     async def write(self, message: Any) -> None:
@@ -186,6 +191,12 @@ class _Transport:
         except errors.Error as error:
             raise shortened(error) from None
 
+    run_part = run  # of a call of the caller's that takes several
+
+    def stream(self, core: StreamCore) -> StreamCore | TracedStream:
+        """Return what carries a stream out."""
+        return core
+
     async def close(self, frames: Frames) -> None:
         """Leave the frames' stream and close the channels."""
         is_elsewhere = self._loop not in {None, asyncio.get_running_loop()}
@@ -243,25 +254,47 @@ class _Transport:
                 credentials.take(token)
 
 
+class _TracedTransport(_Transport):
+    """The same, with a span for each call of the caller's."""
+
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        options: Options,
+        credentials: Credentials,
+        spans: Spans,
+    ) -> None:
+        super().__init__(addresses, options, credentials)
+        self._spans = spans
+
+    async def run(self, op: Op[R]) -> R:
+        """Drive a generator of the core to its end, as one call."""
+        return await super().run(self._spans.call(op))
+
+    def stream(self, core: StreamCore) -> TracedStream:
+        """Return what carries a stream out, as one call."""
+        return self._spans.stream(core)
+
+
 async def _over(link: Link, effect: Effect) -> Any:
     """Carry out an effect over a channel."""
     match effect:
-        case RpcCall(rpc, request, _, timeout_s):
-            call = link.begin(rpc, rpc.serialize(request), timeout_s)
+        case RpcCall(rpc, request, _, timeout_s, headers):
+            call = link.begin(rpc, rpc.serialize(request), timeout_s, headers)
             answered: Any = rpc.read(await call)
         case Write(stream, message):
             return await stream.write(message)  # type: ignore[attr-defined]
         case Read(stream):
             message = await stream.read()  # type: ignore[attr-defined]
             answered = None if message is None else stream.rpc.read(message)  # type: ignore[attr-defined]
-        case Download(rpc, request, _, timeout_s):
-            call = link.begin(rpc, rpc.serialize(request), timeout_s)
+        case Download(rpc, request, _, timeout_s, headers):
+            call = link.begin(rpc, rpc.serialize(request), timeout_s, headers)
             answered = [rpc.read(message) async for message in call]
-        case Upload(rpc, requests, _, timeout_s):
+        case Upload(rpc, requests, _, timeout_s, headers):
             messages = map(rpc.serialize, requests)
-            answered = rpc.read(await link.begin(rpc, messages, timeout_s))
-        case OpenStream(rpc, _, timeout_s):
-            return _Stream(link, rpc, timeout_s)
+            answered = rpc.read(await link.begin(rpc, messages, timeout_s, headers))
+        case OpenStream(rpc, _, timeout_s, headers):
+            return _Stream(link, rpc, timeout_s, headers)
         case _:
             raise TypeError(f"{type(effect).__name__} needs no channel")
     link.answered = time.monotonic()
@@ -311,7 +344,12 @@ class Client:
     def __init__(self, addresses: list[str], options: Options) -> None:
         self._core = ClientCore(addresses, options)
         credentials = self._core.context.caller.credentials
-        self._transport = _Transport(addresses, options, credentials)
+        spans = spans_of(options.traces, addresses)
+        self._transport = (
+            _Transport(addresses, options, credentials)
+            if spans is None
+            else _TracedTransport(addresses, options, credentials, spans)
+        )
         self._frame_lock = asyncio.Lock()
 
     create_model = _of_models(ModelsCore.create_model)
@@ -580,7 +618,9 @@ class Session(SessionView):
             train: Leave a tape for `backward` with each chunk, as many as the server keeps.
         """
         source = _AsyncSource(chunks) if isinstance(chunks, AsyncIterable) else _Source(chunks)
-        core = StreamCore(self._core, source, in_flight=in_flight, return_hs=return_hs, train=train)
+        core = self._transport.stream(
+            StreamCore(self._core, source, in_flight=in_flight, return_hs=return_hs, train=train)
+        )
         return _Answers(self._transport, self._lock, core=core, source=source)
 
     def __getattr__(self, name: str) -> Any:
@@ -670,7 +710,12 @@ class _Answers(AsyncIterator["Array"]):
     """
 
     def __init__(
-        self, transport: _Transport, lock: asyncio.Lock, *, core: StreamCore, source: Any
+        self,
+        transport: _Transport,
+        lock: asyncio.Lock,
+        *,
+        core: StreamCore | TracedStream,
+        source: Any,
     ) -> None:
         self._transport, self._lock, self._core, self._source = transport, lock, core, source
         self._is_open = self._is_over = False
@@ -681,9 +726,9 @@ class _Answers(AsyncIterator["Array"]):
         try:
             if not self._is_open:
                 async with self._lock:
-                    await self._transport.run(self._core.open())
+                    await self._transport.run_part(self._core.open())
                 self._is_open = True
-            hs = await self._transport.run(self._core.step())
+            hs = await self._transport.run_part(self._core.step())
         except BaseException:
             self._close(is_left=False)
             raise

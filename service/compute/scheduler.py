@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from itertools import islice
 from time import perf_counter
@@ -24,6 +25,7 @@ from service.telemetry import NULL_OBSERVER
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from contextvars import Context
 
     from rnn_engine import Array, Network, Prepared, State, Step
     from service.telemetry import Observer
@@ -72,6 +74,7 @@ class Chunk:
         step: The result.
         error: Why there is no result.
         queued_at: When it was submitted, by `time.perf_counter`.
+        context: In which it was submitted, and is delivered.
     """
 
     network: Network
@@ -83,6 +86,7 @@ class Chunk:
     step: Step | None = None
     error: Exception | None = None
     queued_at: float = 0.0
+    context: Context = field(default_factory=copy_context)
 
 
 @dataclass(slots=True)
@@ -229,7 +233,9 @@ class Scheduler:
     def _finish(self, queue: _Queue, batch: _Batch, began_at: float) -> None:
         """Report a batch that was computed, start the next one and deliver the results."""
         chunks = batch.chunks
-        self._observer.batch_computed(
+        # Without their contexts all would run in that of a chunk of an earlier batch.
+        chunks[0].context.run(
+            self._observer.batch_computed,
             chunks=len(chunks),
             rows=batch.rows,
             work=batch.work,
@@ -241,7 +247,7 @@ class Scheduler:
         if not (queue.is_gathering or queue.computing):
             del self._queues[id(chunks[0].prepared)]
         for chunk in chunks:
-            chunk.deliver(chunk)
+            chunk.context.run(chunk.deliver, chunk)
 
 
 def _quietly(function: Callable[..., Result], *arguments: Any) -> Result:

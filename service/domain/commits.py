@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict, deque
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
@@ -17,11 +18,12 @@ from service.domain.refusals import cancelled_midway
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from contextvars import Context
 
     from service.domain.ports import ChunkCommit, ChunkOutcome, SessionStore
 
     OnDone = Callable[[ChunkOutcome | Exception], None]
-    Submitted = tuple[ChunkCommit, OnDone, int]  # the last: its bytes
+    Submitted = tuple[ChunkCommit, OnDone, int, Context]  # its bytes; where it was submitted
 
 # Round trips to one server at once: one is encoded while the store works on the other.
 ROUND_TRIPS = 2
@@ -61,11 +63,12 @@ class Committer:
             on_done: Called on the event loop with the outcome or the error.
         """
         size = len(commit.state.state) + len(commit.tape or b"")
+        submitted = commit, on_done, size, copy_context()
         if size > BIG_BYTES:
-            self._spawn([(commit, on_done, size)])
+            self._spawn([submitted])
             return
         queue = self._queues[self._store.node_of(commit.key)]
-        queue.waiting.append((commit, on_done, size))
+        queue.waiting.append(submitted)
         if len(queue.waiting) == 1 and queue.trips < ROUND_TRIPS:
             asyncio.get_running_loop().call_soon(self._send_waiting, queue)
 
@@ -85,19 +88,21 @@ class Committer:
         self._send_waiting(queue)
 
     def _spawn(self, batch: list[Submitted]) -> asyncio.Task[None]:
-        task = asyncio.get_running_loop().create_task(self._send(batch))
+        # In the context of its first commit, whatever ended so that there is room for it.
+        context = batch[0][3]
+        task = asyncio.get_running_loop().create_task(self._send(batch), context=context)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
 
     async def _send(self, batch: list[Submitted]) -> None:
         try:
-            outcomes = await self._store.commit_chunks([commit for commit, _, _ in batch])
+            outcomes = await self._store.commit_chunks([commit for commit, *_ in batch])
         except Exception as error:  # noqa: BLE001 - it becomes each chunk's answer
             outcomes = [error] * len(batch)
         except asyncio.CancelledError:  # nobody may wait for ever, whoever cancelled
             outcomes = [cancelled_midway()] * len(batch)
-        for (_, on_done, _), outcome in zip(batch, outcomes, strict=True):
+        for (_, on_done, *_), outcome in zip(batch, outcomes, strict=True):
             on_done(outcome)
 
 

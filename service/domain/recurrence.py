@@ -15,7 +15,8 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from contextlib import suppress
-from dataclasses import dataclass
+from contextvars import copy_context
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -61,6 +62,7 @@ from service.telemetry import NULL_OBSERVER
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
+    from contextvars import Context
 
     from rnn_engine import Array, Network, Step
     from service.compute.scheduler import Scheduler
@@ -97,6 +99,7 @@ class _PendingChunk:
         step: What was computed.
         state: The state after it, (N, state size).
         tries: How often the session was read again because its commit failed.
+        context: In which it arrived.
     """
 
     key: SessionKey
@@ -109,6 +112,7 @@ class _PendingChunk:
     step: Step | None = None
     state: Array | None = None
     tries: int = 0
+    context: Context = field(default_factory=copy_context)
 
 
 class Recurrence:
@@ -538,7 +542,8 @@ class Recurrence:
             return
         queue = queues[pending.key]
         if queue:
-            self._start(queue.popleft())
+            following = queue.popleft()
+            following.context.run(self._start, following)
         else:
             del queues[pending.key]
             self._idle.set()

@@ -73,7 +73,14 @@ class Recorder(Observer):
         self.observe("grpc_server_handling_seconds", duration_s, *labels)
 
     def operation_ended(
-        self, kind: str, *, outcome: str, duration_s: float, request_bytes: int, answer_bytes: int
+        self,
+        kind: str,
+        *,
+        outcome: str,
+        code: str,  # noqa: ARG002 - as the observer's
+        duration_s: float,
+        request_bytes: int,
+        answer_bytes: int,
     ) -> None:
         """Count it, its duration and its bytes."""
         key = (kind, outcome)

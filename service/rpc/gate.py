@@ -167,6 +167,7 @@ class Gate:
                     observer.operation_ended(
                         operation.kind,
                         outcome=outcome,
+                        code=code,
                         duration_s=duration_s,
                         request_bytes=traffic.request_bytes,
                         answer_bytes=traffic.answer_bytes,

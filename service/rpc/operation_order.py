@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Sequence
+    from contextvars import Context
 
     from timernn.v1 import time_rnn_service_pb2 as pb
 
@@ -33,10 +34,13 @@ class StreamOperation:
         is_admitted: Whether it counts as an operation in work.
         task: What it runs as, if it is one.
         started_at: When it was started, by `time.perf_counter`, in seconds.
+        context: What is done for it runs in this one, so that observers know what it belongs to.
         is_overdue: Whether its task was cancelled because it took too long.
     """
 
     __slots__ = (
+        "_message",
+        "context",
         "expected_bytes",
         "field",
         "is_admitted",
@@ -51,8 +55,10 @@ class StreamOperation:
         "waiting_for",
     )
 
-    def __init__(self, operation: pb.Operation, max_names: int) -> None:
+    def __init__(self, operation: pb.Operation, max_names: int, context: Context) -> None:
         field = operation.WhichOneof("operation")
+        self._message = operation
+        self.context = context
         self.tag = operation.tag
         self.field = field or ""
         self.request: Any = getattr(operation, field) if field else None
@@ -65,6 +71,11 @@ class StreamOperation:
         self.task: asyncio.Task[Any] | None = None
         self.started_at = 0.0
         self.is_overdue = False
+
+    def headers(self) -> Sequence[tuple[str, str]]:
+        """Return where its trace began, as the metadata of a unary call would say it."""
+        message = self._message
+        return ("traceparent", message.traceparent), ("tracestate", message.tracestate)
 
 
 class OperationOrder:

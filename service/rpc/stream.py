@@ -20,6 +20,7 @@ import grpc.aio
 from service.domain.errors import bad_field
 from service.rpc import audit
 from service.rpc.errors import (
+    code_of,
     idle_stream,
     refusal_of,
     refusal_to_status,
@@ -219,7 +220,8 @@ class OperationStream:
             raise bad_field("operations", f"must be at most {limit} a message, got {count}")
         max_names = limits.contributions_per_model
         for operation in operations[:]:  # a slice: the end of a field's iterator is an exception
-            self._enqueue(StreamOperation(operation, max_names), len(raw) // count)
+            context = self._context.copy()
+            self._enqueue(StreamOperation(operation, max_names, context), len(raw) // count)
         self._start_ready()
 
     def _enqueue(self, operation: StreamOperation, request_bytes: int) -> None:
@@ -246,12 +248,17 @@ class OperationStream:
     def _start(self, operation: StreamOperation) -> None:
         operation.started_at = time.perf_counter()
         self._started.add(operation)
+        streams, context = self._streams, operation.context
+        row = streams.operations.get(operation.field)
+        if row is not None:
+            context.run(streams.observer.operation_started, row.kind, operation.headers)
         if operation.refusal:
             self._finish(operation, operation.refusal)
             return
         try:
-            operation.task = self._streams.dispatcher.begin(
-                self._streams.operations[operation.field],
+            operation.task = context.run(
+                streams.dispatcher.begin,
+                streams.operations[operation.field],
                 operation.request,
                 principal=self._call.share.principal,
                 complete=self._complete,
@@ -283,7 +290,7 @@ class OperationStream:
             self._answer_error(operation, failure)
             return
         size = len(raw)
-        self._observe(operation, "OK", size)
+        self._observe(operation, "OK", "OK", size)
         self._answer(operation, raw, size)
 
     def _encode(self, operation: StreamOperation, result: Any) -> bytes:
@@ -304,7 +311,7 @@ class OperationStream:
             request = operation.request
             self._histories.failed(request.session_id, request.epoch, request.chunk_seq)
         refusal = refusal_of(error, METHOD)
-        self._observe(operation, refusal.reason)
+        self._observe(operation, refusal.reason, code_of(refusal).name)
         response = pb.StreamResponse()
         answer = response.results.add()
         answer.tag = operation.tag
@@ -321,15 +328,19 @@ class OperationStream:
             self._start_ready()
         self._wake_writer.set()
 
-    def _observe(self, operation: StreamOperation, outcome: str, answer_bytes: int = 0) -> None:
+    def _observe(
+        self, operation: StreamOperation, outcome: str, code: str, answer_bytes: int = 0
+    ) -> None:
         if not operation.field:
             return
         row = self._streams.operations[operation.field]
-        # Whose callback this is may be another stream's: chunks of several are committed together.
-        self._context.run(
+        # Whose callback this is may be another stream's: chunks of several are committed together. A copy:
+        # an operation may end while it is begun, and no context is entered twice.
+        operation.context.copy().run(
             self._streams.observer.operation_ended,
             row.kind,
             outcome=outcome,
+            code=code,
             duration_s=time.perf_counter() - operation.started_at,
             request_bytes=operation.request_bytes,
             answer_bytes=answer_bytes,
@@ -403,6 +414,6 @@ class OperationStream:
         """Cancel what still runs, whatever the stream ended with; the share is its caller's."""
         self._end(_CLOSED)
         for operation in self._started:
-            self._observe(operation, "CANCELLED")
+            self._observe(operation, "CANCELLED", "CANCELLED")
             if operation.task:
                 operation.task.cancel()

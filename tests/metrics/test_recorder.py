@@ -40,7 +40,12 @@ def test_an_operation_counts_by_kind_and_outcome(recorder: Recorder) -> None:
     """With its bytes and its duration; what was not OK is a refusal too."""
     for outcome in ("OK", "OK", "SEQ_GAP"):
         recorder.operation_ended(
-            "forward", outcome=outcome, duration_s=0.0004, request_bytes=100, answer_bytes=7
+            "forward",
+            outcome=outcome,
+            code="OK",
+            duration_s=0.0004,
+            request_bytes=100,
+            answer_bytes=7,
         )
     found = samples(recorder.snapshot())
     forward = ("operation", "forward")

@@ -60,6 +60,7 @@ async def test_a_unary_call_is_one_rpc_and_one_operation(
         {
             "name": "forward",
             "outcome": "OK",
+            "code": "OK",
             "request_bytes": request.ByteSize(),
             "answer_bytes": answer.ByteSize(),
         }
@@ -102,11 +103,13 @@ async def test_each_operation_of_a_frame_is_seen_and_the_stream_as_one_rpc(
         {
             "name": "forward",
             "outcome": outcome,
+            "code": code,
             "request_bytes": frame.ByteSize() // 2,
             "answer_bytes": answer_bytes,
         }
-        for outcome, answer_bytes in (("OK", size), ("SEQ_GAP", 0))
+        for outcome, code, answer_bytes in (("OK", "OK", size), ("SEQ_GAP", "ABORTED", 0))
     ]
+    assert recorder.seen["operation_started"] == [{"name": "forward"}] * 2
     await until(lambda: recorder.seen["rpc_ended"])
     assert without_duration(recorder.seen["rpc_ended"]) == [{"name": STREAM, "code": "OK"}]
 

@@ -5,19 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
 from service.domain.errors import Aborted, Unavailable
 from service.tracing import SpanObserver
+from spans import SpanLog, attributes_of, context_of, is_child
 from timernn.v1 import time_rnn_service_pb2 as pb
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
-
-    from opentelemetry.sdk.trace import ReadableSpan
 
     Serve = Callable[..., Awaitable[Any]]
     Refused = Callable[[Awaitable[Any]], Awaitable[Any]]
@@ -28,39 +24,19 @@ TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 METADATA = (("traceparent", f"00-{TRACE}-{PARENT}-01"), ("authorization", "Bearer marker-secret"))
 
 
-class Spans:
-    """An observer, and the spans that it has made."""
+class Spans(SpanLog):
+    """The spans of an observer, and the observer."""
 
     def __init__(self) -> None:
-        """Keep spans in memory."""
-        self._exporter = InMemorySpanExporter()
-        provider = TracerProvider(shutdown_on_exit=False)
-        provider.add_span_processor(SimpleSpanProcessor(self._exporter))
-        self.observer = SpanObserver(provider.get_tracer("test"))
-
-    def named(self, name: str) -> list[ReadableSpan]:
-        """Return the spans of a name."""
-        return [span for span in self._exporter.get_finished_spans() if span.name == name]
-
-    def all(self) -> str:
-        """Return all as text."""
-        return "".join(span.to_json() for span in self._exporter.get_finished_spans())
+        """Make the observer."""
+        super().__init__()
+        self.observer = SpanObserver(self.provider.get_tracer("test"))
 
 
 @pytest.fixture
 def spans() -> Spans:
     """Return an observer that keeps its spans."""
     return Spans()
-
-
-def context_of(span: ReadableSpan) -> Any:
-    """Return the ids of a span."""
-    return span.get_span_context()
-
-
-def attributes_of(span: ReadableSpan) -> dict[str, Any]:
-    """Return the attributes of a span."""
-    return dict(span.attributes or {})
 
 
 @pytest.fixture
@@ -93,7 +69,7 @@ async def test_a_call_is_a_child_of_its_clients_span(
         "timernn.request.bytes": request.ByteSize(),
         "timernn.answer.bytes": answer.ByteSize(),
     }
-    assert "marker-secret" not in spans.all()
+    assert "marker-secret" not in spans.text()
 
 
 @pytest.mark.parametrize(
@@ -145,6 +121,69 @@ async def test_an_operation_is_a_child_of_its_own_stream(
     assert parents == {context_of(span).span_id for span in spans.named(STREAM)}
 
 
+async def test_an_operation_that_names_its_clients_span_is_a_child_of_that(
+    serve: Serve, spans: Spans, chunk: Callable[..., Any], until: Callable[..., Awaitable[None]]
+) -> None:
+    """With a link to the stream that carried it; one that names none, or none that can be read, is the stream's."""
+    served = await serve(observer=spans.observer)
+    named = f"00-{TRACE}-{PARENT}-01"
+    headers: list[dict[str, str]] = [
+        {"traceparent": named, "tracestate": "a=b"},
+        {"traceparent": named, "tracestate": f"a={'b' * 512}"},
+        {"traceparent": "00-00"},
+        {"traceparent": "x" * 10_000},
+        {},
+    ]
+    stream = served.rnn.Stream()
+    operations = [
+        pb.Operation(tag=tag, forward=chunk(f"s{tag}"), **each) for tag, each in enumerate(headers)
+    ]
+    await stream.write(pb.StreamRequest(operations=operations))
+    await stream.done_writing()
+    assert sum([len(answer.results) async for answer in stream]) == 5
+    await until(lambda: spans.named(STREAM))
+    (call,) = spans.named(STREAM)
+    linked, without_state, *others = spans.named("forward")
+    for span in (linked, without_state):
+        assert span.kind is SpanKind.SERVER
+        assert span.parent is not None
+        assert (f"{span.parent.trace_id:032x}", f"{span.parent.span_id:016x}") == (TRACE, PARENT)
+        assert [link.context for link in span.links] == [context_of(call)]
+    assert context_of(linked).trace_state.get("a") == "b"
+    assert not context_of(without_state).trace_state
+    for span in others:
+        assert span.kind is SpanKind.INTERNAL
+        assert is_child(span, call)
+
+
+@pytest.mark.parametrize(
+    ("failure", "code", "status"),
+    [
+        (Aborted("SEQ_GAP", "a hole"), "ABORTED", StatusCode.UNSET),
+        (Unavailable("STORE_DOWN", "no answer"), "UNAVAILABLE", StatusCode.ERROR),
+    ],
+)
+async def test_a_refused_operation_is_an_error_as_a_call_is(
+    serve: Serve,
+    spans: Spans,
+    chunk: Callable[..., Any],
+    failure: Any,
+    code: str,
+    status: StatusCode,
+) -> None:
+    """On a stream too, only where the server is at fault; the stream itself is none."""
+    served = await serve(observer=spans.observer)
+    served.domain.failures[1] = failure
+    stream = served.rnn.Stream()
+    await stream.write(pb.StreamRequest(operations=[pb.Operation(forward=chunk())]))
+    await stream.read()
+    (span,) = spans.named("forward")
+    found = attributes_of(span)
+    assert (found["error.type"], found["timernn.outcome"]) == (code, failure.reason)
+    assert found["rpc.response.status_code"] == code
+    assert span.status.status_code is status
+
+
 async def test_batches_and_round_trips_are_children_of_the_call_that_they_began_in(
     spans: Spans,
 ) -> None:
@@ -177,7 +216,7 @@ def test_what_a_client_does_not_sample_costs_no_span(spans: Spans) -> None:
     observer.rpc_started(f"/{FORWARD}", lambda: not_sampled)
     observer.batch_computed(chunks=2, rows=3, work=4, wait_s=0.5, duration_s=0.25)
     observer.rpc_ended(f"/{FORWARD}", code="OK", duration_s=1.0)
-    assert spans.all() == ""
+    assert spans.all() == ()
 
 
 def test_probes_make_no_spans(spans: Spans) -> None:
@@ -185,4 +224,4 @@ def test_probes_make_no_spans(spans: Spans) -> None:
     method = "/grpc.health.v1.Health/Check"
     spans.observer.rpc_started(method, lambda: METADATA)
     spans.observer.rpc_ended(method, code="OK", duration_s=0.1)
-    assert spans.all() == ""
+    assert spans.all() == ()

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 NOTED = (
     "rpc_started",
     "rpc_ended",
+    "operation_started",
     "operation_ended",
     "chunk_applied",
     "chunk_replayed",

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import grpc
 
     from timernn._core.contract import Rpc
+    from timernn._core.effects import Headers
     from timernn._core.options import Options
 
 ChannelOptions = list[tuple[str, int | str]]
@@ -120,7 +121,9 @@ class Link:
         self.answered = 0.0
         self._methods: dict[str, Any] = {}
 
-    def begin(self, rpc: Rpc[Any, Any], request: Any, timeout_s: float) -> Any:
+    def begin(
+        self, rpc: Rpc[Any, Any], request: Any, timeout_s: float, headers: Headers = ()
+    ) -> Any:
         """Begin a call: every one of the client, so what goes along with each is said here.
 
         Messages are bytes, written and read outside gRPC: what is raised inside a reader of its own it
@@ -130,6 +133,7 @@ class Link:
             rpc: The method.
             request: The request, or an iterator of several; None where they are written later.
             timeout_s: When gRPC is to end it.
+            headers: Of this call alone.
 
         Returns:
             What gRPC returns: of a blocking unary call the answer, else the call.
@@ -137,7 +141,10 @@ class Link:
         method = self._methods.get(rpc.path)
         if method is None:
             method = self._methods[rpc.path] = getattr(self.channel, rpc.kind)(rpc.path)
-        return method(request, timeout=timeout_s, metadata=self._credentials.metadata)
+        metadata = self._credentials.metadata
+        if headers:
+            metadata = (*(metadata or ()), *headers)
+        return method(request, timeout=timeout_s, metadata=metadata)
 
     def error_of(self, failure: grpc.RpcError) -> errors.Error:
         """Return the exception of the library for a failed call."""

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from timernn._core.credentials import Credentials
 
 R = TypeVar("R")
+Headers: TypeAlias = "tuple[tuple[str, str], ...]"
+"""What goes along with one call beside the client's own metadata."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +25,7 @@ class RpcCall:
     request: Any
     address: int
     timeout_s: float
+    headers: Headers = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +36,7 @@ class Download:
     request: Any
     address: int
     timeout_s: float
+    headers: Headers = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +47,7 @@ class Upload:
     requests: Sequence[Any]
     address: int
     timeout_s: float
+    headers: Headers = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +57,7 @@ class OpenStream:
     rpc: Rpc[Any, Any]
     address: int
     timeout_s: float
+    headers: Headers = ()
 
 
 @dataclass(frozen=True, slots=True)

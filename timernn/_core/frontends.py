@@ -6,10 +6,13 @@ import inspect
 from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from timernn import errors
 
-    from timernn import errors
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from timernn._core.options import Traces
+    from timernn._core.tracing import Spans
 
 F = TypeVar("F", bound="Callable[..., Any]")
 
@@ -32,6 +35,26 @@ def drives(op: Callable[..., Any], owner: str) -> Callable[[F], F]:
         return method
 
     return show
+
+
+def spans_of(traces: Traces, addresses: Sequence[str]) -> Spans | None:
+    """Return what makes the spans of a client's calls; None, and nothing imported, if none are wanted.
+
+    Args:
+        traces: The argument of `connect`.
+        addresses: The targets, as effects number them.
+
+    Raises:
+        BadField: If OpenTelemetry is not installed.
+    """
+    if traces is False:
+        return None
+    try:
+        from timernn._core.tracing import Spans  # noqa: PLC0415  # an extra of its own
+    except ModuleNotFoundError as error:
+        text = "traces: expected OpenTelemetry to be installed: pip install 'timernn[otel]'"
+        raise errors.BadField(text, metadata={"field": "traces"}) from error
+    return Spans(None if traces is True else traces, addresses)
 
 
 def shortened(error: errors.Error) -> errors.Error:

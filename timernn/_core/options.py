@@ -12,8 +12,14 @@ from timernn._core.targets import require_proxy
 from timernn._core.tls import tls_of
 
 if TYPE_CHECKING:
+    from typing import TypeAlias
+
+    from opentelemetry.trace import TracerProvider
+
     from timernn._core.credentials import Metadata, TokenSource
     from timernn._core.tls import TLS
+
+    Traces: TypeAlias = bool | TracerProvider
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +39,7 @@ class Options:
         token: What the server knows the caller by, a callable that returns it, or None.
         token_over_plaintext: Whether it may be sent to another machine without TLS.
         metadata: Sent with every call.
+        traces: Whether there are spans of its calls, or the TracerProvider that makes them.
     """
 
     timeout_s: float = 60.0
@@ -48,6 +55,7 @@ class Options:
     token: TokenSource = field(default=None, repr=False)
     token_over_plaintext: bool = False
     metadata: Metadata = field(default=None, repr=False)
+    traces: Traces = False
 
     def __post_init__(self) -> None:
         """Refuse what no client can work with, by the names that `connect` gives the arguments.
@@ -70,3 +78,7 @@ class Options:
         require_token(self.token)
         arguments.flag("token_over_plaintext", self.token_over_plaintext)
         require_metadata(self.metadata)
+        if not isinstance(self.traces, bool) and not hasattr(self.traces, "get_tracer"):
+            raise arguments.refusal("traces", "True, False or a TracerProvider", self.traces)
+        if self.traces is not False and "traceparent" in (self.metadata or {}):
+            raise arguments.refusal("metadata", "no traceparent beside traces", "traceparent")

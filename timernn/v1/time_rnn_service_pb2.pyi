@@ -681,8 +681,16 @@ class Operation(_message.Message):
     BACKWARD_FIELD_NUMBER: _builtins.int
     UPDATE_FIELD_NUMBER: _builtins.int
     DISCARD_GRADIENTS_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
+    TRACESTATE_FIELD_NUMBER: _builtins.int
     tag: _builtins.int
     """Optional. Chosen by the client; stands in the answer."""
+    traceparent: _builtins.str
+    """Optional. The W3C's traceparent of the client's span of this operation, as the metadata of a unary call
+    would carry it. It changes nothing of what is done: a server that makes no traces ignores it.
+    """
+    tracestate: _builtins.str
+    """Optional, with traceparent. The W3C's tracestate, at most 512 characters; a longer one is ignored."""
     @_builtins.property
     def forward(self) -> Global___ForwardRequest:
         """As TimeRnnService.Forward."""
@@ -707,10 +715,12 @@ class Operation(_message.Message):
         backward: Global___BackwardRequest | None = ...,
         update: Global___UpdateRequest | None = ...,
         discard_gradients: Global___DiscardGradientsRequest | None = ...,
+        traceparent: _builtins.str = ...,
+        tracestate: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["backward", b"backward", "discard_gradients", b"discard_gradients", "forward", b"forward", "operation", b"operation", "update", b"update"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backward", b"backward", "discard_gradients", b"discard_gradients", "forward", b"forward", "operation", b"operation", "tag", b"tag", "update", b"update"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backward", b"backward", "discard_gradients", b"discard_gradients", "forward", b"forward", "operation", b"operation", "tag", b"tag", "traceparent", b"traceparent", "tracestate", b"tracestate", "update", b"update"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_operation: _TypeAlias = _typing.Literal["forward", "backward", "update", "discard_gradients"]  # noqa: Y015
     _WhichOneofArgType_operation: _TypeAlias = _typing.Literal["operation", b"operation"]  # noqa: Y015
