@@ -248,7 +248,7 @@ def test_a_client_without_traces_makes_no_call_for_them(
             client.frame([(session, XS)])
     finally:
         sys.setprofile(None)
-        threading.setprofile(None)  # type: ignore[arg-type]  # None ends it
+        threading.setprofile(None)
     assert bool(called) is is_traced
 
 

@@ -127,7 +127,7 @@ async def test_an_operation_that_names_its_clients_span_is_a_child_of_that(
     """With a link to the stream that carried it; one that names none, or none that can be read, is the stream's."""
     served = await serve(observer=spans.observer)
     named = f"00-{TRACE}-{PARENT}-01"
-    headers: list[dict[str, str]] = [
+    headers: list[dict[str, Any]] = [
         {"traceparent": named, "tracestate": "a=b"},
         {"traceparent": named, "tracestate": f"a={'b' * 512}"},
         {"traceparent": "00-00"},

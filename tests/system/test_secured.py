@@ -307,9 +307,9 @@ def test_a_token_counts_before_the_certificate(mutual: Mutual) -> None:
     """Who presents both acts as the token; a wrong one is refused whatever the certificate."""
     with mutual.connect("viewer.example", mutual.token) as client:
         client.delete_model("none", missing_ok=True)
-    with mutual.connect("viewer.example", "timernn_0123456789ab_wrong") as client:
-        with pytest.raises(timernn.errors.BadCredentials):
-            client.server_info()
+    wrong = mutual.connect("viewer.example", "timernn_0123456789ab_wrong")
+    with wrong as client, pytest.raises(timernn.errors.BadCredentials):
+        client.server_info()
 
 
 def test_a_certificate_ends_with_its_entry(mutual: Mutual) -> None:
