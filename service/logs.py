@@ -55,8 +55,9 @@ def log_to_stderr(level: str, worker: int = 0, form: str = "console") -> None:
     # gRPC has a debug line of its own for each call.
     logging.basicConfig(handlers=[handler], level=max(least, logging.INFO))
     logging.getLogger("service").setLevel(least)
-    # A traceback for each request that is no HTTP: whoever reaches the metrics port could fill a disk.
+    # These show what a stranger has sent, which may be a secret that was sent in a wrong way.
     logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_shows_no_value)
 
 
 @dataclass(slots=True)
@@ -74,6 +75,8 @@ class _Kind:
 
 class SparingHandler(logging.StreamHandler["TextIO"]):
     """Writes each line, but of repeated ones the first of each kind in an interval, and of few kinds.
+
+    The warnings and errors of libraries are taken for repeated ones.
 
     At the end of an interval there is a line `left_out=N` for each kind that had more, and one for all kinds
     that were too many. So a flood costs at most `2 * KINDS + 1` lines an interval.
@@ -94,7 +97,7 @@ class SparingHandler(logging.StreamHandler["TextIO"]):
 
     def handle(self, record: logging.LogRecord) -> bool:
         """Write a record unless it is left out; return whether it was written."""
-        like = getattr(record, REPEATED, None)
+        like = getattr(record, REPEATED, _like_of_library(record))
         if like is not None and self._is_left_out(record, like):
             return False
         return bool(super().handle(record))
@@ -130,6 +133,20 @@ class SparingHandler(logging.StreamHandler["TextIO"]):
         else:
             self._others += 1
         return True
+
+
+def _shows_no_value(record: logging.LogRecord) -> bool:
+    """Return whether a record of gRPC is not about metadata whose bytes are no text, which it would show."""
+    return not str(record.msg).startswith("Invalid encoding")
+
+
+def _like_of_library(record: logging.LogRecord) -> Hashable:
+    """Return what makes a warning or an error of a library like others; None for other lines.
+
+    What leads a library to it is often a client.
+    """
+    is_ours = record.name.partition(".")[0] == "service"
+    return None if is_ours or record.levelno < logging.WARNING else (record.name, str(record.msg))
 
 
 _OTHERS: Final = logging.LogRecord(

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from service.store.embedded import EmbeddedStore
 
 # `make security` takes more calls, or another seed.
-CALLS = int(os.environ.get("FUZZ_CALLS", "1500"))
+CALLS = int(os.environ.get("FUZZ_CALLS", "1000"))
 WIRE_CALLS = int(os.environ.get("FUZZ_WIRE_CALLS", "200"))
 SEED = int(os.environ.get("FUZZ_SEED", "20261128"))
 GROWTH_BYTES = 128 << 20

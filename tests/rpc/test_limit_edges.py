@@ -57,12 +57,12 @@ async def message(lab: Lab, count: int) -> None:
 
 
 async def frame(lab: Lab, count: int) -> None:
-    """Send so many operations in one message."""
+    """Send so many operations in one message, and wait for the answer of each."""
     operation = pb.Operation(update=pb.UpdateRequest(model_id="none", request_id="r"))
     call = lab.rnn.Stream()
     await call.write(pb.StreamRequest(operations=[operation] * count))
-    assert len((await call.read()).results) > 0
-    call.cancel()
+    await call.done_writing()
+    assert sum([len(answer.results) async for answer in call]) == count
 
 
 async def sessions(lab: Lab, count: int) -> None:

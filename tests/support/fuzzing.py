@@ -87,9 +87,7 @@ class World:
     async def restore(self) -> None:
         """Make whatever is missing, and learn how it stands; it has to succeed, whatever was sent before."""
         models, sessions = "/timernn.v1.ModelService", "/timernn.v1.SessionService"
-        await self.client.call(
-            f"{models}/DeleteModel", [model_pb.DeleteModelRequest(model_id="m").SerializeToString()]
-        )
+        await self._remove_all()
         spec = model_pb.ModelSpec(model_id="m", input_size=D, hidden_size=H)
         create = model_pb.CreateModelRequest(spec=spec)
         await self.client.ask(f"{models}/CreateModel", create, model_pb.CreateModelResponse)
@@ -110,6 +108,27 @@ class World:
         )
         self.page = listed.next_page_token
         await self.advance()
+
+    async def _remove_all(self) -> None:
+        """Close every session and delete every model, so that no quota is reached in the long run."""
+        models, sessions = "/timernn.v1.ModelService", "/timernn.v1.SessionService"
+        opened = await self.client.ask(
+            f"{sessions}/ListSessions",
+            session_pb.ListSessionsRequest(page_size=1000),
+            session_pb.ListSessionsResponse,
+        )
+        for session in opened.sessions:
+            close = session_pb.CloseSessionRequest(session_id=session.session_id)
+            path = f"{sessions}/CloseSession"
+            await self.client.ask(path, close, session_pb.CloseSessionResponse)
+        made = await self.client.ask(
+            f"{models}/ListModels",
+            model_pb.ListModelsRequest(page_size=1000),
+            model_pb.ListModelsResponse,
+        )
+        for model in made.models:
+            delete = model_pb.DeleteModelRequest(model_id=model.spec.model_id)
+            await self.client.ask(f"{models}/DeleteModel", delete, model_pb.DeleteModelResponse)
 
     async def advance(self) -> None:
         """Apply the next chunk of the session: the server is alive and computes."""

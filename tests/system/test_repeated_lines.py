@@ -170,6 +170,23 @@ HOSTILE = (
 )  # fmt: skip
 
 
+def test_warnings_of_libraries_are_counted(log: Log) -> None:
+    """By their texts without values; what they say below a warning, and all lines of the service, are written."""
+    library, own = logging.getLogger("audited.library"), logging.getLogger("service.audit")
+    library.setLevel(logging.INFO)
+    library.addHandler(log.handler)
+    try:
+        for number in range(3):
+            library.error("cannot read %s", number)
+            library.info("reads %s", number)
+            own.warning("a line of ours")
+    finally:
+        library.removeHandler(log.handler)
+    found = [line["message"] for line in log.lines]
+    assert (found.count("cannot read 0"), found.count("a line of ours")) == (1, 3)
+    assert len(found) == 7
+
+
 def say(port: int, junk: bytes) -> None:
     """Open a connection, say something that is no request, and wait for the end."""
     with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
