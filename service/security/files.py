@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeAlias
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-Stamp: TypeAlias = "tuple[int, int, int] | None"
+Stamp: TypeAlias = "tuple[int, int, int, int] | None"
 
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
@@ -87,7 +87,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def stamp(path: Path) -> Stamp:
-    """Return what changes with a file's content, through symbolic links; None if there is none.
+    """Return what changes with a file's content, mode or owner, through symbolic links; None if there is none.
 
     Secrets that an orchestrator mounts change by a swap of symbolic links: then the inode is another.
     """
@@ -95,4 +95,4 @@ def stamp(path: Path) -> Stamp:
         found = path.stat()
     except OSError:
         return None
-    return found.st_ino, found.st_mtime_ns, found.st_size
+    return found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size

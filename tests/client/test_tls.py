@@ -252,6 +252,15 @@ def test_files_that_do_not_belong_together_leave_the_last_pair_in_use(
     assert certificates.credentials is not first
 
 
+def test_a_change_of_mode_alone_is_a_change(authority: trustme.CA, tmp_path: Path) -> None:
+    """A key that could not be read is read once its mode is put right."""
+    now = 0.0
+    certificates = Certificates(write(tmp_path, authority), lambda: now)
+    (tmp_path / "client.key").chmod(0o400)
+    now += 2.0
+    assert certificates.renew()
+
+
 @pytest.mark.parametrize(
     ("parts", "words"),
     [

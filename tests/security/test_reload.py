@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from service.security import reload
-from service.security.files import SecretFileError, replace_private
+from service.security.files import SecretFileError, read_private, replace_private
 from service.security.reload import Reloaded
 
 if TYPE_CHECKING:
@@ -108,6 +108,18 @@ def test_a_change_of_content_alone_is_a_change(file: Path) -> None:
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + 1_000_000))
     assert number.check()
     assert number.value == 5
+
+
+def test_a_change_of_mode_alone_is_a_change(file: Path) -> None:
+    """A file that others may read is refused; `chmod 600`, which the error advises, puts it right."""
+    file.chmod(0o600)
+    number = Reloaded("number", [file], lambda: int(read_private(file)))
+    file.chmod(0o644)
+    assert not number.check()
+    assert number.error
+    file.chmod(0o600)
+    assert number.check()
+    assert number.error is None
 
 
 async def test_a_change_that_cannot_be_taken_over_does_not_end_the_watch(

@@ -142,8 +142,8 @@ class Certificates:
             return False
         return True
 
-    def _stamp(self) -> list[tuple[int, int, int] | None]:
-        """Return what changes with the files, through symbolic links too."""
+    def _stamp(self) -> list[tuple[int, int, int, int] | None]:
+        """Return what changes with the files, their modes and owners, through symbolic links too."""
         return [_stamp(path) for path in self._paths.values()]
 
     def _read(self) -> grpc.ChannelCredentials:
@@ -194,9 +194,9 @@ def _refused(name: str, expected: str, got: str) -> errors.BadField:
     return errors.BadField(f"{field}: expected {expected}, got {got}", metadata={"field": field})
 
 
-def _stamp(path: Path) -> tuple[int, int, int] | None:
+def _stamp(path: Path) -> tuple[int, int, int, int] | None:
     try:
         found = path.stat()
     except (OSError, ValueError):
         return None
-    return found.st_ino, found.st_mtime_ns, found.st_size
+    return found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size
