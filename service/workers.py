@@ -46,6 +46,8 @@ class WorkerError(Exception):
 async def supervise(settings: Settings, on_ready: Callable[[str], None]) -> int:
     """Run the workers until SIGTERM or SIGINT and return the worst of their exit codes.
 
+    A second signal is passed on to the workers, which cut their drain short.
+
     Args:
         settings: The settings of each worker; `workers` is the number of workers.
         on_ready: Called once with the address, when every worker serves.
@@ -55,8 +57,16 @@ async def supervise(settings: Settings, on_ready: Callable[[str], None]) -> int:
     """
     log_to_stderr(settings.log_level, form=settings.log_format)
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
+    workers: list[_Worker] = []
+
+    def on_signal() -> None:
+        if stop.is_set():
+            for worker in workers:
+                worker.stop()
+        stop.set()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(number, on_signal)
     async with contextlib.AsyncExitStack() as stack:
         address = stack.enter_context(_port(settings.listen))
         health = ""
@@ -73,7 +83,6 @@ async def supervise(settings: Settings, on_ready: Callable[[str], None]) -> int:
             compute_threads=settings.threads,
         )
         metrics = await _serve_metrics(settings, stack) if settings.metrics_listen else None
-        workers = []
         for index in range(1, settings.workers + 1):
             socket = f"{UNIX}{metrics.path(index)}" if metrics else ""
             workers.append(_Worker(index, environment_of(replace(own, metrics_listen=socket))))

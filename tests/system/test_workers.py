@@ -84,6 +84,18 @@ def test_sigterm_drains_every_worker(supervisor: ServiceProcess) -> None:
     assert not any(is_alive(worker) for worker in workers)
 
 
+def test_a_second_signal_cuts_the_drain_of_the_workers_short(store_url: str) -> None:
+    """As without workers: the exit code is 1, and nobody is left behind."""
+    server = ServiceProcess(store_url, "--workers", "2", "--drain-notice-s", "90")
+    with server:
+        workers = children(server.pid)
+        server.signal(signal.SIGTERM)
+        for number in (1, 2):
+            server.wait_for_line(f".*worker {number} .*draining")
+        assert server.terminate() == 1
+        assert not any(is_alive(worker) for worker in workers)
+
+
 def test_workers_end_when_their_supervisor_is_killed(supervisor: ServiceProcess) -> None:
     """A supervisor that dies at once leaves no worker behind."""
     workers = children(supervisor.pid)
