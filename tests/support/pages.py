@@ -75,28 +75,27 @@ class Shell:
             assert self._bash.stdin is not None
             self._bash.stdin.close()
 
-    def run(self, shown: Shown, limit_s: float = _LIMIT_S) -> str:
-        """Give a command and return what it printed; it must print what the page shows, and succeed."""
+    def run(self, shown: Shown, limit_s: float = _LIMIT_S) -> None:
+        """Give a command, which must succeed and print each line that the page shows; … is anything."""
         code, printed = self.try_to_run(shown.command, limit_s)
         assert code == 0, f"{shown.command}\n{printed}"
         for line in shown.output:
-            printed += self.wait_for(line, printed, limit_s)
-        return printed
+            printed += self._wait_for(".*".join(map(re.escape, line.split("…"))), printed, limit_s)
 
     def try_to_run(self, command: str, limit_s: float = _LIMIT_S) -> tuple[int, str]:
         """Give a command; return its exit code and what was printed meanwhile."""
         assert self._bash.stdin is not None
         self._bash.stdin.write(f'{command}\necho "{_MARK} $? "\n')
         self._bash.stdin.flush()
-        printed = self.wait_for(f"{_MARK} ", "", limit_s)
+        printed = self._wait_for(f"{_MARK} ", "", limit_s)
         before, _, after = printed.partition(_MARK)
         return int(after.split()[0]), before
 
-    def wait_for(self, text: str, printed: str = "", limit_s: float = _LIMIT_S) -> str:
-        """Return what is printed until a text is; what was printed already counts too."""
+    def _wait_for(self, pattern: str, printed: str, limit_s: float) -> str:
+        """Return what is printed until a pattern is; what was printed already counts too."""
         until, more = time.monotonic() + limit_s, ""
-        while text not in printed + more:
-            assert time.monotonic() < until, f"no {text!r} in\n{printed}{more}"
+        while not re.search(pattern, printed + more):
+            assert time.monotonic() < until, f"no {pattern!r} in\n{printed}{more}"
             time.sleep(0.02)
             more += self._new()
         return more
