@@ -47,7 +47,7 @@ test-newest: setup ## The tests with the newest versions that pyproject.toml adm
 	@scripts/test_newest.sh $(PARALLEL) $(PYTEST_ARGS)
 
 .PHONY: lint
-lint: setup ## ruff, mypy, the Lua scripts, import-linter, buf lint, stubs as generated.
+lint: setup ## ruff, mypy, the Lua scripts, import-linter, buf lint, stubs and tables as generated.
 	@scripts/lint.sh
 
 .PHONY: format

@@ -26,6 +26,7 @@ check "mypy" mypy "${dirs[@]}"
 check "lua" python tests/support/lua_lint.py
 check "import-linter" lint-imports --no-cache
 check "words" pytest -q tests/architecture/test_words.py
+check "tables" pytest -q tests/architecture/test_operations_page.py
 check "buf lint" buf lint
 # What the last release promised to its clients; `make release-proto` renews it.
 if [[ -f proto/released.binpb ]]; then
