@@ -36,9 +36,17 @@ class Admission:
         max_bytes: The bound of the second. Something larger is let in while nobody else holds any
             bytes, so that no size within the limits is refused for ever.
         owner: Whose bounds they are, for refusals.
+        when_released: Each is called once, when something was given back.
     """
 
-    __slots__ = ("max_bytes", "max_operations", "operations", "owner", "request_bytes")
+    __slots__ = (
+        "max_bytes",
+        "max_operations",
+        "operations",
+        "owner",
+        "request_bytes",
+        "when_released",
+    )
 
     def __init__(self, max_operations: int, max_bytes: int, owner: str = "this replica") -> None:
         self.max_operations = max_operations
@@ -46,6 +54,17 @@ class Admission:
         self.operations = 0
         self.request_bytes = 0
         self.owner = owner
+        self.when_released: set[Callable[[], None]] = set()
+
+    def has_room(self, size_bytes: int) -> bool:
+        """Return whether so many bytes more would be let in."""
+        return self.request_bytes + size_bytes <= self.max_bytes
+
+    def released(self) -> None:
+        """Call those that wait for something to be given back."""
+        calls, self.when_released = self.when_released, set()
+        for call in calls:
+            call()
 
     def full(self, bound: str, limit: int) -> DomainError:
         """Make the refusal of what would be beyond a bound."""
@@ -230,11 +249,22 @@ class Share:
         if self.tenant is not None:
             self.tenant.count_bytes(size_bytes)
 
+    def has_room(self, size_bytes: int) -> bool:
+        """Return whether the replica has room for so many bytes more, or others hold none of it."""
+        admission = self._admissions[-1]
+        return admission.request_bytes == self.held_bytes or admission.has_room(size_bytes)
+
+    def call_when_released(self, call: Callable[[], None]) -> None:
+        """Have something called once, when the replica has given something back."""
+        self._admissions[-1].when_released.add(call)
+
     def give_back(self, size_bytes: int, operations: int = 0) -> None:
         """Release some of the held bytes and operations."""
         for each in self._admissions:
             each.request_bytes -= size_bytes
             each.operations -= operations
+            if each.when_released:
+                each.released()
         self.held_bytes -= size_bytes
         self.operations -= operations
 

@@ -103,6 +103,7 @@ class Dispatcher:
 
     Attributes:
         admission: What this replica has in work.
+        unbounded: The same of what is always served.
         is_draining: Set once the server takes no more calls.
         operations: The rows of the table by their method.
     """
@@ -117,7 +118,7 @@ class Dispatcher:
         self._tenants = tenants
         self.is_draining = False
         self._authenticator = authenticator
-        self._unbounded = Admission(sys.maxsize, sys.maxsize)  # for what is open
+        self.unbounded = Admission(sys.maxsize, sys.maxsize)
         self.operations: dict[str, Operation] = {}
         self._by_request: dict[str, Operation] = {}
 
@@ -174,7 +175,7 @@ class Dispatcher:
         if self.is_draining and not operation.is_always_served:
             raise draining()
         if operation.is_always_served:
-            return Share(self._unbounded, principal)
+            return Share(self.unbounded, principal)
         tenant = None if self._tenants is None else self._tenants.of(principal.tenant)
         if tenant is not None and request_bytes is not None:
             tenant.count(request_bytes)
@@ -191,6 +192,7 @@ class Dispatcher:
         steps: Steps = operation.behaviour
         tenant = share.principal.tenant
         value = steps.prepare(tenant, request, share.take)
+        del request  # while the operation runs, its arrays are there once
         result = await steps.run(tenant, value)
         response: Message = steps.encode(operation.response_class(), result)
         return response

@@ -192,6 +192,14 @@ def idle_stream(idle_s: float) -> DeadlineExceeded:
     )
 
 
+def slow_message(limit_s: float) -> DeadlineExceeded:
+    """Make the end of a call whose message does not come."""
+    return DeadlineExceeded(
+        "SLOW_MESSAGE",
+        f"the message did not arrive within {limit_s:g} s, and nothing was applied: send less at once",
+    )
+
+
 def _code_for(kind: type[BaseException]) -> grpc.StatusCode | None:
     return next((_CODES[each] for each in kind.__mro__ if each in _CODES), None)
 

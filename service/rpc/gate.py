@@ -22,6 +22,7 @@ from service.rpc.errors import (
     DETAILS_KEY,
     Unauthenticated,
     code_of,
+    malformed,
     refusal_of,
     refusal_to_status,
 )
@@ -35,12 +36,13 @@ if TYPE_CHECKING:
 
     from service.domain.errors import DomainError
     from service.rpc.admission import Share
+    from service.rpc.arrivals import Arrivals
     from service.rpc.auth import Context, Principal
     from service.rpc.codec import Codec
     from service.rpc.dispatcher import Dispatcher, Operation
     from service.telemetry import Observer
 
-    Handler: TypeAlias = Callable[[Any, Context, "Traffic"], Awaitable[bytes | None]]
+    Handler: TypeAlias = Callable[[Context, "Traffic"], Awaitable[bytes | None]]
 
 T = TypeVar("T")
 
@@ -97,12 +99,16 @@ class Gate:
         *,
         observer: Observer,
         default_deadline_s: float,
+        arrivals: Arrivals,
+        public_arrivals: Arrivals,
     ) -> None:
         self._dispatcher = dispatcher
         self._codec = codec
         self._observer = observer
         self._deadlines = Deadlines(default_deadline_s)
         self._throttle = LoginThrottle()
+        self._arrivals = arrivals
+        self._public_arrivals = public_arrivals
 
     def wrap(
         self, service: ServiceDescriptor, servicer: object, *, is_always_served: bool = False
@@ -129,8 +135,10 @@ class Gate:
     ) -> grpc.RpcMethodHandler[Any, Any]:
         operation = self._dispatcher.register(method, servicer, is_always_served=is_always_served)
         build, serve = {
-            (False, False): (grpc.unary_unary_rpc_method_handler, self._unary),
-            (False, True): (grpc.unary_stream_rpc_method_handler, self._server_stream),
+            # gRPC reads the message of a unary request before it asks anybody. As a stream of one message
+            # it is read when there is room for it, and a client sees no difference.
+            (False, False): (grpc.stream_unary_rpc_method_handler, self._unary),
+            (False, True): (grpc.stream_stream_rpc_method_handler, self._server_stream),
             (True, False): (grpc.stream_unary_rpc_method_handler, self._client_stream),
             (True, True): (grpc.stream_stream_rpc_method_handler, self._duplex),
         }[method.client_streaming, method.server_streaming]
@@ -144,7 +152,7 @@ class Gate:
         """Turn everything that a handler raises into a status, and report how the call ended."""
         method, observer = operation.method, self._observer
 
-        async def guarded(request: Any, context: Context) -> Any:
+        async def guarded(_: object, context: Context) -> Any:
             if _LOGGER.isEnabledFor(logging.DEBUG):
                 watched: Any = context  # its stubs declare another kind of callback
                 watched.add_done_callback(_log_end_of(method))
@@ -152,13 +160,16 @@ class Gate:
             began, traffic = time.perf_counter(), Traffic()
             code = outcome = _CANCELLED
             try:
-                answer = await handler(request, context, traffic)
+                answer = await handler(context, traffic)
                 code = outcome = _OK
             except (Exception, asyncio.CancelledError) as error:
                 if _is_over(error):
                     raise
                 refusal = refusal_of(error, method)
                 code, outcome = code_of(refusal).name, refusal.reason
+                # Its frames hold the request, and this one holds it: a cycle, which stays until the
+                # garbage collector comes.
+                refusal.with_traceback(None)
             else:
                 return answer
             finally:
@@ -196,13 +207,13 @@ class Gate:
     def _unary(self, operation: Operation) -> Handler:
         dispatcher, codec = self._dispatcher, self._codec
 
-        async def handle(raw: bytes, context: Context, traffic: Traffic) -> bytes:
-            traffic.request_bytes = len(raw)
-            with dispatcher.let_in(operation, context, len(raw)) as share:
+        async def handle(context: Context, traffic: Traffic) -> bytes:
+            with dispatcher.let_in(operation, context, 0) as share:
                 traffic.principal = share.principal
-                share.take(len(raw), operations=1)
-                traffic.request = request = codec.parse(operation.request_class, raw)
+                share.take(0, operations=1)
+                request = await self._receive(operation, context, share, traffic)
                 steps = dispatcher.call(operation, request, share)
+                del request  # its arrays were copied out of it
                 traffic.answer = message = await self._bounded(context, steps)
                 answer = codec.serialize(message)
                 traffic.answer_bytes = len(answer)
@@ -211,12 +222,11 @@ class Gate:
         return handle
 
     def _server_stream(self, operation: Operation) -> Handler:
-        async def handle(raw: bytes, context: Context, traffic: Traffic) -> None:
-            traffic.request_bytes = len(raw)
-            with self._dispatcher.let_in(operation, context, len(raw)) as share:
+        async def handle(context: Context, traffic: Traffic) -> None:
+            with self._dispatcher.let_in(operation, context, 0) as share:
                 traffic.principal = share.principal
-                share.take(len(raw), operations=1)
-                traffic.request = request = self._codec.parse(operation.request_class, raw)
+                share.take(0, operations=1)
+                request = await self._receive(operation, context, share, traffic)
                 messages = operation.behaviour(RpcCall(context, share), request)
                 writing = self._write_all(context, messages, traffic)
                 # A health watch has no end.
@@ -225,11 +235,11 @@ class Gate:
         return handle
 
     def _client_stream(self, operation: Operation) -> Handler:
-        async def handle(_: object, context: Context, traffic: Traffic) -> bytes:
+        async def handle(context: Context, traffic: Traffic) -> bytes:
             with self._dispatcher.let_in(operation, context, 0) as share:
                 traffic.principal = share.principal
                 share.take(0, operations=1)
-                requests = self._read_all(operation, context, traffic)
+                requests = self._read_all(operation, context, share, traffic)
                 steps = operation.behaviour(RpcCall(context, share), requests)
                 traffic.answer = message = await self._bounded(context, steps)
                 answer = self._codec.serialize(message)
@@ -239,7 +249,7 @@ class Gate:
         return handle
 
     def _duplex(self, operation: Operation) -> Handler:
-        async def handle(_: object, context: Context, _traffic: Traffic) -> None:
+        async def handle(context: Context, _: Traffic) -> None:
             with self._dispatcher.let_in(operation, context) as share:
                 await operation.behaviour(RpcCall(context, share))
 
@@ -253,10 +263,26 @@ class Gate:
             await context.write(raw)
             traffic.answer_bytes += len(raw)
 
+    async def _receive(
+        self, operation: Operation, context: Context, share: Share, traffic: Traffic
+    ) -> Message:
+        """Read the message of a unary request, and count its bytes."""
+        arrivals = self._public_arrivals if operation.is_always_served else self._arrivals
+        raw = await arrivals.read(context, share.principal.tenant)
+        if raw is grpc.aio.EOF:
+            raise malformed(operation.request_class.DESCRIPTOR.name)
+        size = traffic.request_bytes = len(raw)
+        share.take_transfer(size)
+        request = self._codec.parse(operation.request_class, raw)
+        if operation.is_audited:
+            traffic.request = request
+        return request
+
     async def _read_all(
-        self, operation: Operation, context: Context, traffic: Traffic
+        self, operation: Operation, context: Context, share: Share, traffic: Traffic
     ) -> AsyncIterator[Message]:
-        while (raw := await context.read()) is not grpc.aio.EOF:
+        tenant = share.principal.tenant
+        while (raw := await self._arrivals.read(context, tenant)) is not grpc.aio.EOF:
             traffic.request_bytes += len(raw)
             message = self._codec.parse(operation.request_class, raw)
             traffic.request = traffic.request or message

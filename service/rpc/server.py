@@ -13,6 +13,7 @@ from grpc_reflection.v1alpha import reflection_pb2
 
 from service.domain.rules import InputRules
 from service.rpc.admission import Admission
+from service.rpc.arrivals import ArrivalRules, Arrivals
 from service.rpc.auth import AllowAll
 from service.rpc.codec import Codec
 from service.rpc.dispatcher import Dispatcher
@@ -35,6 +36,12 @@ if TYPE_CHECKING:
     from service.rpc.tls import TlsIdentity
     from service.telemetry import Observer
 
+# What a client may send unasked, for each of its calls; a line of 50 ms carries 10 MB/s with it. Once a message
+# is read, all that is missing of it is asked for at once.
+_WINDOW_BYTES: Final = 512 << 10
+# Health and reflection ask for little, and whoever asks need not have logged in.
+_PUBLIC_MESSAGES: Final = 4
+_PUBLIC_WAITING: Final = 256
 # Beyond the limit on messages, so that one a little too large is refused by us, with a reason.
 _MESSAGE_MARGIN_BYTES: Final = 64 << 10
 _HANDOVER_S: Final = 0.05
@@ -87,6 +94,7 @@ class RpcServer:
     Attributes:
         health: NOT_SERVING until set.
         admission: What is in work.
+        arrivals: What is on its way in.
         dispatcher: The table of what is served.
         streams: The open streams.
     """
@@ -100,6 +108,7 @@ class RpcServer:
         observer: Observer = NULL_OBSERVER,
         rules: StreamRules | None = None,
         tenants: TenantAdmissions | None = None,
+        arrival_rules: ArrivalRules | None = None,
         reuse_port: bool = False,
     ) -> None:
         # The pure-Python parser has no bound on nesting (CVE-2025-4565), and is slow.
@@ -116,7 +125,30 @@ class RpcServer:
         self.streams = Streams(
             self.dispatcher, codec, observer=observer, limits=limits, rules=rules
         )
-        gate = Gate(self.dispatcher, codec, observer=observer, default_deadline_s=deadline_s)
+        size, arrival_rules = limits.message_bytes, arrival_rules or ArrivalRules()
+        # Half of the room for requests, since the answers of those in work need some as well.
+        self.arrivals = Arrivals(
+            self.admission,
+            size,
+            limits.request_bytes_in_flight // 2,
+            arrival_rules,
+            waiting_limit=limits.operations_in_flight,
+        )
+        public_arrivals = Arrivals(
+            self.dispatcher.unbounded,
+            size,
+            _PUBLIC_MESSAGES * size,
+            arrival_rules,
+            waiting_limit=_PUBLIC_WAITING,
+        )
+        gate = Gate(
+            self.dispatcher,
+            codec,
+            observer=observer,
+            default_deadline_s=deadline_s,
+            arrivals=self.arrivals,
+            public_arrivals=public_arrivals,
+        )
         input_rules = InputRules(limits)
         services = [
             _Service(_MODEL, ModelService(use_cases.models, info, input_rules)),
@@ -162,6 +194,10 @@ class RpcServer:
         """
         return await _start(self._health_server, listen, None)
 
+    def bytes_in_work(self) -> int:
+        """Return the bytes of requests and answers in work, and of requests that are being read."""
+        return self.admission.request_bytes + self.arrivals.room_taken_bytes
+
     async def drain(self, grace_s: float) -> None:
         """Take nothing more; finish what was accepted within grace_s, then cut it off.
 
@@ -201,6 +237,8 @@ def _options(message_bytes: int, rules: StreamRules, *, reuse_port: bool) -> lis
     return [
         ("grpc.max_receive_message_length", largest),
         ("grpc.max_send_message_length", largest),
+        ("grpc.http2.lookahead_bytes", _WINDOW_BYTES),
+        ("grpc.http2.bdp_probe", 0),  # would widen the window, to 64 MiB on a good line
         # A client that has 100 calls under way keeps the next ones until there is room. With the
         # overload protection, which is on by default, a busy server refuses them instead: of 1000
         # calls at once 800 failed.

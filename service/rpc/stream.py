@@ -50,6 +50,7 @@ class StreamRules:
     Attributes:
         deadline_s: One operation.
         idle_s: Nothing in work and nothing coming; then the stream ends with IDLE_STREAM.
+        quiet_s: Nothing has come; the stream may have half of a message, so that only some may be quiet.
         age_s: A stream; then the client is asked to open another, so that streams spread over
             replicas again and none is cut off when its connection reaches its age.
         goodbye_s: For the client to half-close after the message `draining`.
@@ -58,6 +59,7 @@ class StreamRules:
 
     deadline_s: float = 60.0
     idle_s: float = 300.0
+    quiet_s: float = 30.0
     age_s: float = 300.0
     goodbye_s: float = 1.0
     sweep_s: float = 1.0
@@ -103,6 +105,8 @@ class Streams:
         self.limits = limits
         self.rules = rules
         self.open: set[OperationStream] = set()
+        self._quiet: dict[OperationStream, None] = {}  # the one that is so for longest first
+        self._quiet_limit = max(1, limits.request_bytes_in_flight // 2 // limits.message_bytes)
 
     @cached_property
     def operations(self) -> Mapping[str, Operation]:
@@ -118,6 +122,21 @@ class Streams:
             await stream.run()
         finally:
             self.open.discard(stream)
+            self._quiet.pop(stream, None)
+
+    def note(self, stream: OperationStream, *, is_quiet: bool) -> None:
+        """Note whether a stream is quiet; one too many asks the client of the first to move.
+
+        What of a message has come cannot be seen, so a quiet stream may hold nearly the largest.
+        """
+        if not is_quiet:
+            self._quiet.pop(stream, None)
+            return
+        self._quiet[stream] = None
+        while len(self._quiet) > self._quiet_limit:
+            first = next(iter(self._quiet))
+            del self._quiet[first]
+            first.drain()
 
     def drain(self) -> None:
         """Ask every stream to end once it has answered what it accepted."""
@@ -148,7 +167,7 @@ class OperationStream:
         self._state = _OPEN
         self._failure: Exception | None = None
         self._is_used = False  # since the last sweep
-        self._born = self._last_used = time.perf_counter()
+        self._born = self._last_used = self._last_read = time.perf_counter()
         self._context = copy_context()
 
     async def run(self) -> None:
@@ -196,7 +215,7 @@ class OperationStream:
         context = self._call.context
         try:
             while self._state is not _CLOSED:
-                if self._state is _OPEN and self.budget.is_full():
+                if self._state is _OPEN and self.budget.is_full(self._wake_reader.set):
                     self._wake_reader.clear()
                     await self._wake_reader.wait()
                     continue
@@ -228,7 +247,7 @@ class OperationStream:
         try:
             self.budget.read(operation, request_bytes)
         except Exception as error:  # noqa: BLE001 - answered in the operation's turn
-            operation.refusal = error
+            operation.refusal = error.with_traceback(None)  # whose frames hold the operation
         if not operation.field:
             operation.refusal = bad_field("operation", "required")
         if self._order.add(operation):
@@ -390,6 +409,10 @@ class OperationStream:
     def _sweep(self) -> None:
         """Give up what is overdue; end the stream when it is idle or old."""
         now, rules = time.perf_counter(), self._streams.rules
+        if self._is_used:
+            self._last_read = now
+        is_quiet = self._state is _OPEN and now - self._last_read > rules.quiet_s
+        self._streams.note(self, is_quiet=is_quiet)
         for operation in [
             each for each in self._started if now - each.started_at > rules.deadline_s
         ]:

@@ -11,6 +11,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from service.rpc.admission import Share
     from service.rpc.operation_order import StreamOperation
     from service.settings import Limits
@@ -48,12 +50,20 @@ class StreamBudget:
         self.expected_bytes = 0
         self.answer_bytes = 0
 
-    def is_full(self) -> bool:
-        """Return whether nothing more may be read."""
+    def is_full(self, when_released: Callable[[], None]) -> bool:
+        """Return whether nothing more may be read.
+
+        Args:
+            when_released: Called when there may be room again on the replica, if that is what is missing.
+        """
+        message_bytes = self._message_bytes
+        if not self._share.has_room(message_bytes):
+            self._share.call_when_released(when_released)
+            return True
         return (
             self.operations >= self._operations_limit
-            or self.request_bytes >= self._message_bytes
-            or self.answer_bytes >= self._message_bytes
+            or self.request_bytes >= message_bytes
+            or self.answer_bytes >= message_bytes
         )
 
     def has_room(self) -> bool:

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         SessionKey,
     )
     from service.rpc.admission import TenantAdmissions
+    from service.rpc.arrivals import ArrivalRules
     from service.rpc.auth import Authenticator
     from service.rpc.stream import StreamRules
     from service.telemetry import Observer
@@ -258,6 +259,7 @@ async def serve(domain: StandIn) -> AsyncIterator[Callable[..., Awaitable[Served
         *,
         limits: Limits | None = None,
         rules: StreamRules | None = None,
+        arrival_rules: ArrivalRules | None = None,
         authenticator: Authenticator | None = None,
         observer: Observer = NULL_OBSERVER,
         tenants: TenantAdmissions | None = None,
@@ -271,6 +273,7 @@ async def serve(domain: StandIn) -> AsyncIterator[Callable[..., Awaitable[Served
             UseCases(*6 * (stand_in,)),
             info,
             rules=rules,
+            arrival_rules=arrival_rules,
             authenticator=authenticator,
             observer=observer,
             tenants=tenants,

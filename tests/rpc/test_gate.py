@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from service.rpc.permissions import PUBLIC
 from service.rpc.server import SERVICES
 from service.settings import Limits
 from timernn.v1 import time_rnn_service_pb2 as pb
+from timernn.v1.tensor_pb2 import Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -243,6 +245,30 @@ async def test_more_bytes_than_the_replica_takes_are_overloaded(
     assert refusal.metadata["bound"] == "request_bytes_in_flight"
     served.domain.release()
     await first
+
+
+async def test_what_was_refused_is_freed_at_once(
+    serve: Serve, refused: Refused, tensor: MakeTensor
+) -> None:
+    """No cycle keeps a refused request until the garbage collector comes."""
+    served = await serve()
+    request = pb.ForwardRequest(model_id="m", chunk_seq=1, xs=tensor(1, 64, 64))
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        for _ in range(3):  # the server may not have left the last one yet
+            await refused(served.rnn.Forward(request))
+        gc.collect()
+        requests = (bytes, Tensor, pb.ForwardRequest)
+        kept = [each for each in gc.garbage if isinstance(each, requests)]
+        errors = [each for each in gc.garbage if isinstance(each, DomainError)]
+    finally:
+        gc.set_debug(0)
+        gc.enable()
+        gc.garbage.clear()
+    assert not kept
+    assert not any(each.__traceback__ for each in errors)
 
 
 async def test_a_message_a_little_too_large_is_refused_with_a_reason(
