@@ -20,7 +20,6 @@ from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Final
 
-import numpy as np
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # has no stubs
 
 from service.access import Access
@@ -35,6 +34,7 @@ from service.exposure import ExposedError
 from service.failpoints import FailpointError, Failpoints
 from service.listening import try_to_bind
 from service.logs import log_to_stderr
+from service.memory import FreedMemory, keep_freed_memory
 from service.metrics.recorder import Recorder
 from service.rpc.admission import TenantAdmissions
 from service.rpc.auth import DEFAULT_TENANT
@@ -129,29 +129,23 @@ async def serve(settings: Settings, on_ready: Callable[[str], None]) -> int:
             changes += await _start_metrics(recorder, server, store, access, settings, stack)
         renew = admissions.renew if admissions else (lambda: None)
         stack.enter_context(access.watched(*changes, on_tenants=renew))
-        _keep_freed_memory()
+        keep_freed_memory()
         _collect_garbage_less_often()
         server.health.set_serving(True)
-        watching = asyncio.create_task(_watch_store(server, store, embedded))
+        watching = [
+            asyncio.create_task(_watch_store(server, store, embedded)),
+            asyncio.create_task(FreedMemory(server.bytes_in_work).watch()),
+        ]
         text = "timernn %s serves on %s; store %s, durability %s"
         _LOGGER.info(text, version("timernn"), address, store.address, settings.durability)
         on_ready(address)
         await signals.stop.wait()
-        watching.cancel()
+        for watch in watching:
+            watch.cancel()
         signals.is_draining = True
         await points.hit("before_drain")
         await _drain(server, settings, signals)
     return int(signals.hasten.is_set())
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc keep freed memory instead of returning it to the kernel and getting fresh pages again.
-
-    glibc raises its thresholds to the size of the largest block that was ever freed, up to 32 MiB.
-    Without this each larger batch pays about 2 us per page. See M_MMAP_THRESHOLD in mallopt(3).
-    """
-    block = np.empty(31 << 20, np.uint8)
-    del block
 
 
 def _collect_garbage_less_often() -> None:

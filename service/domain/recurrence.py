@@ -421,20 +421,21 @@ class Recurrence:
         return outputs
 
     async def _run_alone(self, weights: LoadedWeights, inputs: Array, state: Array) -> Step:
-        computed: asyncio.Future[Chunk] = asyncio.get_running_loop().create_future()
+        computed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         chunk = Chunk(
             weights.network,
             weights.prepared,
             inputs,
             weights.network.state_spec.split_rows(state),
             alone=True,
-            deliver=computed.set_result,
+            # With the chunk as its result the future would be in a cycle, which keeps the arrays.
+            deliver=lambda _: computed.set_result(None),
         )
         self._scheduler.submit(chunk)
-        done = await computed
-        if done.step is None:
-            raise done.error or RuntimeError("a chunk was not computed")
-        return done.step
+        await computed
+        if chunk.step is None:
+            raise chunk.error or RuntimeError("a chunk was not computed")
+        return chunk.step
 
     async def _extend(self, key: SessionKey, cached: CachedSession) -> None:
         # A replay is answered also where the store takes no writes at all.
