@@ -47,20 +47,17 @@ def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     return np.random.default_rng(zlib.crc32(request.node.nodeid.encode()))
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave the fault runs out unless they are named, and skip what needs a missing PyTorch."""
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave the fault runs out unless they are named; they are minutes long, their instruments' tests are not."""
+    is_fault_run = collection_path.parent == _FAULTS and collection_path.name.startswith("test_")
+    is_named = any("faults" in argument for argument in config.args)
+    return True if is_fault_run and not is_named else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a missing PyTorch."""
     if importlib.util.find_spec("torch") is None:
         missing = pytest.mark.skip(reason="PyTorch is not installed (see CONTRIBUTING.md)")
         for item in items:
             if item.get_closest_marker("torch"):
                 item.add_marker(missing)
-    if any("faults" in argument for argument in config.args):
-        return
-    left_out = [item for item in items if _is_fault_run(item.path)]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if not _is_fault_run(item.path)]
-
-
-def _is_fault_run(path: Path) -> bool:
-    """Return whether this is a minutes-long fault run, not a test of its instruments."""
-    return path.is_relative_to(_FAULTS) and not path.is_relative_to(_FAULTS / "instruments")
