@@ -108,6 +108,22 @@ def test_the_last_error_is_raised_when_time_is_over(
     assert caught.value.is_outcome_unknown
 
 
+def test_tls_that_failed_is_not_hidden_by_a_connection_that_took_too_long() -> None:
+    """When time is over, what is to be changed comes out, not what a busy machine did to the last try."""
+    now = [0.0]
+    hasty = Caller(
+        ["here"], RetryPolicy(), timeout_s=1.0, connect_timeout_s=1.0, clock=lambda: now[0]
+    )
+    op = hasty.call(GET_MODEL, GetModelRequest())
+    next(op)
+    assert isinstance(op.throw(timernn.TlsFailed("it may expect TLS")), Sleep)
+    assert isinstance(op.send(None), RpcCall)
+    now[0] = 0.99
+    with pytest.raises(timernn.TlsFailed) as caught:
+        op.throw(timernn.Unavailable("connect() timed out"))
+    assert caught.value.attempts == 2
+
+
 def test_the_next_address_takes_over(
     stand_in: Any, other_stand_in: Any, quick: timernn.RetryPolicy
 ) -> None:

@@ -262,7 +262,7 @@ class Patience:
             raise error
         if isinstance(error, errors.DeadlineExceeded):
             self._attempt_s *= 2
-        else:
+        elif error.reason or not isinstance(self._last_informative, errors.TlsFailed):
             self._last_informative = error
         wait = caller.delay_s(self._retries, error)
         is_nobody_there = self._is_nobody_there(error, attempt.address)
@@ -296,9 +296,15 @@ class Patience:
         return f"no server at {addresses} after {tries}; is `timernn serve` running?"
 
     def _most_informative(self, last: errors.Error) -> errors.Error:
-        """Return the last error, or the one before when the last only says that time is over."""
-        before = self._last_informative
-        if last.reason or not isinstance(last, errors.DeadlineExceeded) or before is None:
+        """Return the last error, or one before it when the last only says that time is over.
+
+        So does a connection that was not made in time; TLS that failed before it is the reason.
+        """
+        before, is_late = self._last_informative, isinstance(last, errors.DeadlineExceeded)
+        if last.reason or before is None or not (is_late or isinstance(before, errors.TlsFailed)):
             return last
-        before.attempts, before.is_outcome_unknown = last.attempts, True
+        before.attempts, before.is_outcome_unknown = (
+            last.attempts,
+            is_late or last.is_outcome_unknown,
+        )
         return before
