@@ -36,6 +36,7 @@ from service.listening import try_to_bind
 from service.logs import log_to_stderr
 from service.memory import FreedMemory, keep_freed_memory
 from service.metrics.recorder import Recorder
+from service.metrics.start import serve_metrics, serve_worker, start_measuring
 from service.rpc.admission import TenantAdmissions
 from service.rpc.auth import DEFAULT_TENANT
 from service.rpc.logins import TokenLogin
@@ -315,9 +316,6 @@ async def _start_metrics(
     stack: contextlib.AsyncExitStack,
 ) -> list[Callable[[ServerCertificate], None]]:
     """Begin to measure, and show it on the metrics port; return who has to know of a new certificate."""
-    # Its HTTP server takes longer to import than all the rest.
-    from service.metrics.start import serve_metrics, serve_worker, start_measuring  # noqa: PLC0415
-
     tokens = access.tokens
 
     async def count_sessions() -> dict[str, int]:
