@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import trustme
+from typer.main import get_command
 
 from service.cli import main
+from service.cli.app import app
+from service.cli.remote import Connection
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -145,3 +148,27 @@ def test_options_that_do_not_fit_are_exit_code_2(
     assert (out, err.count("\n")) == ("", 1)
     assert words in err
     assert secured.token.read_text().split()[-1] not in err
+
+
+def test_every_command_that_reaches_a_server_takes_the_same_options() -> None:
+    """Only those that run a server, or work on its files, do without."""
+    connecting, others = set[str](), set[str]()
+    wanted = {f"--{field.name.replace('_', '-')}" for field in fields(Connection)}
+    for name, command in commands_of(get_command(app)):
+        options = {option for parameter in command.params for option in parameter.opts}
+        (connecting if wanted <= options else others).add(name)
+        assert wanted <= options or "--server" not in options, name
+    assert others == {
+        "serve", "tokens create", "tokens list", "tokens revoke", "tenants purge",
+    }  # fmt: skip
+    assert connecting >= {"ping", "doctor", "backup", "restore", "models list", "sessions list"}
+
+
+def commands_of(command: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Go through the commands below one, with their names."""
+    children = getattr(command, "commands", None)
+    if children is None:
+        yield name, command
+        return
+    for own, child in children.items():
+        yield from commands_of(child, f"{name} {own}".strip())

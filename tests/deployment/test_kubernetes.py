@@ -89,6 +89,45 @@ def test_a_client_sees_each_replica(kubernetes: dict[str, Any]) -> None:
         assert kubernetes[kind]["spec"][place] == {"matchLabels": labels}
 
 
+def test_prometheus_finds_the_metrics_port_and_logs_in(kubernetes: dict[str, Any]) -> None:
+    """By the Service's labels and the name of its port, over TLS and with a token from a secret."""
+    (endpoint,) = kubernetes[CUSTOM]["spec"]["endpoints"]
+    service = kubernetes["Service"]
+    labels = service["metadata"]["labels"].items()
+    assert kubernetes[CUSTOM]["spec"]["selector"]["matchLabels"].items() <= labels
+    assert endpoint["port"] in {each["name"] for each in service["spec"]["ports"]}
+    assert endpoint["scheme"] == "https"
+    assert {"name", "key"} == set(endpoint["authorization"]["credentials"])
+
+
+def test_the_network_policy_opens_the_ports_that_are_served(kubernetes: dict[str, Any]) -> None:
+    """Each port of the Service to somebody, never to everybody, and nothing beside them."""
+    spec = kubernetes["NetworkPolicy"]["spec"]
+    assert spec["policyTypes"] == ["Ingress", "Egress"]
+    assert all(rule["from"] and rule["ports"] for rule in spec["ingress"])
+    assert all(rule["to"] and rule["ports"] for rule in spec["egress"])
+    opened = {port["port"] for rule in spec["ingress"] for port in rule["ports"]}
+    assert opened == {each["port"] for each in kubernetes["Service"]["spec"]["ports"]}
+
+
+def test_ports_have_the_names_by_which_they_are_meant(kubernetes: dict[str, Any]) -> None:
+    """A Service's target is a port of the container, at the number that the variables give it."""
+    numbers = {each["name"]: each["containerPort"] for each in container(kubernetes)["ports"]}
+    for port in kubernetes["Service"]["spec"]["ports"]:
+        assert numbers[port["targetPort"]] == port["port"]
+    listens = {"grpc": "LISTEN", "health": "HEALTH_LISTEN", "metrics": "METRICS_LISTEN"}
+    found = variables(kubernetes)
+    for name, number in numbers.items():
+        assert found[f"TIMERNN_{listens[name]}"].endswith(f":{number}")
+
+
+def test_an_update_takes_no_replica_before_another_is_ready(kubernetes: dict[str, Any]) -> None:
+    """Nor does a node that is drained take more than one."""
+    strategy = kubernetes["Deployment"]["spec"]["strategy"]["rollingUpdate"]
+    assert (strategy["maxUnavailable"], strategy["maxSurge"]) == (0, 1)
+    assert kubernetes["PodDisruptionBudget"]["spec"]["maxUnavailable"] == 1
+
+
 def env(kubernetes: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the container's variables as they are declared."""
     return {each["name"]: each for each in container(kubernetes)["env"]}
