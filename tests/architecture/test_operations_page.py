@@ -54,3 +54,13 @@ def test_each_reason_is_explained(reason: str, status: str) -> None:
 def test_no_reason_is_explained_that_is_not_there() -> None:
     """One that was renamed or dropped leaves no row behind."""
     assert set(ROWS) - set(reasons()) == set()
+
+
+def test_each_line_of_the_log_that_is_explained_is_one_that_the_server_writes() -> None:
+    """Compared by the longest part of it that is no placeholder."""
+    rows = re.findall(r"^\| (?:INFO|WARNING|ERROR|DEBUG).*? \| (`.*?) \| ", PAGE, re.MULTILINE)
+    source = "\n".join(path.read_text() for path in (ROOT / "service").rglob("*.py"))
+    lines = [line for row in rows for line in re.findall("`(.*?)`", row)]
+    parts = [max(re.split(r"\b[A-Z]+\b|…|[0-9.]+", line), key=len).strip() for line in lines]
+    assert parts
+    assert [part for part in parts if part not in source] == []
