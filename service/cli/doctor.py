@@ -18,6 +18,7 @@ from service.cli.cgroup import machine_memory, memory_limit
 from service.cli.options import format_bytes, parse_bytes
 from service.cli.output import print_json
 from service.cli.remote import AsJson, Connection, connects
+from service.cli.settings import config_option
 from service.listening import is_loopback
 from service.logs import escaped
 from service.settings import Settings
@@ -32,6 +33,10 @@ _CERTIFICATE_DAYS = 14
 _SKEW_S = 5.0
 _NEARLY_FULL = 0.8
 _SETTINGS = Settings()
+# What is asked here of the server's settings; its tls_cert is not what a client shows.
+_OF_THE_SERVER = (
+    "redis_url", "redis_password_file", "session_cache_bytes", "weights_cache_bytes", "workers"
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,14 +107,15 @@ def doctor(
         int,
         typer.Option("--workers", envvar="TIMERNN_WORKERS", min=1, help="As the server has it."),
     ] = 1,
+    _config: Annotated[Path | None, config_option(_OF_THE_SERVER)] = None,
     connection: Connection,
     json: AsJson = False,
 ) -> None:
     """Check a server from here: address, TLS, token, version, clock, store and memory.
 
     Each line says what was found and what to change. Exit code 0 if nothing failed, 1 if something did.
-    With --redis-url, the store is asked too. Run beside the server, in its container, it also compares
-    the memory that the server may take with what the container may use.
+    With --redis-url, or the server's --config, the store is asked too. Run beside the server, in its
+    container, it also compares the memory that the server may take with what the container may use.
 
     Examples:
       timernn doctor

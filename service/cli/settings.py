@@ -15,7 +15,7 @@ from service.cli.options import LIMIT_PREFIX, OPTIONS
 from service.settings import Limits, Settings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
 
 def takes_settings(command: Callable[[Settings], None]) -> Callable[..., None]:
@@ -44,25 +44,31 @@ def settings_from(values: dict[str, Any]) -> Settings:
     return Settings(**others, limits=Limits(**limits))
 
 
-def _config_parameter() -> inspect.Parameter:
-    option = typer.Option(
+def config_option(names: Collection[str] = ()) -> Any:
+    """Return Typer's option --config, whose file holds what a command's other options are by default.
+
+    Args:
+        names: The settings that the command takes from it; empty: all.
+    """
+
+    def take(context: typer.Context, path: Path | None) -> Path | None:
+        if path is not None and not context.resilient_parsing:
+            said = read_config(path)
+            context.default_map = {k: v for k, v in said.items() if k in names or not names}
+        return path
+
+    return typer.Option(
         "--config",
         envvar="TIMERNN_CONFIG",
         metavar="FILE",
-        help="File with settings, TOML; an option and its variable count more. Read at the start.",
+        help="The server's file of settings, TOML; an option and its variable count more.",
         is_eager=True,  # the other options get their defaults from it
-        callback=_take_config,
-        rich_help_panel="Server",
-    )
-    return inspect.Parameter(
-        "config",
-        inspect.Parameter.KEYWORD_ONLY,
-        default=None,
-        annotation=Annotated[Path | None, option],
+        callback=take,
+        show_default=False,
     )
 
 
-def _take_config(context: typer.Context, path: Path | None) -> Path | None:
-    if path is not None and not context.resilient_parsing:
-        context.default_map = read_config(path)
-    return path
+def _config_parameter() -> inspect.Parameter:
+    kind = inspect.Parameter.KEYWORD_ONLY
+    shown = Annotated[Path | None, config_option()]
+    return inspect.Parameter("config", kind, default=None, annotation=shown)

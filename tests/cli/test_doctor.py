@@ -117,6 +117,21 @@ def test_a_store_without_a_file_or_a_bound_is_a_warning(
     assert found | {"store": "ok", "persistence": "warning", "store memory": "warning"} == found
 
 
+def test_the_server_s_file_of_settings_names_the_store(
+    timernn: Timernn, store: RedisServer, tmp_path: Path
+) -> None:
+    """Its store, its caches and its workers; its certificate is not what a client shows."""
+    file = tmp_path / "timernn.toml"
+    file.write_text(f"""
+redis-url = "{store.url}"
+workers = 1000
+tls-cert = "tls.crt"
+tls-key = "tls.key"
+""")
+    found = statuses(timernn("doctor", "--config", str(file), "--json"))
+    assert found | {"store": "ok", "tls": "ok", "memory": "warning"} == found
+
+
 def test_a_store_that_evicts_fails(timernn: Timernn, store: RedisServer) -> None:
     """The line names the policy."""
     store.ask("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
