@@ -12,6 +12,7 @@ import operations_page
 from service.domain import errors as domain_errors
 from service.domain.errors import DomainError
 from service.domain.ports import Absence
+from service.metrics.families import FAMILIES
 from service.rpc import errors as rpc_errors
 from timernn import errors
 
@@ -64,3 +65,15 @@ def test_each_line_of_the_log_that_is_explained_is_one_that_the_server_writes() 
     parts = [max(re.split(r"\b[A-Z]+\b|…|[0-9.]+", line), key=len).strip() for line in lines]
     assert parts
     assert [part for part in parts if part not in source] == []
+
+
+@pytest.mark.parametrize("page", ["deployment", "operations", "security"])
+def test_each_metric_and_alert_that_a_page_names_exists(page: str) -> None:
+    """A renamed one would send its reader nowhere; a pattern of several has a bracket or a bar."""
+    text = (ROOT / "docs" / f"{page}.md").read_text()
+    alerts = (ROOT / "docker/prometheus/alerts.yml").read_text()
+    metrics = set(re.findall(r"\b((?:timernn|grpc_server)_[a-z_]+[a-z])\b(?![(\[_])", text))
+    series = {name + end for name in FAMILIES for end in ("", "_sum", "_count", "_bucket")}
+    assert metrics - series == set()
+    named = set(re.findall(r"`(Timernn[A-Z]\w+)`", text))
+    assert named - set(re.findall(r"alert: (\w+)", alerts)) == set()
