@@ -1,8 +1,8 @@
 """Commits chunks, many in one round trip to the store.
 
 Commits that are submitted while a round trip is under way are coalesced into the next one; a lone commit
-is sent at once. Each server of a cluster has a queue of its own, so that one that does not answer holds up
-nobody else.
+is sent at once. The store says which may be sent together: each server of a cluster has a queue of its own,
+so that one that does not answer holds up nobody else.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ TRIP_BYTES = 1 << 22
 
 
 @dataclass(slots=True)
-class _ServerQueue:
-    """The commits that one server of the store decides about.
+class _CommitQueue:
+    """The commits that may be sent together.
 
     Attributes:
         waiting: Those that were not sent yet, with their callbacks.
@@ -52,7 +52,7 @@ class Committer:
     def __init__(self, store: SessionStore) -> None:
         """Start idle."""
         self._store = store
-        self._queues: defaultdict[object, _ServerQueue] = defaultdict(_ServerQueue)
+        self._queues: defaultdict[object, _CommitQueue] = defaultdict(_CommitQueue)
         self._tasks: set[asyncio.Task[None]] = set()
 
     def submit(self, commit: ChunkCommit, on_done: OnDone) -> None:
@@ -67,7 +67,7 @@ class Committer:
         if size > BIG_BYTES:
             self._spawn([submitted])
             return
-        queue = self._queues[self._store.node_of(commit.key)]
+        queue = self._queues[self._store.queue_of(commit)]
         queue.waiting.append(submitted)
         if len(queue.waiting) == 1 and queue.trips < ROUND_TRIPS:
             asyncio.get_running_loop().call_soon(self._send_waiting, queue)
@@ -77,13 +77,13 @@ class Committer:
         while self._tasks:
             await asyncio.wait(self._tasks)
 
-    def _send_waiting(self, queue: _ServerQueue) -> None:
+    def _send_waiting(self, queue: _CommitQueue) -> None:
         while queue.waiting and queue.trips < ROUND_TRIPS:
             queue.trips += 1
             trip = self._spawn(_take_batch(queue))
             trip.add_done_callback(partial(self._end_trip, queue))
 
-    def _end_trip(self, queue: _ServerQueue, _trip: asyncio.Task[None]) -> None:
+    def _end_trip(self, queue: _CommitQueue, _trip: asyncio.Task[None]) -> None:
         queue.trips -= 1
         self._send_waiting(queue)
 
@@ -106,7 +106,7 @@ class Committer:
             on_done(outcome)
 
 
-def _take_batch(queue: _ServerQueue) -> list[Submitted]:
+def _take_batch(queue: _CommitQueue) -> list[Submitted]:
     batch, size = [], 0
     while queue.waiting and size < TRIP_BYTES:
         submitted = queue.waiting.popleft()

@@ -150,6 +150,15 @@ class Contributions:
                 f"or {limits.contribution_bytes_per_model} bytes; send Update or DiscardGradients"
             )
             raise ResourceExhausted("TAPE_QUOTA", text, quota="contributions_per_model")
+        if outcome is RecordOutcome.TENANT_QUOTA:
+            limit = self._policy.of(recording.model.key.tenant).contribution_bytes_per_tenant
+            text = (
+                f"the contributions of this tenant that wait for an Update would need more than {limit} "
+                "bytes, the most there may be; send Update or DiscardGradients"
+            )
+            raise ResourceExhausted(
+                "TAPE_QUOTA", text, quota="contribution_bytes_per_tenant", limit=limit
+            )
         if outcome is RecordOutcome.FULL:
             text = (
                 "too many contributions were recorded lately to remember one more; try again later"

@@ -7,8 +7,8 @@ this process is the same for everyone, and stands in `service.settings.Limits` a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Protocol, Self
+from dataclasses import MISSING, dataclass, fields
+from typing import TYPE_CHECKING, Final, Protocol, Self
 
 if TYPE_CHECKING:
     from service.settings import Limits
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class TenantLimits:
     """The quotas of one tenant; each has the name that it has in `Limits`, where its default stands.
+
+    The last two have none: a tenant may keep as much as its sessions and models may, unless somebody says otherwise.
 
     Attributes:
         sessions_per_tenant: Sessions that live at once.
@@ -28,6 +30,8 @@ class TenantLimits:
         contribution_bytes_per_model: Bytes of their gradients.
         superseded_bytes_per_model: Bytes of the weights of versions before the head.
         checkpoints_per_model: Checkpoints.
+        tape_bytes_per_tenant: Bytes of all tapes that wait for their Backward; None: no bound.
+        contribution_bytes_per_tenant: Bytes of all gradients that wait for an Update; None: no bound.
     """
 
     sessions_per_tenant: int
@@ -39,11 +43,20 @@ class TenantLimits:
     contribution_bytes_per_model: int
     superseded_bytes_per_model: int
     checkpoints_per_model: int
+    tape_bytes_per_tenant: int | None = None
+    contribution_bytes_per_tenant: int | None = None
+
+    def of_limits(self) -> dict[str, int]:
+        """Return those that `Limits` has as well, by name."""
+        return {name: getattr(self, name) for name in _NAMES}
 
     @classmethod
     def from_limits(cls, limits: Limits) -> Self:
         """Return the quotas that hold for a tenant of whom nothing else is said."""
-        return cls(**{field.name: getattr(limits, field.name) for field in fields(cls)})
+        return cls(**{name: getattr(limits, name) for name in _NAMES})
+
+
+_NAMES: Final = tuple(field.name for field in fields(TenantLimits) if field.default is MISSING)
 
 
 class LimitsPolicy(Protocol):

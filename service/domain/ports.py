@@ -169,7 +169,8 @@ class ChunkOutcome(Enum):
     OK = "OK"
     TOUCH = "TOUCH"  # OK, and the session's entry in the tenant's list has to be extended
     STALE = "STALE"
-    QUOTA = "QUOTA"
+    QUOTA = "QUOTA"  # of the session
+    TENANT_QUOTA = "TENANT_QUOTA"  # bytes of all tapes of the tenant
 
 
 @dataclass(slots=True)  # not frozen: one is made for each chunk
@@ -182,6 +183,7 @@ class ChunkCommit:
     state: StoredState
     acknowledged_seq: int
     tape: bytes | None = None
+    ttl_ms: int = 0  # of the session; its tape is kept no longer
 
 
 @dataclass(frozen=True, slots=True)
@@ -341,7 +343,8 @@ class RecordOutcome(Enum):
     REUSED = "REUSED"
     GONE = "GONE"
     EXPIRED = "EXPIRED"  # its tape, meanwhile
-    QUOTA = "QUOTA"
+    QUOTA = "QUOTA"  # of the model
+    TENANT_QUOTA = "TENANT_QUOTA"  # bytes of all gradients of the tenant
     FULL = "FULL"
 
 
@@ -388,8 +391,8 @@ class SessionStore(Protocol):
     ) -> EpochDecision | AbsentSession:
         """Begin an epoch; AbsentSession if the mode needs a live session and there is none."""
 
-    def node_of(self, key: SessionKey) -> object:
-        """Return the node that serves a session as far as is known, None where the store is one server."""
+    def queue_of(self, commit: ChunkCommit) -> object:
+        """Return what a commit shares with those that it should share a round trip with."""
 
     async def commit_chunks(self, commits: Sequence[ChunkCommit]) -> list[ChunkOutcome | Exception]:
         """Apply chunks of different sessions, each by itself, in one round trip."""

@@ -53,6 +53,7 @@ from service.domain.refusals import (
     seq_reused,
     session_absent,
     tape_quota,
+    tenant_tape_quota,
 )
 from service.domain.retries import CHUNK_TRIES
 from service.domain.session_cache import cached_from_snapshot, state_from_bytes
@@ -342,6 +343,7 @@ class Recurrence:
             state,
             min(op.acknowledged_seq, op.chunk_seq - 1),
             tape_to_bytes(pending.version, op.xs, pending.base.state) if op.train else None,
+            pending.base.ttl_ms,
         )
         self._committer.submit(commit, partial(self._committed, pending))
 
@@ -352,6 +354,9 @@ class Recurrence:
         self._session_cache.drop(pending.key)
         if outcome is ChunkOutcome.QUOTA:
             self._end(pending, tape_quota(self._policy.of(pending.key.tenant).tapes_per_session))
+        elif outcome is ChunkOutcome.TENANT_QUOTA:
+            most = self._policy.of(pending.key.tenant).tape_bytes_per_tenant
+            self._end(pending, tenant_tape_quota(most))
         elif isinstance(outcome, Exception):
             self._end(pending, outcome)
         elif pending.tries + 1 < CHUNK_TRIES:

@@ -128,6 +128,15 @@ def tape_quota(limit: int) -> ResourceExhausted:
     return ResourceExhausted("TAPE_QUOTA", text, quota="tapes_per_session", limit=limit)
 
 
+def tenant_tape_quota(limit: int | None) -> ResourceExhausted:
+    """Make the refusal of a TRAIN chunk whose tape would be more than a tenant may have waiting."""
+    text = (
+        f"the tapes of this tenant that wait for their Backward would need more than {limit} bytes, "
+        "the most there may be; send Backward or DiscardGradients, or use INFER"
+    )
+    return ResourceExhausted("TAPE_QUOTA", text, quota="tape_bytes_per_tenant", limit=limit)
+
+
 def tape_missing(chunk_seq: int, state: ContributionState | None) -> FailedPrecondition:
     """Make the refusal of a Backward whose tape is not there.
 

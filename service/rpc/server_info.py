@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from service.rpc.session_messages import duration_to_proto
@@ -35,7 +35,7 @@ class ServerInfo:
 
     def limits_of(self, tenant: str) -> Limits:
         """Return the limits as one tenant meets them."""
-        return replace(self.limits, **asdict(self.policy.of(tenant)))
+        return replace(self.limits, **self.policy.of(tenant).of_limits())
 
 
 def limits_to_proto(limits: Limits) -> pb.Limits:

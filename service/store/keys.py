@@ -129,6 +129,18 @@ def tenant_models_key(tenant: str) -> bytes:
     return tenant_tag(tenant) + b"m"
 
 
+def tape_sizes_keys(tenant: str) -> tuple[bytes, bytes]:
+    """Return the keys of the bytes of a tenant's waiting tapes: by name, and the names by their ends."""
+    tag = tenant_tag(tenant)
+    return tag + b"t", tag + b"u"
+
+
+def gradient_sizes_keys(tenant: str) -> tuple[bytes, bytes]:
+    """Return the keys of the bytes of a tenant's waiting gradients, as of its tapes."""
+    tag = tenant_tag(tenant)
+    return tag + b"d", tag + b"x"
+
+
 def check_key(number: int) -> bytes:
     """Return a key for checking whether a store accepts writes; numbers spread over the slots."""
     return b"t{check%d}" % number

@@ -98,7 +98,7 @@ CONTRIBUTION_NAME = struct.Struct(">16sQQ")
 STEP_ANSWER = struct.Struct(">Q16sd?I")
 DIGEST_BYTES = 16
 _COMMIT = struct.Struct(">QQ16sIIQ16s16sQ16s")  # the last five are a slot's head
-_TAPE_LIMITS = struct.Struct(">IIQ")
+TAPE_LIMITS = struct.Struct(">IIQ")
 _EPOCH_TAIL = struct.Struct(">16sIBxxx16s")
 
 DTYPES = {"float32": 1, "float64": 2}
@@ -217,7 +217,7 @@ def commit_to_parts(commit: ChunkCommit) -> tuple[bytes, bytes]:
 
 def tape_limits_to_bytes(limits: TenantLimits) -> bytes:
     """Lay out what a session may keep of tapes, as commit_chunks.lua reads it after a commit with a tape."""
-    return _TAPE_LIMITS.pack(
+    return TAPE_LIMITS.pack(
         limits.tapes_per_session,
         limits.counted_tapes_per_session,
         limits.counted_tape_bytes_per_session,

@@ -24,6 +24,7 @@ from service.settings import MIB, MINUTE_MS
 from service.store import keys, layouts
 from service.store.failures import RETRY_AFTER_S
 from service.store.scripts import ScriptCall, load_script
+from service.store.tenant_bytes import NAME_BYTES, Counted, TenantBytes, Value
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -71,6 +72,11 @@ class RedisModelStore:
         self._runner = runner
         self._limits = limits
         self._policy = policy
+        self._gradient_bytes = TenantBytes(
+            runner,
+            keys.gradient_sizes_keys,
+            lambda tenant: policy.of(tenant).contribution_bytes_per_tenant,
+        )
 
     async def create_model(
         self,
@@ -172,12 +178,20 @@ class RedisModelStore:
             keys.moments_prefix(tag, incarnation),
             keys.gradient_prefix(tag),
         )
-        answer = await self._runner.run(ScriptCall(_DELETE_MODEL, slot, (incarnation, *prefixes)))
+        answer, *names = await self._runner.run(
+            ScriptCall(_DELETE_MODEL, slot, (incarnation, *prefixes))
+        )
+        if names:
+            await self._gradient_bytes.release(key.tenant, names[0])
         # The model is deleted even if its name stays listed: then the name counts against the tenant's
         # limit until it is used or deleted again.
         with suppress(*STORE_FAILURES):
             await self.forget_model_name(key)
         return bool(answer == b"DELETED")
+
+    async def forget_sizes(self, tenant: str) -> None:
+        """Drop what is counted of the gradients of a tenant that is erased."""
+        await self._runner.run_commands([("UNLINK", *keys.gradient_sizes_keys(tenant))])
 
     async def find_version(self, key: ModelKey, number: int) -> Version | None:
         """Return the version stored under a number."""
@@ -219,8 +233,8 @@ class RedisModelStore:
 
     async def record_contribution(self, key: ModelKey, contribution: Contribution) -> RecordOutcome:
         """Count a contribution once."""
-        (outcome,) = await self._record(key, contribution)
-        return RecordOutcome(outcome.decode())
+        outcome, _ = await self._record(key, contribution)
+        return outcome
 
     async def record_and_read(
         self,
@@ -231,20 +245,40 @@ class RedisModelStore:
         selectors: Sequence[Selector],
     ) -> tuple[RecordOutcome, UpdateInputs | Exception | None]:
         """Count a contribution once and, mostly after that, read what an Update decides from."""
-        outcome, inputs = await self._record(
+        recorded, (inputs,) = await self._record(
             key, contribution, _inputs_call(key, request, selectors)
         )
-        recorded = RecordOutcome(outcome.decode())
         return recorded, inputs if isinstance(inputs, Exception) else _update_inputs(inputs)
 
     async def _record(
         self, key: ModelKey, contribution: Contribution, *others: ScriptCall
-    ) -> list[Any]:
-        """Record a contribution, and run other scripts right after it; return all answers.
+    ) -> tuple[RecordOutcome, list[Any]]:
+        """Record a contribution if its tenant has room, and run other scripts right after; return all answers.
 
         If another fails, its error takes the place of its answer; the contribution stays recorded.
         """
-        calls = (self._record_call(key, contribution), *others)
+        name = layouts.contribution_name(contribution.key)
+        size, lasts_ms = contribution.gradient.nbytes, self._limits.contribution_ttl_ms
+        (counted,) = await self._gradient_bytes.reserve([Value(key.tenant, name, size, lasts_ms)])
+        # Without room the script is asked all the same: it knows whether the gradient was recorded before.
+        has_room = isinstance(counted, Counted) and counted is not Counted.FULL
+        answer, *rest = await self._write_and_record(
+            key, contribution, (self._record_call(key, contribution, has_room=has_room), *others)
+        )
+        outcome = RecordOutcome(answer.decode())
+        if outcome is RecordOutcome.QUOTA and isinstance(counted, Exception):
+            raise counted
+        if outcome is RecordOutcome.QUOTA and not has_room:
+            outcome = RecordOutcome.TENANT_QUOTA
+        is_waiting = outcome in (RecordOutcome.RECORDED, RecordOutcome.REPLAYED)
+        if counted is Counted.NEW and not is_waiting:
+            await self._gradient_bytes.release(key.tenant, name)
+        return outcome, rest
+
+    async def _write_and_record(
+        self, key: ModelKey, contribution: Contribution, calls: Sequence[ScriptCall]
+    ) -> list[Any]:
+        """Run the calls, of which the first records; again once the parts of a large gradient are written."""
         answers = await self._run_first(calls)
         if answers[0] == b"MISSING":  # it is new and large: only now its parts have to be written
             name = keys.gradient_prefix(keys.model_tag(key)) + layouts.waiting_to_bytes(
@@ -262,7 +296,9 @@ class RedisModelStore:
             raise answers[0]
         return answers
 
-    def _record_call(self, key: ModelKey, contribution: Contribution) -> ScriptCall:
+    def _record_call(
+        self, key: ModelKey, contribution: Contribution, *, has_room: bool
+    ) -> ScriptCall:
         tag, gradient = keys.model_tag(key), contribution.gradient
         limits, quotas = self._limits, self._policy.of(key.tenant)
         slot = (
@@ -277,7 +313,7 @@ class RedisModelStore:
             contribution.digest,
             gradient.joined() if gradient.nbytes <= PART_BYTES else b"",
             limits.contribution_ttl_ms,
-            quotas.contributions_per_model,
+            quotas.contributions_per_model if has_room else 0,
             quotas.contribution_bytes_per_model,
             limits.remembered_contributions_per_model,
             keys.gradient_prefix(tag),
@@ -363,6 +399,9 @@ class RedisModelStore:
             for refused in (part for part in ran.first if isinstance(part, Exception)):
                 raise refused
             return PublishOutcome.STALE, None  # the parts have expired: it is all made again
+        if outcome == b"PUBLISHED":
+            names = b"".join(map(layouts.contribution_name, publication.contributions))
+            await self._gradient_bytes.release(key.tenant, names)
         remembered = layouts.step_answer_from_bytes(answer[0]) if answer else None
         return PublishOutcome(outcome.decode()), remembered
 
@@ -381,8 +420,11 @@ class RedisModelStore:
         prefix = keys.gradient_prefix(tag)
         named = layouts.selectors_to_bytes(key.tenant, selectors)
         arguments: list[Argument] = [incarnation, prefix, remembered_ms, *named]
-        dropped = int(await self._runner.run(ScriptCall(_DISCARD_CONTRIBUTIONS, slot, arguments)))
-        return None if dropped < 0 else dropped
+        names = await self._runner.run(ScriptCall(_DISCARD_CONTRIBUTIONS, slot, arguments))
+        if isinstance(names, int):
+            return None
+        await self._gradient_bytes.release(key.tenant, names)
+        return len(names) // NAME_BYTES
 
     async def create_checkpoint(
         self,

@@ -46,4 +46,5 @@ async def purge_tenant(store: Store, tenant: str) -> Purged:
             incarnation = record.incarnation if record else b""
             models += await store.models.delete_model(key, incarnation)
     sessions = await store.sessions.erase_sessions(tenant)
+    await store.models.forget_sizes(tenant)
     return Purged(models, sessions)

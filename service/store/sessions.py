@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from service.domain.digests import contribution_key, session_digest
 from service.domain.ports import (
     Absence,
     ChunkOutcome,
@@ -15,14 +16,15 @@ from service.domain.ports import (
     SessionSnapshot,
     TapeSnapshot,
 )
-from service.domain.types import SessionKey
+from service.domain.types import ChunkKey, SessionKey
 from service.settings import DAY_MS
 from service.store import keys, layouts
 from service.store.failures import as_domain_error, is_refusal
 from service.store.scripts import ScriptCall, load_script
+from service.store.tenant_bytes import Counted, TenantBytes, Value
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Container, Iterator, Sequence
 
     from service.domain.limits_policy import LimitsPolicy
     from service.domain.ports import (
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
         EpochStart,
         SessionHead,
     )
-    from service.domain.types import ChunkKey, WaitingTape
+    from service.domain.types import WaitingTape
     from service.settings import Limits
     from service.store.links import Command
     from service.store.scripts import Argument, Ran, ScriptRunner
@@ -56,6 +58,7 @@ _LIST_SESSIONS = load_script("list_sessions")
 _CHUNK_OUTCOMES = {outcome.value.encode(): outcome for outcome in ChunkOutcome}
 
 
+_NO_TAPES = layouts.TAPE_LIMITS.pack(0, 0, 0)
 _ANY_CHUNK = -1  # begin_epoch.lua: the last chunk may be any
 
 
@@ -74,6 +77,9 @@ class RedisSessionStore:
         self._runner = runner
         self._limits = limits
         self._policy = policy
+        self._tape_bytes = TenantBytes(
+            runner, keys.tape_sizes_keys, lambda tenant: policy.of(tenant).tape_bytes_per_tenant
+        )
 
     async def read_session(
         self, key: SessionKey, chunk_seq: int = 0
@@ -114,37 +120,80 @@ class RedisSessionStore:
             len(start.head.model_id.encode()),
         )
         slot = (keys.record_key(tag), keys.marker_key(tag), keys.tape_index_key(tag))
-        outcome, detail = await self._runner.run(ScriptCall(_BEGIN_EPOCH, slot, arguments))
+        outcome, detail, *tapes = await self._runner.run(ScriptCall(_BEGIN_EPOCH, slot, arguments))
         if outcome == b"ABSENT":
             return await self._absent(tag, detail)
         decided = EpochOutcome(outcome.decode())
         if decided is EpochOutcome.GAP:
             return EpochDecision(decided, chunk_seq=int(detail))
+        if tapes:
+            await self._release_tapes(key, tapes[0])
         return EpochDecision(decided, epoch=int(detail))
 
-    def node_of(self, key: SessionKey) -> object:
-        """Return the node that serves a session as far as is known, None where the store is one server."""
-        return self._runner.node_of(keys.session_tag(key))
+    def queue_of(self, commit: ChunkCommit) -> object:
+        """Return what a commit shares with those that it should share a round trip with.
 
-    async def commit_chunks(
-        self, commits: Sequence[ChunkCommit], *, in_one_call: bool = True
+        That is the node that serves its session, as far as is known. The tapes of a tenant with a bound take one
+        round trip more, which nobody else is to wait for.
+        """
+        node = self._runner.node_of(keys.session_tag(commit.key))
+        tenant = commit.key.tenant
+        is_counted = commit.tape is not None and self._tape_bytes.is_bounded(tenant)
+        return (node, tenant) if is_counted else node
+
+    async def commit_chunks(self, commits: Sequence[ChunkCommit]) -> list[ChunkOutcome | Exception]:
+        """Apply chunks of different sessions, each by itself, in one round trip; see `queue_of`."""
+        taped = [commit for commit in commits if commit.tape is not None]
+        if not any(self._tape_bytes.is_bounded(commit.key.tenant) for commit in taped):
+            return await self._commit(commits, ())
+        tapes = {commit.key: self._tape_value(commit) for commit in taped}
+        counted = dict(
+            zip(tapes, await self._tape_bytes.reserve(list(tapes.values())), strict=True)
+        )
+        # Without room the script is asked all the same: it knows whether the chunk was applied before.
+        refused: dict[SessionKey, ChunkOutcome | Exception] = {
+            key: one if isinstance(one, Exception) else ChunkOutcome.TENANT_QUOTA
+            for key, one in counted.items()
+            if one is Counted.FULL or isinstance(one, Exception)
+        }
+        outcomes = await self._commit(commits, refused)
+        for i, commit in enumerate(commits):
+            if outcomes[i] is ChunkOutcome.QUOTA:
+                outcomes[i] = refused.get(commit.key, ChunkOutcome.QUOTA)
+                if counted[commit.key] is Counted.NEW:
+                    await self._tape_bytes.release(commit.key.tenant, tapes[commit.key].name)
+        return outcomes
+
+    def _tape_value(self, commit: ChunkCommit) -> Value:
+        """Return what a commit adds to what its tenant keeps."""
+        chunk = ChunkKey(commit.key, commit.epoch, commit.state.chunk_seq)
+        name = layouts.contribution_name(contribution_key(chunk))
+        lasts_ms = min(self._limits.tape_ttl_ms, commit.ttl_ms)
+        return Value(commit.key.tenant, name, len(commit.tape or b""), lasts_ms)
+
+    async def _commit(
+        self,
+        commits: Sequence[ChunkCommit],
+        refused: Container[SessionKey],
+        *,
+        in_one_call: bool = True,
     ) -> list[ChunkOutcome | Exception]:
-        """Apply chunks of different sessions, each by itself, in one round trip.
+        """Apply chunks, but keep no tapes of the refused sessions: the answer to a chunk with one is then QUOTA or STALE.
 
         They are one call of the script, unless a script may see one slot only, or each is to be asked
         for by itself.
         """
         is_joined = in_one_call and not self._runner.is_cluster
         groups = [commits] if is_joined else [[commit] for commit in commits]
-        runs = await self._runner.run_many([self._commit_call(some) for some in groups])
+        runs = await self._runner.run_many([self._commit_call(some, refused) for some in groups])
         answers: list[ChunkOutcome | Exception] = []
         for some, ran in zip(groups, runs, strict=True):
             if not isinstance(ran.answer, Exception):
-                answers += _chunk_outcomes(some, ran)
+                answers += _chunk_outcomes(some, refused, ran)
             elif len(some) > 1 and is_refusal(ran.answer):
                 # None of them was applied now. Which of them an earlier call applied, or a rival
                 # overtook, each has to be asked for by itself.
-                answers += await self.commit_chunks(some, in_one_call=False)
+                answers += await self._commit(some, refused, in_one_call=False)
             else:
                 answers += [ran.answer] * len(some)
         return answers
@@ -162,11 +211,13 @@ class RedisSessionStore:
         """End a session, unless an epoch is expected (not 0) and it has another."""
         tag = keys.session_tag(key)
         slot = (keys.record_key(tag), keys.marker_key(tag), keys.tape_index_key(tag))
-        outcome, epoch, marker = await self._runner.run(
+        outcome, epoch, detail = await self._runner.run(
             ScriptCall(_CLOSE_SESSION, slot, (expected_epoch, MARKER_MS))
         )
         if outcome == b"ABSENT":
-            return layouts.absence_from_marker(marker)
+            return layouts.absence_from_marker(detail)
+        if outcome == b"CLOSED":
+            await self._release_tapes(key, detail)
         return CloseDecision(CloseOutcome(outcome.decode()), int(epoch))
 
     async def read_tape(self, chunk: ChunkKey, *, with_data: bool = True) -> TapeSnapshot:
@@ -193,7 +244,9 @@ class RedisSessionStore:
         """Note that the contribution of a tape was recorded, so that it does not count as waiting."""
         tag, name = keys.session_tag(chunk.session), layouts.tape_name(chunk)
         slot = (keys.record_key(tag), keys.tape_index_key(tag))
-        await self._runner.run(ScriptCall(_MARK_TAPE_CONSUMED, slot, (name, token)))
+        answer = await self._runner.run(ScriptCall(_MARK_TAPE_CONSUMED, slot, (name, token)))
+        if answer == b"OK":
+            await self._release_tapes(chunk.session, name)
 
     async def discard_tapes(self, key: SessionKey, epoch: int, chunk_seqs: Sequence[int]) -> int:
         """Drop tapes that wait for their Backward; epoch 0: any, no chunks: all."""
@@ -201,7 +254,9 @@ class RedisSessionStore:
         chunks = b"".join(seq.to_bytes(8, "big") for seq in chunk_seqs)
         named = epoch.to_bytes(8, "big") if epoch else b""
         slot = (keys.record_key(tag), keys.tape_index_key(tag))
-        return int(await self._runner.run(ScriptCall(_DISCARD_TAPES, slot, (named, chunks))))
+        names = await self._runner.run(ScriptCall(_DISCARD_TAPES, slot, (named, chunks)))
+        await self._release_tapes(key, names)
+        return len(names) // layouts.TAPE_NAME.size
 
     async def list_tapes(
         self, key: SessionKey
@@ -254,7 +309,7 @@ class RedisSessionStore:
         return int(count)
 
     async def erase_sessions(self, tenant: str) -> int:
-        """Erase all sessions on the tenant's list, then the list; return how many were live.
+        """Erase all sessions on the tenant's list, then the list and what is counted; return how many were live.
 
         Raises:
             UnsupportedLayout: If another release laid one out; those before it are erased.
@@ -272,7 +327,9 @@ class RedisSessionStore:
                 live += ran.answer[0] == b"CLOSED"
             # What closing leaves for late clients: that there was a session.
             await self._runner.run_commands([("UNLINK", keys.marker_key(tag)) for tag in tags])
-        await self._runner.run_commands([("UNLINK", listed)])
+        await self._runner.run_commands(
+            [("UNLINK", listed), ("UNLINK", *keys.tape_sizes_keys(tenant))]
+        )
         return live
 
     async def list_sessions(
@@ -286,6 +343,13 @@ class RedisSessionStore:
         flat = [part.decode() for part in await self._runner.run(call)]
         return list(zip(flat[::2], flat[1::2], strict=True))
 
+    async def _release_tapes(self, key: SessionKey, names: bytes) -> None:
+        """Count tapes of a session no longer that do not wait any more; `names` are their names, joined."""
+        if names and self._tape_bytes.is_bounded(key.tenant):
+            session, size = session_digest(key), layouts.TAPE_NAME.size
+            each = (names[at : at + size] for at in range(0, len(names), size))
+            await self._tape_bytes.release(key.tenant, b"".join(session + name for name in each))
+
     async def _absent(self, tag: bytes, marker: bytes) -> AbsentSession:
         """Tell from its marker why a session is not there, and since when if it has expired."""
         absent = layouts.absence_from_marker(marker)
@@ -296,7 +360,9 @@ class RedisSessionStore:
         )
         return replace(absent, expired_at_ms=int(expired))
 
-    def _commit_call(self, commits: Sequence[ChunkCommit]) -> ScriptCall:
+    def _commit_call(
+        self, commits: Sequence[ChunkCommit], refused: Container[SessionKey]
+    ) -> ScriptCall:
         limits = self._limits
         slot = [keys.record_key(keys.session_tag(c.key)) for c in commits]
         if self._runner.is_cluster:
@@ -305,14 +371,16 @@ class RedisSessionStore:
         for commit in commits:
             parts += layouts.commit_to_parts(commit)
             if commit.tape is not None:
-                parts.append(layouts.tape_limits_to_bytes(self._policy.of(commit.key.tenant)))
+                has_room = commit.key not in refused
+                quotas = self._policy.of(commit.key.tenant)
+                parts.append(layouts.tape_limits_to_bytes(quotas) if has_room else _NO_TAPES)
         arguments: tuple[Argument, ...] = (
             limits.replay_window,
             MARKER_MS,
             limits.tape_ttl_ms,
             b"".join(parts),
         )
-        first = [_stage_tape(commit) for commit in commits if commit.tape is not None]
+        first = [_stage_tape(commit) for commit in commits if _is_staged(commit, refused)]
         return ScriptCall(_COMMIT_CHUNKS, slot, arguments, first)
 
 
@@ -322,10 +390,16 @@ def _erase_call(tag: bytes) -> ScriptCall:
     return ScriptCall(_CLOSE_SESSION, slot, (0, MARKER_MS))
 
 
-def _chunk_outcomes(commits: Sequence[ChunkCommit], ran: Ran) -> Iterator[ChunkOutcome | Exception]:
+def _is_staged(commit: ChunkCommit, refused: Container[SessionKey]) -> bool:
+    return commit.tape is not None and commit.key not in refused
+
+
+def _chunk_outcomes(
+    commits: Sequence[ChunkCommit], refused: Container[SessionKey], ran: Ran
+) -> Iterator[ChunkOutcome | Exception]:
     staged = iter(ran.first)
     for commit, outcome in zip(commits, ran.answer, strict=True):
-        stage = next(staged) if commit.tape is not None else None
+        stage = next(staged) if _is_staged(commit, refused) else None
         if isinstance(outcome, Exception):
             yield as_domain_error(outcome)
         elif outcome == b"UNSTAGED":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import uuid
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,6 +15,7 @@ from instruments.redis_servers import Cluster
 from instruments.replicas import INPUTS, Client, draw, open_on, refusal, start_replica
 from recorder import Recorder
 from rnn_engine import SGD, TanhNetwork
+from service.domain.limits_policy import TenantLimits
 from service.domain.types import InitialWeights, ModelSpec, SessionKey
 from service.settings import Limits, Settings
 from service.store import keys
@@ -125,6 +127,43 @@ async def test_a_training_chunk_is_refused_whole_by_half_a_slot(
     assert (await client.forward(xs, train=True)).chunk_seq == 2
     for chunk_seq in (1, 2):
         await client.backward(draw(rng, size=4), chunk_seq)
+    await replica.close()
+
+
+class Bounded:
+    """Bounds what a tenant keeps in all."""
+
+    def of(self, tenant: str) -> TenantLimits:  # noqa: ARG002 - the same for everyone
+        """Return the quotas: two tapes, whose inputs alone need 72 bytes each, and one gradient."""
+        return replace(
+            TenantLimits.from_limits(Limits()),
+            tape_bytes_per_tenant=400,
+            contribution_bytes_per_tenant=200,
+        )
+
+
+async def test_a_tenants_bytes_are_counted_over_all_masters(
+    cluster: Cluster, rng: np.random.Generator
+) -> None:
+    """Its sessions and models are in many slots, and its sums in one."""
+    replica = await start_replica(cluster.url, Limits(), policy=Bounded())
+    tenant = uuid.uuid4().hex
+    clients = []
+    for name in ("a", "b", "c"):
+        spec = ModelSpec(name, TanhNetwork(INPUTS, 4), "float32", SGD(lr=0.1))
+        await replica.models.create(tenant, spec, InitialWeights(), request_id="")
+        opened = await open_on(replica, tenant, name, name)
+        clients.append(Client([replica], tenant, name, opened.session.epoch))
+    assert len({cluster.slot(keys.session_tag(SessionKey(tenant, name))) for name in "abc"}) == 3
+    first, second, third = clients
+    for client in (first, second):
+        await client.forward(draw(rng), train=True)
+    assert (await refusal(third.forward(draw(rng), train=True))).reason == "TAPE_QUOTA"
+    await first.backward(draw(rng, size=4))
+    assert (await refusal(second.backward(draw(rng, size=4)))).reason == "TAPE_QUOTA"
+    await third.forward(draw(rng), train=True)
+    await first.update("a", "r")
+    await second.backward(draw(rng, size=4))
     await replica.close()
 
 

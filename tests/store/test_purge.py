@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from instruments.replicas import HIDDEN, INPUTS, Client, draw, open_on, start_replica
 from rnn_engine import SGD, TanhNetwork
+from service.domain.limits_policy import TenantLimits
 from service.domain.types import InitialWeights, ModelKey, ModelSpec
 from service.settings import Limits
 from service.store.embedded import EmbeddedStore
@@ -19,12 +21,24 @@ if TYPE_CHECKING:
 from redis.asyncio import Redis
 
 
+class Bounded:
+    """Counts the bytes of everybody."""
+
+    def of(self, tenant: str) -> TenantLimits:  # noqa: ARG002 - the same for everyone
+        """Return the quotas."""
+        return replace(
+            TenantLimits.from_limits(Limits()),
+            tape_bytes_per_tenant=1 << 30,
+            contribution_bytes_per_tenant=1 << 30,
+        )
+
+
 async def test_a_tenant_is_erased_and_another_is_not(
     tmp_path: Path, rng: np.random.Generator
 ) -> None:
     """Of what the one had no key is left, markers of closed sessions included; the other keeps all."""
     with EmbeddedStore(tmp_path) as own:
-        replica = await start_replica(own.url, Limits())
+        replica = await start_replica(own.url, Limits(), policy=Bounded())
         raw = Redis.from_url(own.url)
 
         async def furnish(tenant: str, count: int) -> None:

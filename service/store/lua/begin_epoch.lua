@@ -11,7 +11,8 @@
 -- ARGV[8] rest of the head: request, batch size, dtype, incarnation; then the tail
 -- ARGV[9] slot 0: the state  ARGV[10] length of the tail
 -- Returns {BEGUN | REPLAYED | REUSED | RESUMED | EXISTS | FENCED | GAP, epoch} or {ABSENT, marker or ''}; only
--- BEGUN changes anything. UNSUPPORTED_LAYOUT, an error: another release laid out one of the keys
+-- BEGUN changes anything, and then come the names (16 each) of tapes that wait no more. UNSUPPORTED_LAYOUT, an error:
+-- another release laid out one of the keys
 -- Library: bytes, clock, markers, sessions, tapes
 local record_key, marker_key, index_key = KEYS[1], KEYS[2], KEYS[3]
 local mode, expected_epoch, expected_seq, restored = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
@@ -46,13 +47,16 @@ local function next_epoch(last)
 end
 
 -- Mark the tapes of older epochs consumed, and let none outlive the session. The only Backward that can still come for
--- one of them is one that is sent again, so they need not count towards the quota of waiting tapes.
+-- one of them is one that is sent again, so they need not count towards the quota of waiting tapes. Return their names.
 local function consume_tapes(index)
+  local names = {}
   for i = 1, #index, 2 do
     consume_tape(index_key, index[i], index[i + 1])
     redis.pcall('PEXPIRE', index_key .. index[i], ttl, 'LT')
+    names[#names + 1] = index[i]
   end
   redis.call('PEXPIRE', index_key, ttl, 'LT')
+  return table.concat(names)
 end
 
 -- Write the record, with a ring of two slots; it grows when a client needs more of its states kept.
@@ -81,12 +85,13 @@ elseif mode == 'live' or mode == 'must_exist' then
 end
 local epoch = next_epoch(last)
 if not epoch then return {'FENCED', decimal(last)} end
+local tapes = ''
 if head ~= '' then
   local index
   index, refusal = read_tapes(index_key)
   if refusal then return refusal end
-  consume_tapes(index)
+  tapes = consume_tapes(index)
 end
 write_record(epoch, listed_at)
 write_marker(marker_key, epoch, MARKER_LIVE, ttl, marker_extra)
-return {'BEGUN', decimal(epoch)}
+return {'BEGUN', decimal(epoch), tapes}

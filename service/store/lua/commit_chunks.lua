@@ -13,8 +13,8 @@
 --         consumed tapes (4) and their bytes (8). The tape was staged under a key of its own right before: passed
 --         through the script it would be copied several times; so it is only renamed.
 -- Returns for each chunk OK; TOUCH: OK, and the session's entry in the tenant's list has to be extended; STALE;
--- QUOTA: too many tapes wait; UNSTAGED: the tape is not under its staged key; UNSUPPORTED_LAYOUT, an error in this
--- chunk's place: another release laid out the record or an entry of the tapes
+-- QUOTA: too many tapes wait, which is decided before the tape is looked for; UNSTAGED: it is not under its staged
+-- key; UNSUPPORTED_LAYOUT, an error in this chunk's place: another release laid out the record or an entry of the tapes
 -- Library: clock, sessions, tapes
 -- Arguments are read where they are used, since a run that has no tape is to make no variables for one.
 local window, chunks = tonumber(ARGV[1]), ARGV[4]
@@ -69,14 +69,14 @@ end
 
 -- Make the staged tape one of the session's that wait; return why not.
 local function adopt_tape(chunk, ttl)
-  local token, staged_key = token_and_staged_key(chunk)
-  if redis.call('STRLEN', staged_key) ~= chunk.tape_bytes then return 'UNSTAGED' end
   local index_key = chunk.key .. TAPE_INDEX
   local index, refusal = read_tapes(index_key)
   if refusal then return refusal end
   local waiting, consumed, consumed_bytes = survey_tapes(index_key, index)
   local most_waiting, most_consumed, most_bytes = struct.unpack(TAPE_LIMITS, chunk.tape_limits)
   if waiting >= most_waiting then return 'QUOTA' end
+  local token, staged_key = token_and_staged_key(chunk)
+  if redis.call('STRLEN', staged_key) ~= chunk.tape_bytes then return 'UNSTAGED' end
   evict_tapes(index_key, consumed, consumed_bytes, most_consumed, most_bytes)
   local name, lasts = struct.pack(TAPE_NAME, chunk.epoch, chunk.seq), math.min(tonumber(ARGV[3]), ttl)
   redis.call('RENAME', staged_key, index_key .. name)

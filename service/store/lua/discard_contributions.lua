@@ -3,7 +3,8 @@
 -- KEYS[1] model  KEYS[2] contributions  KEYS[3] waiting  KEYS[4] expiry
 -- ARGV[1] incarnation  ARGV[2] prefix of gradients  ARGV[3] time for which a name is remembered (ms)
 -- ARGV[4…] selectors: each a name (32), what names begin with (16 or 24), or '' for all that wait
--- Returns their number, or -1 without this model; UNSUPPORTED_LAYOUT, an error: another release laid out an entry
+-- Returns their names (32 each), or -1 without this model; UNSUPPORTED_LAYOUT, an error: another release laid out an
+-- entry
 -- Library: clock, contributions, models, selectors
 local slot = {model = KEYS[1], contributions = KEYS[2], waiting = KEYS[3], expiry = KEYS[4], gradients = ARGV[2]}
 local incarnation, remembered_ms = ARGV[1], tonumber(ARGV[3])

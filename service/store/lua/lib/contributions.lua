@@ -37,21 +37,21 @@ local function drop_gradient(slot, name, entry)
   return bytes
 end
 
--- Consume those of the contributions that wait, and return how many: their names stay known, so that a late Backward
--- does not record them again.
+-- Consume those of the contributions that wait, and return their names, which stay known, so that a late Backward does
+-- not record them again.
 local function consume_contributions(slot, names, forget_at)
-  local count, bytes = 0, 0
+  local consumed, bytes = {}, 0
   for _, name in ipairs(names) do
     local entry = redis.call('HGET', slot.contributions, name)
     if is_waiting(entry) then
       redis.call('HSET', slot.contributions, name, struct.pack(CONSUMED_ENTRY, CONSUMED, contribution_digest(entry)))
       redis.call('ZREM', slot.waiting, name)
       redis.call('ZADD', slot.expiry, forget_at, name)
-      count, bytes = count + 1, bytes + drop_gradient(slot, name, entry)
+      consumed[#consumed + 1], bytes = name, bytes + drop_gradient(slot, name, entry)
     end
   end
   if bytes > 0 then add_bytes(slot.model, WAITING_BYTES, -bytes) end
-  return count
+  return table.concat(consumed)
 end
 
 -- Return some of the names that can be forgotten.
