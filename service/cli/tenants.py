@@ -2,6 +2,7 @@
 
 # No postponed annotations here: Typer reads them when a command is made.
 import asyncio
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -33,6 +34,17 @@ def purge(
             help="Store of the servers; a URL with a password belongs into the variable.",
         ),
     ],
+    redis_password_file: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="TIMERNN_REDIS_PASSWORD_FILE",
+            exists=True,
+            dir_okay=False,
+            metavar="FILE",
+            show_default=False,
+            help="File with the password of the store's user.",
+        ),
+    ] = None,
     yes: Annotated[
         bool, typer.Option("--yes", envvar="TIMERNN_YES", help="Erase; without it nothing happens.")
     ] = False,
@@ -53,20 +65,21 @@ def purge(
         raise typer.BadParameter(f"--redis-url: {error}") from error
     if not yes:
         raise typer.BadParameter(f"this erases all that {tenant} has, for ever: add --yes to do it")
-    purged = asyncio.run(_purge(redis_url, tenant))
+    purged = asyncio.run(_purge(redis_url, str(redis_password_file or ""), tenant))
     if json:
         print_json({"tenant": tenant, "models": purged.models, "sessions": purged.sessions})
     else:
         print(f"erased of {tenant}: {purged.models} models, {purged.sessions} sessions")
 
 
-async def _purge(url: str, tenant: str) -> "Purged":
+async def _purge(url: str, password_file: str, tenant: str) -> "Purged":
     # Not imported for other commands.
     from service.settings import Settings  # noqa: PLC0415
     from service.store.connect import open_store  # noqa: PLC0415
     from service.store.purge import purge_tenant  # noqa: PLC0415
 
-    store = await open_store(url, Settings(store_timeout_ms=5000))
+    settings = Settings(store_timeout_ms=5000, redis_password_file=password_file)
+    store = await open_store(url, settings)
     try:
         return await purge_tenant(store, tenant)
     finally:

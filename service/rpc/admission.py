@@ -139,6 +139,9 @@ class TenantAdmission(Admission):
     def count(self, size_bytes: int) -> None:
         """Count an operation and the bytes of its request, or raise OVERLOADED and count nothing."""
         operations, sizes = self.operation_bucket, self.byte_bucket
+        # It would be refused in a moment, and should not use up the rate.
+        if self.operations >= self.max_operations:
+            raise self.full("operations_in_flight", self.max_operations)
         if operations is not None and (wait_s := operations.wait_s()):
             raise self._too_fast("operations_per_second", operations, wait_s)
         if sizes is not None and (wait_s := sizes.wait_s()):

@@ -69,7 +69,8 @@ class Ids:
     token: bytes
 
 
-KINDS = [field.name for field in fields(Ids) if field.name not in ("epoch", "token")]
+# An epoch is a time, so that of two servers differs; nobody can guess one from another's.
+KINDS = [field.name for field in fields(Ids) if field.name != "epoch"]
 
 
 def requests_of(ids: Ids) -> dict[str, list[Message]]:
@@ -208,7 +209,7 @@ class Tenant:
 
 
 async def furnish(tenant: Tenant, name: str, seed: int) -> Ids:
-    """Make a model with a checkpoint, and a session with a chunk that waits for its Backward."""
+    """Make a model with a checkpoint, and a session with a chunk whose gradient waits for an Update."""
 
     async def done(method: str, *messages: Message) -> bytes:
         code, raw = await tenant.answer(method, list(messages))
@@ -242,6 +243,16 @@ async def furnish(tenant: Tenant, name: str, seed: int) -> Ids:
                 mode=pb.FORWARD_MODE_TRAIN,
             ),
         )
+    )
+    await done(
+        "Backward",
+        pb.BackwardRequest(
+            session_id=f"{name}-s",
+            epoch=session.epoch,
+            chunk_seq=1,
+            state_token=chunk.state_token,
+            dhs=tensor(1, 2, H),
+        ),
     )
     sessions = session_pb.ListSessionsResponse.FromString(
         await done("ListSessions", session_pb.ListSessionsRequest(page_size=1))
@@ -332,3 +343,24 @@ async def test_what_another_tenant_has_is_as_if_it_never_was(
             unchanged = await everything_of(raw, f"{tenant}-a", theirs)
             assert unchanged == before, (method, kind)
         assert len(seen) > (5 if over_stream else 30)
+
+
+async def test_what_a_server_says_of_itself_is_the_same_whoever_else_it_serves(
+    store_url: str, tenant: str
+) -> None:
+    """GetServerInfo names no tenant, and another tenant's models and sessions change none of it but the time."""
+    async with AsyncExitStack() as stack:
+        here = await start(stack, store_url)
+        asking = Tenant(here, f"{tenant}-b")
+
+        async def described() -> bytes:
+            code, raw = await asking.answer("GetServerInfo", [model_pb.GetServerInfoRequest()])
+            assert code == "OK"
+            info = model_pb.GetServerInfoResponse.FromString(raw)
+            info.ClearField("server_time")
+            return info.SerializeToString()
+
+        before = await described()
+        await furnish(Tenant(here, f"{tenant}-a"), "theirs", seed=1)
+        assert await described() == before
+        assert tenant.encode() not in before

@@ -151,6 +151,38 @@ async def test_a_tenant_has_its_own_bound_of_work_in_flight(
     await served.rnn.Update(UPDATE, metadata=GREEDY)
 
 
+async def test_what_has_no_room_in_work_does_not_use_up_the_rate(
+    serve: Serve, refused: Refused, until: Until, clock: Clock
+) -> None:
+    """A tenant that is refused while its work goes on may send as many operations a second as before."""
+    rates = Rates(operations_in_flight=1, operations_per_second=2)
+    served = await started(serve, TenantAdmissions(rates, clock=clock))
+    release = asyncio.Event()
+    served.domain.answers["update"] = release.wait
+    first = asyncio.ensure_future(served.rnn.Update(UPDATE, metadata=GREEDY))
+    await until(lambda: served.domain.asked)
+    for _ in range(3):
+        refusal = await refused(served.rnn.Update(UPDATE, metadata=GREEDY))
+        assert refusal.metadata["bound"] == "operations_in_flight"
+    release.set()
+    await first
+    await served.rnn.Update(UPDATE, metadata=GREEDY)
+    refusal = await refused(served.rnn.Update(UPDATE, metadata=GREEDY))
+    assert refusal.metadata["bound"] == "operations_per_second"
+
+
+@pytest.mark.parametrize(("limit", "taken"), [(1, 1), (2, 2), (3, 3)])
+async def test_a_rate_lets_in_so_many_and_not_one_more(
+    serve: Serve, refused: Refused, clock: Clock, limit: int, taken: int
+) -> None:
+    """At a standstill of the clock the bound itself is reached and not passed."""
+    served = await started(serve, TenantAdmissions(Rates(operations_per_second=limit), clock=clock))
+    for _ in range(taken):
+        await served.rnn.Update(UPDATE, metadata=GREEDY)
+    refusal = await refused(served.rnn.Update(UPDATE, metadata=GREEDY))
+    assert refusal.metadata["limit"] == str(limit)
+
+
 async def test_operations_on_a_stream_are_counted_each(
     serve: Serve, chunk: MakeChunk, unpack: Unpack, clock: Clock
 ) -> None:
