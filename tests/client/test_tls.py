@@ -5,7 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import socket
+import ssl
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -136,6 +140,45 @@ def test_a_server_is_believed_by_its_certificate(
     name = "other.example" if kind == "other name" else None
     tls = timernn.TLS(ca=authority.cert_pem.bytes(), server_name=name)
     assert ask(frontend, serve(kind), tls=tls).server_version == "None None"
+
+
+@pytest.fixture
+def balancer(authority: trustme.CA) -> Iterator[str]:
+    """What demands a certificate and is not gRPC's own server, as a balancer; yields its address."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    authority.configure_trust(context)
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.set_alpn_protocols(["h2"])
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def accept() -> None:
+        with suppress(OSError):
+            while True:
+                connection, _ = listener.accept()
+                with suppress(OSError), context.wrap_socket(connection, server_side=True):
+                    pass
+
+    thread = threading.Thread(target=accept)
+    thread.start()
+    yield f"127.0.0.1:{listener.getsockname()[1]}"
+    listener.shutdown(socket.SHUT_RDWR)
+    listener.close()
+    thread.join()
+
+
+@pytest.mark.parametrize("frontend", FRONTENDS)
+def test_a_balancer_that_demands_a_certificate_is_said_in_words(
+    balancer: str, authority: trustme.CA, frontend: str
+) -> None:
+    """Its alert comes after the client's side of the handshake, and gRPC names it in its own way."""
+    with pytest.raises(timernn.TlsFailed, match="it may demand a certificate of the client"):
+        ask(
+            frontend,
+            balancer,
+            tls=timernn.TLS(ca=authority.cert_pem.bytes()),
+            connect_timeout=2.0,
+        )
 
 
 @pytest.mark.parametrize("frontend", FRONTENDS)

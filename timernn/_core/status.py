@@ -49,8 +49,9 @@ _NO_TLS = {
     "Tls handshake failed": "the TLS handshake failed",
 }
 _NOT_CONNECTED = "failed to connect to all addresses"
-# Right after connecting: a server that wants TLS, or a certificate; or one that is about to stop.
-_CLOSED = "Socket closed"
+# Right after connecting: a server that wants TLS, or a certificate; or one that is about to stop. The second
+# is how gRPC says it where OpenSSL or BoringSSL has sent the alert of TLS 1.3, as Envoy does.
+_CLOSED = ("Socket closed", "Unwrap failed")
 
 
 def error_from_rpc(failure: Any, target: str = "", *, is_tls: bool = False) -> errors.Error:
@@ -88,7 +89,7 @@ def _without_tls(text: str, *, is_tls: bool) -> str:
         for sign, why in _NO_TLS.items():
             if sign in text:
                 return why
-    if _CLOSED not in text:
+    if not any(sign in text for sign in _CLOSED):
         return ""
     if is_tls:
         return (
