@@ -1,7 +1,7 @@
 """Makes the secrets of the compose deployment that are missing: `make_secrets.py FOLDER [--tls]`.
 
-Always the store's password. With --tls also a certificate authority, a certificate for the replicas and
-one for the balancer, and two tokens: admin of tenant `default`, and operator for Prometheus. What is there
+Always the store's password. With --tls also a certificate authority, a certificate for the replicas, one for
+the balancer and one for a client, and two tokens: admin of tenant `default`, and operator for Prometheus. What is there
 already is left alone, so that a restart changes nothing.
 """
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
 REPLICA, BALANCER, PROMETHEUS = 10001, 101, 65534  # the users of the three images
+CLIENT = "client"
 DAYS = 825
 NAMES = ("timernn", "balancer", "localhost")
 
@@ -58,7 +59,7 @@ def make_certificates(folder: Path) -> None:
     """Make an authority and what it signs; its key is not kept."""
     authority_key = ec.generate_private_key(ec.SECP256R1())
     authority = certificate("timernn compose", authority_key, None, authority_key)
-    for name, owner in (("replica", REPLICA), ("balancer", BALANCER)):
+    for name, owner in (("replica", REPLICA), ("balancer", BALANCER), (CLIENT, REPLICA)):
         key = ec.generate_private_key(ec.SECP256R1())
         signed = certificate(name, key, authority, authority_key)
         pem = key.private_bytes(
@@ -77,7 +78,7 @@ def certificate(
     issuer: x509.Certificate | None,
     issuer_key: EllipticCurvePrivateKey,
 ) -> x509.Certificate:
-    """Sign a certificate: of the authority itself without an issuer, else of a server."""
+    """Sign a certificate: of the authority itself without an issuer, else of the client or a server."""
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     now = datetime.now(UTC)
     builder = (
@@ -96,11 +97,14 @@ def certificate(
         )
     )
     if issuer is not None:
-        hosts = [x509.DNSName(each) for each in NAMES]
-        own = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
-        usage = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH])
-        builder = builder.add_extension(x509.SubjectAlternativeName([*hosts, own]), critical=False)
-        builder = builder.add_extension(usage, critical=False)
+        names: list[x509.GeneralName] = [x509.DNSName(name)]
+        purpose = ExtendedKeyUsageOID.CLIENT_AUTH
+        if name != CLIENT:
+            names = [x509.DNSName(each) for each in NAMES]
+            names.append(x509.IPAddress(ipaddress.ip_address("127.0.0.1")))
+            purpose = ExtendedKeyUsageOID.SERVER_AUTH
+        builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
+        builder = builder.add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
     return builder.sign(issuer_key, hashes.SHA256())
 
 

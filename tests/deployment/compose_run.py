@@ -38,6 +38,7 @@ ENGINE = shlex.split(os.environ.get("ENGINE", "docker"))
 PROJECT = "timernn-test"
 PLAIN = ("docker/compose.yaml",)
 TLS = (*PLAIN, "docker/compose.tls.yaml")
+MUTUAL = (*TLS, "docker/compose.mtls.yaml")
 ADDRESS = "127.0.0.1:50051"
 STEPS = 300
 ALL_GONE = "kill -9 -1"  # every process of the container but its init, which ends then
@@ -282,3 +283,33 @@ def test_with_tls_prometheus_has_a_token_of_its_own(secured: Project) -> None:
     """It reads the replicas by TLS, as operator."""
     assert secured.containers("prometheus")
     wait_until("both are read", lambda: len(query('up{job="timernn"} == 1')) == 2)
+
+
+@pytest.fixture(scope="module")
+def mutual(secured: Project) -> Iterator[Project]:
+    """The same with certificates of clients."""
+    secured.down()
+    project = Project(*MUTUAL)
+    try:
+        project.up()
+        yield project
+    finally:
+        project.down()
+
+
+def test_with_mtls_a_client_has_to_show_a_certificate(mutual: Project) -> None:
+    """The one that was made for it opens the connection; the token says who calls."""
+    (replica, *_) = mutual.containers("timernn")
+    files = {
+        name: mutual.inside(replica, "cat", f"/run/timernn/{name}").encode()
+        for name in ("ca.crt", "client.crt", "client.key", "admin-token")
+    }
+    token = files["admin-token"].decode().strip()
+    own = timernn.TLS(ca=files["ca.crt"], cert=files["client.crt"], key=files["client.key"])
+    with timernn.connect(ADDRESS, tls=own, token=token) as client:
+        client.create_model("m", input_size=2, hidden_size=3)
+    without = timernn.connect(ADDRESS, tls=timernn.TLS(ca=files["ca.crt"]), token=token, timeout=10)
+    with without as client, pytest.raises(timernn.TlsFailed):
+        client.server_info()
+    with timernn.connect(ADDRESS, tls=own) as client, pytest.raises(timernn.NoCredentials):
+        client.server_info()

@@ -79,3 +79,27 @@ def test_with_tls_nothing_is_insecure(docker: Path) -> None:
     variables = changes["timernn"]["environment"]
     assert variables["TIMERNN_INSECURE"] == "false"
     assert {"TIMERNN_TLS_CERT", "TIMERNN_TLS_KEY", "TIMERNN_TOKENS"} <= set(variables)
+
+
+def test_mtls_changes_what_the_balancer_asks_of_clients_alone(docker: Path) -> None:
+    """The marked lines, taken in, demand a certificate of the deployment's authority."""
+    text = (docker / "envoy/envoy.tls.yaml").read_text()
+    (before,) = _listeners(text)
+    (after,) = _listeners(text.replace("#mtls ", ""))
+    assert "require_client_certificate" not in before
+    assert after.pop("require_client_certificate")
+    authority = {"trusted_ca": {"filename": "/run/timernn/ca.crt"}}
+    assert after["common_tls_context"].pop("validation_context") == authority
+    assert after == before
+    changes = yaml.safe_load((docker / "compose.mtls.yaml").read_text())["services"]
+    assert set(changes) == {"balancer"}
+
+
+def _listeners(text: str) -> list[dict[str, Any]]:
+    """Return how each listener of an Envoy configuration speaks TLS."""
+    listeners = yaml.safe_load(text)["static_resources"]["listeners"]
+    return [
+        chain["transport_socket"]["typed_config"]
+        for listener in listeners
+        for chain in listener["filter_chains"]
+    ]
