@@ -16,5 +16,5 @@ auto-aof-rewrite-min-size 256mb
 maxmemory 2gb
 maxmemory-policy noeviction
 user default reset off
-user timernn reset on #$digest ~s{* ~m{* ~t{* -@all +ping +eval +evalsha +info +exists +get +getrange +persist +pexpire +pexpiretime +pttl +rename +set +setrange +strlen +time +unlink +hdel +hget +hgetall +hincrby +hkeys +hlen +hmget +hset +zadd +zcard +zcount +zrange +zrangebylex +zrangebyscore +zrem +zscore
+user timernn reset on #$digest ~s{* ~m{* ~t{* ~r{* -@all +ping +eval +evalsha +info +exists +get +getrange +persist +pexpire +pexpiretime +pttl +rename +set +setrange +strlen +time +unlink +hdel +hget +hgetall +hincrby +hkeys +hlen +hmget +hset +zadd +zcard +zcount +zrange +zrangebylex +zrangebyscore +zrem +zscore
 CONFIG

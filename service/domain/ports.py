@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from service.domain.blob import Blob
     from service.domain.types import (
@@ -378,6 +378,21 @@ class CheckpointOutcome(Enum):
     GONE = "GONE"
 
 
+@dataclass(frozen=True, slots=True)
+class ReplicaBeat:
+    """What a replica said of itself last.
+
+    Attributes:
+        replica_id: Its name.
+        age_ms: How long ago.
+        figures: What it said; None if it is of a release that says it in another form.
+    """
+
+    replica_id: str
+    age_ms: int
+    figures: Mapping[str, Any] | None
+
+
 class SessionStore(Protocol):
     """Sessions, their tapes, and each tenant's list of them."""
 
@@ -542,3 +557,19 @@ class ModelStore(Protocol):
         self, key: ModelKey, incarnation: bytes, checkpoint_id: str
     ) -> bool:
         """Take a checkpoint's name away."""
+
+
+class ReplicaStore(Protocol):
+    """The replicas that run: each says so again and again, or is forgotten."""
+
+    async def beat(self, replica_id: str, figures: Mapping[str, Any], secret: bytes) -> bytes:
+        """Note that a replica runs; return the secret that all of them share.
+
+        Args:
+            replica_id: Its name.
+            figures: What it says of itself, made of what JSON knows.
+            secret: Becomes the shared one if there is none.
+        """
+
+    async def list_replicas(self) -> list[ReplicaBeat]:
+        """Read who has beaten lately, by name."""

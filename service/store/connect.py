@@ -15,6 +15,7 @@ from service.store.facts import facts_of
 from service.store.failures import as_domain_error
 from service.store.models import RedisModelStore
 from service.store.permissions import commands_for, keys_for
+from service.store.replicas import RedisReplicaStore
 from service.store.scripts import ScriptRunner, load_script
 from service.store.sessions import RedisSessionStore
 from service.store.urls import OneMasterPool, connect
@@ -39,13 +40,19 @@ class UnfitStoreError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Store:
-    """An open store with its two ports."""
+    """An open store with its three ports."""
 
     sessions: RedisSessionStore
     models: RedisModelStore
+    replicas: RedisReplicaStore
     address: StoreAddress
     _client: StoreClient | ClusterRouter
     _needs_replica: bool = False
+    _beats: bool = False
+
+    @property
+    def _key_patterns(self) -> tuple[str, ...]:
+        return keys_for(waits=self._needs_replica, beats=self._beats)
 
     async def check(self) -> None:
         """Check that every primary accepts writes and never evicts; a full one passes.
@@ -92,9 +99,7 @@ class Store:
 
     async def _check_primary(self, node: StoreClient, key: bytes) -> None:
         """Check one primary: its configuration, the rights of its user, and a small write."""
-        patterns = [
-            pattern.replace("*", "check}") for pattern in keys_for(waits=self._needs_replica)
-        ]
+        patterns = [pattern.replace("*", "check}") for pattern in self._key_patterns]
         commands = commands_for(self.address, waits=self._needs_replica)
         trip: Any = node.pipeline(transaction=False)
         trip.eval(_MISSING_RIGHTS.text, 0, len(patterns), *patterns, *commands)
@@ -143,9 +148,11 @@ async def open_store(
     return Store(
         RedisSessionStore(runner, settings.limits, policy),
         RedisModelStore(runner, settings.limits, policy),
+        RedisReplicaStore(runner),
         parse_store_url(url),
         client,
         settings.durability == "replica",
+        bool(settings.metrics_listen),
     )
 
 

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import base64
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from service.domain.digests import name_digest, session_digest
 
 if TYPE_CHECKING:
     from service.domain.types import ModelKey, SessionKey
+
+
+_REPLICAS: Final = b"r{replicas}"  # one slot for all: they are few, and read together
 
 
 @lru_cache(maxsize=65536)
@@ -139,6 +142,21 @@ def gradient_sizes_keys(tenant: str) -> tuple[bytes, bytes]:
     """Return the keys of the bytes of a tenant's waiting gradients, as of its tapes."""
     tag = tenant_tag(tenant)
     return tag + b"d", tag + b"x"
+
+
+def replicas_key() -> bytes:
+    """Return the key of the replicas by the time at which they lapse."""
+    return _REPLICAS
+
+
+def replica_prefix() -> bytes:
+    """Return what the key of a replica's record begins with; its name follows."""
+    return _REPLICAS + b"b"
+
+
+def page_secret_key() -> bytes:
+    """Return the key of the secret by which replicas know each other's logins on the page."""
+    return _REPLICAS + b"k"
 
 
 def check_key(number: int) -> bytes:

@@ -50,10 +50,12 @@ Session record: head (80) | tail: model id | ring of `slots` slots, chunk k at k
 | contribution (25, 17) | `W`, digest, bytes of the gradient; or `C`, digest |
 | its name (32) | digest of the session, epoch, chunk_seq |
 | remembered request (16, 53) | digest of the content; after a step its answer: version, norm, clipped, contributions |
+| beat of a replica | layout, 1: `BEAT_LAYOUT`; then its figures as JSON |
 """
 
 from __future__ import annotations
 
+import json
 import struct
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -72,7 +74,7 @@ from service.domain.refusals import unsupported_layout
 from service.domain.types import Checkpoint, ContributionKey, SessionKey, Version, WaitingTape
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from service.domain.errors import UnsupportedLayout
     from service.domain.limits_policy import TenantLimits
@@ -83,6 +85,7 @@ if TYPE_CHECKING:
     from service.domain.types import ChunkKey, RequestDigest, Selector
 
 RECORD_LAYOUT: Final = 1
+BEAT_LAYOUT: Final = 1
 MODEL_FIELDS: Final = ("incarnation", "spec", "head", "created", "waiting")
 HEAD = struct.Struct(">BBHIQQQQ16sIBxxx16s")
 SLOT = struct.Struct(">Q16s16sQ16s")
@@ -329,6 +332,19 @@ def step_answer_from_bytes(data: bytes) -> StepAnswer | None:
         return None
     number, digest, norm, clipped, count = _unpacked("step_answer", STEP_ANSWER, data)
     return StepAnswer(Version(number, digest), norm, clipped, count)
+
+
+def beat_to_bytes(figures: Mapping[str, Any]) -> bytes:
+    """Lay out what a replica says of itself."""
+    return bytes([BEAT_LAYOUT]) + json.dumps(figures, separators=(",", ":")).encode()
+
+
+def beat_from_bytes(data: bytes) -> dict[str, Any] | None:
+    """Read what a replica says of itself; None if another release laid it out: it is only shown."""
+    if data[:1] != bytes([BEAT_LAYOUT]):
+        return None
+    figures: dict[str, Any] = json.loads(data[1:])
+    return figures
 
 
 def remembered_from_bytes(data: bytes) -> Remembered | None:

@@ -36,6 +36,9 @@ KEY_PATTERNS: Final = ("s{*", "m{*", "t{*")
 WAIT_KEY_PATTERNS: Final = ("timernn-wait",)
 """Keys that are needed in addition with `--durability replica`."""
 
+PAGE_KEY_PATTERNS: Final = ("r{*",)
+"""Keys that are needed in addition with `--metrics-listen`: what the replicas say of themselves."""
+
 
 def commands_for(address: StoreAddress, *, waits: bool) -> tuple[str, ...]:
     """Return the commands that are needed on the store of a URL."""
@@ -47,6 +50,10 @@ def commands_for(address: StoreAddress, *, waits: bool) -> tuple[str, ...]:
     )
 
 
-def keys_for(*, waits: bool) -> tuple[str, ...]:
+def keys_for(*, waits: bool, beats: bool) -> tuple[str, ...]:
     """Return the patterns of keys that are needed."""
-    return (*KEY_PATTERNS, *(WAIT_KEY_PATTERNS if waits else ()))
+    return (
+        *KEY_PATTERNS,
+        *(WAIT_KEY_PATTERNS if waits else ()),
+        *(PAGE_KEY_PATTERNS if beats else ()),
+    )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 
-from service.store.permissions import COMMANDS, KEY_PATTERNS
+from service.store.permissions import COMMANDS, keys_for
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -68,7 +68,8 @@ def test_the_store_s_user_has_the_rights_that_the_service_needs(docker: Path) ->
         if line.startswith("user timernn ")
     )
     words = line.split()
-    assert {word[1:] for word in words if word.startswith("~")} == set(KEY_PATTERNS)
+    needed = set(keys_for(waits=False, beats=True))
+    assert {word[1:] for word in words if word.startswith("~")} == needed
     assert {word[1:] for word in words if word.startswith("+")} == {*COMMANDS, "ping"}
     assert "-@all" in words
 

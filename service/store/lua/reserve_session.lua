@@ -4,14 +4,11 @@
 -- ARGV[1] session_id  ARGV[2] time to live (ms)  ARGV[3] most sessions
 -- ARGV[4] GT: do not bring an entry's end forward, it may be a live session's; CH: set it
 -- Returns the end that the entry now has, or FULL
--- Library: clock
+-- Library: clock, lapsed
 local sessions_key, session_id, ttl, most, condition = KEYS[1], ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4]
-local MOST_DROPPED <const> = 100 -- lapsed entries in one call
 local now = now_ms()
 
-for _, lapsed in ipairs(redis.call('ZRANGEBYSCORE', sessions_key, '-inf', now, 'LIMIT', 0, MOST_DROPPED)) do
-  redis.call('ZREM', sessions_key, lapsed)
-end
+drop_lapsed(sessions_key, now)
 local is_listed = redis.call('ZSCORE', sessions_key, session_id)
 if not is_listed and redis.call('ZCOUNT', sessions_key, now, '+inf') >= most then return 'FULL' end
 redis.call('ZADD', sessions_key, condition, now + ttl, session_id)
