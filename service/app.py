@@ -14,6 +14,7 @@ import logging
 import os
 import secrets
 import signal
+import socket
 import time
 from dataclasses import replace
 from functools import partial
@@ -35,8 +36,8 @@ from service.failpoints import FailpointError, Failpoints
 from service.listening import try_to_bind
 from service.logs import log_to_stderr
 from service.memory import FreedMemory, keep_freed_memory
+from service.metrics.heartbeat import Heartbeat
 from service.metrics.recorder import Recorder
-from service.metrics.start import serve_metrics, serve_worker, start_measuring
 from service.rpc.admission import TenantAdmissions
 from service.rpc.auth import DEFAULT_TENANT
 from service.rpc.logins import TokenLogin
@@ -52,7 +53,9 @@ from service.store.embedded import EmbeddedStore, EmbeddedStoreError
 from service.telemetry import NULL_OBSERVER, Observers
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Awaitable, Callable, Iterator, Sequence
+
+    from aiohttp.web import RouteDef
 
     from service.domain.limits_policy import LimitsPolicy
     from service.domain.recurrence import Recurrence
@@ -105,11 +108,12 @@ async def serve(settings: Settings, on_ready: Callable[[str], None]) -> int:
         policy = access.tenants or SameLimits(settings.limits)
         admissions = _tenant_admissions(access, settings)
         store = await _open_store(settings, embedded, stack, observer=observer, policy=policy)
+        login = _login(access, recorder)
         server = build_server(
             settings,
             store,
             stack,
-            authenticator=_authenticator(access, recorder),
+            authenticator=login,
             points=points,
             observer=observer,
             policy=policy,
@@ -127,7 +131,18 @@ async def serve(settings: Settings, on_ready: Callable[[str], None]) -> int:
         if identity is not None:
             changes.append(identity.change)
         if recorder is not None:
-            changes += await _start_metrics(recorder, server, store, access, settings, stack)
+            page = _page_routes(
+                server,
+                store,
+                stack,
+                settings=settings,
+                recorder=recorder,
+                login=login,
+                access=access,
+            )
+            changes += await _start_metrics(
+                recorder, server, store, access, settings, stack, routes=page
+            )
         renew = admissions.renew if admissions else (lambda: None)
         stack.enter_context(access.watched(*changes, on_tenants=renew))
         keep_freed_memory()
@@ -314,13 +329,17 @@ async def _start_metrics(
     access: Access,
     settings: Settings,
     stack: contextlib.AsyncExitStack,
+    *,
+    routes: Sequence[RouteDef],
 ) -> list[Callable[[ServerCertificate], None]]:
     """Begin to measure, and show it on the metrics port; return who has to know of a new certificate."""
-    tokens = access.tokens
+    # Its HTTP server takes longer to import than all the rest.
+    from service.metrics.start import serve_metrics, serve_worker, start_measuring  # noqa: PLC0415
+    from service.page.assets import asset_routes  # noqa: PLC0415
 
     async def count_sessions() -> dict[str, int]:
-        tenants = {DEFAULT_TENANT} | {token.tenant for token in (tokens.value if tokens else ())}
-        return {tenant: await store.sessions.count_sessions(tenant) for tenant in sorted(tenants)}
+        tenants = sorted(_tenants(access))
+        return {tenant: await store.sessions.count_sessions(tenant) for tenant in tenants}
 
     async def snapshot() -> Snapshot:
         return recorder.snapshot()
@@ -334,15 +353,64 @@ async def _start_metrics(
     )
     await start_measuring(recorder, count_sessions, access, settings=settings, stack=stack)
     if settings.supervised:
-        await serve_worker(recorder, settings.metrics_listen, stack)
+        await serve_worker(recorder, settings.metrics_listen, stack, routes=routes)
         return []
     try:
-        address, tls = await serve_metrics(snapshot, access, settings=settings, stack=stack)
+        address, tls = await serve_metrics(
+            snapshot, access, settings=settings, stack=stack, routes=[*asset_routes(), *routes]
+        )
     except OSError as error:
         reason = error.strerror or "the address cannot be bound"
         raise StartError(f"cannot listen on {settings.metrics_listen}: {reason}") from error
     _LOGGER.info("metrics on %s://%s/metrics", "https" if tls else "http", address)
     return [tls.change] if tls else []
+
+
+def _page_routes(
+    server: RpcServer,
+    store: Store,
+    stack: contextlib.AsyncExitStack,
+    *,
+    settings: Settings,
+    recorder: Recorder,
+    login: TokenLogin | None,
+    access: Access,
+) -> list[RouteDef]:
+    """Begin to beat, and return what answers the page."""
+    from service.page.api import PageApi  # noqa: PLC0415 - its HTTP server takes long to import
+
+    info = server.info
+    about = {
+        "version": info.server_version,
+        "host": socket.gethostname(),
+        "worker": settings.worker,
+        "start_time_ms": info.start_time_ms,
+    }
+    heart = Heartbeat(
+        store.replicas,
+        recorder,
+        server.use_cases.recent_steps,
+        replica_id=info.replica_id,
+        about=about,
+    )
+    stack.callback(asyncio.ensure_future(heart.run()).cancel)
+    api = PageApi(
+        server.use_cases,
+        store.sessions,
+        store.replicas,
+        secret=lambda: heart.secret,
+        login=login,
+        tenants=partial(_tenants, access),
+        is_relayed=settings.supervised,
+    )
+    return api.routes()
+
+
+def _tenants(access: Access) -> set[str]:
+    """Return the tenants that tokens name, and the one of before there were any."""
+    return {DEFAULT_TENANT} | {
+        token.tenant for token in (access.tokens.value if access.tokens else ())
+    }
 
 
 def _tenant_admissions(access: Access, settings: Settings) -> TenantAdmissions | None:
@@ -369,7 +437,7 @@ def _observer(
     return observers[0] if observers else NULL_OBSERVER
 
 
-def _authenticator(access: Access, recorder: Recorder | None) -> Authenticator | None:
+def _login(access: Access, recorder: Recorder | None) -> TokenLogin | None:
     tokens = access.tokens
     if tokens is None:
         return None

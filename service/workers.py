@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING, Final
 from service.access import Access
 from service.listening import UNIX, shared_port
 from service.logs import log_to_stderr
-from service.metrics.start import serve_metrics
-from service.metrics.workers import WorkerMetrics
 from service.security.files import SecretFileError
 from service.settings import Limits, Settings
 from service.store.embedded import EmbeddedStore, EmbeddedStoreError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
+
+    from service.metrics.workers import WorkerMetrics
 
 READY: Final = b"timernn ready on "
 FIRST_RESTART_S: Final = 0.2
@@ -114,11 +114,19 @@ async def _run_all(
 
 async def _serve_metrics(settings: Settings, stack: contextlib.AsyncExitStack) -> WorkerMetrics:
     """Serve one metrics port for all workers; return where each of them is to answer."""
+    # Its HTTP server takes longer to import than all the rest.
+    from service.metrics.start import serve_metrics  # noqa: PLC0415
+    from service.metrics.workers import WorkerMetrics  # noqa: PLC0415
+    from service.page.assets import asset_routes  # noqa: PLC0415
+
     try:
         access = Access(settings)
         metrics = WorkerMetrics(settings.workers)
         stack.callback(metrics.close)
-        address, tls = await serve_metrics(metrics.snapshot, access, settings=settings, stack=stack)
+        routes = [*asset_routes(), *metrics.relays()]
+        address, tls = await serve_metrics(
+            metrics.snapshot, access, settings=settings, stack=stack, routes=routes
+        )
     except SecretFileError as error:
         raise WorkerError(str(error)) from error
     except OSError as error:

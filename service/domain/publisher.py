@@ -23,6 +23,7 @@ from service.domain.carrying import Carrier
 from service.domain.errors import FailedPrecondition
 from service.domain.finite import is_finite
 from service.domain.ports import NewVersion, Publication, PublishOutcome, Remembered, StepAnswer
+from service.domain.recent_steps import RecentSteps
 from service.domain.refusals import (
     UNCHANGED,
     contended,
@@ -139,9 +140,11 @@ class VersionPublisher:
         scheduler: Scheduler,
         *,
         observer: Observer = NULL_OBSERVER,
+        steps: RecentSteps | None = None,
     ) -> None:
         """Start idle."""
         self._observer = observer
+        self._steps = steps or RecentSteps()
         self._store = store
         self._model_cache = model_cache
         self._scheduler = scheduler
@@ -234,6 +237,8 @@ class VersionPublisher:
                 contributions=len(candidate.contributions),
                 version_bytes=new.weights.nbytes + new.moments.nbytes,
             )
+            if candidate.contributions:
+                self._steps.note(model.key, publication.answer)
             return publication.answer
         if outcome is PublishOutcome.REPLAYED:
             return _remembered_answer(Remembered(request.content, answer), request)

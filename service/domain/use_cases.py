@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from service.domain.backward import Backpropagation
 from service.domain.contributions import Contributions
 from service.domain.models import Models
 from service.domain.publisher import VersionPublisher
+from service.domain.recent_steps import RecentSteps
 from service.domain.recurrence import Recurrence
 from service.domain.rules import InputRules
 from service.domain.session_tapes import SessionTapes
@@ -39,6 +40,7 @@ class UseCases:
         backpropagation: Backward.
         updates: Update.
         waiting: DiscardGradients and ListWaiting.
+        recent_steps: What an Update or a Backward with one has made of each model lately.
     """
 
     models: Models
@@ -47,6 +49,7 @@ class UseCases:
     backpropagation: Backpropagation
     updates: Updates
     waiting: WaitingWork
+    recent_steps: RecentSteps = field(default_factory=RecentSteps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +72,10 @@ def build_use_cases(
     observer: Observer = NULL_OBSERVER,
 ) -> UseCases:
     """Put the domain together over a store, caches and a scheduler."""
-    rules = InputRules(limits)
-    publisher = VersionPublisher(models, caches.models, scheduler, observer=observer)
+    rules, recent_steps = InputRules(limits), RecentSteps()
+    publisher = VersionPublisher(
+        models, caches.models, scheduler, observer=observer, steps=recent_steps
+    )
     contributions = Contributions(
         models,
         policy,
@@ -108,4 +113,5 @@ def build_use_cases(
         ),
         updates=updates,
         waiting=WaitingWork(sessions, caches.models, contributions, rules=rules),
+        recent_steps=recent_steps,
     )

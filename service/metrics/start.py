@@ -1,4 +1,7 @@
-"""Starts what measures and shows: the metrics port, or a worker's part of its supervisor's."""
+"""Starts what measures and shows: the metrics port, or a worker's part of its supervisor's.
+
+Imported where there is such a port: aiohttp takes a quarter of a second, which other servers start sooner.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,19 @@ import asyncio
 import ssl
 import time
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from service.listening import UNIX, is_loopback
+from service.listening import is_loopback
+from service.metrics.http import MetricsServer, OpenAccess
 from service.metrics.sampling import sample_lag, sample_sessions
 from service.metrics.workers import WorkerSocket
 from service.security.roles import Role
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import Awaitable, Callable, Iterable, Mapping
     from contextlib import AsyncExitStack
+
+    from aiohttp.web import RouteDef
 
     from service.access import Access
     from service.metrics.http import Access as Readers
@@ -83,31 +88,38 @@ async def serve_metrics(
     *,
     settings: Settings,
     stack: AsyncExitStack,
+    routes: Iterable[RouteDef],
 ) -> tuple[str, MetricsTls | None]:
     """Serve the metrics port; return its address, and its certificate if it has one.
+
+    Args:
+        snapshot: Gives the values now.
+        access: The tokens.
+        settings: Where, and the certificate.
+        stack: Ends it.
+        routes: What is served beside /metrics.
 
     Raises:
         OSError: If the address cannot be listened on.
     """
-    # aiohttp takes a quarter of a second, which a server without this port starts sooner.
-    from service.metrics.http import MetricsServer, OpenAccess  # noqa: PLC0415
-
     listen = settings.metrics_listen
     readers: Readers = OpenAccess()
     tokens = access.tokens
     if tokens is not None and not is_loopback(listen):
         readers = TokenReaders(lambda: tokens.value)
-    server = MetricsServer(snapshot, readers)
+    server = MetricsServer(snapshot, readers, routes)
     tls = MetricsTls(settings) if settings.tls_cert and not is_loopback(listen) else None
     stack.push_async_callback(server.stop)
     return await server.start(listen, tls.context if tls else None), tls
 
 
-async def serve_worker(recorder: Recorder, listen: str, stack: AsyncExitStack) -> None:
+async def serve_worker(
+    recorder: Recorder, listen: str, stack: AsyncExitStack, *, routes: Iterable[RouteDef]
+) -> None:
     """Answer the supervisor, which serves the port for all workers."""
-    socket = WorkerSocket(recorder)
+    socket = WorkerSocket(recorder, routes=routes)
     stack.push_async_callback(socket.stop)
-    await socket.start(Path(listen.removeprefix(UNIX)))
+    await socket.start(listen)
 
 
 async def _show_errors(recorder: Recorder, access: Access) -> None:

@@ -1,6 +1,6 @@
 """Metrics of several workers on the supervisor's one port.
 
-Each worker answers on a Unix socket with its counts as JSON. A worker that ended takes its counters along:
+Each worker answers on a Unix socket: with its counts as JSON, and what the page asks for. A worker that ended takes its counters along:
 what was last read of them is kept and added, so that a restart is no drop, which Prometheus would take for
 a counter that began anew, and count the other workers' past twice.
 """
@@ -8,54 +8,53 @@ a counter that began anew, and count the other workers' past twice.
 from __future__ import annotations
 
 import asyncio
-import json
 import os
+import random
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from aiohttp import ClientError, ClientSession, ClientTimeout, UnixConnector, web
+from yarl import URL
+
 from service.metrics.exposition import merged
 from service.metrics.families import FAMILIES, Kind
+from service.metrics.http import FORWARDED_FOR, FORWARDED_PROTO, HttpPort, peer_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from service.metrics.recorder import Recorder, Snapshot
 
 ANSWER_S: Final = 2.0
+RELAY_S: Final = 10.0  # what a worker may take for an answer to the page
+_COUNTS: Final = "/counts"
+_RELAYED: Final = ("Authorization", "Content-Type", "Cookie")
+_RELAYED_BACK: Final = ("Content-Type", "Set-Cookie")
 
 
-class WorkerSocket:
-    """A worker's side: whoever connects is sent the counts, and the connection ends."""
+class WorkerSocket(HttpPort):
+    """A worker's side: its counts, and what the supervisor relays to it."""
 
-    def __init__(self, recorder: Recorder, process: str | None = None) -> None:
+    def __init__(
+        self,
+        recorder: Recorder,
+        process: str | None = None,
+        routes: Iterable[web.RouteDef] = (),
+    ) -> None:
         """Keep whose counts.
 
         Args:
             recorder: Counts.
             process: Names this process among those of its supervisor, past ones too.
+            routes: What else is served.
         """
+        super().__init__([web.get(_COUNTS, self._counts), *routes])
         self._recorder = recorder
         self._process = process or f"{os.getpid()}-{os.urandom(8).hex()}"
-        self._server: asyncio.Server | None = None
 
-    async def start(self, path: Path) -> None:
-        """Listen; only this user may connect, since the folder is private."""
-        self._server = await asyncio.start_unix_server(self._answer, path)
-
-    async def stop(self) -> None:
-        """Stop listening."""
-        if self._server is not None:
-            self._server.close()
-            await self._server.wait_closed()
-
-    async def _answer(self, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            counts = {"process": self._process, "values": self._recorder.snapshot()}
-            writer.write(json.dumps(counts).encode())
-            await writer.drain()
-        except OSError:
-            pass  # who asked has gone
-        finally:
-            writer.close()
+    async def _counts(self, _request: web.Request) -> web.Response:
+        return web.json_response({"process": self._process, "values": self._recorder.snapshot()})
 
 
 class WorkerMetrics:
@@ -86,15 +85,53 @@ class WorkerMetrics:
         self._last.update(now)
         return merged([self._ended, *self._last.values()])
 
+    def relays(self) -> list[web.RouteDef]:
+        """Return what hands requests for /api on to a worker: any of them answers for all."""
+        return [web.route("*", "/api/{rest:.*}", self._relay)]
+
+    async def _relay(self, request: web.Request) -> web.StreamResponse:
+        body = await request.read()
+        headers = {name: request.headers[name] for name in _RELAYED if name in request.headers}
+        headers |= {FORWARDED_FOR: peer_of(request), FORWARDED_PROTO: request.scheme}
+        for number in random.sample(range(1, self._count + 1), self._count):
+            try:
+                async with (
+                    self._session(number, RELAY_S) as session,
+                    session.request(
+                        request.method,
+                        URL(f"http://worker{request.raw_path}", encoded=True),
+                        headers=headers,
+                        data=body,
+                        allow_redirects=False,
+                    ) as answer,
+                ):
+                    return web.Response(
+                        status=answer.status,
+                        body=await answer.read(),
+                        headers=[
+                            (name, value)
+                            for name in _RELAYED_BACK
+                            for value in answer.headers.getall(name, ())
+                        ],
+                    )
+            except (OSError, TimeoutError, ClientError):
+                continue
+        error = {"reason": "UNAVAILABLE", "message": "no worker answers; try again"}
+        return web.json_response({"error": error}, status=503)
+
+    def _session(self, number: int, limit_s: float) -> ClientSession:
+        return ClientSession(
+            connector=UnixConnector(str(self.path(number))), timeout=ClientTimeout(limit_s)
+        )
+
     async def _ask(self, number: int) -> dict[str, Any] | None:
         try:
-            async with asyncio.timeout(ANSWER_S):
-                reader, writer = await asyncio.open_unix_connection(self.path(number))
-                try:
-                    found: dict[str, Any] = json.loads(await reader.read())
-                finally:
-                    writer.close()
-        except (OSError, TimeoutError, ValueError):
+            async with (
+                self._session(number, ANSWER_S) as session,
+                session.get(f"http://worker{_COUNTS}") as answer,
+            ):
+                found: dict[str, Any] = await answer.json()
+        except (OSError, TimeoutError, ValueError, ClientError):
             return None
         return found
 

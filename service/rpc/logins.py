@@ -66,6 +66,17 @@ class TokenLogin:
         self._on_login("accepted")
         return _principal(entry, metadata)
 
+    def resume(self, credential_id: str, caller: Caller) -> Principal:
+        """Return who calls, by the id of a token that logged in before.
+
+        Raises:
+            Unauthenticated: BAD_CREDENTIALS: the token has expired or was revoked since.
+        """
+        entry = self._tokens().get(credential_id)
+        if entry is None or _has_ended(entry):
+            raise Unauthenticated("BAD_CREDENTIALS", _BAD)
+        return _principal(entry, dict(caller.invocation_metadata() or ()))
+
     def authorise(self, principal: Principal, method: str) -> None:
         """Return if the principal may call a method now.
 

@@ -96,6 +96,8 @@ class RpcServer:
         admission: What is in work.
         arrivals: What is on its way in.
         dispatcher: The table of what is served.
+        use_cases: What is asked.
+        info: What this replica is.
         streams: The open streams.
     """
 
@@ -115,6 +117,7 @@ class RpcServer:
         if api_implementation.Type() != "upb":
             raise RuntimeError("protobuf runs without its compiled parser; install its wheel")
         check_complete(rpc_types())
+        self.use_cases, self.info = use_cases, info
         limits = info.limits
         deadline_s = limits.default_deadline_ms / 1000
         rules = rules or StreamRules(deadline_s=deadline_s)

@@ -22,7 +22,7 @@ async def worker(path: Path, process: str, logins: int) -> AsyncIterator[None]:
     recorder.add("timernn_logins_total", "accepted", by=logins)
     recorder.set("timernn_sessions", 3)
     socket = WorkerSocket(recorder, process)
-    await socket.start(path)
+    await socket.start(f"unix:{path}")
     try:
         yield
     finally:

@@ -7,7 +7,9 @@ the row that it prints into docs/operations.md.
 from __future__ import annotations
 
 import contextlib
+import json
 import re
+import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +18,7 @@ import numpy as np
 import pytest
 
 import timernn
-from instruments.processes import ServiceProcess
+from instruments.processes import ServiceProcess, wait_until
 from instruments.redis_servers import Cluster, RedisServer, SentinelGroup
 from service.store import permissions
 from timernn._core.convert import tensor_to_proto
@@ -34,7 +36,7 @@ CONTENT = np.ones((1, 2, 3), np.float32)
 
 def test_the_documentation_has_the_lists() -> None:
     """Row by row; this is the form of a row."""
-    rows = {
+    rows: dict[str, Sequence[str]] = {
         "keys": permissions.KEY_PATTERNS,
         "commands": permissions.COMMANDS,
         "with a database other than 0": permissions.DATABASE_COMMANDS,
@@ -43,6 +45,7 @@ def test_the_documentation_has_the_lists() -> None:
             *permissions.WAIT_COMMANDS,
             *(f"~{pattern}" for pattern in permissions.WAIT_KEY_PATTERNS),
         ),
+        "with `--metrics-listen`": [f"~{pattern}" for pattern in permissions.PAGE_KEY_PATTERNS],
     }
     page = (ROOT / "docs" / "operations.md").read_text()
     for name, listed in rows.items():
@@ -50,17 +53,21 @@ def test_the_documentation_has_the_lists() -> None:
         assert f"| {name} | `{row}` |" in page
 
 
-@pytest.mark.parametrize("kind", ["one server", "database 3", "durability", "Sentinel", "Cluster"])
+@pytest.mark.parametrize(
+    "kind", ["one server", "metrics", "database 3", "durability", "Sentinel", "Cluster"]
+)
 def test_a_user_with_the_listed_rights_can_do_everything_and_needs_each(kind: str) -> None:
     """A refused command stands in the server's ACL log; one that is never run has no call counted."""
     with contextlib.ExitStack() as stack:
         url, servers, wanted, options = start(stack, kind)
         for server in servers:
-            grant(server, wanted)
+            grant(server, wanted, shows_page=kind == "metrics")
             server.ask("CONFIG", "RESETSTAT")
         with ServiceProcess(url, *options) as replica, timernn.connect(replica.address) as client:
             do_everything(client)
             ask_for_no_tape(replica.address, client.session("m", session_id="d"))
+            if kind == "metrics":
+                wait_until("the replica on the page", lambda: replicas_on_the_page(replica))
             client.delete_model("m")
         refused = {name for server in servers for name in refused_by(server)}
         assert not refused, "add these to service/store/permissions.py"
@@ -87,6 +94,8 @@ def start(
         return cluster.url.replace("://", f"://{login}"), cluster.masters, listed, ()
     server = stack.enter_context(RedisServer(append_only=False))
     url = f"redis://{login}{server.address}"
+    if kind == "metrics":
+        return url, [server], listed, ("--metrics-listen", "127.0.0.1:0")
     if kind == "database 3":
         return f"{url}/3", [server], (*listed, *permissions.DATABASE_COMMANDS), ()
     if kind == "durability":
@@ -97,10 +106,19 @@ def start(
     return url, [server], listed, ()
 
 
-def grant(server: RedisServer, commands: Sequence[str]) -> None:
+def replicas_on_the_page(replica: ServiceProcess) -> list[object]:
+    """Return the replicas that the page's JSON has."""
+    url = replica.wait_for_line(r".*metrics on (http://\S+)/metrics")[1]
+    with urllib.request.urlopen(f"{url}/api/now", timeout=30) as answer:  # noqa: S310 - our own server
+        found: list[object] = json.load(answer)["replicas"]
+    return found
+
+
+def grant(server: RedisServer, commands: Sequence[str], *, shows_page: bool) -> None:
     """Make the user, with rights to these and to the documented keys alone."""
     keys = [f"~{pattern}" for pattern in permissions.KEY_PATTERNS]
     keys += [f"~{pattern}" for pattern in permissions.WAIT_KEY_PATTERNS if "wait" in commands]
+    keys += [f"~{pattern}" for pattern in permissions.PAGE_KEY_PATTERNS if shows_page]
     rights = [f"+{name}" for name in commands]
     server.ask("ACL", "SETUSER", USER, "on", f">{PASSWORD}", "resetkeys", *keys, *rights)
 

@@ -9,7 +9,7 @@ local replicas_key, record_key, secret_key = KEYS[1], KEYS[2], KEYS[3]
 local name, record, ttl, secret, secret_ttl = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4], ARGV[5]
 local now = now_ms()
 
-drop_lapsed(replicas_key, now)
+forget_lapsed(replicas_key, now)
 redis.call('ZADD', replicas_key, now + ttl, name)
 redis.call('PEXPIRE', replicas_key, ttl)
 redis.call('SET', record_key, record, 'PX', ttl)

@@ -8,7 +8,7 @@
 local sessions_key, session_id, ttl, most, condition = KEYS[1], ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4]
 local now = now_ms()
 
-drop_lapsed(sessions_key, now)
+forget_lapsed(sessions_key, now)
 local is_listed = redis.call('ZSCORE', sessions_key, session_id)
 if not is_listed and redis.call('ZCOUNT', sessions_key, now, '+inf') >= most then return 'FULL' end
 redis.call('ZADD', sessions_key, condition, now + ttl, session_id)
