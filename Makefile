@@ -115,7 +115,7 @@ compose-test: setup ## Run the compose files and break them; COMPOSE is the comm
 	@$(BIN)/python -m pytest tests/deployment/compose_run.py -p no:randomly $(PYTEST_ARGS)
 
 .PHONY: operate
-operate: setup ## Check the deployment's files with their own tools: hadolint, Kubernetes' schemas, Prometheus.
+operate: setup ## Check the deployment's files with their own tools, and the page in Chromium.
 	@scripts/operate.sh $(PYTEST_ARGS)
 
 .PHONY: clean

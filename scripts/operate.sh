@@ -4,13 +4,27 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 scripts/setup.sh operate
-if ! command -v prometheus >/dev/null || ! command -v promtool >/dev/null; then
-  if command -v apt-get >/dev/null && [[ $(id -u) == 0 ]]; then
-    # RUNLEVEL=1: the package starts no server of its own.
-    apt-get update -qq
-    RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends prometheus >/dev/null
-  else
-    echo "operate: prometheus and promtool are not on PATH; what needs them is skipped" >&2
+
+# Install Debian packages unless the programs that they bring are there.
+need() {
+  local packages=$1 missing=() program
+  shift
+  for program in "$@"; do
+    command -v "$program" >/dev/null || missing+=("$program")
+  done
+  if [[ ${#missing[@]} == 0 ]]; then
+    return
   fi
-fi
-.venv/bin/python -m pytest tests/deployment "$@"
+  if command -v apt-get >/dev/null && [[ $(id -u) == 0 ]]; then
+    apt-get update -qq
+    # RUNLEVEL=1: no package starts a server of its own.
+    # shellcheck disable=SC2086 # several packages
+    RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $packages >/dev/null
+  else
+    echo "operate: ${missing[*]} not on PATH; what needs that is skipped" >&2
+  fi
+}
+
+need prometheus prometheus promtool
+need "chromium chromium-driver fonts-dejavu-core" chromium chromedriver
+.venv/bin/python -m pytest tests/deployment tests/page/test_browser.py "$@"

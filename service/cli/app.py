@@ -20,6 +20,7 @@ from service.cli.output import fail, warn
 from service.cli.ping import ping
 from service.cli.remote import TOKEN_VARIABLE
 from service.cli.serve import serve
+from service.cli.top import top
 
 # Click's UsageError, which Typer keeps in another module from release to release.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -47,6 +48,7 @@ app = typer.Typer(
 app.command(cls=PlainCommand)(serve)
 app.command()(ping)
 app.command()(doctor)
+app.command()(top)
 app.add_typer(models.app, name="models")
 app.add_typer(checkpoints.app, name="checkpoints")
 app.add_typer(sessions.app, name="sessions")

@@ -153,7 +153,7 @@ class Connection:
                 connect_timeout=self.timeout,
                 proxy=self.proxy,
                 tls=self._tls(),
-                token=self._token(),
+                token=self.token(),
                 token_over_plaintext=self.token_over_plaintext,
             )
         except timernn.BadField as error:
@@ -169,8 +169,12 @@ class Connection:
         parts = (self.tls_ca, self.tls_cert, self.tls_key, self.tls_server_name)
         return self.tls if parts == (None,) * 4 else timernn.TLS(*parts)
 
-    def _token(self) -> str | None:
-        """Return the token of file or variable: what `timernn tokens create` printed may be the file."""
+    def token(self) -> str | None:
+        """Return the token of file or variable: what `timernn tokens create` printed may be the file.
+
+        Raises:
+            typer.BadParameter: If the file has none.
+        """
         if self.token_file is None:
             return os.environ.get(TOKEN_VARIABLE) or None
         try:
@@ -183,21 +187,25 @@ class Connection:
         return lines[-1]
 
 
-def connects(*, timeout: float = 30.0) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def connects(
+    *, timeout: float = 30.0, without: tuple[str, ...] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command that takes a `connection` an option for each of its fields.
 
     Args:
         timeout: The default of --timeout, in seconds.
+        without: Fields that the command has no use for; they keep their defaults.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        parameters = []
+        parameters: list[inspect.Parameter] = []
+        options = [each for each in _parameters(timeout) if each.name not in without]
         for each in inspect.signature(command).parameters.values():
-            parameters += _parameters(timeout) if each.name == "connection" else [each]
+            parameters += options if each.name == "connection" else [each]
 
         @functools.wraps(command)
         def with_options(**values: Any) -> None:
-            given = {field.name: values.pop(field.name) for field in fields(Connection)}
+            given = {option.name: values.pop(option.name) for option in options}
             command(connection=Connection(**given), **values)
 
         # Typer reads these two attributes instead of the wrapper's signature.
