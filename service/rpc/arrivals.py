@@ -50,10 +50,10 @@ class Arrivals:
     def __init__(
         self,
         admission: Admission,
+        *,
         message_bytes: int,
         room_bytes: int,
         rules: ArrivalRules,
-        *,
         waiting_limit: int,
     ) -> None:
         """Set the bounds.

@@ -211,7 +211,7 @@ class Gate:
             with dispatcher.let_in(operation, context, 0) as share:
                 traffic.principal = share.principal
                 share.take(0, operations=1)
-                request = await self._receive(operation, context, share, traffic)
+                request = await self._receive(operation, context, share=share, traffic=traffic)
                 steps = dispatcher.call(operation, request, share)
                 del request  # its arrays were copied out of it
                 traffic.answer = message = await self._bounded(context, steps)
@@ -226,7 +226,7 @@ class Gate:
             with self._dispatcher.let_in(operation, context, 0) as share:
                 traffic.principal = share.principal
                 share.take(0, operations=1)
-                request = await self._receive(operation, context, share, traffic)
+                request = await self._receive(operation, context, share=share, traffic=traffic)
                 messages = operation.behaviour(RpcCall(context, share), request)
                 writing = self._write_all(context, messages, traffic)
                 # A health watch has no end.
@@ -239,7 +239,7 @@ class Gate:
             with self._dispatcher.let_in(operation, context, 0) as share:
                 traffic.principal = share.principal
                 share.take(0, operations=1)
-                requests = self._read_all(operation, context, share, traffic)
+                requests = self._read_all(operation, context, share=share, traffic=traffic)
                 steps = operation.behaviour(RpcCall(context, share), requests)
                 traffic.answer = message = await self._bounded(context, steps)
                 answer = self._codec.serialize(message)
@@ -264,7 +264,7 @@ class Gate:
             traffic.answer_bytes += len(raw)
 
     async def _receive(
-        self, operation: Operation, context: Context, share: Share, traffic: Traffic
+        self, operation: Operation, context: Context, *, share: Share, traffic: Traffic
     ) -> Message:
         """Read the message of a unary request, and count its bytes."""
         arrivals = self._public_arrivals if operation.is_always_served else self._arrivals
@@ -279,7 +279,7 @@ class Gate:
         return request
 
     async def _read_all(
-        self, operation: Operation, context: Context, share: Share, traffic: Traffic
+        self, operation: Operation, context: Context, *, share: Share, traffic: Traffic
     ) -> AsyncIterator[Message]:
         tenant = share.principal.tenant
         while (raw := await self._arrivals.read(context, tenant)) is not grpc.aio.EOF:

@@ -132,16 +132,16 @@ class RpcServer:
         # Half of the room for requests, since the answers of those in work need some as well.
         self.arrivals = Arrivals(
             self.admission,
-            size,
-            limits.request_bytes_in_flight // 2,
-            arrival_rules,
+            message_bytes=size,
+            room_bytes=limits.request_bytes_in_flight // 2,
+            rules=arrival_rules,
             waiting_limit=limits.operations_in_flight,
         )
         public_arrivals = Arrivals(
             self.dispatcher.unbounded,
-            size,
-            _PUBLIC_MESSAGES * size,
-            arrival_rules,
+            message_bytes=size,
+            room_bytes=_PUBLIC_MESSAGES * size,
+            rules=arrival_rules,
             waiting_limit=_PUBLIC_WAITING,
         )
         gate = Gate(

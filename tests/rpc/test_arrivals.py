@@ -53,7 +53,13 @@ def room_for(
     """Return arrivals that read so many of the largest messages at once, beside no work."""
     admission = admission or Admission(100, 100 * SIZE)
     room = messages * SIZE
-    return Arrivals(admission, SIZE, room, rules or ArrivalRules(), waiting_limit=waiting)
+    return Arrivals(
+        admission,
+        message_bytes=SIZE,
+        room_bytes=room,
+        rules=rules or ArrivalRules(),
+        waiting_limit=waiting,
+    )
 
 
 def begin(
