@@ -34,7 +34,7 @@ from benchmarks.load.calls import count_calls
 from benchmarks.load.lab import BEFORE, Lab, Plan, Samples, laboratory
 from benchmarks.load.machine import describe_machine, machine_line
 from benchmarks.load.page import write_block
-from benchmarks.load.rows import table
+from benchmarks.load.rows import paired, ratio_table, table
 from benchmarks.load.stages import BATCHES, COPIES, Stages
 from benchmarks.load.store import running_store
 from benchmarks.load.trips import SHAPES, Trips
@@ -170,19 +170,10 @@ def _process_table(processes: Sequence[Samples], calls: Mapping[str, float]) -> 
 
 
 def _ratio_table(samples: Sequence[Samples]) -> str:
-    """Set our server against the earlier one, each repetition with the one measured beside it.
-
-    The interval is a bootstrap's: where it holds 1, there is no difference beyond the noise.
-    """
-    took = {(one.scenario, one.server): np.array(one.values("server_us")) for one in samples}
-    random = np.random.default_rng(0)
-    lines = []
-    for name in SHOWN:
-        ratios = took[name, OURS] / took[name, BEFORE]
-        drawn = np.median(random.choice(ratios, (10_000, len(ratios))), axis=1)
-        low, high = np.quantile(drawn, (0.025, 0.975))
-        lines.append((name, str(len(ratios)), f"{np.median(ratios):.3f}", f"{low:.3f}-{high:.3f}"))
-    return table(("scenario", "pairs", "server µs, now / before", "95 % of the median"), lines)
+    """Set our server against the earlier one, each repetition with the one measured beside it."""
+    took = {(one.scenario, one.server): one.values("server_us") for one in samples}
+    rows = [paired(name, took[name, OURS], took[name, BEFORE]) for name in SHOWN]
+    return ratio_table(rows, "server µs, now", "before")
 
 
 def _account_table(processes: Sequence[Samples], document: Document) -> str:
