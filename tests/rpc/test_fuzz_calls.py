@@ -199,7 +199,7 @@ async def test_calls_in_process_end_as_listed(
     assert len(asyncio.all_tasks()) <= tasks + 5
     assert (server.admission.operations, server.admission.request_bytes) == (0, 0)
     assert findings.codes["OK"] > CALLS // 20
-    assert len(findings.reasons) > 10, findings.reasons
+    assert len(findings.reasons) > min(10, CALLS // 100), findings.reasons
 
 
 def test_calls_over_the_wire_end_as_listed(

@@ -170,9 +170,13 @@ def test_sockets_that_say_nothing_keep_nobody_out(server: ServiceProcess) -> Non
         ask(server)
 
 
-@pytest.mark.parametrize("body", [b"\0\xff\xff\xff\xff", b"\7\0\0\0\0"])
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"\0", b"\0\0\0", b"\0\0\0\0\5x", b"\0\xff\xff\xff\xff", b"\7\0\0\0\0"],
+    ids=["nothing", "a flag", "half a length", "half a message", "too large", "another flag"],
+)
 def test_what_is_no_message_ends_its_call(server: ServiceProcess, body: bytes) -> None:
-    """A length that is too large, a flag that is none."""
+    """Nothing, half of a message, a length that is too large, a flag that is none: no call waits for more."""
     with connected(server) as connection:
         connection.sendall(HELLO + frame(HEADERS, END_HEADERS, 1, CALL))
         connection.sendall(frame(DATA, END_STREAM, 1, body))
