@@ -25,7 +25,7 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # h
 
 from service.access import Access
 from service.compute.scheduler import Scheduler
-from service.domain.errors import Unavailable
+from service.domain.errors import DomainError, Unavailable
 from service.domain.limits_policy import SameLimits
 from service.domain.model_cache import ModelCache
 from service.domain.session_cache import SessionCache
@@ -131,7 +131,7 @@ async def serve(settings: Settings, on_ready: Callable[[str], None]) -> int:
         if identity is not None:
             changes.append(identity.change)
         if recorder is not None:
-            page = _page_routes(
+            page = await _page_routes(
                 server,
                 store,
                 stack,
@@ -366,7 +366,7 @@ async def _start_metrics(
     return [tls.change] if tls else []
 
 
-def _page_routes(
+async def _page_routes(
     server: RpcServer,
     store: Store,
     stack: contextlib.AsyncExitStack,
@@ -393,6 +393,9 @@ def _page_routes(
         replica_id=info.replica_id,
         about=about,
     )
+    # A login on the page is signed by what all replicas share, so that is known before the first.
+    with contextlib.suppress(DomainError):
+        await heart.beat()
     stack.callback(asyncio.ensure_future(heart.run()).cancel)
     api = PageApi(
         server.use_cases,
