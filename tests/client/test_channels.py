@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import timernn
+from instruments.proxy import FaultProxy, Faults, Link
 from timernn import aio, errors
 from timernn._core.channels import Links
 from timernn._core.options import Options
@@ -237,3 +238,12 @@ def test_calls_under_way_keep_a_channel_that_is_left(stand_in: Any) -> None:
     for each in links.close():
         each.channel.close()
     link.channel.close()
+
+
+def test_a_slow_handshake_is_waited_for(live: timernn.Client, replicas: list[str]) -> None:
+    """Over a line with 0.6 s for a round trip the client connects once, not again and again."""
+    slow = Faults(up=Link(latency_s=0.3), down=Link(latency_s=0.3))
+    with FaultProxy(replicas[0], faults=slow) as proxy:
+        with timernn.connect(proxy.address, timeout=20) as client:
+            assert client.server_info().server_version == live.server_info().server_version
+        assert proxy.counts["connections"] == 1

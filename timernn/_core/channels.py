@@ -27,6 +27,8 @@ ChannelOptions = list[tuple[str, int | str]]
 # allows a ping every 5 s and cuts off who pings more often.
 _PING_EVERY_MS = 12_000
 _PING_TIMEOUT_MS = 5_000
+# TLS takes four round trips; a line around the globe has a third of a second for each.
+_CONNECT_TIMEOUT_MS = 2_000
 # A shorter attempt that ran out of time says nothing of its connection.
 _SUSPECT_AFTER_S = 1.0
 
@@ -82,7 +84,8 @@ def channel_options(
         ("grpc.http2.ping_on_rst_stream_percent", 0),
         # Without these a channel waits up to two minutes before it tries a restarted server again.
         ("grpc.initial_reconnect_backoff_ms", 100),
-        ("grpc.min_reconnect_backoff_ms", 100),
+        # Its name in gRPC hides that a new connection has no longer than this for all of its handshakes.
+        ("grpc.min_reconnect_backoff_ms", _CONNECT_TIMEOUT_MS),
         ("grpc.max_reconnect_backoff_ms", 1000),
         # Each address has its own connection, also beside other clients in this process.
         ("grpc.use_local_subchannel_pool", 1),
