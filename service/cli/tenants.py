@@ -57,8 +57,14 @@ def purge(
     Example:
       timernn tenants purge acme --redis-url redis://127.0.0.1:6379 --yes
     """
-    from service.store.addresses import parse_store_url  # noqa: PLC0415 - not for other commands
+    # Not imported for other commands.
+    from service.security.tokens import check_name  # noqa: PLC0415
+    from service.store.addresses import parse_store_url  # noqa: PLC0415
 
+    try:
+        check_name("tenant", tenant)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
     try:
         parse_store_url(redis_url)
     except ValueError as error:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import uuid
-from typing import TYPE_CHECKING
 
+import pytest
 from redis import Redis
 
 from service.cli import main
 from service.store import keys
-
-if TYPE_CHECKING:
-    import pytest
 
 
 def test_purge_erases_only_with_the_option_that_confirms_it(
@@ -35,3 +32,14 @@ def test_purge_says_which_url_is_no_url(capsys: pytest.CaptureFixture[str]) -> N
     """A wrong URL is one line that names the option."""
     assert main(["tenants", "purge", "acme", "--redis-url", "http://x", "--yes"]) == 2
     assert "--redis-url: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tenant", ["", "acme ", "*", "\udcff"])
+def test_purge_refuses_what_cannot_be_a_tenant(
+    store_url: str, capsys: pytest.CaptureFixture[str], tenant: str
+) -> None:
+    """A name that no tenant can have is one line and exit code 2, not a purge of nothing."""
+    assert main(["tenants", "purge", tenant, "--redis-url", store_url, "--yes"]) == 2
+    failed = capsys.readouterr()
+    assert "tenant: expected 1 to 63" in failed.err
+    assert failed.out == ""
