@@ -477,9 +477,8 @@ async def _watch_store(server: RpcServer, store: Store, embedded: EmbeddedStore 
     while True:
         await asyncio.sleep(CHECK_S)
         try:
-            if embedded and not embedded.is_running:
-                _LOGGER.error("the embedded store ended: starting it again")
-                await asyncio.to_thread(embedded.start)
+            if embedded:
+                await embedded.keep_running()
             await store.check()
         except Exception as error:  # noqa: BLE001 - whatever it is, the store cannot be used now
             if server.health.is_serving:

@@ -3,7 +3,7 @@
 Because of the GIL a process uses little more than one core, so several processes are needed to fill a
 machine. Each worker is a replica like any other, with its own event loop and one BLAS thread; the kernel
 spreads the clients' connections over them (SO_REUSEPORT), and a session moves between them as between
-any replicas. The supervisor holds the port and the embedded store, restarts a worker that died, and
+any replicas. The supervisor holds the port and the embedded store, restarts whichever of them died, and
 forwards SIGTERM. It serves nothing itself and never imports gRPC: workers are new programs, not forks.
 """
 
@@ -26,11 +26,12 @@ from service.settings import Limits, Settings
 from service.store.embedded import EmbeddedStore, EmbeddedStoreError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 
     from service.metrics.workers import WorkerMetrics
 
 READY: Final = b"timernn ready on "
+CHECK_S: Final = 1.0  # the interval at which the embedded store is looked after
 FIRST_RESTART_S: Final = 0.2
 LAST_RESTART_S: Final = 10.0
 # If a worker does not become ready in so many starts, the supervisor ends.
@@ -76,7 +77,7 @@ async def supervise(settings: Settings, on_ready: Callable[[str], None]) -> int:
             settings,
             listen=address,
             health_listen=health,
-            redis_url=stack.enter_context(_store(settings)),
+            redis_url=await stack.enter_async_context(_store(settings)),
             workers=1,
             worker_count=settings.workers,
             supervised=True,
@@ -235,14 +236,28 @@ def _port(listen: str) -> Iterator[str]:
         raise WorkerError(f"cannot listen on {listen}: {error.strerror}") from error
 
 
-@contextlib.contextmanager
-def _store(settings: Settings) -> Iterator[str]:
+@contextlib.asynccontextmanager
+async def _store(settings: Settings) -> AsyncIterator[str]:
     """Yield the store's URL; without one, that of an embedded store that lives as long as this."""
     if settings.redis_url:
         yield settings.redis_url
         return
     try:
         with EmbeddedStore(settings.data_dir) as embedded:
-            yield embedded.url
+            watching = asyncio.create_task(_watch_store(embedded))
+            try:
+                yield embedded.url
+            finally:
+                watching.cancel()
     except EmbeddedStoreError as error:
         raise WorkerError(str(error)) from error
+
+
+async def _watch_store(embedded: EmbeddedStore) -> None:
+    """Start the embedded store again whenever it died; the workers find it at the address that they know."""
+    while True:
+        await asyncio.sleep(CHECK_S)
+        try:
+            await embedded.keep_running()
+        except (EmbeddedStoreError, OSError) as error:
+            _LOGGER.error("the embedded store does not start: %s", error)  # noqa: TRY400 - one line, no traceback

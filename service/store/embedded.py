@@ -17,9 +17,11 @@ the server ends, and Python code between fork and exec is unsafe once gRPC runs.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import fcntl
 import importlib.util
+import logging
 import os
 import shutil
 import signal
@@ -49,6 +51,8 @@ _SOCKET_PATH_BYTES = 100
 _POLL_S = 0.005
 # The time that a leftover server gets to sync its file before SIGKILL.
 _LEFTOVER_S = 10.0
+
+_LOGGER = logging.getLogger(__name__)
 
 
 class EmbeddedStoreError(Exception):
@@ -122,6 +126,7 @@ class EmbeddedStore:
         self._binary = binary
         self._guard: subprocess.Popen[bytes] | None = None
         self._resources = contextlib.ExitStack()
+        self._short_dir: Path | None = None
         self._store_lock = -1
         self._socket_path = self.data_dir / "store.sock"
 
@@ -181,6 +186,16 @@ class EmbeddedStore:
         except BaseException:
             self.stop()
             raise
+
+    async def keep_running(self) -> None:
+        """Start the server again, at the same address, if it has ended.
+
+        Raises:
+            EmbeddedStoreError: If it does not start; the next call tries again.
+        """
+        if not self.is_running:
+            _LOGGER.error("the embedded store ended: starting it again")
+            await asyncio.to_thread(self.start)
 
     def stop(self, timeout_s: float = 30.0) -> None:
         """Let the server sync its file and exit; does nothing when none runs."""
@@ -250,9 +265,14 @@ class EmbeddedStore:
         """Return where the socket goes: the data directory, or a short one if that is too deep."""
         path = self.data_dir / "store.sock"
         if len(os.fsencode(path)) > _SOCKET_PATH_BYTES:
-            # Not the configured temporary directory, which may be as deep.
-            directory = tempfile.TemporaryDirectory(prefix="timernn-", dir="/tmp")
-            path = Path(self._resources.enter_context(directory)) / "store.sock"
+            if self._short_dir is None:
+                # Not the configured temporary directory, which may be as deep.
+                self._short_dir = Path(tempfile.mkdtemp(prefix="timernn-", dir="/tmp"))
+            else:
+                # Whoever connects knows the address that the server had before it ended.
+                self._short_dir.mkdir(mode=0o700)
+            self._resources.callback(shutil.rmtree, self._short_dir, ignore_errors=True)
+            path = self._short_dir / "store.sock"
         path.unlink(missing_ok=True)
         return path
 

@@ -174,6 +174,16 @@ def test_comes_back_after_the_server_was_killed(tmp_path: Path) -> None:
             assert connection.get("key") == "kept"
 
 
+def test_a_killed_server_in_a_deep_directory_comes_back_where_it_was(tmp_path: Path) -> None:
+    """Who connected before the server was killed reaches it at the same URL afterwards."""
+    with EmbeddedStore(tmp_path / ("deep" * 40)) as store:
+        url = store.url
+        os.kill(store.pid, signal.SIGKILL)
+        assert store.wait(10)
+        store.start()
+        assert store.url == url
+
+
 def test_killed_owner_takes_the_server_along_and_loses_nothing(
     tmp_path: Path, owner: subprocess.Popen[str]
 ) -> None:

@@ -77,6 +77,15 @@ def test_a_session_goes_on_when_a_worker_is_killed(
     wait_until("both are back", lambda: len(set(children(supervisor.pid)) - set(before)) == 2)
 
 
+def test_an_embedded_store_that_is_killed_is_started_again_under_workers() -> None:
+    """The supervisor starts its store again, and the workers serve from it."""
+    with ServiceProcess("", "--workers", "2") as server, timernn.connect(server.address) as client:
+        client.create_model("kept", input_size=3, hidden_size=4)
+        os.kill(int((server.dir / "data" / "store.pid").read_text()), signal.SIGKILL)
+        server.wait_for_line(".*the embedded store ended: starting it again")
+        assert client.get_model("kept").hidden_size == 4
+
+
 def test_sigterm_drains_every_worker(supervisor: ServiceProcess) -> None:
     """The supervisor ends with exit code 0 and leaves no worker behind."""
     workers = children(supervisor.pid)
