@@ -242,7 +242,10 @@ def _check_header(data: bytes) -> int | None:
         raise _bad_weights("expected a safetensors file: the header is not valid") from error
 
 
-def _step_number(text: str) -> int:
+def _step_number(text: object) -> int:
+    # A safetensors file's metadata is text alone; int() would raise other errors for a list or an infinity.
+    if not isinstance(text, str):
+        raise ValueError(text)  # noqa: TRY004 - a wrong file, not a wrong call
     step = int(text)
     if not 0 <= step < 1 << 53:
         raise ValueError(text)

@@ -195,6 +195,9 @@ def programs(canary: Path) -> dict[str, bytes]:
         "an empty file": b"",
         "seven bytes": bytes(7),
         "nested deeply": framed(b'{"a":' * 5000 + b"1" + b"}" * 5000),
+        "a step that is a list": framed(b'{"__metadata__":{"step":[]}}'),
+        "a step that is an object": framed(b'{"__metadata__":{"step":{}}}'),
+        "a step that is infinite": framed(b'{"__metadata__":{"step":1e400}}'),
         "overlapping tensors": framed(
             header.replace(b'"data_offsets":[0', b'"data_offsets":[4', 1)
         ),
