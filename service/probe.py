@@ -72,7 +72,7 @@ def _read_toml(path: str) -> dict[str, object]:
     with open(path, "rb") as file:  # noqa: PTH123 - pathlib would have to be imported
         try:
             return {key.replace("-", "_"): value for key, value in tomllib.load(file).items()}
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ProbeError(f"{path}: expected TOML: {error}") from error
 
 

@@ -109,7 +109,7 @@ def read_tenants(path: Path, limits: Limits) -> TenantTable:
         raise SecretFileError(f"{source}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise SecretFileError(f"{source}: expected UTF-8 text") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise SecretFileError(f"{source}: not valid TOML: {error}") from error
     _check_known(document, ("default", "tenant"), source)
     usual = TenantTerms(TenantLimits.from_limits(limits), TenantRates())

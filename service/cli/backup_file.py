@@ -165,7 +165,7 @@ def _read_manifest(file: Path, archive: zipfile.ZipFile) -> Manifest:
             raise BackupFileError(f"{file}: no backup: its manifest is compressed, or too large")
         found = json.loads(archive.read(entry))
         layout = found["layout"] if found["format"] == _FORMAT else None
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise BackupFileError(f"{file}: no backup: it has no manifest of one") from error
     if layout != LAYOUT:
         raise BackupFileError(

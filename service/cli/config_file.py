@@ -44,7 +44,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ConfigFileError(f"{source}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigFileError(f"{source}: expected UTF-8 text") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ConfigFileError(f"{source}: expected TOML: {error}") from error
     values: dict[str, Any] = {}
     for key, value in document.items():

@@ -125,7 +125,7 @@ def parse_tokens(text: str, source: str) -> TokenSet:
     """
     try:
         document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise SecretFileError(f"{source}: not valid TOML: {_where(error)}") from None
     unknown = sorted(set(document) - {"token"})
     if unknown:
@@ -290,7 +290,7 @@ def _table(token: Token) -> tomlkit.items.Table:
     return table
 
 
-def _where(error: tomllib.TOMLDecodeError) -> str:
+def _where(error: Exception) -> str:
     """Return where a text is not TOML, without what stands there: it may be a secret."""
     found = re.search(r"\(at (.*)\)$", str(error))
     return f"at {found[1]}" if found else "somewhere"

@@ -105,6 +105,7 @@ def test_a_name_may_have_dashes_or_underscores(file: Path, key: str) -> None:
         ('listen = "here"', "listen: expected HOST:PORT, such as 127.0.0.1:50051, got 'here'"),
         ('redis-url = "http://h"', "redis-url: expected"),
         ("a = = b", "expected TOML: "),
+        ("a = " + "[" * 5000, "expected TOML: "),
         ("\xff", "expected UTF-8 text"),
     ],
 )

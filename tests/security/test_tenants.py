@@ -56,6 +56,7 @@ def test_a_tenant_has_what_its_table_says_then_the_default_then_the_server(tmp_p
         ("[tenant]\nacme = 1", "[tenant.acme]: expected a table, got 1"),
         ('[tenant."a/b"]', "a name must match"),
         ("[tenant", "not valid TOML"),
+        ("a = " + "[" * 5000, "not valid TOML"),
     ],
 )
 def test_a_file_that_says_something_else_is_refused(tmp_path: Path, text: str, says: str) -> None:

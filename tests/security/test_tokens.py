@@ -160,6 +160,7 @@ def entry(**changes: str) -> str:
     ("text", "error"),
     [
         ("token =\n", r"not valid TOML: at line 1, column 8"),
+        ("token = " + "[" * 5000, r"not valid TOML: somewhere"),
         ("[[tokens]]\n", "expected .* tables only, got 'tokens'"),
         ("token = 3\n", r"expected each token as a \[\[token\]\] table"),
         (entry(role="root"), "token 1: role: expected one of infer, train, admin, operator"),
