@@ -15,8 +15,6 @@ from service.cli.remote import AsJson, Connection, connects
 
 if TYPE_CHECKING:
     import zipfile
-    from collections.abc import Iterator
-
     import timernn
     from service.cli.backup_file import Manifest, SavedModel, SavedSession, SavedVersion
 
@@ -68,11 +66,12 @@ def backup(
         left.lines.append("sessions: --sessions saves them")
     left.lines.append(_NEVER_SAVED)
     size = file.stat().st_size
+    counted = _counted(manifest.models, len(manifest.sessions))
     if json:
-        counted = _counted(manifest)
         print_json({"file": str(file), "bytes": size, **counted, "not_saved": left.lines})
         return
-    print(f"wrote {_described(manifest)} to {file}, {size:,} bytes")
+    counts = ", ".join(f"{count} {what}" for what, count in counted.items())
+    print(f"wrote {counts} to {file}, {size:,} bytes")
     for line in left.lines:
         print(f"not saved: {line}")
 
@@ -116,14 +115,20 @@ def restore(
     with connection.open() as client, read_backup(file) as (archive, manifest):
         wanted = _wanted(client, manifest, left)
         _restore(client, archive, wanted, manifest)
+        restored_sessions = 0
         if sessions:
-            _restore_sessions(client, archive, manifest, left, is_reset=reset_sessions)
+            restored_sessions = _restore_sessions(
+                client, archive, manifest, left, is_reset=reset_sessions
+            )
     if manifest.sessions and not sessions:
         left.lines.append(f"{len(manifest.sessions)} sessions: --sessions restores them")
     if json:
         print_json({"models": [m.model_id for m in wanted], "not_restored": left.lines})
     else:
-        print(f"restored {len(wanted)} of {_described(manifest)} of {manifest.create_time}")
+        done = _counted(wanted, restored_sessions)
+        saved = _counted(manifest.models, len(manifest.sessions))
+        counts = ", ".join(f"{done[what]} of {count} {what}" for what, count in saved.items())
+        print(f"restored {counts}, saved {manifest.create_time}")
         for line in left.lines:
             warn(f"not restored: {line}")
 
@@ -267,7 +272,9 @@ def _wanted(client: "timernn.Client", manifest: "Manifest", left: Left) -> "list
         if found is None:
             wanted.append(model)
         elif found.head.digest.hex() == _head(model).digest:
-            left.lines.append(f"{model.model_id}: it is there with the same weights")
+            left.lines.append(
+                f"{model.model_id}: it is there with the same weights; its checkpoints are left as they are"
+            )
         else:
             taken.append(model.model_id)
     if taken:
@@ -336,12 +343,14 @@ def _restore_sessions(
     left: Left,
     *,
     is_reset: bool,
-) -> None:
+) -> int:
+    """Open the saved sessions in new epochs; return how many were."""
     import safetensors.numpy  # noqa: PLC0415
 
     import timernn  # noqa: PLC0415
     from service.cli.progress import bar  # noqa: PLC0415
 
+    restored = 0
     with bar("sessions", len(manifest.sessions)) as step:
         for session in manifest.sessions:
             step(session.session_id)
@@ -365,6 +374,9 @@ def _restore_sessions(
             ) as error:
                 # Its model is another one there, or was already another one where it was saved.
                 left.lines.append(f"session {session.session_id}: {error.message}")
+            else:
+                restored += 1
+    return restored
 
 
 def _optimizer(saved: dict[str, Any]) -> "timernn.Optimizer":
@@ -380,18 +392,10 @@ def _head(model: "SavedModel") -> "SavedVersion":
     return next(version for version in model.versions if version.is_head)
 
 
-def _counted(manifest: "Manifest") -> dict[str, int]:
+def _counted(models: "list[SavedModel]", sessions: int) -> dict[str, int]:
+    versions = [version for model in models for version in model.versions]
     return {
-        "models": len(manifest.models),
-        "checkpoints": sum(len(each.checkpoints) for each in _versions(manifest)),
-        "sessions": len(manifest.sessions),
+        "models": len(models),
+        "checkpoints": sum(len(each.checkpoints) for each in versions),
+        "sessions": sessions,
     }
-
-
-def _versions(manifest: "Manifest") -> "Iterator[SavedVersion]":
-    for model in manifest.models:
-        yield from model.versions
-
-
-def _described(manifest: "Manifest") -> str:
-    return ", ".join(f"{count} {what}" for what, count in _counted(manifest).items())
