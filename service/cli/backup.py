@@ -15,6 +15,7 @@ from service.cli.remote import AsJson, Connection, connects
 
 if TYPE_CHECKING:
     import zipfile
+
     import timernn
     from service.cli.backup_file import Manifest, SavedModel, SavedSession, SavedVersion
 

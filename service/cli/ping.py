@@ -59,7 +59,9 @@ def ping(
         if json:
             print_json(ping_json(answer))
         else:
-            print(f"{answer.address} is ready; what it is, it says to who has a token")
+            print(
+                f"{answer.address} is ready; it tells its version and limits only to callers with a token"
+            )
         return
     if json:
         print_json(server_json(info, answer))

@@ -100,7 +100,9 @@ def test_a_restored_model_is_the_same_bit_for_bit(
     with serving(tmp_path) as other, library.connect(other.address) as client:
         restored = timernn("restore", str(file), "--sessions", "--server", other.address)
         assert restored.code == 0, restored.err
-        assert restored.out.startswith("restored 1 of 1 models, 2 of 2 checkpoints, 1 of 1 sessions, ")
+        assert restored.out.startswith(
+            "restored 1 of 1 models, 2 of 2 checkpoints, 1 of 1 sessions, "
+        )
         assert filled.get_model("m").optimizer == client.get_model("m").optimizer
         kept = [
             {
