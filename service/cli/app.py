@@ -119,6 +119,13 @@ def run(arguments: list[str]) -> int:
     return code if isinstance(code, int) else 0
 
 
+# What gives a command that which these errors of the library miss.
+_OPTIONS_FOR = {
+    "NoCredentials": "; here by --token-file",
+    "TlsFailed": "; here by --tls, --tls-ca, --tls-cert with --tls-key, --tls-server-name",
+}
+
+
 def explain(error: Exception) -> str:
     """Return the message to print for an error that ended a command."""
     from timernn import Error, NoServer, Unavailable  # noqa: PLC0415 - most commands end without one
@@ -133,5 +140,5 @@ def explain(error: Exception) -> str:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     expected = isinstance(error, Error | OSError) or type(error).__module__.startswith("service.")
     if expected and str(error):
-        return str(error)
+        return f"{error}{_OPTIONS_FOR.get(type(error).__name__, '')}"
     return f"{type(error).__name__}: {error} (TIMERNN_TRACEBACK=1 shows where it came from)"

@@ -249,11 +249,15 @@ def check_server(
             after = datetime.now(UTC)
     except timernn.Unauthenticated as error:
         advice = (
-            "give a token that is valid, see `timernn tokens list`; or check this machine's clock"
+            "give a token that is valid by --token-file, see `timernn tokens list`; or check this"
+            " machine's clock"
         )
         yield Finding("token", FAILED, error.message, advice)
     except timernn.Error as error:
-        advice = "if the lines above are good: does the server speak TLS, and do the options here?"
+        advice = (
+            "if the lines above are good: do --tls, --tls-ca, --tls-cert and --tls-key here fit the server's"
+            " --tls-cert and --tls-client-ca?"
+        )
         yield Finding("server", FAILED, error.message, advice)
     else:
         on_info(info)

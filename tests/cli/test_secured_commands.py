@@ -105,6 +105,7 @@ def test_without_a_token_a_command_says_what_is_missing(command: Any, secured: S
     code, out, err = command("models", "list", *secured.tls)
     assert (code, out, err.count("\n")) == (1, "", 1)
     assert err.startswith("timernn: NO_CREDENTIALS: ")
+    assert "--token-file" in err
 
 
 def test_whether_a_server_is_ready_needs_no_token(command: Any, secured: Secured) -> None:
@@ -120,6 +121,7 @@ def test_plaintext_to_a_server_with_tls_is_one_line(bare: Any, secured: Secured)
     """Of the process too: gRPC writes nothing beside it."""
     for options, words in (
         ((), "it may expect TLS"),
+        ((), "here by --tls, --tls-ca"),
         (("--tls",), "not signed by an authority"),
     ):
         failed = bare("ping", "--server", secured.address, "--timeout", "9", *options)
@@ -151,7 +153,7 @@ def test_options_that_do_not_fit_are_exit_code_2(
 
 
 def test_every_command_that_reaches_a_server_takes_the_same_options() -> None:
-    """Only those that run a server, or work on its files, do without."""
+    """Only those that run a server, read its metrics, or work on its files, do without."""
     connecting, others = set[str](), set[str]()
     wanted = {f"--{field.name.replace('_', '-')}" for field in fields(Connection)}
     for name, command in commands_of(get_command(app)):
@@ -159,7 +161,7 @@ def test_every_command_that_reaches_a_server_takes_the_same_options() -> None:
         (connecting if wanted <= options else others).add(name)
         assert wanted <= options or "--server" not in options, name
     assert others == {
-        "serve", "tokens create", "tokens list", "tokens revoke", "tenants purge",
+        "serve", "tokens create", "tokens list", "tokens revoke", "tenants purge", "top",
     }  # fmt: skip
     assert connecting >= {"ping", "doctor", "backup", "restore", "models list", "sessions list"}
 
