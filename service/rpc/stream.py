@@ -219,6 +219,9 @@ class OperationStream:
                     self._wake_reader.clear()
                     await self._wake_reader.wait()
                     continue
+                if pause_s := self.budget.take_pause_s():
+                    await asyncio.sleep(pause_s)
+                    continue
                 raw = await context.read()
                 if raw is grpc.aio.EOF:
                     break

@@ -8,7 +8,9 @@ stream's share of the replica.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
+
+from service.domain.errors import ResourceExhausted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -16,6 +18,10 @@ if TYPE_CHECKING:
     from service.rpc.admission import Share
     from service.rpc.operation_order import StreamOperation
     from service.settings import Limits
+
+
+SHORTEST_PAUSE_S: Final = 0.1  # a tenth of what a tenant may save up of its rate
+LONGEST_PAUSE_S: Final = 1.0
 
 
 class StreamBudget:
@@ -34,6 +40,7 @@ class StreamBudget:
     __slots__ = (
         "_message_bytes",
         "_operations_limit",
+        "_pause_s",
         "_share",
         "answer_bytes",
         "expected_bytes",
@@ -49,6 +56,16 @@ class StreamBudget:
         self.request_bytes = 0
         self.expected_bytes = 0
         self.answer_bytes = 0
+        self._pause_s = 0.0
+
+    def take_pause_s(self) -> float:
+        """Return for how long nothing may be read because the tenant came too fast, once; else 0.
+
+        So a tenant that does not wait when it is refused is slowed by its own connection: refusing each of its
+        operations at once would cost the others more than doing them.
+        """
+        pause_s, self._pause_s = self._pause_s, 0.0
+        return pause_s
 
     def is_full(self, when_released: Callable[[], None]) -> bool:
         """Return whether nothing more may be read.
@@ -85,7 +102,12 @@ class StreamBudget:
         """
         share = self._share
         if share.tenant is not None:
-            share.tenant.count(operation.request_bytes)
+            try:
+                share.tenant.count(operation.request_bytes)
+            except ResourceExhausted as refusal:
+                wait_s = refusal.retry_after_s or 0.0
+                self._pause_s = min(max(wait_s, SHORTEST_PAUSE_S), LONGEST_PAUSE_S)
+                raise
         share.take(answer_bytes, operations=1)
         operation.is_admitted = True
         operation.expected_bytes = answer_bytes

@@ -200,6 +200,22 @@ async def test_operations_on_a_stream_are_counted_each(
     assert (await call.read()).results[0].forward.session_id == "s2"
 
 
+async def test_a_stream_beyond_its_rate_is_not_read_until_it_may_come_again(
+    serve: Serve, chunk: MakeChunk, clock: Clock
+) -> None:
+    """Who does not wait when it is refused waits in its own connection, and costs its neighbours nothing."""
+    served = await started(serve, TenantAdmissions(Rates(operations_per_second=1), clock=clock))
+    call = served.rnn.Stream(metadata=GREEDY)
+    for tag in range(3):
+        await call.write(pb.StreamRequest(operations=[chunk(f"s{tag}", 1, tag=tag)]))
+    results = await read_results(call, 2)
+    assert [result.HasField("error") for result in results] == [False, True]
+    third = asyncio.ensure_future(read_results(call, 1))
+    assert await asyncio.wait({third}, timeout=0.3) == (set(), {third})
+    clock.now_s += 1.0
+    assert [result.HasField("error") for result in await third] == [False]
+
+
 async def test_workers_divide_a_tenants_bounds(
     serve: Serve, refused: Refused, clock: Clock
 ) -> None:
