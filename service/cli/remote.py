@@ -146,28 +146,30 @@ class Connection:
         addresses = [address.strip() for address in self.server.split(",") if address.strip()]
         if not addresses:
             raise typer.BadParameter("expected HOST:PORT, got nothing", param_hint="'--server'")
-        try:
+        with _names_options():
             connecting = timernn.connect(
                 addresses,
                 timeout=self.timeout,
                 connect_timeout=self.timeout,
                 proxy=self.proxy,
-                tls=self._tls(),
+                tls=self.checked_tls(),
                 token=self.token(),
                 token_over_plaintext=self.token_over_plaintext,
             )
-        except timernn.BadField as error:
-            option = _OPTIONS.get(error.metadata.get("field", ""), "--timeout")
-            _, _, why = error.message.partition(": ")
-            raise typer.BadParameter(why, param_hint=f"'{option}'") from error
         with connecting as client:
             yield client
 
-    def _tls(self) -> timernn.TLS | bool:
+    def checked_tls(self) -> timernn.TLS | bool:
+        """Return the certificates to use, or whether TLS is spoken at all.
+
+        Raises:
+            typer.BadParameter: If an option does not fit.
+        """
         import timernn  # noqa: PLC0415 - not for --help and usage errors
 
         parts = (self.tls_ca, self.tls_cert, self.tls_key, self.tls_server_name)
-        return self.tls if parts == (None,) * 4 else timernn.TLS(*parts)
+        with _names_options():
+            return self.tls if parts == (None,) * 4 else timernn.TLS(*parts)
 
     def token(self) -> str | None:
         """Return the token of file or variable: what `timernn tokens create` printed may be the file.
@@ -185,6 +187,19 @@ class Connection:
         if not lines:
             raise typer.BadParameter("expected a token, got nothing", param_hint="'--token-file'")
         return lines[-1]
+
+
+@contextmanager
+def _names_options() -> Iterator[None]:
+    """Name the option where the library refuses the argument that it stands for."""
+    import timernn  # noqa: PLC0415 - not for --help and usage errors
+
+    try:
+        yield
+    except timernn.BadField as error:
+        option = _OPTIONS.get(error.metadata.get("field", ""), "--timeout")
+        _, _, why = error.message.partition(": ")
+        raise typer.BadParameter(why, param_hint=f"'{option}'") from error
 
 
 def connects(

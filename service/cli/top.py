@@ -102,13 +102,7 @@ class _Port:
         self._timeout_s = connection.timeout
         self._query = {"tenant": tenant}
         self._model = model
-        parts = (
-            connection.tls_ca,
-            connection.tls_cert,
-            connection.tls_key,
-            connection.tls_server_name,
-        )
-        self._tls = _context(connection) if connection.tls or any(parts) else None
+        self._tls = _context(connection) if connection.checked_tls() else None
         self._server_name = connection.tls_server_name
         self._token = connection.token()
         if (
@@ -192,8 +186,6 @@ def _context(connection: Connection) -> ssl.SSLContext:
     except (OSError, ssl.SSLError) as error:
         raise typer.BadParameter("expected certificates, PEM", param_hint="'--tls-ca'") from error
     if connection.tls_cert or connection.tls_key:
-        if not (connection.tls_cert and connection.tls_key):
-            raise typer.BadParameter("--tls-cert and --tls-key belong together")
         try:
             context.load_cert_chain(connection.tls_cert, connection.tls_key)
         except (OSError, ssl.SSLError) as error:

@@ -26,7 +26,7 @@ from service.page import logins
 from service.rpc.auth import DEFAULT_TENANT, Principal
 from service.rpc.errors import PermissionDenied, Unauthenticated, refusal_of
 from service.rpc.logins import TENANT_KEY, LoginThrottle
-from service.rpc.permissions import FIGURES, ROLES
+from service.rpc.permissions import FIGURES_ROLES
 from service.security.roles import Role
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ class PageApi:
             "figures": None,
             "replicas": None,
         }
-        if principal.roles & ROLES[FIGURES]:
+        if principal.roles & FIGURES_ROLES:
             beats = await self._replicas.list_replicas()
             answer["figures"] = joined([beat.figures for beat in beats if beat.figures])
             answer["replicas"] = [_replica(beat) for beat in beats]

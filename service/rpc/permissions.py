@@ -23,8 +23,8 @@ _MODEL: Final = "/timernn.v1.ModelService/"
 _SESSION: Final = "/timernn.v1.SessionService/"
 _TIME_RNN: Final = "/timernn.v1.TimeRnnService/"
 
-FIGURES: Final = "the figures of the whole server"
-"""What is no RPC: what the metrics port shows of all tenants together, as Prometheus' text or on its page."""
+FIGURES_ROLES: Final = _ADMIN | _SEES
+"""Who sees what is no RPC: the figures of all tenants together, on the page of the metrics port."""
 
 PUBLIC: Final = frozenset({"/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"})
 """What needs no credential: probes and load balancers have none."""
@@ -58,7 +58,6 @@ ROLES: Final[dict[str, frozenset[Role]]] = {
     _TIME_RNN + "Update": _TRAIN,
     _TIME_RNN + "DiscardGradients": _TRAIN,
     _TIME_RNN + "ListWaiting": _TRAIN | _SEES,
-    FIGURES: _ADMIN | _SEES,
 }
 """By method the roles of which one is needed."""
 
