@@ -185,7 +185,7 @@ def _context(connection: Connection) -> ssl.SSLContext:
         context = ssl.create_default_context(cafile=connection.tls_ca)
     except (OSError, ssl.SSLError) as error:
         raise typer.BadParameter("expected certificates, PEM", param_hint="'--tls-ca'") from error
-    if connection.tls_cert or connection.tls_key:
+    if connection.tls_cert is not None:
         try:
             context.load_cert_chain(connection.tls_cert, connection.tls_key)
         except (OSError, ssl.SSLError) as error:
