@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from service.cli.output import fail, print_json, warn
-from service.cli.remote import AsJson, Connection, connects
+from service.cli.remote import AsJson, Connection, Force, connects
 
 if TYPE_CHECKING:
     import zipfile
@@ -40,9 +40,7 @@ def backup(
         bool,
         typer.Option("--sessions", envvar="TIMERNN_SESSIONS", help="With live sessions' states."),
     ] = False,
-    force: Annotated[
-        bool, typer.Option("--force", envvar="TIMERNN_FORCE", help="Overwrite FILE if it exists.")
-    ] = False,
+    force: Force = False,
     connection: Connection,
     json: AsJson = False,
 ) -> None:

@@ -7,7 +7,7 @@ import typer
 
 from service.cli.describe import format_time, version_json
 from service.cli.output import print_json, print_table
-from service.cli.remote import AsJson, Connection, ModelId, connects
+from service.cli.remote import AsJson, Connection, ExpectVersion, MissingOk, ModelId, connects
 
 app = typer.Typer(
     help="Keep versions of a model under names, and bring them back.", no_args_is_help=True
@@ -82,14 +82,7 @@ def restore(
     model: ModelId,
     checkpoint: CheckpointId,
     *,
-    expect_version: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            envvar="TIMERNN_EXPECT_VERSION",
-            help="Refuse unless this is the newest version now.",
-        ),
-    ] = None,
+    expect_version: ExpectVersion = None,
     connection: Connection,
     json: AsJson = False,
 ) -> None:
@@ -115,12 +108,7 @@ def delete(
     model: ModelId,
     checkpoint: CheckpointId,
     *,
-    missing_ok: Annotated[
-        bool,
-        typer.Option(
-            "--missing-ok", envvar="TIMERNN_MISSING_OK", help="Succeed also when there is none."
-        ),
-    ] = False,
+    missing_ok: MissingOk = False,
     connection: Connection,
 ) -> None:
     """Delete a checkpoint; its version then goes like any superseded one.

@@ -16,7 +16,15 @@ from service.cli.describe import (
     version_json,
 )
 from service.cli.output import print_fields, print_json, print_table
-from service.cli.remote import AsJson, Connection, ModelId, connects
+from service.cli.remote import (
+    AsJson,
+    Connection,
+    ExpectVersion,
+    Force,
+    MissingOk,
+    ModelId,
+    connects,
+)
 
 if TYPE_CHECKING:
     import timernn
@@ -161,12 +169,7 @@ def show(
 def delete(
     model: ModelId,
     *,
-    missing_ok: Annotated[
-        bool,
-        typer.Option(
-            "--missing-ok", envvar="TIMERNN_MISSING_OK", help="Succeed also when there is none."
-        ),
-    ] = False,
+    missing_ok: MissingOk = False,
     connection: Connection,
 ) -> None:
     """Delete a model with its weights, checkpoints and waiting gradients.
@@ -196,9 +199,7 @@ def export_weights(
         bool,
         typer.Option("--moments", envvar="TIMERNN_MOMENTS", help="With the optimizer's state."),
     ] = False,
-    force: Annotated[
-        bool, typer.Option("--force", envvar="TIMERNN_FORCE", help="Overwrite FILE if it exists.")
-    ] = False,
+    force: Force = False,
     connection: Connection,
     json: AsJson = False,
 ) -> None:
@@ -228,14 +229,7 @@ def import_weights(
         Path, typer.Argument(metavar="FILE", exists=True, dir_okay=False, help="Where from.")
     ],
     *,
-    expect_version: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            envvar="TIMERNN_EXPECT_VERSION",
-            help="Refuse unless this is the newest version now.",
-        ),
-    ] = None,
+    expect_version: ExpectVersion = None,
     connection: Connection,
     json: AsJson = False,
 ) -> None:

@@ -247,6 +247,23 @@ AsJson = Annotated[bool, typer.Option("--json", envvar="TIMERNN_JSON", help="Pri
 ModelId = Annotated[
     str, typer.Argument(metavar="MODEL", show_default=False, help="The model's name.")
 ]
+MissingOk = Annotated[
+    bool,
+    typer.Option(
+        "--missing-ok", envvar="TIMERNN_MISSING_OK", help="Succeed also when there is none."
+    ),
+]
+Force = Annotated[
+    bool, typer.Option("--force", envvar="TIMERNN_FORCE", help="Overwrite FILE if it exists.")
+]
+ExpectVersion = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        envvar="TIMERNN_EXPECT_VERSION",
+        help="Refuse unless this is the newest version now.",
+    ),
+]
 SessionId = Annotated[
     str, typer.Argument(metavar="SESSION", show_default=False, help="The session's name.")
 ]
