@@ -56,6 +56,20 @@ class Admission:
         self.owner = owner
         self.when_released: set[Callable[[], None]] = set()
 
+    def check(self, size_bytes: int, operations: int, held_bytes: int) -> None:
+        """Return if so much more would be let in, or raise OVERLOADED.
+
+        Args:
+            size_bytes: Bytes to hold.
+            operations: Operations to hold.
+            held_bytes: What the asker holds already; who holds all that is held gets any size.
+        """
+        if operations and self.operations >= self.max_operations:
+            raise self.full("operations_in_flight", self.max_operations)
+        total_bytes = self.request_bytes
+        if total_bytes > held_bytes and total_bytes + size_bytes > self.max_bytes:
+            raise self.full("request_bytes_in_flight", self.max_bytes)
+
     def has_room(self, size_bytes: int) -> bool:
         """Return whether so many bytes more would be let in."""
         return self.request_bytes + size_bytes <= self.max_bytes
@@ -99,7 +113,7 @@ class TokenBucket:
         return max(0.0, (1.0 - self._level) / self.rate)
 
     def take(self, amount: float) -> None:
-        """Take an amount, whether it is there or not."""
+        """Take an amount, whether it is there or not; a negative one is put back."""
         self._level -= amount
 
     def _capacity(self) -> float:
@@ -136,22 +150,22 @@ class TenantAdmission(Admission):
         )
         self.byte_bucket = self._bucket(self.byte_bucket, rates.bytes_per_second, parts)
 
-    def count(self, size_bytes: int) -> None:
-        """Count an operation and the bytes of its request, or raise OVERLOADED and count nothing."""
-        operations, sizes = self.operation_bucket, self.byte_bucket
-        # It would be refused in a moment, and should not use up the rate.
-        if self.operations >= self.max_operations:
-            raise self.full("operations_in_flight", self.max_operations)
-        if operations is not None and (wait_s := operations.wait_s()):
-            raise self._too_fast("operations_per_second", operations, wait_s)
-        if sizes is not None and (wait_s := sizes.wait_s()):
-            raise self._too_fast("bytes_per_second", sizes, wait_s)
-        if operations is not None:
-            operations.take(1)
-        self.count_bytes(size_bytes)
+    def check(self, size_bytes: int, operations: int, held_bytes: int) -> None:
+        """Return if so much more would be let in and, of operations, if they do not come too fast."""
+        super().check(size_bytes, operations, held_bytes)
+        if not operations:
+            return
+        for bound, bucket in (
+            ("operations_per_second", self.operation_bucket),
+            ("bytes_per_second", self.byte_bucket),
+        ):
+            if bucket is not None and (wait_s := bucket.wait_s()):
+                raise self._too_fast(bound, bucket, wait_s)
 
-    def count_bytes(self, size_bytes: int) -> None:
-        """Count bytes that belong to an operation that was counted."""
+    def count(self, operations: int, size_bytes: int) -> None:
+        """Take operations and bytes of requests from the rates, or give back with negative numbers."""
+        if self.operation_bucket is not None:
+            self.operation_bucket.take(operations)
         if self.byte_bucket is not None:
             self.byte_bucket.take(size_bytes)
 
@@ -220,7 +234,7 @@ class Share:
         held_bytes: Bytes held.
     """
 
-    __slots__ = ("_admissions", "held_bytes", "operations", "principal", "tenant")
+    __slots__ = ("_admissions", "_counted", "held_bytes", "operations", "principal", "tenant")
 
     def __init__(
         self, admission: Admission, principal: Principal, tenant: TenantAdmission | None = None
@@ -230,27 +244,44 @@ class Share:
         self.tenant = tenant
         self.operations = 0
         self.held_bytes = 0
+        self._counted = (0, 0)  # operations and bytes, in the tenant's rates
 
-    def take(self, size_bytes: int, operations: int = 0) -> None:
-        """Hold more, or raise OVERLOADED and hold what was held before."""
+    def take(self, size_bytes: int, operations: int = 0, request_bytes: int = 0) -> None:
+        """Hold more, or raise OVERLOADED and hold what was held before.
+
+        Operations are taken from the tenant's rates last: what has no room uses up none of them.
+
+        Args:
+            size_bytes: Bytes to hold.
+            operations: Operations to hold.
+            request_bytes: Bytes of their requests, for the rates.
+        """
         held_bytes = self.held_bytes
         for each in self._admissions:
-            if operations and each.operations >= each.max_operations:
-                raise each.full("operations_in_flight", each.max_operations)
-            total_bytes = each.request_bytes
-            if total_bytes > held_bytes and total_bytes + size_bytes > each.max_bytes:
-                raise each.full("request_bytes_in_flight", each.max_bytes)
+            each.check(size_bytes, operations, held_bytes)
         for each in self._admissions:
             each.request_bytes += size_bytes
             each.operations += operations
         self.held_bytes = held_bytes + size_bytes
         self.operations += operations
+        if operations:
+            self._count(operations, request_bytes)
 
     def take_transfer(self, size_bytes: int) -> None:
-        """Hold an upload or a download of an operation that was counted, or raise OVERLOADED."""
+        """Hold a request, an upload or a download of an operation that is held, or raise OVERLOADED."""
         self.take(size_bytes)
+        self._count(0, size_bytes)
+
+    def uncount(self) -> None:
+        """Give back to the tenant's rates what was taken from them."""
+        operations, size_bytes = self._counted
+        self._count(-operations, -size_bytes)
+
+    def _count(self, operations: int, size_bytes: int) -> None:
         if self.tenant is not None:
-            self.tenant.count_bytes(size_bytes)
+            self.tenant.count(operations, size_bytes)
+            counted_operations, counted_bytes = self._counted
+            self._counted = counted_operations + operations, counted_bytes + size_bytes
 
     def has_room(self, size_bytes: int) -> bool:
         """Return whether the replica has room for so many bytes more, or others hold none of it."""

@@ -156,17 +156,8 @@ class Dispatcher:
         """Return the unary operation that takes this kind of message."""
         return self._by_request[request.full_name]
 
-    def let_in(
-        self, operation: Operation, caller: Caller, request_bytes: int | None = None
-    ) -> Share:
-        """Return an empty share for a call, or refuse it.
-
-        Args:
-            operation: What is called.
-            caller: Who calls, which may be a reason to refuse.
-            request_bytes: What its tenant's rates count beside one operation; None: the call is no operation
-                itself, but a stream of them.
-        """
+    def let_in(self, operation: Operation, caller: Caller) -> Share:
+        """Return an empty share for a call, or refuse it for who calls, or because the replica drains."""
         if operation.method in PUBLIC:
             principal = ANONYMOUS
         else:
@@ -177,8 +168,6 @@ class Dispatcher:
         if operation.is_always_served:
             return Share(self.unbounded, principal)
         tenant = None if self._tenants is None else self._tenants.of(principal.tenant)
-        if tenant is not None and request_bytes is not None:
-            tenant.count(request_bytes)
         return Share(self.admission, principal, tenant)
 
     async def call(self, operation: Operation, request: Message, share: Share) -> Message:

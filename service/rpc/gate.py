@@ -8,6 +8,7 @@ wraps the handlers of a service by the service's descriptor, so a new method can
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import grpc
 import grpc.aio
 
 from service.deadlines import Deadlines
+from service.domain.errors import ResourceExhausted
 from service.rpc import audit
 from service.rpc.errors import (
     DETAILS_KEY,
@@ -29,7 +31,7 @@ from service.rpc.errors import (
 from service.rpc.logins import LoginThrottle
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 
     from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
     from google.protobuf.message import Message
@@ -204,13 +206,24 @@ class Gate:
         is_bounded = context.time_remaining() is not None
         return steps if is_bounded else self._deadlines.bound(steps)
 
+    @contextlib.contextmanager
+    def _let_in(self, operation: Operation, context: Context, traffic: Traffic) -> Iterator[Share]:
+        """Let a call in that is one operation; without room for its bytes its tenant's rates stay as before."""
+        with self._dispatcher.let_in(operation, context) as share:
+            traffic.principal = share.principal
+            share.take(0, operations=1)
+            try:
+                yield share
+            except ResourceExhausted as refusal:
+                if refusal.reason == "OVERLOADED":
+                    share.uncount()
+                raise
+
     def _unary(self, operation: Operation) -> Handler:
         dispatcher, codec = self._dispatcher, self._codec
 
         async def handle(context: Context, traffic: Traffic) -> bytes:
-            with dispatcher.let_in(operation, context, 0) as share:
-                traffic.principal = share.principal
-                share.take(0, operations=1)
+            with self._let_in(operation, context, traffic) as share:
                 request = await self._receive(operation, context, share=share, traffic=traffic)
                 steps = dispatcher.call(operation, request, share)
                 del request  # its arrays were copied out of it
@@ -223,9 +236,7 @@ class Gate:
 
     def _server_stream(self, operation: Operation) -> Handler:
         async def handle(context: Context, traffic: Traffic) -> None:
-            with self._dispatcher.let_in(operation, context, 0) as share:
-                traffic.principal = share.principal
-                share.take(0, operations=1)
+            with self._let_in(operation, context, traffic) as share:
                 request = await self._receive(operation, context, share=share, traffic=traffic)
                 messages = operation.behaviour(RpcCall(context, share), request)
                 writing = self._write_all(context, messages, traffic)
@@ -236,9 +247,7 @@ class Gate:
 
     def _client_stream(self, operation: Operation) -> Handler:
         async def handle(context: Context, traffic: Traffic) -> bytes:
-            with self._dispatcher.let_in(operation, context, 0) as share:
-                traffic.principal = share.principal
-                share.take(0, operations=1)
+            with self._let_in(operation, context, traffic) as share:
                 requests = self._read_all(operation, context, share=share, traffic=traffic)
                 steps = operation.behaviour(RpcCall(context, share), requests)
                 traffic.answer = message = await self._bounded(context, steps)

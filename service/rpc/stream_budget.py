@@ -59,7 +59,7 @@ class StreamBudget:
         self._pause_s = 0.0
 
     def take_pause_s(self) -> float:
-        """Return for how long nothing may be read because the tenant came too fast, once; else 0.
+        """Return for how long nothing may be read because the tenant was beyond its bounds, once; else 0.
 
         So a tenant that does not wait when it is refused is slowed by its own connection: refusing each of its
         operations at once would cost the others more than doing them.
@@ -90,6 +90,7 @@ class StreamBudget:
     def read(self, operation: StreamOperation, request_bytes: int) -> None:
         """Count an operation in, or raise OVERLOADED and count it without its bytes."""
         self.operations += 1
+        self._check_tenant(request_bytes)
         self._share.take(request_bytes)
         operation.request_bytes = request_bytes
         self.request_bytes += request_bytes
@@ -100,18 +101,23 @@ class StreamBudget:
         Only now: what waits for its session, or for a client that does not read, takes nobody
         else's room.
         """
-        share = self._share
-        if share.tenant is not None:
-            try:
-                share.tenant.count(operation.request_bytes)
-            except ResourceExhausted as refusal:
-                wait_s = refusal.retry_after_s or 0.0
-                self._pause_s = min(max(wait_s, SHORTEST_PAUSE_S), LONGEST_PAUSE_S)
-                raise
-        share.take(answer_bytes, operations=1)
+        self._check_tenant(answer_bytes, operations=1)
+        self._share.take(answer_bytes, operations=1, request_bytes=operation.request_bytes)
         operation.is_admitted = True
         operation.expected_bytes = answer_bytes
         self.expected_bytes += answer_bytes
+
+    def _check_tenant(self, size_bytes: int, operations: int = 0) -> None:
+        """Have the stream pause if a bound of its own tenant keeps an operation out, and raise OVERLOADED."""
+        share = self._share
+        if share.tenant is None:
+            return
+        try:
+            share.tenant.check(size_bytes, operations, share.held_bytes)
+        except ResourceExhausted as refusal:
+            wait_s = refusal.retry_after_s or 0.0
+            self._pause_s = min(max(wait_s, SHORTEST_PAUSE_S), LONGEST_PAUSE_S)
+            raise
 
     def answered(self, operation: StreamOperation, answer_bytes: int) -> None:
         """Count what an operation held out, and the bytes of its answer in."""

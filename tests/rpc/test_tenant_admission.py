@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
+import grpc
 import pytest
 
 from service.rpc.admission import TenantAdmissions, TokenBucket
 from service.rpc.auth import AllowAll, Principal
+from service.settings import Limits
 from service.tenants import TenantRates
 from timernn.v1 import time_rnn_service_pb2 as pb
 
@@ -169,6 +171,67 @@ async def test_what_has_no_room_in_work_does_not_use_up_the_rate(
     await served.rnn.Update(UPDATE, metadata=GREEDY)
     refusal = await refused(served.rnn.Update(UPDATE, metadata=GREEDY))
     assert refusal.metadata["bound"] == "operations_per_second"
+
+
+ONE, BYTES = {"operations_per_second": 2}, {"bytes_per_second": 900}
+
+
+@pytest.mark.parametrize(
+    ("rates", "limits", "full", "is_streamed"),
+    [
+        (ONE | {"operations_in_flight": 1}, Limits(), "operations_in_flight", True),
+        (ONE | {"request_bytes_in_flight": 1000}, Limits(), "request_bytes_in_flight", False),
+        (ONE | {"request_bytes_in_flight": 1000}, Limits(), "request_bytes_in_flight", True),
+        (ONE, Limits(operations_in_flight=1), "operations_in_flight", False),
+        (ONE, Limits(operations_in_flight=1), "operations_in_flight", True),
+        (ONE, Limits(request_bytes_in_flight=1000), "request_bytes_in_flight", False),
+        # Room for another request, and none for its answer.
+        (BYTES | {"request_bytes_in_flight": 2000}, Limits(), "request_bytes_in_flight", False),
+        (BYTES | {"request_bytes_in_flight": 2000}, Limits(), "request_bytes_in_flight", True),
+    ],
+)
+async def test_what_has_no_room_does_not_use_up_a_rate(
+    serve: Serve,
+    tensor: MakeTensor,
+    refused: Refused,
+    unpack: Unpack,
+    until: Until,
+    clock: Clock,
+    *,
+    rates: dict[str, int],
+    limits: Limits,
+    full: str,
+    is_streamed: bool,
+) -> None:
+    """Of two operations a second, one has been let in; refusals leave the other for when there is room."""
+    tenants = TenantAdmissions(Rates(**rates), clock=clock)
+    served = await serve(limits=limits, authenticator=ByMetadata(), tenants=tenants)
+    chunk = pb.ForwardRequest(model_id="m", xs=tensor(1, 115, 1))
+    assert 450 < chunk.ByteSize() < 500  # the second of two uses up the rate
+    stream = served.rnn.Stream(metadata=GREEDY)
+
+    async def bound_of_refusal() -> str:
+        """Return which bound keeps another operation out; empty if none does."""
+        if is_streamed:
+            await stream.write(pb.StreamRequest(operations=[pb.Operation(tag=1, forward=chunk)]))
+            (result,) = await read_results(stream, 1)
+            return unpack(result.error).metadata["bound"] if result.HasField("error") else ""
+        call = served.rnn.Forward(chunk, metadata=GREEDY)
+        if await call.code() is grpc.StatusCode.OK:
+            return ""
+        bound: str = (await refused(call)).metadata["bound"]
+        return bound
+
+    served.domain.hold = True
+    first = asyncio.ensure_future(served.rnn.Forward(chunk, metadata=GREEDY))
+    await until(lambda: served.domain.held)
+    assert [await bound_of_refusal() for _ in range(4)] == [full] * 4
+    served.domain.hold = False
+    served.domain.release()
+    await first
+    assert await bound_of_refusal() == ""
+    (rate,) = (name for name in rates if name.endswith("per_second"))
+    assert await bound_of_refusal() == rate
 
 
 @pytest.mark.parametrize(("limit", "taken"), [(1, 1), (2, 2), (3, 3)])
