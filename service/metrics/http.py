@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import logging
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from aiohttp import web
@@ -30,6 +32,7 @@ _HEADERS: Final = {
     "Content-Security-Policy": "default-src 'self'; object-src 'none'; form-action 'none';"
     " frame-ancestors 'none'; base-uri 'none'",
     "Referrer-Policy": "no-referrer",
+    "Server": "timernn",
     "X-Content-Type-Options": "nosniff",
 }
 
@@ -51,6 +54,36 @@ class OpenAccess:
         return True
 
 
+class _Connection(web.RequestHandler):
+    """One client's connection: every answer on it says what we say, the ones that aiohttp itself makes too.
+
+    aiohttp would name itself and Python to whoever sends what is no HTTP, and send back a part of it.
+    """
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,  # noqa: ARG002 - what was wrong with it may be a secret
+        message: str | None = None,  # noqa: ARG002 - the same
+    ) -> web.StreamResponse:
+        """Return the answer to what cannot be read as a request, after which the connection ends."""
+        if request.writer.output_size > 0:
+            raise ConnectionError("a part of the answer has been sent")
+        response = web.Response(status=status, text=_phrase(status))
+        response.force_close()
+        return response
+
+    async def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        """Send an answer."""
+        if isinstance(resp, web.HTTPException):  # only aiohttp raises these
+            resp.text = _phrase(resp.status)
+        resp.headers.update(_HEADERS)
+        return await super().finish_response(request, resp, start_time)
+
+
 class HttpPort:
     """Serves routes on one address."""
 
@@ -60,12 +93,9 @@ class HttpPort:
         self._app = web.Application(
             client_max_size=_BODY_BYTES, middlewares=[_guarded, self._meant_for_here]
         )
-        self._app.on_response_prepare.append(_add_headers)
         self._app.router.add_routes(routes)
-        # Nobody is logged by aiohttp: a scrape each few seconds is no event.
-        self._runner = web.AppRunner(
-            self._app, access_log=None, keepalive_timeout=60, shutdown_timeout=_SHUTDOWN_S
-        )
+        self._runner = web.AppRunner(self._app, shutdown_timeout=_SHUTDOWN_S)
+        self._listening: asyncio.Server | None = None
 
     async def start(self, listen: str, context: ssl.SSLContext | None = None) -> str:
         """Serve on HOST:PORT or unix:PATH; return the address with the port that was given.
@@ -74,24 +104,37 @@ class HttpPort:
             OSError: If the address cannot be listened on.
         """
         await self._runner.setup()
+        loop = asyncio.get_running_loop()
         if listen.startswith(UNIX):
-            await web.UnixSite(self._runner, listen.removeprefix(UNIX)).start()
+            path = listen.removeprefix(UNIX)
+            self._listening = await loop.create_unix_server(self._connection, path)
             return listen
         host, _, port = listen.rpartition(":")
         self._is_local = is_loopback(listen)
-        await web.TCPSite(self._runner, host.strip("[]"), int(port), ssl_context=context).start()
-        found: Any = self._runner.addresses[0]
-        return f"{host}:{found[1]}"
+        self._listening = await loop.create_server(
+            self._connection, host.strip("[]"), int(port), ssl=context
+        )
+        return f"{host}:{self._listening.sockets[0].getsockname()[1]}"
 
     async def stop(self) -> None:
         """Stop serving."""
+        if self._listening is not None:
+            self._listening.close()
         await self._runner.cleanup()
+
+    def _connection(self) -> _Connection:
+        server = self._runner.server
+        assert server is not None  # noqa: S101 - it was set up
+        loop = asyncio.get_running_loop()
+        # Nobody is logged by aiohttp: a scrape each few seconds is no event.
+        silent: Any = None  # aiohttp's own runner gives None too, though its types do not allow it
+        return _Connection(server, loop=loop, keepalive_timeout=60, access_log=silent)
 
     @web.middleware
     async def _meant_for_here(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Refuse other names for a loopback address: a web page whose name leads here could read all."""
         if self._is_local and not _is_local_name(request.url.host or ""):
-            raise web.HTTPMisdirectedRequest(text="expected an address or localhost in Host\n")
+            return _refusal(421, "expected an address or localhost in Host")
         return await handler(request)
 
 
@@ -118,8 +161,9 @@ class MetricsServer(HttpPort):
     def _authorised(self, handler: Handler) -> Handler:
         async def checked(request: web.Request) -> web.StreamResponse:
             if not self._access.allows(bearer(request.headers.get("Authorization"))):
-                headers = {"WWW-Authenticate": 'Bearer realm="timernn"'}
-                raise web.HTTPUnauthorized(text="a token is needed\n", headers=headers)
+                refusal = _refusal(401, "a token is needed")
+                refusal.headers["WWW-Authenticate"] = 'Bearer realm="timernn"'
+                return refusal
             return await handler(request)
 
         return checked
@@ -158,11 +202,16 @@ async def _guarded(request: web.Request, handler: Handler) -> web.StreamResponse
         return await handler(request)
     except web.HTTPException:
         raise
+    except web.RequestPayloadError:  # a body that is not in the form that its headers say
+        return _refusal(400, _phrase(400))
     except Exception:
         _LOGGER.exception("the metrics port failed to answer")
-        raise web.HTTPInternalServerError(text="internal error\n") from None
+        return _refusal(500, "internal error")
 
 
-async def _add_headers(_request: web.Request, response: web.StreamResponse) -> None:
-    response.headers.update(_HEADERS)
-    response.headers["Server"] = "timernn"
+def _refusal(status: int, text: str) -> web.Response:
+    return web.Response(status=status, text=f"{text}\n")
+
+
+def _phrase(status: int) -> str:
+    return HTTPStatus(status).phrase

@@ -154,7 +154,7 @@ class PageApi:
         async def answered(request: web.Request) -> web.Response:
             try:
                 return await handler(request)
-            except web.HTTPException:
+            except (web.HTTPException, web.RequestPayloadError):
                 raise
             except Exception as error:  # noqa: BLE001 - each becomes a status, as in the gate
                 refusal = refusal_of(error, request.path)
