@@ -573,3 +573,15 @@ class ReplicaStore(Protocol):
 
     async def list_replicas(self) -> list[ReplicaBeat]:
         """Read who has beaten lately, by name."""
+
+    async def count_ended_logins(self, token_id: str) -> int:
+        """Return how often the logins of a token on the page were ended."""
+
+    async def end_logins(self, token_id: str, ended_before: int, ttl_ms: int) -> None:
+        """End the logins of a token that were made when they had been ended so often, or less often.
+
+        Args:
+            token_id: The token's id.
+            ended_before: How often they had been ended when the login was made that ends now.
+            ttl_ms: For how long any of them would count.
+        """

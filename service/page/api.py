@@ -23,6 +23,7 @@ from service.domain.errors import (
 from service.metrics.figures import joined
 from service.metrics.http import FORWARDED_FOR, FORWARDED_PROTO, bearer, peer_of
 from service.page import logins
+from service.page.logins import Login
 from service.rpc.auth import DEFAULT_TENANT, Principal
 from service.rpc.errors import PermissionDenied, Unauthenticated, refusal_of
 from service.rpc.logins import TENANT_KEY, LoginThrottle
@@ -90,7 +91,7 @@ class PageApi:
         """Return what serves /api."""
         return [
             web.post("/api/login", self._answered(self._log_in)),
-            web.post("/api/logout", self._log_out),
+            web.post("/api/logout", self._answered(self._log_out)),
             web.get("/api/now", self._answered(self._checked(self._now, _LIST_SESSIONS))),
             web.get("/api/models", self._answered(self._checked(self._models, _LIST_MODELS))),
             web.get("/api/sessions", self._answered(self._checked(self._listed, _LIST_SESSIONS))),
@@ -105,9 +106,11 @@ class PageApi:
             principal = self._login.authenticate(_Caller(request, self._peer(request), token))
         response = web.json_response(self._about(principal))
         if self._login is not None:
+            token_id = principal.credential_id
+            login = Login(token_id, await self._replicas.count_ended_logins(token_id))
             response.set_cookie(
                 logins.COOKIE,
-                logins.signed(principal.credential_id, time.time(), self._secret()),
+                logins.signed(login, time.time(), self._secret()),
                 httponly=True,
                 samesite="Strict",
                 secure=self._scheme(request) == "https",
@@ -115,23 +118,31 @@ class PageApi:
             )
         return response
 
-    async def _log_out(self, _request: web.Request) -> web.Response:
+    async def _log_out(self, request: web.Request) -> web.Response:
+        if (login := self._login_of(request)) is not None:
+            await self._replicas.end_logins(*login, ttl_ms=1000 * logins.LOGIN_S)
         response = web.json_response({})
         response.del_cookie(logins.COOKIE, path="/api", httponly=True, samesite="Strict")
         return response
 
-    def _principal(self, request: web.Request) -> Principal:
+    def _login_of(self, request: web.Request) -> Login | None:
+        cookie = request.cookies.get(logins.COOKIE, "")
+        return logins.verified(cookie, time.time(), self._secret())
+
+    async def _principal(self, request: web.Request) -> Principal:
         """Return who asks: by the token in its header, as programs send it, or by its login."""
         if self._login is None:
             return Principal(DEFAULT_TENANT)
         caller = _Caller(request, self._peer(request), bearer(request.headers.get("Authorization")))
         if caller.token:
             return self._login.authenticate(caller)
-        cookie = request.cookies.get(logins.COOKIE, "")
-        token_id = logins.verified(cookie, time.time(), self._secret())
-        if token_id is None:
+        login = self._login_of(request)
+        if login is None:
             raise Unauthenticated("NO_CREDENTIALS", "a token is needed")
-        return self._login.resume(token_id, caller)
+        principal = self._login.resume(login.token_id, caller)
+        if await self._replicas.count_ended_logins(login.token_id) > login.ended_before:
+            raise Unauthenticated("BAD_CREDENTIALS", "the login was ended")
+        return principal
 
     def _checked(
         self, answer: Answer, method: str
@@ -139,7 +150,7 @@ class PageApi:
         """Let those ask who may call an RPC that answers the same."""
 
         async def checked(request: web.Request) -> web.Response:
-            principal = self._principal(request)
+            principal = await self._principal(request)
             if self._login is not None:
                 self._login.authorise(principal, method)
             return web.json_response(await answer(request, principal))

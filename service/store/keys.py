@@ -159,6 +159,11 @@ def page_secret_key() -> bytes:
     return _REPLICAS + b"k"
 
 
+def ended_logins_key(token_id: str) -> bytes:
+    """Return the key of how often the logins of a token on the page were ended."""
+    return _REPLICAS + b"e" + token_id.encode()
+
+
 def check_key(number: int) -> bytes:
     """Return a key for checking whether a store accepts writes; numbers spread over the slots."""
     return b"t{check%d}" % number

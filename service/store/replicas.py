@@ -1,4 +1,4 @@
-"""Which replicas run: a record each that lapses unless it is written again, all in one hash slot."""
+"""Which replicas run, a record each that lapses unless it is written again, and logins on their page: all in one hash slot."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ SECRET_TTL_MS = DAY_MS
 MOST_REPLICAS = 200  # in one answer
 
 _BEAT = load_script("beat")
+_COUNT_ENDED_LOGINS = load_script("count_ended_logins")
+_END_LOGINS = load_script("end_logins")
 _LIST_REPLICAS = load_script("list_replicas")
 
 
@@ -53,3 +55,13 @@ class RedisReplicaStore:
             for name, left, record in parts
         ]
         return sorted(found, key=lambda beat: beat.replica_id)
+
+    async def count_ended_logins(self, token_id: str) -> int:
+        """Return how often the logins of a token were ended."""
+        call = ScriptCall(_COUNT_ENDED_LOGINS, (keys.ended_logins_key(token_id),), ())
+        return int(await self._runner.run(call))
+
+    async def end_logins(self, token_id: str, ended_before: int, ttl_ms: int) -> None:
+        """End the logins of a token that were made when its logins had been ended so often, or less often."""
+        key = keys.ended_logins_key(token_id)
+        await self._runner.run(ScriptCall(_END_LOGINS, (key,), (ended_before, ttl_ms)))

@@ -77,11 +77,22 @@ class Port:
         """Log in as the page does."""
         return self.ask("/api/login", method="POST", body={"token": token})
 
+    def cookie_of(self, who: str) -> str:
+        """Log in, and return what the browser sends from then on."""
+        return self.log_in(self.tokens[who]).headers["Set-Cookie"].partition(";")[0]
+
+    def log_out(self, cookie: str) -> Answer:
+        """Log out as the page does."""
+        return self.ask("/api/logout", method="POST", body={}, headers={"Cookie": cookie})
+
+    def statuses(self, cookie: str) -> set[int]:
+        """Ask so often that both workers were asked, but for one time in 128."""
+        return {self.ask("/api/now", headers={"Cookie": cookie}).status for _ in range(8)}
+
     def as_page(self, who: str, path: str) -> Answer:
         """Ask with the cookie of a login."""
         if who not in self.cookies:
-            set_cookie = self.log_in(self.tokens[who]).headers["Set-Cookie"]
-            self.cookies[who] = set_cookie.partition(";")[0]
+            self.cookies[who] = self.cookie_of(who)
         return self.ask(path, headers={"Cookie": self.cookies[who]})
 
     def connect(self, who: str) -> timernn.Client:
@@ -286,6 +297,18 @@ def test_logging_out_takes_the_cookie_away(port: Port) -> None:
     assert answer.status == 200
     assert f'{COOKIE}=""' in answer.headers["Set-Cookie"]
     assert "Max-Age=0" in answer.headers["Set-Cookie"]
+
+
+def test_a_copy_of_a_cookie_ends_with_the_login(port: Port) -> None:
+    """Whichever worker is asked; a login after that counts, and the end of an ended one does not end it."""
+    first, later = port.cookie_of("stranger"), port.cookie_of("stranger")
+    assert port.statuses(first) == port.statuses(later) == {200}
+    assert port.log_out(first).status == 200
+    assert port.statuses(first) == port.statuses(later) == {401}
+    again = port.cookie_of("stranger")
+    assert port.log_out(first).status == 200
+    assert port.statuses(again) == {200}
+    assert port.statuses(port.cookie_of("infer")) == {200}
 
 
 def test_a_revoked_token_ends_its_logins(port: Port) -> None:

@@ -78,3 +78,17 @@ async def test_all_replicas_get_the_first_secret(opened: Store, raw: Redis, name
     assert await opened.replicas.beat(name, FIGURES, b"second") == b"first"
     await raw.unlink(keys.page_secret_key())
     assert await opened.replicas.beat(name, FIGURES, b"second") == b"second"
+
+
+async def test_the_logins_of_a_token_end_with_any_of_them(
+    opened: Store, raw: Redis, name: str
+) -> None:
+    """The same end again changes nothing, one of a later login does; after a login's time it is forgotten."""
+    replicas = opened.replicas
+    found = [await replicas.count_ended_logins(name)]
+    for ended_before in (0, 0, 1, 0):
+        await replicas.end_logins(name, ended_before, ttl_ms=60_000)
+        found.append(await replicas.count_ended_logins(name))
+    assert found == [0, 1, 1, 2, 2]
+    assert await replicas.count_ended_logins("of another") == 0
+    assert 0 < await raw.pttl(keys.ended_logins_key(name)) <= 60_000
