@@ -25,6 +25,7 @@ from timernn._core.effects import (
     NOT_YET,
     AskToken,
     Download,
+    InTurn,
     OpenStream,
     Pull,
     Read,
@@ -242,16 +243,7 @@ class _Transport:
         """Drive a generator of the core to its end."""
         self._links.check()
         try:
-            effect = next(op)
-            while True:
-                try:
-                    outcome = self._perform(effect)
-                except BaseException as error:  # noqa: BLE001  # an interrupt too is the core's to see
-                    effect = op.throw(error)
-                else:
-                    effect = op.send(outcome)
-        except StopIteration as stop:
-            return stop.value  # type: ignore[no-any-return]
+            return self._drive(op)
         except errors.Error as error:
             raise shortened(error) from None
 
@@ -269,7 +261,20 @@ class _Transport:
         self._aside(_close, self._links.close())
         self._worker = None
 
-    def _perform(self, effect: Effect) -> Any:
+    def _drive(self, op: Op[R]) -> R:
+        try:
+            effect = next(op)
+            while True:
+                try:
+                    outcome = self._perform(effect)
+                except BaseException as error:  # noqa: BLE001  # an interrupt too is the core's to see
+                    effect = op.throw(error)
+                else:
+                    effect = op.send(outcome)
+        except StopIteration as stop:
+            return stop.value  # type: ignore[no-any-return]
+
+    def _perform(self, effect: Effect) -> Any:  # noqa: PLR0911  # one for each kind
         match effect:
             case Pull(source, block):
                 return source.pull(block)
@@ -277,6 +282,9 @@ class _Transport:
                 return self._ask(credentials)
             case Sleep(seconds):
                 return time.sleep(seconds)
+            case InTurn(lock, op):
+                with lock:
+                    return self._drive(op)
             case Write(stream, message):
                 return stream.write(message)  # type: ignore[attr-defined]
             case Read(stream):
@@ -411,7 +419,7 @@ class Client:
     """A connection to the service; safe to share between threads. Made by `connect`."""
 
     def __init__(self, addresses: list[str], options: Options) -> None:
-        self._core = ClientCore(addresses, options)
+        self._core = ClientCore(addresses, options, threading.Lock)
         credentials = self._core.context.caller.credentials
         spans = spans_of(options.traces, addresses)
         self._transport = (

@@ -31,6 +31,7 @@ from timernn._core.effects import (
     NOT_YET,
     AskToken,
     Download,
+    InTurn,
     OpenStream,
     Pull,
     Read,
@@ -178,16 +179,7 @@ class _Transport:
         """Drive a generator of the core to its end."""
         self._check()
         try:
-            effect = next(op)
-            while True:
-                try:
-                    outcome = await self._perform(effect)
-                except BaseException as error:  # noqa: BLE001  # a cancellation too is the core's to see
-                    effect = op.throw(error)
-                else:
-                    effect = op.send(outcome)
-        except StopIteration as stop:
-            return stop.value  # type: ignore[no-any-return]
+            return await self._drive(op)
         except errors.Error as error:
             raise shortened(error) from None
 
@@ -218,6 +210,19 @@ class _Transport:
                 "the client belongs to the event loop of its first call; connect again in this one"
             )
 
+    async def _drive(self, op: Op[R]) -> R:
+        try:
+            effect = next(op)
+            while True:
+                try:
+                    outcome = await self._perform(effect)
+                except BaseException as error:  # noqa: BLE001  # a cancellation too is the core's to see
+                    effect = op.throw(error)
+                else:
+                    effect = op.send(outcome)
+        except StopIteration as stop:
+            return stop.value  # type: ignore[no-any-return]
+
     async def _perform(self, effect: Effect) -> Any:
         match effect:
             case Pull(source, block):
@@ -226,6 +231,9 @@ class _Transport:
                 return await self._ask(credentials)
             case Sleep(seconds):
                 return await asyncio.sleep(seconds)
+            case InTurn(lock, op):
+                async with lock:
+                    return await self._drive(op)
             case Read(stream) | Write(stream, _):
                 link = stream.link  # type: ignore[attr-defined]
             case _:
@@ -342,7 +350,7 @@ class Client:
     """A connection to the service, for the tasks of one event loop. Made by `connect`."""
 
     def __init__(self, addresses: list[str], options: Options) -> None:
-        self._core = ClientCore(addresses, options)
+        self._core = ClientCore(addresses, options, asyncio.Lock)
         credentials = self._core.context.caller.credentials
         spans = spans_of(options.traces, addresses)
         self._transport = (

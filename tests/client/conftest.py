@@ -97,6 +97,7 @@ class StandIn:
         self.kept: set[int] | None = set()
         self.gone: set[int] = set()
         self._arrived = threading.Condition()
+        self._held: dict[str, threading.Event] = {}
         self._server = grpc.server(ThreadPoolExecutor(8))
         self._server.add_generic_rpc_handlers((_Handlers(self),))
         self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
@@ -139,11 +140,22 @@ class StandIn:
         with self._arrived:
             assert self._arrived.wait_for(lambda: self.requests[method], 10)
 
+    @contextmanager
+    def hold(self, method: str) -> Iterator[None]:
+        """Let calls of a method wait, unanswered, until the block ends."""
+        self._held[method] = threading.Event()
+        try:
+            yield
+        finally:
+            self._held.pop(method).set()
+
     def answer(self, method: str, request: Any) -> Any:
         """Answer one call or one operation."""
         with self._arrived:
             self.requests[method].append(_copy(request))
             self._arrived.notify_all()
+        if method in self._held:
+            self._held[method].wait(10)
         failures = self._failures[method]
         status, after_applying = failures.pop(0) if failures else (None, False)
         if status is not None and not after_applying:

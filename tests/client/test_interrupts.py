@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import threading
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -19,7 +20,7 @@ import timernn
 from timernn._core import stream as streams
 from timernn._core.ages import Ages, Lifetime
 from timernn._core.client import ClientCore
-from timernn._core.effects import END, OpenStream, Pull, Read, RpcCall, Sleep, Write
+from timernn._core.effects import END, InTurn, OpenStream, Pull, Read, RpcCall, Sleep, Write
 from timernn._core.journal import LogBudget, forward_entry
 from timernn._core.options import Options
 from timernn._core.status import error_from_status
@@ -103,23 +104,26 @@ class Local:
     def run(self, op: Op[R]) -> R:
         """Drive a generator to its end, or close it where an interrupt came outside of it."""
         with self.steps:
-            try:
-                effect = next(op)
-                while True:
-                    try:
-                        self.steps.count("effect not begun")
-                        outcome = self._perform(effect)
-                        self.steps.count("effect ended")
-                    except timernn.Error as error:
-                        effect = op.throw(error)
-                    else:
-                        effect = op.send(outcome)
-            except StopIteration as stop:
-                return stop.value  # type: ignore[no-any-return]
-            finally:
-                op.close()
+            return self._drive(op)
 
-    def _perform(self, effect: Effect) -> Any:
+    def _drive(self, op: Op[R]) -> R:
+        try:
+            effect = next(op)
+            while True:
+                try:
+                    self.steps.count("effect not begun")
+                    outcome = self._perform(effect)
+                    self.steps.count("effect ended")
+                except timernn.Error as error:
+                    effect = op.throw(error)
+                else:
+                    effect = op.send(outcome)
+        except StopIteration as stop:
+            return stop.value  # type: ignore[no-any-return]
+        finally:
+            op.close()
+
+    def _perform(self, effect: Effect) -> Any:  # noqa: PLR0911  # one for each kind
         match effect:
             case RpcCall(rpc, request, _, _):
                 result = self._answer(rpc.path.rpartition("/")[2], request)
@@ -139,6 +143,9 @@ class Local:
                 return next(source, END)
             case Sleep():
                 return None
+            case InTurn(lock, op):
+                with lock:
+                    return self._drive(op)
             case _:
                 raise AssertionError(effect)
 
@@ -175,7 +182,7 @@ class Case:
 
     def __init__(self, stand_in: Any) -> None:
         self.stand_in, self.local = stand_in, Local(stand_in)
-        self.client = ClientCore(["here"], OPTIONS)
+        self.client = ClientCore(["here"], OPTIONS, threading.Lock)
         self.session: SessionCore = self.run(self.client.open_session("m", train=True))
         self.run(self.session.forward(CHUNKS[0], train=False))
 

@@ -116,6 +116,17 @@ def test_a_call_is_a_span_over_its_attempts(
     assert call.status.status_code is StatusCode.UNSET
 
 
+def test_a_step_that_takes_its_turn_is_a_span_over_its_attempts(
+    traced: timernn.Client, log: SpanLog
+) -> None:
+    """What is sent once the turn has come is the call's as well."""
+    session = traced.session("m", train=True)
+    session.backward(session.forward(XS))
+    session.update()
+    (call,) = log.named("timernn.update")
+    assert [each.name for each in log.below(call)] == ["timernn.v1.TimeRnnService/Update"]
+
+
 def test_a_call_that_is_given_up_has_its_error(
     traced: timernn.Client, stand_in: Any, refusal: Callable[..., Any], log: SpanLog
 ) -> None:

@@ -42,7 +42,7 @@ from timernn.v1 import session_service_pb2 as session_pb
 from timernn.v1 import time_rnn_service_pb2 as rnn_pb
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from datetime import timedelta
 
     import numpy.typing as npt
@@ -75,6 +75,7 @@ class ClientCore:
     Args:
         addresses: Targets by name.
         options: The arguments of `connect`.
+        new_lock: Makes a lock of the kind that the frontend waits for.
 
     Attributes:
         context: What its sessions and calls share.
@@ -82,8 +83,10 @@ class ClientCore:
         frames: Chunks of many sessions in one message.
     """
 
-    def __init__(self, addresses: list[str], options: Options) -> None:
-        self.context = context = ClientContext(addresses, options)
+    def __init__(
+        self, addresses: list[str], options: Options, new_lock: Callable[[], object]
+    ) -> None:
+        self.context = context = ClientContext(addresses, options, new_lock)
         self.models = ModelsCore(context)
         self._recovery = Recovery(context)
         self.frames = Frames(context, self._recovery)
@@ -103,9 +106,11 @@ class ClientCore:
 
     def _updates_of(self, model_id: str) -> Updates:
         """Return what makes a model's steps; its sessions share one."""
-        if model_id not in self._updates:
-            self._updates[model_id] = Updates(self.context, self._recovery, model_id)
-        return self._updates[model_id]
+        known = self._updates.get(model_id)
+        if known is None:  # another thread may make it as well: the first one counts
+            made = Updates(self.context, self._recovery, model_id)
+            known = self._updates.setdefault(model_id, made)
+        return known
 
     # -- sessions ----------------------------------------------------------------------------------
 

@@ -15,6 +15,8 @@ from timernn._core.splitting import Bounds
 from timernn.v1 import model_service_pb2 as model_pb
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from timernn._core.effects import Op
     from timernn._core.journal import Journal
     from timernn._core.options import Options
@@ -28,14 +30,17 @@ class ClientContext:
 
     Attributes:
         options: The arguments of `connect`.
+        new_lock: Makes a lock of the kind that the frontend waits for.
         caller: Makes calls, with retries over the addresses.
         ages: Reads how long ago an answer came.
         known: The models and versions that answers named.
         logs: Bounds the journals of all sessions together.
     """
 
-    def __init__(self, addresses: list[str], options: Options) -> None:
-        self.options = options
+    def __init__(
+        self, addresses: list[str], options: Options, new_lock: Callable[[], object]
+    ) -> None:
+        self.options, self.new_lock = options, new_lock
         self.caller = Caller(
             addresses,
             options.retry,

@@ -100,6 +100,14 @@ class Sleep:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class InTurn:
+    """Carry out an operation while no other call holds the lock; its outcome is the operation's."""
+
+    lock: Any
+    op: Op[Any]
+
+
 class StreamHandle(Protocol):
     """An open bidirectional call."""
 
@@ -114,6 +122,6 @@ class Mark(Generic[R]):
 END: Mark[Any] = Mark()
 NOT_YET: Mark[Any] = Mark()
 
-Effect = RpcCall | Download | Upload | OpenStream | Write | Read | Pull | AskToken | Sleep
+Effect = RpcCall | Download | Upload | OpenStream | Write | Read | Pull | AskToken | Sleep | InTurn
 Op: TypeAlias = Generator[Effect, Any, R]
 """A piece of the client's logic that ends in an R."""

@@ -135,7 +135,7 @@ class Frames:
             session.state.require_idle()
             intent = make()
             again = doubts.again(intent, before)
-            if again is None and (doubts or updates.in_doubt.intent is not None):
+            if again is None and (doubts or updates.is_in_doubt):
                 yield from doubts.settle(deadline, kept=before)
                 yield from updates.settle(deadline)
         except errors.Error as error:

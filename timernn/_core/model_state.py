@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from typing import TYPE_CHECKING
 
@@ -41,20 +42,23 @@ class ModelState:
         self._context, self.model_id = context, model_id
         self.journal = context.new_journal()
         self._sessions: weakref.WeakSet[SessionState] = weakref.WeakSet()
+        self._lock = threading.RLock()  # no thread may add one while another goes through them
 
     def new_session(self, model: ModelInfo, bounds: Bounds, *, train: bool) -> SessionState:
         """Make the state of a session; of one that trains it writes the shared journal."""
         journal = self.journal if train else self._context.new_journal()
         session = SessionState(self._context, model, bounds, journal=journal, train=train)
         if train:
-            self._sessions.add(session)
-            self.journal.share_between(len(self._sessions))
+            with self._lock:
+                self._sessions.add(session)
+                self.journal.share_between(len(self._sessions))
         return session
 
     def leave(self, session: SessionState) -> None:
         """Take a closed session out; what it logged stays."""
-        self._sessions.discard(session)
-        self.journal.share_between(len(self._sessions))
+        with self._lock:
+            self._sessions.discard(session)
+            self.journal.share_between(len(self._sessions))
 
     def update_request(
         self, named: Sequence[Contributions], step: Step, *, expect_known: bool = True
@@ -98,7 +102,9 @@ class ModelState:
 
     def consume(self, named: Sequence[Contributions] | None) -> None:
         """Forget contributions that an update took; None: all."""
-        for session in list(self._sessions):
+        with self._lock:
+            sessions = list(self._sessions)
+        for session in sessions:
             session.consume(named)
 
 

@@ -387,7 +387,7 @@ class SessionCore:
         if intent is not None:
             intent = doubts.again(intent)
         if intent is None:
-            if doubts or self.updates.in_doubt.intent is not None:
+            if doubts or self.updates.is_in_doubt:
                 yield from self.settle(deadline)
             intent = make()
         yield from doubts.finish(intent, deadline)

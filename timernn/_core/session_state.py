@@ -383,6 +383,8 @@ class SessionState:
             for epoch, chunk_seq in list(self._contributed)
             if named is None or any(self._is_named(n, epoch, chunk_seq) for n in named)
         }
+        if not taken:
+            return  # another session's: this one may be in the middle of a call by another thread
         for name in taken:
             del self._contributed[name]
         left = (

@@ -87,7 +87,8 @@ class StreamCore:
         deadline = self._caller.deadline()
         if any(not isinstance(doubt, ForwardIntent) for doubt in self._doubts):
             yield from self._doubts.settle(deadline)
-        yield from self._session.updates.settle(deadline)
+        if self._session.updates.is_in_doubt:
+            yield from self._session.updates.settle(deadline)
         self._state.occupy(weakref.ref(self))
 
     def step(self) -> Op[Array | Mark[Any]]:

@@ -18,7 +18,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from timernn import errors
 from timernn._core.contract import STREAM
-from timernn._core.effects import Download, OpenStream, Read, RpcCall, Upload, Write
+from timernn._core.effects import Download, InTurn, OpenStream, Read, RpcCall, Upload, Write
 from timernn._core.status import error_from_status
 from timernn._core.targets import Target
 
@@ -135,6 +135,8 @@ class _Work:
                 return replace(effect, headers=_headers(attempt)), attempt
             case OpenStream():
                 return replace(effect, headers=_headers(self._span)), None
+            case InTurn(lock, op):
+                return InTurn(lock, self.watch(op)), None
             case Write(_, message):
                 for operation in message.operations:
                     self._send(operation)

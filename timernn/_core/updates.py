@@ -8,6 +8,7 @@ from timernn import errors
 from timernn._core.contract import LIST_WAITING
 from timernn._core.convert import waiting_from_proto
 from timernn._core.doubts import StepInDoubt
+from timernn._core.effects import InTurn
 from timernn._core.healing import Scope
 from timernn._core.intents import AskedUpdate, UpdateIntent
 from timernn._core.model_state import ModelState
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 class Updates:
     """Makes a model's steps, one at a time: one in doubt is asked for again before the next.
 
+    Calls of several sessions may overlap, and share the model; so whoever sends a step waits for its turn.
+
     Args:
         context: How calls are made.
         recovery: Sends the steps.
@@ -42,6 +45,13 @@ class Updates:
         self._context, self._recovery = context, recovery
         self.model = ModelState(context, model_id)
         self.in_doubt = StepInDoubt()
+        self._lock = context.new_lock()
+        self._sending: UpdateIntent | None = None
+
+    @property
+    def is_in_doubt(self) -> bool:
+        """Whether there is a step in doubt; one that another call is sending now is not yet."""
+        return self.in_doubt.intent is not self._sending
 
     def update(
         self,
@@ -65,24 +75,35 @@ class Updates:
             settled += yield from session.settle(deadline)
         states = tuple(each.session for each in sessions)
         asked = AskedUpdate(states, step, expect_known, take_waiting)
+        result: UpdateResult = yield InTurn(self._lock, self._make_step(asked, settled, deadline))
+        return result
+
+    def _make_step(
+        self, asked: AskedUpdate, settled: list[Intent[Any, Any]], deadline: float
+    ) -> Op[UpdateResult]:
+        states, step = asked.sessions, asked.step
         intent = self.in_doubt.intent
         if intent is None or intent.asked != asked:
             if intent is not None and not set(states).isdisjoint(intent.asked.sessions):
                 settled.append(intent)
-            yield from self.settle(deadline)
-            if take_waiting:
+            yield from self._settle(deadline)
+            if asked.take_waiting:
                 yield from self._adopt_waiting(asked, deadline)
             named = [names for state in states for names in state.contributions()]
             made = next(filter(None, (one.step_made() for one in reversed(settled))), None)
             if made is not None and not named:
                 return self._made_already(made, step)
-            request = self.model.update_request(named, step, expect_known=expect_known)
+            request = self.model.update_request(named, step, expect_known=asked.expect_known)
             intent = UpdateIntent(self.model, request, asked)
         yield from self._finish(intent, deadline)
         return intent.answers[0].result
 
     def settle(self, deadline: float) -> Op[None]:
-        """Send an update again whose outcome is not known."""
+        """Send an update again whose outcome is not known; one that is being sent is waited for."""
+        if self.in_doubt.intent is not None:
+            yield InTurn(self._lock, self._settle(deadline))
+
+    def _settle(self, deadline: float) -> Op[None]:
         if self.in_doubt.intent is not None:
             yield from self._finish(self.in_doubt.intent, deadline)
 
@@ -106,7 +127,7 @@ class Updates:
         )
 
     def _finish(self, intent: UpdateIntent, deadline: float) -> Op[None]:
-        self.in_doubt.intent = intent
+        self._sending = self.in_doubt.intent = intent
         try:
             yield from self._recovery.carry_out(intent, self._scope, deadline)
         except errors.Error as error:
@@ -115,6 +136,8 @@ class Updates:
                 self.in_doubt.intent = None
             intent.may_be_applied = True
             raise
+        finally:
+            self._sending = None
         self.in_doubt.intent = None
 
     def _scope(self) -> Scope:

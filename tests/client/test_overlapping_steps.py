@@ -1,0 +1,131 @@
+"""Steps of one model that several sessions of a client ask for at once: each is sent by one of them."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import numpy as np
+import pytest
+
+import timernn
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+XS = np.ones((1, 4, 3), "f4")
+DHS = np.ones((1, 4, 2), "f4")
+SESSIONS = 8
+
+
+@pytest.fixture
+def trainers(client: timernn.Client) -> list[timernn.Session]:
+    """Sessions of one model, each with a contribution."""
+    sessions = [client.session("m", train=True) for _ in range(SESSIONS)]
+    for session in sessions:
+        session.forward(XS)
+        session.backward(DHS)
+    return sessions
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    """A thread for each session."""
+    with ThreadPoolExecutor(SESSIONS) as threads:
+        yield threads
+
+
+def lose_step(session: timernn.Session, stand_in: Any, refusal: Any) -> None:
+    """Make a step whose answer is lost, and for whose repetition the time does not suffice."""
+    lost = refusal(grpc.StatusCode.UNAVAILABLE, "UNKNOWN_OUTCOME", 60.0)
+    stand_in.fail_next("Update", lost, after_applying=True)
+    with pytest.raises(timernn.UnknownOutcome):
+        session.update()
+
+
+def test_steps_of_threads_take_turns(
+    trainers: list[timernn.Session], stand_in: Any, pool: ThreadPoolExecutor
+) -> None:
+    """Each is sent once, on the head that the one before has made."""
+    with stand_in.hold("Update"):
+        steps = [pool.submit(session.update) for session in trainers]
+        stand_in.wait_for("Update")
+    made = sorted(step.result(10).number for step in steps)
+    assert made == list(range(2, SESSIONS + 2))
+    expected = [request.expected_version.number for request in stand_in.requests["Update"]]
+    assert expected == list(range(1, SESSIONS + 1))
+
+
+async def test_steps_of_tasks_take_turns(stand_in: Any, quick: timernn.RetryPolicy) -> None:
+    """Each is sent once, on the head that the one before has made."""
+    async with timernn.aio.connect(stand_in.address, timeout=5, retry=quick) as client:
+        sessions = [await client.session("m", train=True) for _ in range(SESSIONS)]
+        for session in sessions:
+            await session.forward(XS)
+            await session.backward(DHS)
+        made = await asyncio.gather(*(session.update() for session in sessions))
+    assert sorted(version.number for version in made) == list(range(2, SESSIONS + 2))
+    expected = [request.expected_version.number for request in stand_in.requests["Update"]]
+    assert expected == list(range(1, SESSIONS + 1))
+
+
+async def test_a_cancelled_step_gives_its_turn_to_the_next(
+    stand_in: Any, quick: timernn.RetryPolicy
+) -> None:
+    """The next one settles it first, and then makes its own."""
+    async with timernn.aio.connect(stand_in.address, timeout=5, retry=quick) as client:
+        one, two = [await client.session("m", train=True) for _ in range(2)]
+        for session in (one, two):
+            await session.forward(XS)
+            await session.backward(DHS)
+        with stand_in.hold("Update"):
+            first = asyncio.create_task(one.update())
+            await asyncio.to_thread(stand_in.wait_for, "Update")
+            second = asyncio.create_task(two.update())
+            first.cancel()
+            await asyncio.wait([first])
+        assert (await second).number == 3
+    ids = [request.request_id for request in stand_in.requests["Update"]]
+    assert ids[0] == ids[1] != ids[2]
+
+
+@pytest.mark.parametrize("kind", ["forward", "frame", "stream"])
+def test_a_step_under_way_is_no_reason_to_wait(
+    trainers: list[timernn.Session],
+    client: timernn.Client,
+    stand_in: Any,
+    pool: ThreadPoolExecutor,
+    kind: str,
+) -> None:
+    """Chunks of another session of the model are applied meanwhile, and send nothing of the step."""
+    one, two = trainers[:2]
+    with stand_in.hold("Update"):
+        step = pool.submit(one.update)
+        stand_in.wait_for("Update")
+        match kind:
+            case "forward":
+                two.forward(XS)
+            case "frame":
+                client.frame([(two, XS)])
+            case "stream":
+                list(two.stream([XS]))
+        assert not step.done()
+    assert step.result(10).number == 2
+    assert len(stand_in.requests["Update"]) == 1
+
+
+def test_a_step_in_doubt_is_settled_by_one_of_several_sessions(
+    trainers: list[timernn.Session], stand_in: Any, refusal: Any, pool: ThreadPoolExecutor
+) -> None:
+    """Those who find it in doubt at once wait for the one that sends it."""
+    lose_step(trainers[0], stand_in, refusal)
+    with stand_in.hold("Update"):
+        calls = [pool.submit(session.settle) for session in trainers]
+        stand_in.wait_for("Update")
+    for call in calls:
+        call.result(10)
+    assert len({request.request_id for request in stand_in.requests["Update"]}) == 1
+    assert len(stand_in.requests["Update"]) == 2
+    assert not any(session.in_doubt for session in trainers)
