@@ -168,15 +168,11 @@ class StoreClient(Redis):
             big_bytes: Of big values in them and in their answers: more of these get more time.
         """
         link = await self._take()
-        answers: list[Any]
+        deadlines = self._deadlines
+        if big_bytes > BIG_BYTES:
+            deadlines = Deadlines(deadlines.limit_s + big_bytes / SLOWEST_BYTES_PER_S)
         try:
-            if big_bytes <= BIG_BYTES:
-                answers = await self._deadlines.bound(link.round_trip(pieces, count))
-            else:
-                async with asyncio.timeout(
-                    self._deadlines.limit_s + big_bytes / SLOWEST_BYTES_PER_S
-                ):
-                    answers = await link.round_trip(pieces, count)
+            answers: list[Any] = await deadlines.bound(link.round_trip(pieces, count))
         except BaseException as error:
             unfit = [link]
             if not isinstance(error, asyncio.CancelledError):

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from importlib import resources
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from service.deadlines import Deadlines
 from service.domain.errors import Unavailable
 from service.store.cluster import ClusterRouter
 from service.store.failures import (
@@ -171,7 +172,7 @@ class ScriptRunner:
         self._client = client
         self.is_cluster = isinstance(client, ClusterRouter)
         self._trips = asyncio.Semaphore(connections)
-        self._patience_s = patience_s
+        self._patience = Deadlines(patience_s)
         self._wait_replicas = wait_replicas
         self._wait_ms = wait_ms
         self._resends = resends
@@ -290,8 +291,7 @@ class ScriptRunner:
             sent = (*commands, mark, ("WAIT", self._wait_replicas, self._wait_ms))
         try:
             if self._trips.locked():
-                async with asyncio.timeout(self._patience_s):
-                    await self._trips.acquire()
+                await self._patience.bound(self._trips.acquire())
             else:
                 await self._trips.acquire()
         except TimeoutError as error:

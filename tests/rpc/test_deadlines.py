@@ -3,10 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import socket
+import time
+from typing import TYPE_CHECKING, Any
 
 import pytest
+import uvloop
 
 from service.deadlines import Deadlines
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+    Run = Callable[[Coroutine[Any, Any, None]], None]
+
+HELD_S = 0.2  # longer than the limit of what waits
+
+LOOPS = pytest.mark.parametrize("run", [asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
+
+
+def hold_loop(duration_s: float) -> None:
+    """Let nothing else run in this thread, as a long computation does."""
+    time.sleep(duration_s)
 
 
 async def test_what_ends_in_time_gives_its_result() -> None:
@@ -102,3 +121,50 @@ async def test_a_cancelled_wait_is_cancelled() -> None:
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting
+
+
+@LOOPS
+@pytest.mark.parametrize(
+    "is_asked_first", [True, False], ids=["held while it waits", "held before it asks"]
+)
+def test_time_in_which_the_loop_is_held_does_not_count(run: Run, *, is_asked_first: bool) -> None:
+    """The answer came in time and lies in the socket, or the question has only just been asked."""
+
+    async def scene() -> None:
+        ours, theirs = socket.socketpair()
+        reader, writer = await asyncio.open_connection(sock=ours)
+        deadlines = Deadlines(0.05)
+
+        async def ask() -> bytes:
+            return await deadlines.bound(reader.readexactly(1))
+
+        with theirs, contextlib.closing(writer):
+            other = asyncio.create_task(deadlines.bound(asyncio.sleep(0.02)))  # the timer ticks
+            await asyncio.sleep(0)
+            if not is_asked_first:
+                hold_loop(HELD_S)
+            asking = asyncio.create_task(ask())
+            await asyncio.sleep(0)
+            if is_asked_first:
+                hold_loop(HELD_S)
+            theirs.send(b"!")
+            assert await asking == b"!"
+            await other
+
+    run(scene())
+
+
+@LOOPS
+def test_a_loop_that_is_held_again_and_again_still_ends_a_wait(run: Run) -> None:
+    """Between its holds it runs, and that time counts."""
+
+    async def scene() -> None:
+        deadlines = Deadlines(0.01)
+        waiting = asyncio.create_task(deadlines.bound(asyncio.Event().wait()))
+        while not waiting.done():
+            hold_loop(0.005)
+            await asyncio.sleep(0)
+        with pytest.raises(TimeoutError):
+            await waiting
+
+    run(scene())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,7 +15,7 @@ from instruments.redis_servers import RedisServer, wait_until
 from service.domain.types import SessionKey
 from service.settings import Settings
 from service.store.connect import open_store
-from service.store.links import BIG_BYTES, _packed, _pieces
+from service.store.links import BIG_BYTES, StoreClient, _packed, _pieces
 from service.store.urls import connect
 
 if TYPE_CHECKING:
@@ -52,6 +53,29 @@ def test_no_call_fails_for_connections_that_were_cut_while_idle(
 
     with FaultProxy(server.address) as proxy:
         run(scene(proxy))
+
+
+@LOOPS
+@pytest.mark.parametrize("size", [1, 8 * BIG_BYTES], ids=["small", "big"])
+def test_an_answer_counts_though_the_loop_was_held_for_longer_than_the_store_may_take(
+    server: RedisServer, size: int, run: Run
+) -> None:
+    """Large chunks are encoded in the loop; the store was not slow, nobody read what it said."""
+
+    async def scene() -> None:
+        client = connect(f"redis://{server.address}", Settings(store_timeout_ms=50))
+        assert isinstance(client, StoreClient)
+        value = bytes(size)
+        assert await client.round_trip([("PING",)]) == [b"PONG"]  # the connection is there
+        asking = asyncio.create_task(
+            client.round_trip([("SET", "held", value), ("GET", "held")], answer_bytes=size)
+        )
+        await asyncio.sleep(0)
+        time.sleep(0.5)  # noqa: ASYNC251 - holds the loop, which is the fault
+        assert await asking == [b"OK", value]
+        await client.aclose()
+
+    run(scene())
 
 
 @pytest.mark.parametrize("size", [BIG_BYTES, BIG_BYTES + 1])
