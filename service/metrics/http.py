@@ -184,9 +184,12 @@ def _is_local_name(host: str) -> bool:
 
 
 def peer_of(request: web.Request) -> str:
-    """Return the address at the other end, as HOST:PORT."""
+    """Return the address at the other end, as HOST:PORT, or [HOST]:PORT of IPv6."""
     found: Any = request.transport.get_extra_info("peername") if request.transport else None
-    return f"{found[0]}:{found[1]}" if isinstance(found, tuple) else "unix:"
+    if not isinstance(found, tuple):
+        return "unix:"
+    host, port = found[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def bearer(authorization: str | None) -> str | None:

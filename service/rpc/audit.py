@@ -12,7 +12,7 @@ import logging
 from typing import TYPE_CHECKING, Any, Final
 
 from service.logs import FIELDS, REPEATED
-from service.rpc.auth import host_of
+from service.rpc.auth import address_of, host_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -74,7 +74,7 @@ def refused_login(how: str, *, peer: str, name: str = "") -> None:
         peer: From which address it was presented.
         name: The name of the token, where it is known.
     """
-    named = {"outcome": how, "token": name, "peer": peer}
+    named = {"outcome": how, "token": name, "peer": address_of(peer)}
     given = {key: value for key, value in named.items() if value}
     _write(logging.WARNING, "login", given, ("login", how, name, host_of(peer)))
 
@@ -102,7 +102,7 @@ def _caller(principal: Principal, peer: str) -> dict[str, str]:
         "token": principal.name,
         "token_id": principal.credential_id,
         "tenant": principal.tenant,
-        "peer": peer,
+        "peer": address_of(peer),
     }
     return {key: value for key, value in named.items() if value}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
+from urllib.parse import unquote
 
 from service.security.roles import Role
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 
 DEFAULT_TENANT = "default"
+_OF_IP: Final = ("ipv4", "ipv6")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,15 @@ class Caller(Protocol):
 def host_of(peer: str) -> str:
     """Return the host of a peer's address, without the port that differs for each connection."""
     return peer.rpartition(":")[0]
+
+
+def address_of(peer: str) -> str:
+    """Return a peer as people write it: HOST:PORT, or [HOST]:PORT of IPv6; of what is neither, as it is.
+
+    gRPC puts a scheme before it and percent signs into it, as in "ipv6:%5B::1%5D:4711".
+    """
+    scheme, _, address = peer.partition(":")
+    return unquote(address) if scheme in _OF_IP else peer
 
 
 class Authenticator(Protocol):

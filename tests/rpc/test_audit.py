@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
 from service.logs import FIELDS
-from service.rpc.audit import UNAUDITED, operation_ended
+from service.rpc.audit import UNAUDITED, operation_ended, refused_login
 from service.rpc.auth import Principal
 from service.rpc.permissions import PUBLIC, ROLES, kind_of
 from timernn.v1 import model_service_pb2 as models
@@ -14,8 +16,6 @@ from timernn.v1 import time_rnn_service_pb2 as pb
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
-
-    import pytest
 
     Serve = Callable[..., Awaitable[Any]]
 
@@ -38,6 +38,26 @@ def test_what_changes_something_is_audited() -> None:
     assert kinds >= UNAUDITED
 
 
+@pytest.mark.parametrize(
+    ("peer", "shown"),
+    [
+        ("ipv6:%5B::1%5D:4711", "[::1]:4711"),
+        ("ipv6:%5Bfe80::1%25eth0%5D:4711", "[fe80::1%eth0]:4711"),
+        ("ipv4:10.0.0.9:4711", "10.0.0.9:4711"),
+        ("[::1]:4711", "[::1]:4711"),  # of the page
+        ("unix:/run/timernn.sock", "unix:/run/timernn.sock"),
+        ("unix:", "unix:"),
+    ],
+)
+def test_a_peer_is_shown_as_people_write_it(
+    caplog: pytest.LogCaptureFixture, peer: str, shown: str
+) -> None:
+    """Not as gRPC writes it, with a scheme and percent signs."""
+    with caplog.at_level(logging.INFO, "service.audit"):
+        refused_login("missing", peer=peer)
+    assert fields(caplog) == [{"outcome": "missing", "peer": shown}]
+
+
 def test_an_upload_is_named_by_its_header(caplog: pytest.LogCaptureFixture) -> None:
     """The names of an upload stand in its first message, the version that it made in the answer."""
     header = models.PutWeightsHeader(model_id="m", request_id="r")
@@ -58,7 +78,7 @@ def test_an_upload_is_named_by_its_header(caplog: pytest.LogCaptureFixture) -> N
             "outcome": "OK",
             "token": "n",
             "tenant": "acme",
-            "peer": "ipv4:1.2.3.4:5",
+            "peer": "1.2.3.4:5",
             "model_id": "m",
             "request_id": "r",
             "version": 7,
