@@ -67,13 +67,13 @@ def own_address(variables: os._Environ[str] | dict[str, str]) -> tuple[str, bool
 
 
 def _read_toml(path: str) -> dict[str, object]:
-    import tomllib  # noqa: PLC0415 - only where there is a file
+    from service.files import TomlError, parse_toml, read_file  # noqa: PLC0415 - only where there is a file
 
-    with open(path, "rb") as file:  # noqa: PTH123 - pathlib would have to be imported
-        try:
-            return {key.replace("-", "_"): value for key, value in tomllib.load(file).items()}
-        except (ValueError, RecursionError) as error:
-            raise ProbeError(f"{path}: expected TOML: {error}") from error
+    try:
+        document = parse_toml(read_file(path))
+    except TomlError as error:
+        raise ProbeError(f"{path}: {error}") from error
+    return {key.replace("-", "_"): value for key, value in document.items()}
 
 
 def check(

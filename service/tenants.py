@@ -7,11 +7,11 @@ fields of `TenantLimits` and `TenantRates`. What neither says is as in the serve
 from __future__ import annotations
 
 import re
-import tomllib
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from service.domain.limits_policy import TenantLimits
+from service.files import TomlError, parse_toml, read_file
 from service.security.files import SecretFileError
 from service.security.reload import Reloaded
 
@@ -104,13 +104,11 @@ def read_tenants(path: Path, limits: Limits) -> TenantTable:
     """
     source = f"--tenants {path}"
     try:
-        document = tomllib.loads(path.read_text("utf-8"))
+        document = parse_toml(read_file(path))
     except OSError as error:
         raise SecretFileError(f"{source}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise SecretFileError(f"{source}: expected UTF-8 text") from error
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise SecretFileError(f"{source}: not valid TOML: {error}") from error
+    except TomlError as error:
+        raise SecretFileError(f"{source}: {error}") from error
     _check_known(document, ("default", "tenant"), source)
     usual = TenantTerms(TenantLimits.from_limits(limits), TenantRates())
     default = usual.changed(_numbers(document.get("default", {}), f"{source}: [default]"))

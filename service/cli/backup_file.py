@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from service.files import open_file
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
@@ -150,7 +152,7 @@ def read_backup(file: Path) -> Iterator[tuple[zipfile.ZipFile, Manifest]]:
         BackupFileError: If it is none, is damaged, or a later release made it.
     """
     try:
-        with zipfile.ZipFile(file) as archive:
+        with open_file(file) as data, zipfile.ZipFile(data) as archive:
             manifest = _read_manifest(file, archive)
             _check_entries(file, archive, manifest)
             yield archive, manifest

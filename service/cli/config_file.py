@@ -7,12 +7,12 @@ here, so that a message can name the file and the key.
 from __future__ import annotations
 
 import difflib
-import tomllib
 from typing import TYPE_CHECKING, Any, Final
 
 import typer
 
 from service.cli.options import OPTIONS
+from service.files import TomlError, parse_toml, read_file
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -39,13 +39,11 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     source = f"--config {path}"
     try:
-        document = tomllib.loads(path.read_text("utf-8"))
+        document = parse_toml(read_file(path, takes_pipe=True))
     except OSError as error:
         raise ConfigFileError(f"{source}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigFileError(f"{source}: expected UTF-8 text") from error
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise ConfigFileError(f"{source}: expected TOML: {error}") from error
+    except TomlError as error:
+        raise ConfigFileError(f"{source}: {error}") from error
     values: dict[str, Any] = {}
     for key, value in document.items():
         name = key.replace("-", "_")

@@ -21,6 +21,7 @@ app = typer.Typer(
     help="Make and revoke the tokens that a server with --tokens accepts.", no_args_is_help=True
 )
 
+_LONGEST_LINE = 1024  # characters, of which a token has 64
 _SPANS = {"m": "minutes", "h": "hours", "d": "days"}
 
 
@@ -147,7 +148,7 @@ def revoke(
 
     if sum(map(bool, (name, token_id, token_stdin))) != 1:
         raise typer.BadParameter("expected one of --name, --id and --token-stdin")
-    presented = sys.stdin.readline().strip() if token_stdin else ""
+    presented = _line_of_stdin() if token_stdin else ""
     if token_stdin and not presented:
         raise typer.BadParameter("--token-stdin: expected a token on stdin, got nothing")
     try:
@@ -158,6 +159,14 @@ def revoke(
     print(f"revoked {revoked.id} {revoked.name}")
     if not list(read_tokens(file)):
         warn(f"{file} holds no token any more: servers that use it refuse everybody")
+
+
+def _line_of_stdin() -> str:
+    """Return the first line of stdin, or what could be a token at its begin."""
+    try:
+        return sys.stdin.readline(_LONGEST_LINE).strip()
+    except UnicodeDecodeError:
+        raise typer.BadParameter("--token-stdin: expected a token on stdin, got no text") from None
 
 
 def _json(token: "Token", now: datetime) -> dict[str, str | None]:

@@ -10,6 +10,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+from service.files import open_file, read_open
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -31,13 +33,13 @@ def read_private(path: Path) -> str:
         SecretFileError: If it cannot be read, or if others may read or write it.
     """
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             found = os.fstat(file.fileno())
             mode, is_own = found.st_mode, found.st_uid == os.geteuid()
             if stat.S_IMODE(mode) & (_OTHERS if is_own else _OTHERS & ~stat.S_IRGRP):
                 text = f"{path}: expected mode 0600, got {stat.S_IMODE(mode):04o}: run `chmod 600 {path}`"
                 raise SecretFileError(text)
-            return file.read().decode()
+            return read_open(file, path).decode()
     except OSError as error:
         raise SecretFileError(f"{path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -11,7 +11,6 @@ import hashlib
 import hmac
 import re
 import secrets
-import tomllib
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 import tomlkit
 from tomlkit.exceptions import TOMLKitError
 
+from service.files import TomlError, parse_toml
 from service.security.files import SecretFileError, locked, read_private, replace_private
 from service.security.roles import Role
 
@@ -31,6 +31,8 @@ _ID_BYTES: Final = 6
 _SECRET_BYTES: Final = 32
 _TOKEN: Final = re.compile(r"timernn_([0-9a-f]{12})_[A-Za-z0-9_-]{43}")
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,62}")
+# Fields that stand for one token: by its name it is revoked, and the log tells it from others.
+_UNIQUE: Final = ("id", "name", "sha256", "certificate")
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 # Compared with where there is no entry, so that a wrong id takes as long as a wrong secret.
 _NO_DIGEST: Final = hashlib.sha256(b"").hexdigest()
@@ -124,9 +126,9 @@ def parse_tokens(text: str, source: str) -> TokenSet:
         SecretFileError: If an entry is not valid; never with what a field holds.
     """
     try:
-        document = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise SecretFileError(f"{source}: not valid TOML: {_where(error)}") from None
+        document = parse_toml(text.encode(), is_secret=True)
+    except TomlError as error:
+        raise SecretFileError(f"{source}: {error}") from None
     unknown = sorted(set(document) - {"token"})
     if unknown:
         raise SecretFileError(f"{source}: expected [[token]] tables only, got {unknown[0]!r}")
@@ -134,15 +136,14 @@ def parse_tokens(text: str, source: str) -> TokenSet:
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise SecretFileError(f"{source}: expected each token as a [[token]] table")
     tokens: dict[str, Token] = {}
+    taken: dict[tuple[str, Any], int] = {}
     for number, entry in enumerate(entries, 1):
         token = _entry(entry, f"{source}: token {number}")
-        if token.id in tokens:
-            raise SecretFileError(f"{source}: token {number}: the id {token.id} is there twice")
-        if any(
-            token.certificate and token.certificate == each.certificate for each in tokens.values()
-        ):
-            twice = "certificate: another token names the same one"
-            raise SecretFileError(f"{source}: token {number}: {twice}")
+        for field in _UNIQUE:
+            other = taken.setdefault((field, entry.get(field)), number)
+            if field in entry and other != number:
+                text = f"{source}: token {number}: {field}: token {other} has the same one"
+                raise SecretFileError(text)
         tokens[token.id] = token
     return TokenSet(tokens)
 
@@ -288,12 +289,6 @@ def _table(token: Token) -> tomlkit.items.Table:
     if token.expires is not None:
         table["expires"] = token.expires
     return table
-
-
-def _where(error: Exception) -> str:
-    """Return where a text is not TOML, without what stands there: it may be a secret."""
-    found = re.search(r"\(at (.*)\)$", str(error))
-    return f"at {found[1]}" if found else "somewhere"
 
 
 def _now() -> datetime:

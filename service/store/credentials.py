@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from redis import exceptions as redis_errors
 from redis.credentials import CredentialProvider
 
+from service.files import read_file
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -46,7 +48,7 @@ class PasswordFile(CredentialProvider):
 
     def _read(self) -> str:
         try:
-            password = self._path.read_text().rstrip("\r\n")
+            password = read_file(self._path).decode().rstrip("\r\n")
         except OSError as error:
             raise PasswordFileError(f"{self._path}: {error.strerror}") from error
         except UnicodeDecodeError as error:

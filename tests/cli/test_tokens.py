@@ -128,6 +128,16 @@ def test_a_mistake_is_one_line(
     assert err.count("\n") == 1
 
 
+def test_a_name_that_stands_there_twice_is_refused(tokens: Tokens, file: Path) -> None:
+    """As after an edit by hand: `revoke --name` would take out the first one, and leave the other."""
+    create(tokens, "--name", "ci")
+    create(tokens, "--name", "cd")
+    file.write_text(file.read_text().replace('"cd"', '"ci"'))
+    code, out, err = tokens("revoke", "--name", "ci")
+    assert (code, out) == (1, "")
+    assert err == f"timernn: {file}: token 2: name: token 1 has the same one\n"
+
+
 def test_a_file_that_others_may_read_is_refused(tokens: Tokens, file: Path) -> None:
     """Also by the commands, before anything is written."""
     create(tokens)

@@ -160,7 +160,7 @@ def entry(**changes: str) -> str:
     ("text", "error"),
     [
         ("token =\n", r"not valid TOML: at line 1, column 8"),
-        ("token = " + "[" * 5000, r"not valid TOML: somewhere"),
+        ("token = " + "[" * 5000, "not valid TOML: nested too deeply"),
         ("[[tokens]]\n", "expected .* tables only, got 'tokens'"),
         ("token = 3\n", r"expected each token as a \[\[token\]\] table"),
         (entry(role="root"), "token 1: role: expected one of infer, train, admin, operator"),
@@ -169,10 +169,13 @@ def entry(**changes: str) -> str:
         (entry(sha256="short"), "token 1: sha256: expected 64 hexadecimal digits"),
         (entry(name="-"), "token 1: 'name' is missing"),
         (entry(rolle="x"), "token 1: 'rolle' is not known"),
-        (entry() + entry(name="b"), "token 2: the id 0123456789ab is there twice"),
+        (entry() + entry(name="b", sha256="1" * 64), "token 2: id: token 1 has the same one"),
+        (entry() + entry(id="0" * 12, sha256="1" * 64), "token 2: name: token 1 has the same one"),
+        (entry() + entry(id="0" * 12, name="b"), "token 2: sha256: token 1 has the same one"),
         (
-            entry(certificate="a.example") + entry(id="0" * 12, certificate="a.example"),
-            "token 2: certificate: another token names the same one",
+            entry(certificate="a.example")
+            + entry(id="0" * 12, name="b", sha256="1" * 64, certificate="a.example"),
+            "token 2: certificate: token 1 has the same one",
         ),
         (entry(certificate=""), "token 1: certificate: expected a subject alternative name"),
         (entry() + 'expires = "tomorrow"\n', "token 1: expires: expected a time such as"),
@@ -183,6 +186,12 @@ def test_an_entry_that_is_not_valid_refuses_the_file(text: str, error: str) -> N
     """The error names the entry and the field, and repeats no value."""
     with pytest.raises(SecretFileError, match=error):
         parse_tokens(text, "tokens.toml")
+
+
+def test_entries_that_share_only_what_they_may_are_read() -> None:
+    """Tenant, role and the lack of a certificate stand for nobody alone."""
+    second = entry(id="0" * 12, name="b", sha256="1" * 64)
+    assert [token.name for token in parse_tokens(entry() + second, "tokens.toml")] == ["ci", "b"]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")

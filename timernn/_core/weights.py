@@ -9,6 +9,7 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 from timernn import errors
+from timernn._core.files import read_bytes
 from timernn.types import Weights
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 WeightsFile: TypeAlias = str | Path | IO[bytes]
 _NAMES = ("Wx", "Wh", "b")
 _PART_BYTES = 1 << 20
+MAX_FILE_BYTES = 4 << 30  # a server takes what its model needs, which is less
 
 
 def weights_from_file(data: bytes, version: Version) -> Weights:
@@ -51,8 +53,16 @@ def parts(data: bytes) -> Iterator[bytes]:
 
 
 def read_file(source: WeightsFile) -> bytes:
-    """Read a path or an open binary file whole."""
-    return Path(source).read_bytes() if isinstance(source, str | Path) else source.read()
+    """Read a path or an open binary file whole.
+
+    Raises:
+        OSError: If the path cannot be read, or is no file of at most `MAX_FILE_BYTES`.
+        BadWeights: If there is nothing in it.
+    """
+    data = read_bytes(source, MAX_FILE_BYTES) if isinstance(source, str | Path) else source.read()
+    if not data:
+        raise errors.BadWeights("expected a safetensors file with Wx, Wh and b, got nothing")
+    return data
 
 
 def write_file(target: WeightsFile, data: bytes) -> None:
