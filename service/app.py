@@ -50,6 +50,7 @@ from service.store.addresses import parse_store_url
 from service.store.connect import UnfitStoreError, open_store
 from service.store.credentials import PasswordFileError
 from service.store.embedded import EmbeddedStore, EmbeddedStoreError
+from service.store.failures import why
 from service.telemetry import NULL_OBSERVER, Observers
 
 if TYPE_CHECKING:
@@ -245,7 +246,7 @@ async def _open_store(
     except PasswordFileError as error:
         raise StartError(f"--redis-password-file: {error}") from error
     except Unavailable as error:
-        raise StartError(f"{shown} cannot be reached: {error.__cause__ or error}") from error
+        raise StartError(f"{shown} cannot be reached: {why(error)}") from error
     except UnfitStoreError as error:
         raise StartError(f"{shown} cannot be used: {error}") from error
     return store

@@ -20,6 +20,8 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 from redis import exceptions as redis_errors
 from redis.asyncio.connection import URL_QUERY_ARGUMENT_PARSERS, SSLConnection
 
+from service.security.files import SecretFileError
+
 if TYPE_CHECKING:
     from urllib.parse import SplitResult
 
@@ -219,9 +221,14 @@ def _value(name: str, text: str) -> Any:
 
 def _check_tls(options: dict[str, Any]) -> None:
     """Load certificates and key once, so that a bad one fails the start and not each connection later."""
-    for name in _FILES:
-        if name in options and not Path(options[name]).is_file():
-            raise ValueError(f"the option {name} names no file: {options[name]}")
+    # Not for stores without TLS: it takes a while.
+    from service.security.certificates import check_files  # noqa: PLC0415
+
+    ca, cert, key = (Path(options[name]) if name in options else None for name in _FILES)
+    try:
+        check_files(cert, key, ca, options.get("ssl_password", ""))
+    except SecretFileError as error:
+        raise ValueError(f"the TLS options: {error}") from None
     try:
         SSLConnection(**options).ssl_context.get()
     except redis_errors.RedisError:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import logging
-import time
+import re
 
 from redis import exceptions as redis_errors
 
+from service.connection_failures import in_words
 from service.domain.errors import DomainError, ResourceExhausted, Unavailable
 from service.domain.refusals import UNCHANGED
+from service.logs import REPEATED
 from service.store import layouts
 
+# How redis-py names the server that it could not connect to.
+_PLACE = re.compile(r" connecting to (\S+)\.(?: |$)")
 _log = logging.getLogger(__name__)
 RETRY_AFTER_S = 0.2
 # How the message of an error in one of our scripts, or in a record's type, begins.
@@ -19,25 +23,6 @@ _BUGS = ("user_script:", "WRONGTYPE")
 _IN_SCRIPT = "user_script:"
 # Refusals of a primary that does not accept writes now, but can still be read.
 _PRIMARY_REFUSES = ("OOM", "MISCONF", "NOREPLICAS")
-# A store that is down fails every call, so one log line a second is enough.
-_LOG_EVERY_S = 1.0
-
-
-class _FailureLog:
-    """Logs failures of the store, at most one line a second at WARNING, the others at DEBUG."""
-
-    def __init__(self) -> None:
-        self._next_at = 0.0
-
-    def report(self, error: Exception) -> None:
-        now = time.monotonic()
-        level = logging.WARNING if now >= self._next_at else logging.DEBUG
-        if level == logging.WARNING:
-            self._next_at = now + _LOG_EVERY_S
-        _log.log(level, "the store failed: %s: %s", type(error).__name__, error)
-
-
-_failures = _FailureLog()
 
 
 def as_domain_error(error: Exception, *, is_decision: bool = False) -> Exception:
@@ -46,19 +31,27 @@ def as_domain_error(error: Exception, *, is_decision: bool = False) -> Exception
     Args:
         error: The failure of a command.
         is_decision: Whether the command may have taken effect before it failed.
+
+    Returns:
+        The error, whose cause is the failure.
     """
+    made = _translated(error, is_decision=is_decision)
+    if made is not error:
+        made.__cause__ = error
+    return made
+
+
+def _translated(error: Exception, *, is_decision: bool) -> Exception:
     if isinstance(error, DomainError) or not isinstance(error, (redis_errors.RedisError, OSError)):
         return error
     if is_unsupported(error):
         return layouts.unsupported_from_reply(str(error))
     if is_decision and not is_refused(error):
-        if _IN_SCRIPT in str(error):
-            _log.error("a script failed midway: %s", error)
-        _failures.report(error)
+        _report(error)
         return unknown_outcome()
     if isinstance(error, redis_errors.ResponseError) and str(error).startswith(_BUGS):
         return error  # a bug: a retry would not help
-    _failures.report(error)
+    _report(error)
     if _is_full(error):
         return ResourceExhausted("STORE_FULL", f"the store is full; {UNCHANGED}", retry_after_s=1.0)
     return Unavailable(
@@ -66,6 +59,31 @@ def as_domain_error(error: Exception, *, is_decision: bool = False) -> Exception
         "the store cannot be reached now, or refuses; send the same call again",
         retry_after_s=RETRY_AFTER_S,
     )
+
+
+def _report(error: Exception) -> None:
+    """Log a failure: a store that is down fails every call, so the lines are repeated ones."""
+    name = type(error).__name__
+    if _IN_SCRIPT in str(error):
+        level, what = logging.ERROR, "a script failed midway"
+    else:
+        level, what = logging.WARNING, "the store failed"
+    _log.log(level, "%s: %s: %s", what, name, error, extra={REPEATED: (what, name)})
+
+
+def why(error: Exception) -> str:
+    """Return in plain words, for an operator, why a store cannot be used: what the failure was made from."""
+    found: BaseException = error.__cause__ or error
+    # Only these are no more than what the system or OpenSSL said; they name the server that was tried.
+    if type(found) not in (redis_errors.ConnectionError, redis_errors.TimeoutError):
+        return str(found)
+    place = _PLACE.search(str(found))
+    within = found
+    while inner := within.__cause__ or within.__context__:
+        within = inner
+        if isinstance(within, OSError) and (words := in_words(within)):
+            return f"{place[1]}: {words}" if place else words
+    return str(found)
 
 
 def unknown_outcome() -> Unavailable:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
+from redis.exceptions import ConnectionError as StoreConnectionError
+from redis.exceptions import ResponseError
 
 from instruments.processes import ServiceProcess
 from secured import secured_process, write_files
@@ -20,6 +22,7 @@ from service.rpc.audit import operation_ended, refused_login
 from service.rpc.auth import Principal
 from service.security.roles import Role
 from service.security.tokens import create_token
+from service.store.failures import as_domain_error
 from timernn.v1 import model_service_pb2 as pb
 from timernn.v1.model_service_pb2_grpc import ModelServiceStub
 
@@ -44,10 +47,10 @@ class Log:
         return [json.loads(line) for line in self._stream.getvalue().splitlines()]
 
 
-@pytest.fixture
-def log() -> Iterator[Log]:
-    """Handle the audit log."""
-    made, logger = Log(), logging.getLogger("service.audit")
+@pytest.fixture(params=["service.audit"])
+def log(request: pytest.FixtureRequest) -> Iterator[Log]:
+    """Handle a log, the audit log if the test names no other."""
+    made, logger = Log(), logging.getLogger(request.param)
     logger.addHandler(made.handler)
     level = logger.level
     logger.setLevel(logging.INFO)
@@ -60,7 +63,7 @@ def test_failed_logins_of_one_host_are_a_line_and_a_count(log: Log) -> None:
     """The first at once, the number of the others when the interval is over."""
     for port in range(1000):
         refused_login("refused", peer=f"ipv4:10.0.0.66:{port}")
-    assert [line["peer"] for line in log.lines] == ["ipv4:10.0.0.66:0"]
+    assert [line["peer"] for line in log.lines] == ["10.0.0.66:0"]
     log.now_s = INTERVAL_S
     refused_login("refused", peer="ipv4:10.0.0.66:7")
     assert [line.get("left_out") for line in log.lines] == [None, 999, None]
@@ -101,6 +104,21 @@ def test_refusals_of_one_token_are_counted_and_successes_are_all_written(log: Lo
             )
     outcomes = [line["outcome"] for line in log.lines]
     assert (outcomes.count("OK"), outcomes.count("SESSION_NOT_FOUND")) == (50, 1)
+
+
+@pytest.mark.parametrize("log", ["service.store"], indirect=True)
+def test_failures_of_the_store_are_a_line_of_each_kind_and_a_count(log: Log) -> None:
+    """A store that fails, fails every call: as a whole, or in the middle of a script."""
+    midway = ResponseError("OOM command not allowed, script: 1f0a, on user_script:7.")
+    for _ in range(50):
+        as_domain_error(midway, is_decision=True)
+        as_domain_error(StoreConnectionError("connection refused"))
+    assert [(line["level"], line["message"]) for line in log.lines] == [
+        ("ERROR", f"a script failed midway: ResponseError: {midway}"),
+        ("WARNING", "the store failed: ConnectionError: connection refused"),
+    ]
+    log.handler.report()
+    assert [line["left_out"] for line in log.lines[2:]] == [49, 49]
 
 
 def test_what_is_still_counted_is_written_at_the_end(log: Log) -> None:
