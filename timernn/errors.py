@@ -524,7 +524,10 @@ class NoServer(Unavailable):
 
 
 class TlsFailed(Unavailable):
-    """No connection, because of TLS: one side speaks it alone, or a certificate is not accepted."""
+    """No connection, because of TLS: one side speaks it alone, or a certificate is not accepted.
+
+    Its metadata has what is wrong, `problem`, and the part of the argument `tls` that it hangs on, `part`.
+    """
 
     REASON = "TLS_FAILED"
 

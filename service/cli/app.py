@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import os
 import traceback
 from importlib.metadata import version
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand
@@ -18,9 +19,12 @@ from service.cli.doctor import doctor
 from service.cli.extras import explain_missing
 from service.cli.output import fail, warn
 from service.cli.ping import ping
-from service.cli.remote import TOKEN_VARIABLE
+from service.cli.remote import TOKEN_VARIABLE, advise
 from service.cli.serve import serve
 from service.cli.top import top
+
+if TYPE_CHECKING:
+    import timernn
 
 # Click's UsageError, which Typer keeps in another module from release to release.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -66,6 +70,7 @@ def _print_version(value: bool) -> None:  # noqa: FBT001 - Typer's callback
 
 @app.callback(no_args_is_help=True)
 def _root(
+    context: typer.Context,
     *,
     _version: Annotated[
         bool,
@@ -74,7 +79,9 @@ def _root(
         ),
     ] = False,
 ) -> None:
-    pass
+    # Python shows warnings where there is no log; a command says in its one line why it failed.
+    if context.invoked_subcommand != serve.__name__:
+        logging.basicConfig(handlers=[logging.NullHandler()])
 
 
 @functools.cache
@@ -119,26 +126,29 @@ def run(arguments: list[str]) -> int:
     return code if isinstance(code, int) else 0
 
 
-# What gives a command that which these errors of the library miss.
-_OPTIONS_FOR = {
-    "NoCredentials": "; here by --token-file",
-    "TlsFailed": "; here by --tls, --tls-ca, --tls-cert with --tls-key, --tls-server-name",
-}
-
-
 def explain(error: Exception) -> str:
     """Return the message to print for an error that ended a command."""
-    from timernn import Error, NoServer, Unavailable  # noqa: PLC0415 - most commands end without one
+    from timernn import Error  # noqa: PLC0415 - most commands end without one
 
-    if isinstance(error, NoServer):
-        return error.message
-    if isinstance(error, Unavailable) and not error.reason:
-        return f"no server answers: {error.message}"
+    if isinstance(error, Error):
+        return _explain_own(error)
     if isinstance(error, ModuleNotFoundError) and (text := explain_missing(error)):
         return text
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    expected = isinstance(error, Error | OSError) or type(error).__module__.startswith("service.")
+    expected = isinstance(error, OSError) or type(error).__module__.startswith("service.")
     if expected and str(error):
-        return f"{error}{_OPTIONS_FOR.get(type(error).__name__, '')}"
+        return str(error)
     return f"{type(error).__name__}: {error} (TIMERNN_TRACEBACK=1 shows where it came from)"
+
+
+def _explain_own(error: timernn.Error) -> str:
+    from timernn import NoServer, Unavailable  # noqa: PLC0415 - most commands end without one
+
+    if text := advise(error):
+        return f"{error.reason}: {text}"
+    if isinstance(error, NoServer):
+        return error.message
+    if isinstance(error, Unavailable) and not error.reason:
+        return f"no server answers: {error.message}"
+    return str(error)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from service.cli.output import fail, print_json, warn
+from service.cli.output import counted, fail, print_json, warn
 from service.cli.remote import AsJson, Connection, Force, connects
 
 if TYPE_CHECKING:
@@ -65,12 +65,12 @@ def backup(
         left.lines.append("sessions: --sessions saves them")
     left.lines.append(_NEVER_SAVED)
     size = file.stat().st_size
-    counted = _counted(manifest.models, len(manifest.sessions))
+    saved = _counts(manifest.models, len(manifest.sessions))
     if json:
-        print_json({"file": str(file), "bytes": size, **counted, "not_saved": left.lines})
+        print_json({"file": str(file), "bytes": size, **saved, "not_saved": left.lines})
         return
-    counts = ", ".join(f"{count} {what}" for what, count in counted.items())
-    print(f"wrote {counts} to {file}, {size:,} bytes")
+    shown = ", ".join(counted(count, what) for what, count in saved.items())
+    print(f"wrote {shown} to {file}, {size:,} bytes")
     for line in left.lines:
         print(f"not saved: {line}")
 
@@ -120,14 +120,18 @@ def restore(
                 client, archive, manifest, left, is_reset=reset_sessions
             )
     if manifest.sessions and not sessions:
-        left.lines.append(f"{len(manifest.sessions)} sessions: --sessions restores them")
+        left.lines.append(
+            f"{counted(len(manifest.sessions), 'sessions')}: --sessions restores them"
+        )
     if json:
         print_json({"models": [m.model_id for m in wanted], "not_restored": left.lines})
     else:
-        done = _counted(wanted, restored_sessions)
-        saved = _counted(manifest.models, len(manifest.sessions))
-        counts = ", ".join(f"{done[what]} of {count} {what}" for what, count in saved.items())
-        print(f"restored {counts}, saved {manifest.create_time}")
+        done = _counts(wanted, restored_sessions)
+        saved = _counts(manifest.models, len(manifest.sessions))
+        shown = ", ".join(
+            f"{done[what]} of {counted(count, what)}" for what, count in saved.items()
+        )
+        print(f"restored {shown}, saved {manifest.create_time}")
         for line in left.lines:
             warn(f"not restored: {line}")
 
@@ -186,7 +190,8 @@ def _save_model(
         left.lines.append(f"{model_id}: deleted meanwhile")
         return None
     if model.waiting_contribution_count:
-        left.lines.append(f"{model_id}: {model.waiting_contribution_count} waiting gradients")
+        waiting = counted(model.waiting_contribution_count, "waiting gradients")
+        left.lines.append(f"{model_id}: {waiting}")
     for version in versions:
         if not version.has_moments:
             text = f"{', '.join(version.checkpoints)} of {model_id}: the optimizer's state, which the server does not keep of it"
@@ -391,7 +396,7 @@ def _head(model: "SavedModel") -> "SavedVersion":
     return next(version for version in model.versions if version.is_head)
 
 
-def _counted(models: "list[SavedModel]", sessions: int) -> dict[str, int]:
+def _counts(models: "list[SavedModel]", sessions: int) -> dict[str, int]:
     versions = [version for model in models for version in model.versions]
     return {
         "models": len(models),

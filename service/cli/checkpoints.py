@@ -52,7 +52,7 @@ def create(
 
 
 @app.command("list")
-@connects()
+@connects(for_operators=True)
 def list_checkpoints(
     model: ModelId,
     *,

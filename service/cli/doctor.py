@@ -16,8 +16,8 @@ import typer
 
 from service.cli.cgroup import machine_memory, memory_limit
 from service.cli.options import format_bytes, parse_bytes
-from service.cli.output import print_json
-from service.cli.remote import AsJson, Connection, connects
+from service.cli.output import counted, print_json
+from service.cli.remote import AsJson, Connection, advise, connects
 from service.cli.settings import config_option
 from service.listening import is_loopback
 from service.logs import escaped
@@ -216,7 +216,7 @@ def _check_tls(address: str, place: tuple[str, int], timeout_s: float) -> Findin
         return Finding("tls", WARNING, "plaintext, to another machine", advice)
     ends = x509.load_der_x509_certificate(shown).not_valid_after_utc
     days = (ends - datetime.now(UTC)).total_seconds() / 86400
-    text = f"{protocol}, certificate until {ends:%Y-%m-%d %H:%M}Z, {days:.0f} days"
+    text = f"{protocol}, certificate until {ends:%Y-%m-%d %H:%M}Z, {counted(round(days), 'days')}"
     if days < 0:
         return Finding("tls", FAILED, text, "renew the certificate: it has expired")
     if days < _CERTIFICATE_DAYS:
@@ -252,13 +252,13 @@ def check_server(
             "give a token that is valid by --token-file, see `timernn tokens list`; or check this"
             " machine's clock"
         )
-        yield Finding("token", FAILED, error.message, advice)
+        yield Finding("token", FAILED, advise(error) or error.message, advice)
     except timernn.Error as error:
         advice = (
             "if the lines above are good: do --tls, --tls-ca, --tls-cert and --tls-key here fit the server's"
             " --tls-cert and --tls-client-ca?"
         )
-        yield Finding("server", FAILED, error.message, advice)
+        yield Finding("server", FAILED, advise(error) or error.message, advice)
     else:
         on_info(info)
         yield Finding("token", OK, "the server lets this caller in")
@@ -298,13 +298,14 @@ def check_store(settings: Settings) -> Iterator[Finding]:
     Args:
         settings: Name the store, as the server's do.
     """
+    from service.store.failures import why  # noqa: PLC0415 - not for --help
+
     before = datetime.now(UTC)
     try:
         facts = asyncio.run(_ask_store(settings))
     except Exception as error:  # noqa: BLE001 - whatever it is, the store cannot be used
-        reason = error.__cause__ or error
         advice = "see what a store needs in docs/operations.md"
-        yield Finding("store", FAILED, str(reason), advice)
+        yield Finding("store", FAILED, why(error), advice)
         return
     for each in facts:
         yield Finding("store", OK, f"{each.server}, its user has the rights, and it takes writes")
@@ -327,7 +328,9 @@ async def _ask_store(settings: Settings) -> list["StoreFacts"]:
 
 def _check_persistence(store: "StoreFacts") -> Finding:
     if store.has_append_only_file:
-        return Finding("persistence", OK, f"append-only file, {store.replicas} replicas")
+        return Finding(
+            "persistence", OK, f"append-only file, {counted(store.replicas, 'replicas')}"
+        )
     advice = "set `appendonly yes` and `appendfsync everysec`"
     if store.has_snapshots:
         text = "snapshots only: a restart loses what came after the last one"

@@ -123,7 +123,7 @@ def create(
 
 
 @app.command("list")
-@connects()
+@connects(for_operators=True)
 def list_models(
     *,
     connection: Connection,
@@ -134,6 +134,7 @@ def list_models(
     Examples:
       timernn models list
       timernn models list --json
+      timernn models list --tenant acme --token-file operator.token
     """
     with connection.open() as client:
         found = list(client.list_models())
@@ -144,7 +145,7 @@ def list_models(
 
 
 @app.command()
-@connects()
+@connects(for_operators=True)
 def show(
     model: ModelId,
     *,

@@ -22,6 +22,11 @@ def fail(text: str) -> None:
     print(f"timernn: {escaped(' '.join(text.split()))}", file=sys.stderr, flush=True)
 
 
+def counted(count: int, things: str) -> str:
+    """Return how many of something there are: "1 model", "2 models"."""
+    return f"{count} {things.removesuffix('s') if count == 1 else things}"
+
+
 def print_json(value: object) -> None:
     """Print one JSON document."""
     print(json.dumps(value, indent=2))

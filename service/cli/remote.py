@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from service.files import read_file
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -19,7 +21,11 @@ if TYPE_CHECKING:
 
 DEFAULT_SERVER = "127.0.0.1:50051"
 TOKEN_VARIABLE = "TIMERNN_TOKEN"  # noqa: S105 - the variable's name
+TOKEN_NEEDED = f"a token is needed: --token-file, or the variable {TOKEN_VARIABLE}"
 _PANEL = "Connection"
+_TENANT_KEY = (
+    "timernn-tenant"  # metadata by which an operator names the tenant that it wants to see
+)
 _A_FILE: dict[str, Any] = {
     "exists": True, "dir_okay": False, "metavar": "FILE", "show_default": False, "rich_help_panel": _PANEL,
 }  # fmt: skip
@@ -132,6 +138,18 @@ class Connection:
         ),
     ] = False
 
+    tenant: Annotated[
+        str,
+        typer.Option(
+            "--tenant",
+            envvar="TIMERNN_TENANT",
+            metavar="NAME",
+            show_default="the token's",
+            help="Whose, for a token of the role operator; any other sees its own tenant.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = ""
+
     @contextmanager
     def open(self) -> Iterator[timernn.Client]:
         """Connect for one command.
@@ -139,8 +157,6 @@ class Connection:
         Raises:
             typer.BadParameter: If an option does not fit.
         """
-        # A failed handshake is reported in one line; gRPC would write more beside it.
-        os.environ.setdefault("GRPC_VERBOSITY", "NONE")
         import timernn  # noqa: PLC0415 - not for --help and usage errors
 
         addresses = [address.strip() for address in self.server.split(",") if address.strip()]
@@ -155,6 +171,7 @@ class Connection:
                 tls=self.checked_tls(),
                 token=self.token(),
                 token_over_plaintext=self.token_over_plaintext,
+                metadata={_TENANT_KEY: self.tenant} if self.tenant else None,
             )
         with connecting as client:
             yield client
@@ -171,6 +188,18 @@ class Connection:
         with _names_options():
             return self.tls if parts == (None,) * 4 else timernn.TLS(*parts)
 
+    def check_certificates(self) -> None:
+        """Read the files of TLS as the library does, for who then uses them otherwise.
+
+        Raises:
+            typer.BadParameter: If one cannot be used.
+        """
+        import timernn  # noqa: PLC0415 - not for --help and usage errors
+        from timernn._core.tls import Certificates  # noqa: PLC0415
+
+        with _names_options():
+            Certificates(timernn.TLS(self.tls_ca, self.tls_cert, self.tls_key))
+
     def token(self) -> str | None:
         """Return the token of file or variable: what `timernn tokens create` printed may be the file.
 
@@ -180,7 +209,7 @@ class Connection:
         if self.token_file is None:
             return os.environ.get(TOKEN_VARIABLE) or None
         try:
-            lines = self.token_file.read_text().split()
+            lines = read_file(self.token_file, takes_pipe=True).decode().split()
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or "expected text"
             raise typer.BadParameter(why, param_hint="'--token-file'") from error
@@ -202,19 +231,32 @@ def _names_options() -> Iterator[None]:
         raise typer.BadParameter(why, param_hint=f"'{option}'") from error
 
 
+def advise(error: timernn.Error) -> str:
+    """Return the text of an error that an option mends, with the option; empty for other errors."""
+    import timernn  # noqa: PLC0415 - not for --help and usage errors
+
+    if isinstance(error, timernn.NoCredentials):
+        return TOKEN_NEEDED
+    if isinstance(error, timernn.TlsFailed) and (problem := error.metadata.get("problem")):
+        return problem + TLS_ADVICE.get(error.metadata.get("part", ""), "")
+    return ""
+
+
 def connects(
-    *, timeout: float = 30.0, without: tuple[str, ...] = ()
+    *, timeout: float = 30.0, without: tuple[str, ...] = (), for_operators: bool = False
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command that takes a `connection` an option for each of its fields.
 
     Args:
         timeout: The default of --timeout, in seconds.
         without: Fields that the command has no use for; they keep their defaults.
+        for_operators: Whether it only looks at what the role operator sees of every tenant: then it takes --tenant.
     """
+    unused = without if for_operators else (*without, "tenant")
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         parameters: list[inspect.Parameter] = []
-        options = [each for each in _parameters(timeout) if each.name not in without]
+        options = [each for each in _parameters(timeout) if each.name not in unused]
         for each in inspect.signature(command).parameters.values():
             parameters += options if each.name == "connection" else [each]
 
@@ -277,4 +319,13 @@ _OPTIONS = {
     "tls.key": "--tls-key",
     "tls.server_name": "--tls-server-name",
     "token": "--token-file",
+    "metadata": "--tenant",
+}
+# What mends a failure of TLS, by the part of the library's argument that it hangs on.
+TLS_ADVICE = {
+    "tls": "; leave out --tls and the options --tls-...",
+    "no tls": "; --tls or --tls-ca speaks it",
+    "tls.ca": "; --tls-ca names one",
+    "tls.cert": "; --tls-cert with --tls-key has one",
+    "tls.server_name": "; --tls-server-name names the one to expect",
 }

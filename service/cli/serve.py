@@ -61,9 +61,6 @@ def serve(settings: Settings) -> None:
 
 
 def _run(settings: Settings) -> int:
-    # gRPC's core writes a line for each failed TLS handshake and each header that it cannot read, so that whoever
-    # reaches the port could fill a disk.
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     # Imported here, so that the other commands start without the engine and the store.
     if settings.workers > 1:
         from service.workers import supervise  # noqa: PLC0415

@@ -13,7 +13,7 @@ app = typer.Typer(help="Look at live sessions and end them.", no_args_is_help=Tr
 
 
 @app.command("list")
-@connects()
+@connects(for_operators=True)
 def list_sessions(
     *,
     model: Annotated[

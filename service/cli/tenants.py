@@ -7,13 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from service.cli.output import print_json
+from service.cli.output import counted, print_json
 from service.cli.remote import AsJson
 
 if TYPE_CHECKING:
     from service.store.purge import Purged
 
 app = typer.Typer(help="Do something with all that one tenant has.", no_args_is_help=True)
+
+
+class PurgeError(Exception):
+    """Not everything was erased; the message is one line."""
 
 
 @app.callback()
@@ -75,18 +79,24 @@ def purge(
     if json:
         print_json({"tenant": tenant, "models": purged.models, "sessions": purged.sessions})
     else:
-        print(f"erased of {tenant}: {purged.models} models, {purged.sessions} sessions")
+        models, sessions = counted(purged.models, "models"), counted(purged.sessions, "sessions")
+        print(f"erased of {tenant}: {models}, {sessions}")
 
 
 async def _purge(url: str, password_file: str, tenant: str) -> "Purged":
     # Not imported for other commands.
+    from service.domain.errors import Unavailable  # noqa: PLC0415
     from service.settings import Settings  # noqa: PLC0415
     from service.store.connect import open_store  # noqa: PLC0415
+    from service.store.failures import why  # noqa: PLC0415
     from service.store.purge import purge_tenant  # noqa: PLC0415
 
     settings = Settings(store_timeout_ms=5000, redis_password_file=password_file)
     store = await open_store(url, settings)
     try:
         return await purge_tenant(store, tenant)
+    except Unavailable as error:
+        text = f"the store at {store.address} cannot be reached: {why(error)}"
+        raise PurgeError(f"{text}; the same command goes on where it ended") from error
     finally:
         await store.close()

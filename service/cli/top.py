@@ -2,7 +2,6 @@
 
 # No postponed annotations here: Typer reads them when a command is made.
 import asyncio
-import os
 import ssl
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +14,8 @@ import typer
 from service.cli.describe import format_span
 from service.cli.options import parse_address
 from service.cli.output import print_json
-from service.cli.remote import AsJson, Connection, connects
+from service.cli.remote import TLS_ADVICE, TOKEN_NEEDED, AsJson, Connection, connects
+from service.connection_failures import NOT_TRUSTED, in_words
 from service.listening import UNIX, is_loopback
 from service.logs import escaped
 from service.settings import MIB
@@ -39,7 +39,7 @@ class Refused(TopError):
     """The server does not say it to this caller."""
 
 
-@connects(timeout=5.0, without=("server", "proxy"))
+@connects(timeout=5.0, without=("server", "proxy"), for_operators=True)
 def top(
     *,
     metrics: Annotated[
@@ -54,12 +54,6 @@ def top(
         ),
     ] = DEFAULT_METRICS,
     connection: Connection,
-    tenant: Annotated[
-        str,
-        typer.Option(
-            envvar="TIMERNN_TENANT", metavar="NAME", help="Whose, for an operator's token."
-        ),
-    ] = "",
     model: Annotated[
         str,
         typer.Option(envvar="TIMERNN_MODEL", metavar="MODEL", help="Only sessions of this model."),
@@ -80,7 +74,7 @@ def top(
       timernn top --metrics node1:9464 --tls-ca ca.crt --token-file token
       timernn top --once --json
     """
-    port = _Port(metrics, connection, tenant=tenant, model=model)
+    port = _Port(metrics, connection, model=model)
     if json or once or not sys.stdout.isatty():
         found = asyncio.run(port.ask_once())
         if json:
@@ -95,12 +89,12 @@ def top(
 class _Port:
     """A metrics port, and how to ask it."""
 
-    def __init__(self, address: str, connection: Connection, *, tenant: str, model: str) -> None:
+    def __init__(self, address: str, connection: Connection, *, model: str) -> None:
         if address.startswith(UNIX):
             raise typer.BadParameter("expected HOST:PORT", param_hint="'--metrics'")
         self.address = address
         self._timeout_s = connection.timeout
-        self._query = {"tenant": tenant}
+        self._query = {"tenant": connection.tenant}
         self._model = model
         self._tls = _context(connection) if connection.checked_tls() else None
         self._server_name = connection.tls_server_name
@@ -157,14 +151,13 @@ class _Port:
                 allow_redirects=False,
             ) as answer:
                 status, body = answer.status, await answer.json()
-        except aiohttp.ClientConnectorCertificateError as error:
-            raise TopError(f"{self.address}: its certificate: {_why(error)}") from None
+        except (aiohttp.ClientConnectorCertificateError, aiohttp.ClientConnectorSSLError) as error:
+            advice = TLS_ADVICE["tls.ca"] if NOT_TRUSTED in _why(error) else ""
+            raise TopError(f"{self.address}: {_why(error)}{advice}") from None
         except (aiohttp.ContentTypeError, ValueError):
             raise TopError(
                 f"{self.address} is no metrics port of timernn that has a page"
             ) from None
-        except aiohttp.ClientConnectorSSLError as error:
-            raise TopError(f"{self.address} does not speak TLS as we do: {_why(error)}") from None
         except aiohttp.ClientConnectorError as error:
             text = f"{self.address}: {_why(error)}; the server needs --metrics-listen"
             raise TopError(text) from None
@@ -181,16 +174,10 @@ class _Port:
 
 
 def _context(connection: Connection) -> ssl.SSLContext:
-    try:
-        context = ssl.create_default_context(cafile=connection.tls_ca)
-    except (OSError, ssl.SSLError) as error:
-        raise typer.BadParameter("expected certificates, PEM", param_hint="'--tls-ca'") from error
+    connection.check_certificates()
+    context = ssl.create_default_context(cafile=connection.tls_ca)
     if connection.tls_cert is not None:
-        try:
-            context.load_cert_chain(connection.tls_cert, connection.tls_key)
-        except (OSError, ssl.SSLError) as error:
-            text = "expected a certificate and its key, PEM"
-            raise typer.BadParameter(text, param_hint="'--tls-cert'") from error
+        context.load_cert_chain(connection.tls_cert, connection.tls_key)
     return context
 
 
@@ -198,19 +185,14 @@ def _refusal(address: str, status: int, body: Any) -> TopError:
     error = body.get("error", {}) if isinstance(body, dict) else {}
     message = str(error.get("message", f"status {status}"))
     if error.get("reason") == "NO_CREDENTIALS":
-        message = "a token is needed: --token-file, or the variable TIMERNN_TOKEN"
+        message = TOKEN_NEEDED
     return Refused(f"{address}: {message}")
 
 
 def _why(error: Any) -> str:
     """Return a connection's failure in words, without Python's own."""
     reason = getattr(error, "certificate_error", None) or getattr(error, "os_error", None) or error
-    if found := getattr(reason, "verify_message", ""):
-        return str(found)
-    if found := getattr(reason, "reason", ""):  # of OpenSSL, such as WRONG_VERSION_NUMBER
-        return str(found).lower().replace("_", " ")
-    number = getattr(reason, "errno", None)
-    return os.strerror(number) if number and number > 0 else "its name cannot be resolved"
+    return in_words(reason) or "it cannot be reached"
 
 
 async def _show_live(port: _Port, interval_s: float) -> None:

@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
+from service.files import read_file
 from service.security.files import SecretFileError
 
 if TYPE_CHECKING:
@@ -58,23 +59,45 @@ def read_certificate(
         text = f"{key_file}: expected a key that not everybody may read: run `chmod o= {key_file}`"
         raise SecretFileError(text)
     client_ca = _read("client CA", client_ca_file) if client_ca_file else None
-    try:
-        certificates = x509.load_pem_x509_certificates(chain)
-    except ValueError as error:
-        raise SecretFileError(f"{cert_file}: expected certificates in PEM") from error
+    certificates = _parse(cert_file, chain)
     if client_ca is not None and client_ca_file is not None:
-        try:
-            x509.load_pem_x509_certificates(client_ca)
-        except ValueError as error:
-            raise SecretFileError(f"{client_ca_file}: expected certificates in PEM") from error
+        _parse(client_ca_file, client_ca)
     _check_pair(cert_file, key_file, certificates[0], key)
     expires = min(one.not_valid_after_utc for one in certificates)
     return ServerCertificate(chain, key, client_ca, expires)
 
 
+def check_files(
+    cert_file: Path | None, key_file: Path | None, ca_file: Path | None, password: str = ""
+) -> None:
+    """Check the files by which a client of TLS shows who it is, and knows whom to believe.
+
+    Args:
+        cert_file: The certificate to show; None: none.
+        key_file: Its private key; None: it is in the file of the certificate.
+        ca_file: Who signs the other side's certificate; None: not said.
+        password: Of the key; empty: it has none.
+
+    Raises:
+        SecretFileError: If one cannot be used.
+    """
+    if ca_file:
+        _parse(ca_file, _read("CA", ca_file))
+    if cert_file:
+        chain, key_file = _parse(cert_file, _read("certificate", cert_file)), key_file or cert_file
+        _check_pair(cert_file, key_file, chain[0], _read("key", key_file), password)
+
+
+def _parse(path: Path, data: bytes) -> list[x509.Certificate]:
+    try:
+        return x509.load_pem_x509_certificates(data)
+    except ValueError as error:
+        raise SecretFileError(f"{path}: expected certificates in PEM") from error
+
+
 def _read(kind: str, path: Path) -> bytes:
     try:
-        data = path.read_bytes()
+        data = read_file(path)
     except OSError as error:
         raise SecretFileError(f"{path}: {error.strerror}") from error
     if not data.strip():
@@ -82,15 +105,18 @@ def _read(kind: str, path: Path) -> bytes:
     return data
 
 
-def _check_pair(cert_file: Path, key_file: Path, leaf: x509.Certificate, key: bytes) -> None:
+def _check_pair(
+    cert_file: Path, key_file: Path, leaf: x509.Certificate, key: bytes, password: str = ""
+) -> None:
     """Compare what was read, not the files: they may have been replaced in between."""
     try:
-        private = load_pem_private_key(key, password=None)
+        private = load_pem_private_key(key, password=password.encode() or None)
     except (ValueError, UnsupportedAlgorithm) as error:
-        raise SecretFileError(f"{key_file}: expected a private key in PEM") from error
-    except TypeError as error:
-        text = f"{key_file}: expected a key without a password"
-        raise SecretFileError(text) from error
+        expected = "a private key in PEM, of this password" if password else "a private key in PEM"
+        raise SecretFileError(f"{key_file}: expected {expected}") from error
+    except TypeError as error:  # one has a password, and none was given; or the reverse
+        expected = "a key with a password" if password else "a key without a password"
+        raise SecretFileError(f"{key_file}: expected {expected}") from error
     if _public(private.public_key()) != _public(leaf.public_key()):
         raise SecretFileError(f"{key_file} is not the key of the certificate in {cert_file}")
 

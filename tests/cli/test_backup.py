@@ -93,7 +93,7 @@ def test_a_restored_model_is_the_same_bit_for_bit(
     file = tmp_path / "b"
     done = timernn("backup", str(file), "--sessions")
     assert done.code == 0, done.err
-    assert done.out.startswith("wrote 1 models, 2 checkpoints, 1 sessions to ")
+    assert done.out.startswith("wrote 1 model, 2 checkpoints, 1 session to ")
     assert "not saved: superseded versions" in done.out
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     xs = np.ones((1, 2, 3))
@@ -101,7 +101,7 @@ def test_a_restored_model_is_the_same_bit_for_bit(
         restored = timernn("restore", str(file), "--sessions", "--server", other.address)
         assert restored.code == 0, restored.err
         assert restored.out.startswith(
-            "restored 1 of 1 models, 2 of 2 checkpoints, 1 of 1 sessions, "
+            "restored 1 of 1 model, 2 of 2 checkpoints, 1 of 1 session, "
         )
         assert filled.get_model("m").optimizer == client.get_model("m").optimizer
         kept = [
@@ -131,13 +131,13 @@ def test_what_is_there_is_left_as_it_is(
     epoch = filled.get_session("device-7").epoch
     again = timernn("restore", file, "--sessions")
     assert again.code == 0
-    assert again.out.startswith("restored 0 of 1 models, 0 of 2 checkpoints, 0 of 1 sessions, ")
+    assert again.out.startswith("restored 0 of 1 model, 0 of 2 checkpoints, 0 of 1 session, ")
     assert "m: it is there with the same weights" in again.err
     assert "session device-7: it is live" in again.err
     assert filled.get_session("device-7").epoch == epoch
     reset = timernn("restore", file, "--sessions", "--reset-sessions")
     assert reset.code == 0
-    assert reset.out.startswith("restored 0 of 1 models, 0 of 2 checkpoints, 1 of 1 sessions, ")
+    assert reset.out.startswith("restored 0 of 1 model, 0 of 2 checkpoints, 1 of 1 session, ")
     assert filled.get_session("device-7").epoch > epoch
     train(filled, "m", np.ones((1, 2, 3)))
     refused = timernn("restore", file)

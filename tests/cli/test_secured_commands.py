@@ -56,6 +56,8 @@ def secured(
     tokens = folder / "tokens.toml"
     made = bare("tokens", "create", "--file", str(tokens), "--role=admin", "--tenant=acme")
     (folder / "token").write_text(made.out)
+    made = bare("tokens", "create", "--file", str(tokens), "--role=operator", "--tenant=ops")
+    (folder / "operator").write_text(made.out)
     files = ("--tls-cert", folder / "tls.crt", "--tls-key", folder / "tls.key", "--tokens", tokens)
     with serving(folder, *map(str, files)) as server:
         yield Secured(server.address, folder / "ca.pem", folder / "token")
@@ -121,8 +123,8 @@ def test_plaintext_to_a_server_with_tls_is_one_line(bare: Any, secured: Secured)
     """Of the process too: gRPC writes nothing beside it."""
     for options, words in (
         ((), "it may expect TLS"),
-        ((), "here by --tls, --tls-ca"),
-        (("--tls",), "not signed by an authority"),
+        ((), "; --tls or --tls-ca speaks it"),
+        (("--tls",), "not signed by an authority that this client trusts; --tls-ca names one"),
     ):
         failed = bare("ping", "--server", secured.address, "--timeout", "9", *options)
         assert (failed.code, failed.out, failed.err.count("\n")) == (1, "", 1)
@@ -155,7 +157,7 @@ def test_options_that_do_not_fit_are_exit_code_2(
 def test_every_command_that_reaches_a_server_takes_the_same_options() -> None:
     """Only those that run a server, read its metrics, or work on its files, do without."""
     connecting, others = set[str](), set[str]()
-    wanted = {f"--{field.name.replace('_', '-')}" for field in fields(Connection)}
+    wanted = {f"--{field.name.replace('_', '-')}" for field in fields(Connection)} - {"--tenant"}
     for name, command in commands_of(get_command(app)):
         options = {option for parameter in command.params for option in parameter.opts}
         (connecting if wanted <= options else others).add(name)
@@ -164,6 +166,46 @@ def test_every_command_that_reaches_a_server_takes_the_same_options() -> None:
         "serve", "tokens create", "tokens list", "tokens revoke", "tenants purge", "top",
     }  # fmt: skip
     assert connecting >= {"ping", "doctor", "backup", "restore", "models list", "sessions list"}
+
+
+def test_a_command_takes_a_tenant_where_an_operator_may_call_it() -> None:
+    """The lists of the table of roles, and what reads the page's figures; nothing that changes something."""
+    taking = {
+        name
+        for name, command in commands_of(get_command(app))
+        if any("--tenant" in parameter.opts for parameter in command.params)
+    }
+    assert taking - {"tokens create"} == {
+        "models list", "models show", "checkpoints list", "sessions list", "top",
+    }  # fmt: skip
+
+
+def test_an_operator_sees_the_tenant_that_it_names(command: Any, secured: Secured) -> None:
+    """Its own without the option, which has nothing."""
+    admin = (*secured.tls, "--token-file", str(secured.token))
+    sizes = ("--input-size=2", "--hidden-size=2")
+    assert command("models", "create", "seen", *sizes, *admin)[0] == 0
+    assert command("checkpoints", "create", "seen", "kept", *admin)[0] == 0
+    operator = (*secured.tls, "--token-file", str(secured.token.with_name("operator")))
+    assert json.loads(command("models", "list", "--json", *operator)[1]) == []
+    named = ("--tenant", "acme", "--json", *operator)
+    assert [each["model_id"] for each in json.loads(command("models", "list", *named)[1])] == [
+        "seen"
+    ]
+    assert json.loads(command("models", "show", "seen", *named)[1])["model_id"] == "seen"
+    (kept,) = json.loads(command("checkpoints", "list", "seen", *named)[1])
+    assert kept["checkpoint_id"] == "kept"
+    assert command("sessions", "list", *named)[:2] == (0, "[]\n")
+    assert command("models", "delete", "seen", *admin)[0] == 0
+
+
+def test_what_is_no_tenant_is_one_line(command: Any, secured: Secured) -> None:
+    """Refused by the server, or where gRPC cannot send it by the command."""
+    operator = (*secured.tls, "--token-file", str(secured.token.with_name("operator")))
+    for name, words in (("a b", "expected a tenant's name, got 'a b'"), ("é", "'--tenant': ")):
+        code, out, err = command("models", "list", "--tenant", name, *operator)
+        assert (code in (1, 2), out, err.count("\n")) == (True, "", 1)
+        assert words in err
 
 
 def commands_of(command: Any, name: str = "") -> Iterator[tuple[str, Any]]:

@@ -186,7 +186,7 @@ def test_a_balancer_that_demands_a_certificate_is_said_in_words(
     ("kind", "trusts", "words"),
     [
         ("plaintext", "right", "it speaks no TLS; connect without tls"),
-        ("one name", "nothing", "it may expect TLS, tls=True or a timernn.TLS"),
+        ("one name", "nothing", "it may expect TLS; tls=True or a timernn.TLS"),
         ("one name", "another", "not signed by an authority that this client trusts"),
         ("one name", "the public ones", "not signed by an authority that this client trusts"),
         ("other name", "right", "its certificate is for another name"),
@@ -315,7 +315,10 @@ def test_a_change_of_mode_alone_is_a_change(authority: trustme.CA, tmp_path: Pat
         ({"ca": b"-----BEGIN CERTIFICATE-----\nx"}, "tls.ca: expected certificates in PEM"),
         ({"ca": 7}, "tls.ca: expected a path, or PEM as bytes, got int"),
         ({"ca": __file__}, "tls.ca: expected certificates in PEM"),
-        ({"ca": os.devnull}, "tls.ca: expected a file in PEM"),
+        (
+            {"ca": os.devnull},
+            "tls.ca: expected a file that can be read, got '/dev/null': expected a file, got a",
+        ),
         ({"cert": "x"}, "tls.key: expected cert and key together"),
         ({"key": b"-----BEGIN x"}, "tls.cert: expected cert and key together"),
         ({"server_name": "a b"}, "tls.server_name: expected a host's name"),
@@ -331,6 +334,24 @@ def test_what_is_no_certificate_is_refused_by_name(
         connect("localhost", tls=timernn.TLS(**parts))
     assert caught.value.message.startswith(words)
     assert caught.value.metadata["field"] == words.partition(":")[0]
+
+
+def test_a_pair_that_cannot_be_used_names_the_part_that_is_wrong(
+    authority: trustme.CA, tmp_path: Path
+) -> None:
+    """Not the key where the certificate is none."""
+    tls = write(tmp_path, authority)
+    key = (tmp_path / "client.key").read_bytes()
+    authority.issue_cert("other.example").private_key_pem.write_to_path(tmp_path / "client.key")
+    with pytest.raises(timernn.BadField, match=r"tls.key: expected the key of '.*client.crt', got"):
+        timernn.connect("localhost", tls=tls)
+    (tmp_path / "client.key").write_bytes(b"-----BEGIN PRIVATE KEY-----\nx\n")
+    with pytest.raises(timernn.BadField, match=r"tls.key: expected a private key in PEM, got"):
+        timernn.connect("localhost", tls=tls)
+    (tmp_path / "client.key").write_bytes(key)
+    (tmp_path / "client.crt").write_bytes(b"-----BEGIN CERTIFICATE-----\nx\n")
+    with pytest.raises(timernn.BadField, match=r"tls.cert: expected certificates in PEM, got"):
+        timernn.connect("localhost", tls=tls)
 
 
 def test_a_key_with_a_password_is_refused(authority: trustme.CA, tmp_path: Path) -> None:

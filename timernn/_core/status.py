@@ -35,19 +35,38 @@ _NO_SERVER = (
 )
 
 
-# What it says of a handshake that failed, beside UNAVAILABLE; the first that fits counts.
+# What it says of a handshake that failed, beside UNAVAILABLE; the first that fits counts: with what is wrong, and
+# which part of `tls` it hangs on.
 _NO_TLS = {
-    "WRONG_VERSION_NUMBER": "it speaks no TLS; connect without tls",
-    "certificate has expired": "its certificate has expired",
-    "certificate is not yet valid": "its certificate is not valid yet",
-    "CERTIFICATE_VERIFY_FAILED": "its certificate is not signed by an authority that this client"
-    " trusts; tls=timernn.TLS(ca=…) names one",
-    "Hostname Verification Check failed": "its certificate is for another name;"
-    " tls=timernn.TLS(server_name=…) names the one to expect",
-    "Failed to create security handshaker": "the client's own certificate and key are no PEM, or do"
-    " not belong together",
-    "Tls handshake failed": "the TLS handshake failed",
+    "WRONG_VERSION_NUMBER": ("it speaks no TLS", "tls"),
+    "certificate has expired": ("its certificate has expired", ""),
+    "certificate is not yet valid": ("its certificate is not valid yet", ""),
+    "CERTIFICATE_VERIFY_FAILED": (
+        "its certificate is not signed by an authority that this client trusts",
+        "tls.ca",
+    ),
+    "Hostname Verification Check failed": (
+        "its certificate is for another name",
+        "tls.server_name",
+    ),
+    "Failed to create security handshaker": (
+        "the client's own certificate and key are no PEM, or do not belong together",
+        "",
+    ),
+    "Tls handshake failed": ("the TLS handshake failed", ""),
 }
+_ADVICE = {
+    "": "",
+    "tls": "; connect without tls",
+    "no tls": "; tls=True or a timernn.TLS speaks it",
+    "tls.ca": "; tls=timernn.TLS(ca=…) names one",
+    "tls.cert": "; tls=timernn.TLS(cert=…, key=…) has one",
+    "tls.server_name": "; tls=timernn.TLS(server_name=…) names the one to expect",
+}
+_REFUSED = (
+    "it closes the connection after the TLS handshake; it may demand a certificate of the client,"
+    " or refuse this one"
+)
 _NOT_CONNECTED = "failed to connect to all addresses"
 # Right after connecting: a server that wants TLS, or a certificate; or one that is about to stop. The second
 # is how gRPC says it where OpenSSL or BoringSSL has sent the alert of TLS 1.3, as Envoy does.
@@ -76,29 +95,27 @@ def error_from_rpc(failure: Any, target: str = "", *, is_tls: bool = False) -> e
         return errors.Unavailable(f"the connection broke: {text}", code=code)
     if code is grpc.StatusCode.UNAVAILABLE and any(sign in text for sign in _NO_SERVER):
         return errors.NoServer(text, code=code)
-    if code is grpc.StatusCode.UNAVAILABLE and (why := _without_tls(text, is_tls=is_tls)):
-        return errors.TlsFailed(f"{target}: {why}", code=code)
+    if code is grpc.StatusCode.UNAVAILABLE and (found := _without_tls(text, is_tls=is_tls)):
+        why, part = found
+        problem = f"{target}: {why}"
+        metadata = {"problem": problem, "part": part}
+        return errors.TlsFailed(problem + _ADVICE[part], code=code, metadata=metadata)
     return errors.BY_CODE.get(code, errors.Error)(text, code=code)
 
 
-def _without_tls(text: str, *, is_tls: bool) -> str:
-    """Return in words why TLS keeps a connection from being made; nothing if it is not TLS."""
+def _without_tls(text: str, *, is_tls: bool) -> tuple[str, str] | None:
+    """Return why TLS keeps a connection from being made, and on which part of `tls` it hangs; None if it is not TLS."""
     if _NOT_CONNECTED not in text:
-        return ""
+        return None
     if is_tls:
-        for sign, why in _NO_TLS.items():
+        for sign, found in _NO_TLS.items():
             if sign in text:
-                return why
+                return found
     if not any(sign in text for sign in _CLOSED):
-        return ""
+        return None
     if is_tls:
-        return (
-            "it closes the connection after the TLS handshake; it may demand a certificate of the client,"
-            " tls=timernn.TLS(cert=…, key=…), or refuse this one"
-        )
-    return (
-        "it closes the connection before it answers; it may expect TLS, tls=True or a timernn.TLS"
-    )
+        return _REFUSED, "tls.cert"
+    return "it closes the connection before it answers; it may expect TLS", "no tls"
 
 
 def error_from_status(status: status_pb2.Status) -> errors.Error:

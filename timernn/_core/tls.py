@@ -14,6 +14,7 @@ import grpc
 
 from timernn import errors
 from timernn._core.arguments import refusal
+from timernn._core.files import read_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 _CHECK_EVERY_S = 1.0
 _HOST = re.compile(r"[0-9A-Za-z][0-9A-Za-z_.-]*")
 _PEM = b"-----BEGIN "
+_ENCRYPTED = re.compile(rb"-----BEGIN ENCRYPTED |^Proc-Type: 4,ENCRYPTED", re.MULTILINE)
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -148,7 +150,12 @@ class Certificates:
 
     def _read(self) -> grpc.ChannelCredentials:
         ca, cert, key = (self._content(name) for name in _FILES)
-        _check(ca, self._paths.get("cert"), self._paths.get("key"))
+        # gRPC would only write on stderr what is wrong, and then fail at every connection.
+        for name, content in (("ca", ca), ("cert", cert)):
+            if content is not None:
+                self._check_certificates(name, content)
+        if key is not None:
+            self._check_key(key)
         return grpc.ssl_channel_credentials(ca, key, cert)
 
     def _content(self, name: str) -> bytes | None:
@@ -156,7 +163,7 @@ class Certificates:
         if path is None:
             return getattr(self._tls, name)  # type: ignore[no-any-return]  # bytes or None
         try:
-            content = path.read_bytes()
+            content = read_bytes(path)
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or "no path"
             raise _refused(name, "a file that can be read", f"{str(path)!r}: {why}") from error
@@ -164,28 +171,35 @@ class Certificates:
             raise _refused(name, "a file in PEM", repr(str(path)))
         return content
 
+    def _check_certificates(self, name: str, content: bytes) -> None:
+        import ssl  # noqa: PLC0415  # not for clients without TLS
 
-def _check(ca: bytes | None, cert: Path | None, key: Path | None) -> None:
-    """Refuse what gRPC would only write on stderr and then fail with at every connection.
-
-    A pair that is given as bytes is left to it: Python's ssl takes pairs from files alone.
-    """
-    import ssl  # noqa: PLC0415  # not for clients without TLS
-
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    if ca is not None:
         try:
-            context.load_verify_locations(cadata=ca.decode())
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(
+                cadata=content.decode("ascii", "ignore")
+            )
         except (ssl.SSLError, ValueError) as error:
-            raise _refused("ca", "certificates in PEM", "something else") from error
-    if cert is None or key is None:
-        return
-    try:
-        # A password would be asked for on the terminal.
-        context.load_cert_chain(cert, key, password=lambda: b"")
-    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
-        expected = f"the key of {str(cert)!r}, in PEM and without a password"
-        raise _refused("key", expected, repr(str(key))) from error
+            raise _refused(name, "certificates in PEM", self._shown(name)) from error
+
+    def _check_key(self, content: bytes) -> None:
+        import ssl  # noqa: PLC0415  # not for clients without TLS
+
+        if _ENCRYPTED.search(content):
+            raise _refused("key", "a key without a password", self._shown("key"))
+        cert, key = self._paths.get("cert"), self._paths.get("key")
+        if cert is None or key is None:
+            return  # Python's ssl takes pairs from files alone
+        try:
+            # A password would be asked for on the terminal.
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_cert_chain(cert, key, password=lambda: b"")
+        except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+            is_other = "MISMATCH" in (getattr(error, "reason", None) or "")
+            expected = f"the key of {str(cert)!r}" if is_other else "a private key in PEM"
+            raise _refused("key", expected, self._shown("key")) from error
+
+    def _shown(self, name: str) -> str:
+        """Return what a message calls a part: its path, or nothing of what was given as bytes."""
+        return repr(str(self._paths[name])) if name in self._paths else "other bytes"
 
 
 def _refused(name: str, expected: str, got: str) -> errors.BadField:
