@@ -21,7 +21,7 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MKL_NUM_THREADS"] = "1"
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
-# What fails is told in a line; gRPC's core would write more beside it, and on a server a line for each failed TLS
+# What fails is reported in a line; gRPC's core would write more beside it, and on a server a line for each failed TLS
 # handshake and each header that it cannot read, so that whoever reaches the port could fill a disk.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 

@@ -65,10 +65,10 @@ def _report(error: Exception) -> None:
     """Log a failure: a store that is down fails every call, so the lines are repeated ones."""
     name = type(error).__name__
     if _IN_SCRIPT in str(error):
-        level, what = logging.ERROR, "a script failed midway"
+        level, what = logging.ERROR, "a script failed midway: %s: %s"
     else:
-        level, what = logging.WARNING, "the store failed"
-    _log.log(level, "%s: %s: %s", what, name, error, extra={REPEATED: (what, name)})
+        level, what = logging.WARNING, "the store failed: %s: %s"
+    _log.log(level, what, name, error, extra={REPEATED: (what, name)})
 
 
 def why(error: Exception) -> str:
