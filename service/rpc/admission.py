@@ -6,6 +6,7 @@ of its own, which are smaller: on what it has in work, and on how much comes a s
 
 from __future__ import annotations
 
+import asyncio
 import math
 import sys
 import time
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 BUSY_RETRY_S: Final = 0.1  # when something that is in work may have ended
 BURST_S: Final = 1.0  # what a tenant may save up of its rate, and send at once
+REFUSALS_PER_S: Final = 50.0  # of a tenant; a refused call costs gRPC as much as one that is served
+LONGEST_HOLD_S: Final = 1.0
+MOST_HELD: Final = 200  # refusals of a tenant
 
 
 class Admission:
@@ -126,15 +130,18 @@ class TenantAdmission(Admission):
     Attributes:
         operation_bucket: Bounds the operations a second; None: nothing does.
         byte_bucket: Bounds the bytes of requests a second; None: nothing does.
+        held: How many refusals are held back.
     """
 
-    __slots__ = ("_clock", "byte_bucket", "operation_bucket")
+    __slots__ = ("_clock", "_refusals", "byte_bucket", "held", "operation_bucket")
 
     def __init__(self, clock: Callable[[], float]) -> None:
         super().__init__(sys.maxsize, sys.maxsize, "this tenant on this replica")
         self._clock = clock
         self.operation_bucket: TokenBucket | None = None
         self.byte_bucket: TokenBucket | None = None
+        self._refusals = TokenBucket(REFUSALS_PER_S, clock)
+        self.held = 0
 
     def set(self, rates: TenantRates, parts: int) -> None:
         """Let other bounds hold from now on.
@@ -168,6 +175,32 @@ class TenantAdmission(Admission):
             self.operation_bucket.take(operations)
         if self.byte_bucket is not None:
             self.byte_bucket.take(size_bytes)
+
+    def refusal_delay_s(self) -> float:
+        """Count a refusal and return after how many seconds its caller may send more."""
+        delay_s = min(self._refusals.wait_s(), LONGEST_HOLD_S)
+        if delay_s < LONGEST_HOLD_S:
+            self._refusals.take(1)
+        return delay_s
+
+    async def hold_refusal(self, time_left_s: float | None) -> None:
+        """Hold a refused call back while more of the tenant's are refused than may be in a second.
+
+        So a tenant that does not wait when it is refused waits for the refusal. Whoever is refused
+        now and then hears so at once.
+
+        Args:
+            time_left_s: Until the caller's deadline, before which it has to know; None: it has none.
+        """
+        delay_s = self.refusal_delay_s()
+        if not delay_s or self.held >= MOST_HELD:
+            return
+        longest_s = LONGEST_HOLD_S if time_left_s is None else min(LONGEST_HOLD_S, time_left_s / 2)
+        self.held += 1
+        try:
+            await asyncio.sleep(min(delay_s, longest_s))
+        finally:
+            self.held -= 1
 
     def _too_fast(self, bound: str, bucket: TokenBucket, wait_s: float) -> DomainError:
         state = f"has reached its limit of {bucket.rate:g}"

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 ERROR_DOMAIN: Final = "timernn"
 DETAILS_KEY: Final = "grpc-status-details-bin"
+OVERLOADED: Final = "OVERLOADED"
 
 # Trailers are cut off at 8 KiB, which would hide the code itself, and base64 adds a third: the parts
 # below keep a status under 4 KiB.
@@ -149,7 +150,7 @@ def overloaded(
     """
     facts: dict[str, Any] = {} if limit is None else {"limit": f"{limit:.15g}"}
     return ResourceExhausted(
-        "OVERLOADED",
+        OVERLOADED,
         f"{bound} of {owner} {state}: try again, or another replica",
         retry_after_s=retry_after_s,
         bound=bound,

@@ -22,6 +22,7 @@ from service.domain.errors import ResourceExhausted
 from service.rpc import audit
 from service.rpc.errors import (
     DETAILS_KEY,
+    OVERLOADED,
     Unauthenticated,
     code_of,
     malformed,
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
     from service.domain.errors import DomainError
-    from service.rpc.admission import Share
+    from service.rpc.admission import Share, TenantAdmission
     from service.rpc.arrivals import Arrivals
     from service.rpc.auth import Context, Principal
     from service.rpc.codec import Codec
@@ -62,6 +63,7 @@ class Traffic:
         request_bytes: Of messages read.
         answer_bytes: Of messages written.
         principal: Who calls, once that is known.
+        tenant: The bounds of its tenant, if it has any of its own.
         request: The first message read.
         answer: The answer, where there is one and no more.
     """
@@ -69,6 +71,7 @@ class Traffic:
     request_bytes: int = 0
     answer_bytes: int = 0
     principal: Principal | None = None
+    tenant: TenantAdmission | None = None
     request: Message | None = None
     answer: Message | None = None
 
@@ -197,6 +200,8 @@ class Gate:
                     )
             if isinstance(refusal, Unauthenticated):
                 await self._throttle.hold(context.peer())
+            elif refusal.reason == OVERLOADED and traffic.tenant is not None:
+                await traffic.tenant.hold_refusal(context.time_remaining())
             return await _abort(context, refusal)
 
         return guarded
@@ -210,12 +215,12 @@ class Gate:
     def _let_in(self, operation: Operation, context: Context, traffic: Traffic) -> Iterator[Share]:
         """Let a call in that is one operation; without room for its bytes its tenant's rates stay as before."""
         with self._dispatcher.let_in(operation, context) as share:
-            traffic.principal = share.principal
+            traffic.principal, traffic.tenant = share.principal, share.tenant
             share.take(0, operations=1)
             try:
                 yield share
             except ResourceExhausted as refusal:
-                if refusal.reason == "OVERLOADED":
+                if refusal.reason == OVERLOADED:
                     share.uncount()
                 raise
 

@@ -8,9 +8,10 @@ stream's share of the replica.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from service.domain.errors import ResourceExhausted
+from service.rpc.admission import LONGEST_HOLD_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,10 +19,6 @@ if TYPE_CHECKING:
     from service.rpc.admission import Share
     from service.rpc.operation_order import StreamOperation
     from service.settings import Limits
-
-
-SHORTEST_PAUSE_S: Final = 0.1  # a tenth of what a tenant may save up of its rate
-LONGEST_PAUSE_S: Final = 1.0
 
 
 class StreamBudget:
@@ -115,8 +112,8 @@ class StreamBudget:
         try:
             share.tenant.check(size_bytes, operations, share.held_bytes)
         except ResourceExhausted as refusal:
-            wait_s = refusal.retry_after_s or 0.0
-            self._pause_s = min(max(wait_s, SHORTEST_PAUSE_S), LONGEST_PAUSE_S)
+            wait_s = max(refusal.retry_after_s or 0.0, share.tenant.refusal_delay_s())
+            self._pause_s = min(wait_s, LONGEST_HOLD_S)
             raise
 
     def answered(self, operation: StreamOperation, answer_bytes: int) -> None:

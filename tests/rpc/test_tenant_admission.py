@@ -101,6 +101,17 @@ def test_a_bucket_owes_what_is_larger_than_itself(clock: Clock) -> None:
     assert bucket.wait_s() == 0
 
 
+def test_fifty_refusals_a_second_come_at_once_and_more_come_later(clock: Clock) -> None:
+    """Each waits 20 ms longer than the one before, up to a second; whoever comes less often waits for none."""
+    greedy = TenantAdmissions(Rates(), clock=clock).of("greedy")
+    delays = [greedy.refusal_delay_s() for _ in range(110)]
+    assert delays[:50] == [0.0] * 50
+    assert delays[50:100] == pytest.approx([0.02 * count for count in range(1, 51)])
+    assert delays[100:] == [1.0] * 10
+    clock.now_s += 2.0
+    assert greedy.refusal_delay_s() == 0
+
+
 async def test_a_tenant_beyond_its_rate_is_refused_and_another_is_not(
     serve: Serve, refused: Refused, clock: Clock
 ) -> None:
@@ -116,6 +127,51 @@ async def test_a_tenant_beyond_its_rate_is_refused_and_another_is_not(
         await served.rnn.Update(UPDATE, metadata=MODEST)
     clock.now_s += 0.5
     await served.rnn.Update(UPDATE, metadata=GREEDY)
+
+
+async def test_a_tenant_that_does_not_wait_when_it_is_refused_waits_for_the_refusal(
+    serve: Serve, refused: Refused, until: Until, clock: Clock
+) -> None:
+    """Meanwhile its neighbour is served, and what it was refused for has not changed in the end."""
+    tenants = TenantAdmissions(Rates(operations_per_second=1), clock=clock)
+    served = await started(serve, tenants)
+    await served.rnn.Update(UPDATE, metadata=GREEDY)
+    for _ in range(60):
+        tenants.of("greedy").refusal_delay_s()
+    late = asyncio.ensure_future(refused(served.rnn.Update(UPDATE, metadata=GREEDY)))
+    await until(lambda: tenants.of("greedy").held)
+    await served.rnn.Update(UPDATE, metadata=MODEST)
+    assert not late.done()
+    assert (await late).metadata["bound"] == "operations_per_second"
+    assert tenants.of("greedy").held == 0
+
+
+async def test_a_refusal_comes_before_the_callers_deadline(
+    serve: Serve, refused: Refused, clock: Clock
+) -> None:
+    """It says that nothing was done, and an expired deadline would not."""
+    tenants = TenantAdmissions(Rates(operations_per_second=1), clock=clock)
+    served = await started(serve, tenants)
+    await served.rnn.Update(UPDATE, metadata=GREEDY)
+    for _ in range(200):
+        tenants.of("greedy").refusal_delay_s()
+    refusal = await refused(served.rnn.Update(UPDATE, metadata=GREEDY, timeout=0.9))
+    assert refusal.reason == "OVERLOADED"
+
+
+async def test_a_cancelled_call_does_not_stay_held(
+    serve: Serve, until: Until, clock: Clock
+) -> None:
+    """Its place goes to another at once."""
+    tenants = TenantAdmissions(Rates(operations_per_second=1), clock=clock)
+    served = await started(serve, tenants)
+    await served.rnn.Update(UPDATE, metadata=GREEDY)
+    for _ in range(200):
+        tenants.of("greedy").refusal_delay_s()
+    call = served.rnn.Update(UPDATE, metadata=GREEDY)
+    await until(lambda: tenants.of("greedy").held)
+    call.cancel()
+    await until(lambda: not tenants.of("greedy").held)
 
 
 async def test_bytes_a_second_are_counted_by_the_request(
