@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from aiohttp.web import RouteDef
 
     from service.domain.limits_policy import LimitsPolicy
-    from service.domain.recurrence import Recurrence
+    from service.domain.use_cases import UseCases
     from service.metrics.recorder import Snapshot
     from service.rpc.auth import Authenticator
     from service.security.certificates import ServerCertificate
@@ -293,7 +293,7 @@ def build_server(
         policy=policy,
         observer=observer,
     )
-    stack.push_async_callback(_finish, use_cases.recurrence, caches.models, settings.drain_s)
+    stack.push_async_callback(_finish, use_cases, caches.models, settings.drain_s)
     info = ServerInfo(
         server_version=version("timernn"),
         replica_id=secrets.token_hex(8),
@@ -506,14 +506,14 @@ async def _drain(server: RpcServer, settings: Settings, signals: _Signals) -> No
     await draining
 
 
-async def _finish(recurrence: Recurrence, model_cache: ModelCache, limit_s: float) -> None:
-    """Wait for commits and reads in flight before the store's connections are closed."""
+async def _finish(use_cases: UseCases, model_cache: ModelCache, limit_s: float) -> None:
+    """Wait for what was begun, and for reads ahead, before the store's connections are closed."""
     try:
         async with asyncio.timeout(limit_s):
-            await recurrence.drain()
+            await use_cases.drain()
             await model_cache.drain()
     except TimeoutError:
-        _LOGGER.warning("some commits or reads did not end in time")
+        _LOGGER.warning("some of what was begun did not end in time")
 
 
 @contextlib.contextmanager

@@ -32,6 +32,11 @@ class Carrier:
         task.add_done_callback(self._on_done)
         return task
 
+    async def drain(self) -> None:
+        """Wait until nothing runs any more, what is started meanwhile included."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
     def _on_done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled():

@@ -12,7 +12,6 @@ import numpy as np
 
 from rnn_engine import init_moments
 from service.domain import pages, weights
-from service.domain.carrying import Carrier
 from service.domain.digests import request_digest
 from service.domain.errors import (
     AlreadyExists,
@@ -60,6 +59,7 @@ if TYPE_CHECKING:
 
     from rnn_engine import Weights
     from service.compute.scheduler import Scheduler
+    from service.domain.carrying import Carrier
     from service.domain.limits_policy import LimitsPolicy
     from service.domain.model_cache import KnownModel, ModelCache
     from service.domain.ports import ModelStore
@@ -82,6 +82,7 @@ class Models:
         model_cache: ModelCache,
         publisher: VersionPublisher,
         *,
+        carrier: Carrier,
         scheduler: Scheduler,
         rules: InputRules,
         policy: LimitsPolicy,
@@ -93,7 +94,7 @@ class Models:
         self._scheduler = scheduler
         self._rules = rules
         self._policy = policy
-        self._carrier = Carrier()
+        self._carrier = carrier
         self._turns: WeakValueDictionary[ModelKey, asyncio.Lock] = WeakValueDictionary()
 
     async def create(

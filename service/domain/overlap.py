@@ -34,7 +34,7 @@ class OverlappedStep:
         recording: Recording,
         contributions: Contributions,
         *,
-        consume_tape: Callable[[], asyncio.Task[None]],
+        consume_tape: Callable[[], asyncio.Future[None]],
     ) -> None:
         """Overlap a step with a recording.
 
@@ -48,7 +48,7 @@ class OverlappedStep:
         self._recording = recording
         self._contributions = contributions
         self._consume_tape = consume_tape
-        self._consuming: asyncio.Task[None] | None = None
+        self._consuming: asyncio.Future[None] | None = None
         self._early: EarlyStep | None = None
 
     @property

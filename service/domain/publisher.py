@@ -19,7 +19,6 @@ from weakref import WeakValueDictionary
 
 from rnn_engine import moments_to_arrays
 from service.compute.scheduler import hash_work
-from service.domain.carrying import Carrier
 from service.domain.errors import FailedPrecondition
 from service.domain.finite import is_finite
 from service.domain.ports import NewVersion, Publication, PublishOutcome, Remembered, StepAnswer
@@ -48,6 +47,7 @@ if TYPE_CHECKING:
     from rnn_engine import Moments, Weights
     from service.compute.scheduler import Scheduler
     from service.domain.blob import Blob
+    from service.domain.carrying import Carrier
     from service.domain.model_cache import KnownModel, ModelCache
     from service.domain.ports import ModelStore, UpdateInputs
     from service.domain.types import ContributionKey, ModelKey, RequestDigest
@@ -139,6 +139,7 @@ class VersionPublisher:
         model_cache: ModelCache,
         scheduler: Scheduler,
         *,
+        carrier: Carrier,
         observer: Observer = NULL_OBSERVER,
         steps: RecentSteps | None = None,
     ) -> None:
@@ -148,7 +149,7 @@ class VersionPublisher:
         self._store = store
         self._model_cache = model_cache
         self._scheduler = scheduler
-        self._carrier = Carrier()
+        self._carrier = carrier
         self._turns: WeakValueDictionary[ModelKey, asyncio.Lock] = WeakValueDictionary()
 
     def is_busy(self, model: ModelKey) -> bool:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from service.domain.carrying import Carrier
 from service.domain.digests import contribution_key
 from service.domain.errors import Aborted, NotFound, UnsupportedLayout
 from service.domain.ports import AbsentSession
@@ -21,8 +21,7 @@ from service.domain.tapes import check_tape, tape_from_bytes
 from service.domain.types import ChunkKey, ModelKey, SessionKey
 
 if TYPE_CHECKING:
-    import asyncio
-
+    from service.domain.carrying import Carrier
     from service.domain.contributions import Contributions
     from service.domain.model_cache import ModelCache
     from service.domain.ports import SessionHead, SessionStore, TapeSnapshot
@@ -55,13 +54,14 @@ class SessionTapes:
         *,
         model_cache: ModelCache,
         contributions: Contributions,
+        carrier: Carrier,
     ) -> None:
         """Keep the parts that are asked for tapes."""
         self._sessions = sessions
         self._cache = cache
         self._model_cache = model_cache
         self._contributions = contributions
-        self._carrier = Carrier()
+        self._carrier = carrier
 
     def get_cached(self, op: Backward) -> StoredTape | None:
         """Return a Backward's tape from the cache; only the store knows whether it may still be used."""
@@ -90,14 +90,16 @@ class SessionTapes:
         check_tape(found.data)
         return FoundTape(head, cached or tape_from_bytes(found.data, head.dtype), found.expires_ms)
 
-    def consume(self, tenant: str, op: Backward) -> asyncio.Task[None]:
-        """Let go of a tape whose gradient is recorded, here and in the store; the task never fails.
+    def consume(self, tenant: str, op: Backward) -> asyncio.Future[None]:
+        """Let go of a tape whose gradient is recorded, here and in the store; that never fails.
+
+        Whoever awaits it may be cancelled: the tape is marked all the same.
 
         The cache drops it at once: the arrays allocated next then reuse its memory, which the process has
         touched already. A retry of its Backward reads it from the store.
         """
         self._cache.drop(op.token)
-        return self._carrier.start(self._mark_consumed(tenant, op))
+        return asyncio.shield(self._carrier.start(self._mark_consumed(tenant, op)))
 
     async def _mark_consumed(self, tenant: str, op: Backward) -> None:
         """Mark a tape in its session's slot, so that it does not count as one that waits.

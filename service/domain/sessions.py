@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from service.domain import pages
-from service.domain.carrying import Carrier
 from service.domain.digests import first_token, request_digest
 from service.domain.errors import (
     Aborted,
@@ -63,6 +62,7 @@ from service.domain.types import (
 
 if TYPE_CHECKING:
     from rnn_engine import Array
+    from service.domain.carrying import Carrier
     from service.domain.limits_policy import LimitsPolicy
     from service.domain.model_cache import ModelCache
     from service.domain.ports import (
@@ -92,6 +92,7 @@ class Sessions:
         model_cache: ModelCache,
         session_cache: SessionCache,
         *,
+        carrier: Carrier,
         rules: InputRules,
         policy: LimitsPolicy,
     ) -> None:
@@ -101,7 +102,7 @@ class Sessions:
         self._session_cache = session_cache
         self._rules = rules
         self._policy = policy
-        self._carrier = Carrier()
+        self._carrier = carrier
 
     async def open(self, tenant: str, op: OpenSession) -> OpenedSession:
         """Open a session, or resume or reset a live one.

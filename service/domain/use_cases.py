@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from service.domain.backward import Backpropagation
+from service.domain.carrying import Carrier
 from service.domain.contributions import Contributions
 from service.domain.models import Models
 from service.domain.publisher import VersionPublisher
@@ -41,6 +42,7 @@ class UseCases:
         updates: Update.
         waiting: DiscardGradients and ListWaiting.
         recent_steps: What an Update or a Backward with one has made of each model lately.
+        carrier: What they have begun and goes on although its caller is gone.
     """
 
     models: Models
@@ -50,6 +52,12 @@ class UseCases:
     updates: Updates
     waiting: WaitingWork
     recent_steps: RecentSteps = field(default_factory=RecentSteps)
+    carrier: Carrier = field(default_factory=Carrier)
+
+    async def drain(self) -> None:
+        """Wait until all that was begun has ended, whether or not somebody waits for it."""
+        await self.recurrence.drain()
+        await self.carrier.drain()
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +80,14 @@ def build_use_cases(
     observer: Observer = NULL_OBSERVER,
 ) -> UseCases:
     """Put the domain together over a store, caches and a scheduler."""
-    rules, recent_steps = InputRules(limits), RecentSteps()
+    rules, recent_steps, carrier = InputRules(limits), RecentSteps(), Carrier()
     publisher = VersionPublisher(
-        models, caches.models, scheduler, observer=observer, steps=recent_steps
+        models,
+        caches.models,
+        scheduler,
+        carrier=carrier,
+        observer=observer,
+        steps=recent_steps,
     )
     contributions = Contributions(
         models,
@@ -83,16 +96,33 @@ def build_use_cases(
         observer=observer,
     )
     session_tapes = SessionTapes(
-        sessions, caches.tapes, model_cache=caches.models, contributions=contributions
+        sessions,
+        caches.tapes,
+        model_cache=caches.models,
+        contributions=contributions,
+        carrier=carrier,
     )
     updates = Updates(
         contributions, publisher, model_cache=caches.models, scheduler=scheduler, rules=rules
     )
     return UseCases(
         models=Models(
-            models, caches.models, publisher, scheduler=scheduler, rules=rules, policy=policy
+            models,
+            caches.models,
+            publisher,
+            carrier=carrier,
+            scheduler=scheduler,
+            rules=rules,
+            policy=policy,
         ),
-        sessions=Sessions(sessions, caches.models, caches.sessions, rules=rules, policy=policy),
+        sessions=Sessions(
+            sessions,
+            caches.models,
+            caches.sessions,
+            carrier=carrier,
+            rules=rules,
+            policy=policy,
+        ),
         recurrence=Recurrence(
             sessions,
             model_cache=caches.models,
@@ -114,4 +144,5 @@ def build_use_cases(
         updates=updates,
         waiting=WaitingWork(sessions, caches.models, contributions, rules=rules),
         recent_steps=recent_steps,
+        carrier=carrier,
     )

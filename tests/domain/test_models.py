@@ -13,10 +13,12 @@ from safetensors.numpy import load, save
 from instruments.replicas import (
     HIDDEN,
     INPUTS,
+    Client,
     draw,
     head_of,
     head_params,
     keys_of,
+    open_on,
     refusal,
     step,
 )
@@ -28,7 +30,7 @@ from service.store import keys
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
-    from instruments.replicas import Client, Replica
+    from instruments.replicas import Replica
     from tests.domain.conftest import ClientMaker, ModelMaker, ReplicaMaker
 
 Pair = tuple["Replica", "Replica"]
@@ -243,6 +245,48 @@ async def test_a_read_ahead_ends_before_its_replica_does(
     reading = replicas[0].caches.models.start_reading(ModelKey(tenant, "m"))
     await replicas[0].caches.models.drain()
     assert reading.done()
+
+
+@pytest.mark.parametrize(
+    ("port", "method"),
+    [
+        ("models", "create_model"),
+        ("models", "publish_version"),
+        ("sessions", "begin_epoch"),
+        ("sessions", "mark_tape_consumed"),
+    ],
+)
+async def test_what_goes_on_without_its_caller_ends_before_its_replica_does(
+    make_replica: ReplicaMaker, tenant: str, monkeypatch: pytest.MonkeyPatch, port: str, method: str
+) -> None:
+    """Else the store's connections would be closed under it, and it would be cut off half done."""
+    replica = await make_replica()
+    began, goes_on, ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    ask = getattr(getattr(replica.store, port), method)
+
+    async def held(*arguments: object, **named: object) -> object:
+        began.set()
+        await goes_on.wait()
+        try:
+            return await ask(*arguments, **named)
+        finally:
+            ended.set()
+
+    async def train_and_step() -> None:
+        await replica.models.create(tenant, SPEC, InitialWeights(seed=3), request_id="")
+        opened = await open_on(replica, tenant, "s", "m")
+        client = Client([replica], tenant, "s", opened.session.epoch)
+        await train(client, np.random.default_rng(1), "u")
+
+    monkeypatch.setattr(getattr(replica.store, port), method, held)
+    calling = asyncio.create_task(train_and_step())
+    await began.wait()
+    calling.cancel()
+    await asyncio.wait({calling})
+    draining = asyncio.ensure_future(replica.drain())
+    asyncio.get_running_loop().call_soon(goes_on.set)
+    await draining
+    assert ended.is_set()
 
 
 async def test_weights_for_a_model_made_again_meanwhile_are_refused(

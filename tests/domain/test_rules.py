@@ -325,8 +325,8 @@ def kinds() -> Iterator[tuple[str, str, Callable[..., Any]]]:
         "updates": Updates,
         "waiting": WaitingWork,
     }
-    # `recent_steps` takes no request: a page reads it.
-    assert {*classes, "recent_steps"} == {field.name for field in fields(UseCases)}
+    # These take no request: the page reads the one, and the end of a server waits for the other.
+    assert {*classes, "recent_steps", "carrier"} == {field.name for field in fields(UseCases)}
     for attribute, kind in classes.items():
         for name, function in inspect.getmembers(kind, inspect.isfunction):
             if not name.startswith("_") and name not in NO_REQUEST:

@@ -80,10 +80,11 @@ class Replica:
     backpropagation: Backpropagation
     updates: Updates
     waiting: WaitingWork
+    drain: Callable[[], Awaitable[None]]
 
     async def close(self) -> None:
-        """Let chunks in flight end, then the threads and the connections."""
-        await self.recurrence.drain()
+        """Let what was begun end, then the threads and the connections."""
+        await self.drain()
         self.scheduler.close()
         await self.store.close()
 
@@ -135,6 +136,7 @@ async def start_replica(
         backpropagation=use_cases.backpropagation,
         updates=use_cases.updates,
         waiting=use_cases.waiting,
+        drain=use_cases.drain,
     )
 
 
