@@ -25,6 +25,7 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # h
 
 from service.access import Access
 from service.compute.scheduler import Scheduler
+from service.connection_failures import in_words
 from service.domain.errors import DomainError, Unavailable
 from service.domain.limits_policy import SameLimits
 from service.domain.model_cache import ModelCache
@@ -361,7 +362,7 @@ async def _start_metrics(
             snapshot, access, settings=settings, stack=stack, routes=[*asset_routes(), *routes]
         )
     except OSError as error:
-        reason = error.strerror or "the address cannot be bound"
+        reason = in_words(error) or "the address cannot be bound"
         raise StartError(f"cannot listen on {settings.metrics_listen}: {reason}") from error
     _LOGGER.info("metrics on %s://%s/metrics", "https" if tls else "http", address)
     return [tls.change] if tls else []
@@ -469,7 +470,7 @@ async def _listen(listen: str, start: Callable[[str], Awaitable[str]], settings:
         try_to_bind(listen, is_shared=settings.supervised)
         return await start(listen)
     except OSError as error:
-        reason = error.strerror or "the address cannot be bound"
+        reason = in_words(error) or "the address cannot be bound"
         raise StartError(f"cannot listen on {listen}: {reason}") from error
 
 

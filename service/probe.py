@@ -43,7 +43,8 @@ def main(arguments: list[str]) -> int:
             address, is_tls = own_address(os.environ)
         check(address, *arguments[1:2], is_tls=is_tls)
     except (ProbeError, OSError) as error:
-        sys.stderr.write(f"timernn: {address}: {error}\n")
+        why = getattr(error, "strerror", None) or error  # without its number
+        sys.stderr.write(f"timernn: {address}: {why}\n")
         return 1
     return 0
 

@@ -19,6 +19,7 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Final
 
 from service.access import Access
+from service.connection_failures import in_words
 from service.listening import UNIX, shared_port
 from service.logs import log_to_stderr
 from service.security.files import SecretFileError
@@ -131,7 +132,7 @@ async def _serve_metrics(settings: Settings, stack: contextlib.AsyncExitStack) -
     except SecretFileError as error:
         raise WorkerError(str(error)) from error
     except OSError as error:
-        reason = error.strerror or "the address cannot be bound"
+        reason = in_words(error) or "the address cannot be bound"
         raise WorkerError(f"cannot listen on {settings.metrics_listen}: {reason}") from error
     stack.enter_context(access.watched(*([tls.change] if tls else [])))
     _LOGGER.info("metrics on %s://%s/metrics", "https" if tls else "http", address)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from service.cli.output import counted, fail, print_json, warn
-from service.cli.remote import AsJson, Connection, Force, connects
+from service.cli.remote import AsJson, Connection, Force, check_target, connects
 
 if TYPE_CHECKING:
     import zipfile
@@ -55,8 +55,7 @@ def backup(
     """
     from service.cli.backup_file import write_backup, write_manifest  # noqa: PLC0415
 
-    if file.exists() and not force:
-        raise typer.BadParameter(f"{file} exists; --force overwrites it", param_hint="'FILE'")
+    check_target(file, force=force)
     left = Left()
     with connection.open() as client, write_backup(file) as archive:
         manifest = _save(client, archive, left, with_sessions=sessions)

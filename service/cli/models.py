@@ -23,6 +23,7 @@ from service.cli.remote import (
     Force,
     MissingOk,
     ModelId,
+    check_target,
     connects,
 )
 
@@ -212,8 +213,7 @@ def export_weights(
     """
     from service.cli.weights import write_weights  # noqa: PLC0415 - not for --help
 
-    if file.exists() and not force:
-        raise typer.BadParameter(f"{file} exists; --force overwrites it", param_hint="'FILE'")
+    check_target(file, force=force)
     with connection.open() as client:
         found, size = write_weights(client, model, file, version=version, moments=moments)
     if json:

@@ -10,6 +10,7 @@ from service.cli.describe import format_span, ping_json, server_json
 from service.cli.options import parse_optional_address
 from service.cli.output import fail, print_json
 from service.cli.remote import DEFAULT_SERVER, AsJson, Connection, connects
+from service.connection_failures import in_words
 from service.probe import ProbeError, check
 
 if TYPE_CHECKING:
@@ -77,7 +78,8 @@ def _ask_health(address: str, timeout_s: float, *, as_json: bool) -> None:
     try:
         check(address, timeout_s=timeout_s)
     except (ProbeError, OSError) as error:
-        fail(f"{address}: {error}")
+        why = in_words(error) if isinstance(error, OSError) else str(error)
+        fail(f"{address}: {why or error}")
         raise typer.Exit(1) from error
     if as_json:
         print_json({"address": address, "serving": True})

@@ -242,6 +242,23 @@ def advise(error: timernn.Error) -> str:
     return ""
 
 
+def check_target(file: Path, *, force: bool) -> None:
+    """Refuse to write a file where something is that must not be replaced, or into a folder that is not there.
+
+    Raises:
+        typer.BadParameter: If so.
+    """
+    wrong = ""
+    if not file.parent.is_dir():
+        wrong = f"there is no folder {file.parent}"
+    elif file.exists() and not file.is_file():
+        wrong = f"{file} is a device or a pipe, which a file would replace"
+    elif file.exists() and not force:
+        wrong = f"{file} exists; --force overwrites it"
+    if wrong:
+        raise typer.BadParameter(wrong, param_hint="'FILE'")
+
+
 def connects(
     *, timeout: float = 30.0, without: tuple[str, ...] = (), for_operators: bool = False
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:

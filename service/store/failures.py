@@ -73,7 +73,9 @@ def _report(error: Exception) -> None:
 
 def why(error: Exception) -> str:
     """Return in plain words, for an operator, why a store cannot be used: what the failure was made from."""
-    found: BaseException = error.__cause__ or error
+    found: BaseException = error
+    if isinstance(error, DomainError) and error.__cause__ is not None:
+        found = error.__cause__
     # Only these are no more than what the system or OpenSSL said; they name the server that was tried.
     if type(found) not in (redis_errors.ConnectionError, redis_errors.TimeoutError):
         return str(found)

@@ -16,6 +16,7 @@ from redis.backoff import NoBackoff
 from service.store.addresses import join_host, parse_store_url
 from service.store.cluster import ClusterRouter
 from service.store.credentials import PasswordFile
+from service.store.failures import why
 from service.store.links import WITHOUT_NOTICES, StoreClient, watch_links
 from service.telemetry import NULL_OBSERVER
 
@@ -79,7 +80,7 @@ class Sentinels(Sentinel):
             try:
                 masters = await sentinel.sentinel_masters()
             except (redis_errors.RedisError, OSError) as error:
-                failures.append(f"the sentinel at {place} does not answer: {error}")
+                failures.append(f"the sentinel at {place} does not answer: {why(error)}")
                 continue
             state = masters.get(service_name)
             if state and manager.check_master_state(state, service_name):

@@ -49,7 +49,9 @@ def test_a_device_that_never_ends_is_refused(
     reader: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As what it is, before a byte of it is read."""
-    assert A_DEVICE in refused(reader, "/dev/zero", tmp_path, capsys)
+    device = tmp_path / "device"
+    device.symlink_to("/dev/zero")  # a lock stands beside the link
+    assert A_DEVICE in refused(reader, str(device), tmp_path, capsys)
 
 
 @pytest.mark.parametrize("reader", READERS)
@@ -126,6 +128,21 @@ def test_a_backup_is_a_file(timernn: Timernn, tmp_path: Path, kind: str, error: 
     done = timernn("restore", file)
     assert (done.code, done.out) == (1, "")
     assert done.err == f"timernn: {file}: {error}\n"
+
+
+@pytest.mark.parametrize("words", [("models", "export", "bounded"), ("backup",)])
+def test_only_a_file_is_overwritten(timernn: Timernn, tmp_path: Path, words: tuple[str]) -> None:
+    """Not a device or a pipe, in whose place a file would stand; and the folder has to be there."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for file, error in (
+        (pipe, f"{pipe} is a device or a pipe, which a file would replace"),
+        (tmp_path / "no" / "file", f"there is no folder {tmp_path / 'no'}"),
+    ):
+        done = timernn(*words, str(file), "--force")
+        assert (done.code, done.out) == (2, "")
+        assert done.err == f"timernn: Invalid value for 'FILE': {error}\n"
+    assert pipe.is_fifo()
 
 
 def test_a_token_on_stdin_is_a_line_of_bounded_length(bare: Timernn, tmp_path: Path) -> None:
