@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 FORWARDED_FOR: Final = "X-Forwarded-For"
 FORWARDED_PROTO: Final = "X-Forwarded-Proto"
+FORWARDED_NAMES: Final = "X-Forwarded-Certificate-Names"
 """Headers by which the supervisor says to a worker from whom a request is."""
 
 _BODY_BYTES: Final = 16 << 10
@@ -42,14 +43,14 @@ _LOGGER = logging.getLogger(__name__)
 class Access(Protocol):
     """Decides who may read the metrics."""
 
-    def allows(self, token: str | None) -> bool:
-        """Return whether the bearer of a token may; None: there was none."""
+    def allows(self, token: str | None, certificate_names: Iterable[str]) -> bool:
+        """Return whether the bearer of a token may; without one, the holder of a certificate with these names."""
 
 
 class OpenAccess:
     """Lets everybody read who can reach the port."""
 
-    def allows(self, token: str | None) -> bool:  # noqa: ARG002 - the protocol's
+    def allows(self, token: str | None, certificate_names: Iterable[str]) -> bool:  # noqa: ARG002 - the protocol's
         """Return True."""
         return True
 
@@ -160,7 +161,8 @@ class MetricsServer(HttpPort):
 
     def _authorised(self, handler: Handler) -> Handler:
         async def checked(request: web.Request) -> web.StreamResponse:
-            if not self._access.allows(bearer(request.headers.get("Authorization"))):
+            token = bearer(request.headers.get("Authorization"))
+            if not self._access.allows(token, certificate_names_of(request)):
                 refusal = _refusal(401, "a token is needed")
                 refusal.headers["WWW-Authenticate"] = 'Bearer realm="timernn"'
                 return refusal
@@ -190,6 +192,21 @@ def peer_of(request: web.Request) -> str:
         return "unix:"
     host, port = found[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def certificate_names_of(request: web.Request) -> list[str]:
+    """Return the subject alternative names of the client's certificate, which the connection verified.
+
+    They are written as gRPC writes them; empty where the client showed none.
+    """
+    found: Any = request.get_extra_info("peercert") or {}
+    names = []
+    for kind, name in found.get("subjectAltName", ()):
+        if kind in {"DNS", "URI", "email"}:
+            names.append(name)
+        elif kind == "IP Address":
+            names.append(str(ipaddress.ip_address(name)))
+    return names
 
 
 def bearer(authorization: str | None) -> str | None:

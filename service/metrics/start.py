@@ -38,26 +38,47 @@ class TokenReaders:
         """Keep where the tokens are."""
         self._tokens = tokens
 
-    def allows(self, token: str | None) -> bool:
-        """Return whether a token is valid and its role ADMIN or OPERATOR."""
-        entry = self._tokens().find(token) if token else None
+    def allows(self, token: str | None, certificate_names: Iterable[str]) -> bool:
+        """Return whether the entry of a token, or without one of a certificate, is valid and of ADMIN or OPERATOR."""
+        tokens = self._tokens()
+        entry = tokens.find(token) if token else tokens.of_certificate(certificate_names)
         is_valid = entry is not None and not entry.has_expired(datetime.now(UTC))
         return is_valid and entry is not None and entry.role in {Role.ADMIN, Role.OPERATOR}
 
 
 class MetricsTls:
-    """The certificate on the metrics port: that of the clients' port, renewed with it."""
+    """The certificate on the metrics port: that of the clients' port, renewed with it.
+
+    With an authority of client certificates, a client may show one of it, and one of another ends the connection. It
+    need not: what scrapes has a token, and a browser has a cookie.
+    """
 
     def __init__(self, settings: Settings) -> None:
         """Read the files, which were found good before."""
         self._files = (settings.tls_cert, settings.tls_key)
-        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        self.context.minimum_version = ssl.TLSVersion.TLSv1_2
-        self.context.load_cert_chain(*self._files)
+        self._client_ca = settings.tls_client_ca
+        self._now = self.context = self._read()
+        self.context.sni_callback = self._hand_over
 
     def change(self, _certificate: ServerCertificate) -> None:
-        """Show what the files hold now from the next connection on."""
-        self.context.load_cert_chain(*self._files)
+        """Go by what the files hold now from the next connection on."""
+        self._now = self._read()
+
+    def _read(self) -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.load_cert_chain(*self._files)
+        if self._client_ca:
+            context.verify_mode = ssl.CERT_OPTIONAL
+            context.load_verify_locations(self._client_ca)
+            # A connection that goes on where another ended would show a certificate that is not verified again.
+            context.num_tickets = 0
+            context.options |= ssl.OP_NO_TICKET
+        return context
+
+    def _hand_over(self, connection: ssl.SSLObject, _name: str | None, _: ssl.SSLContext) -> None:
+        """Have a connection that begins go by the newest context: an authority cannot be taken out of an old one."""
+        connection.context = self._now
 
 
 async def start_measuring(

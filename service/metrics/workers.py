@@ -8,6 +8,7 @@ a counter that began anew, and count the other workers' past twice.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 import tempfile
@@ -19,7 +20,14 @@ from yarl import URL
 
 from service.metrics.exposition import merged
 from service.metrics.families import FAMILIES, Kind
-from service.metrics.http import FORWARDED_FOR, FORWARDED_PROTO, HttpPort, peer_of
+from service.metrics.http import (
+    FORWARDED_FOR,
+    FORWARDED_NAMES,
+    FORWARDED_PROTO,
+    HttpPort,
+    certificate_names_of,
+    peer_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -92,7 +100,11 @@ class WorkerMetrics:
     async def _relay(self, request: web.Request) -> web.StreamResponse:
         body = await request.read()
         headers = {name: request.headers[name] for name in _RELAYED if name in request.headers}
-        headers |= {FORWARDED_FOR: peer_of(request), FORWARDED_PROTO: request.scheme}
+        headers |= {
+            FORWARDED_FOR: peer_of(request),
+            FORWARDED_PROTO: request.scheme,
+            FORWARDED_NAMES: json.dumps(certificate_names_of(request)),
+        }
         for number in random.sample(range(1, self._count + 1), self._count):
             try:
                 async with (

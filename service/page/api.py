@@ -7,6 +7,7 @@ may read /metrics.
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from typing import TYPE_CHECKING, Any, Final
@@ -21,12 +22,19 @@ from service.domain.errors import (
     bad_field,
 )
 from service.metrics.figures import joined
-from service.metrics.http import FORWARDED_FOR, FORWARDED_PROTO, bearer, peer_of
+from service.metrics.http import (
+    FORWARDED_FOR,
+    FORWARDED_NAMES,
+    FORWARDED_PROTO,
+    bearer,
+    certificate_names_of,
+    peer_of,
+)
 from service.page import logins
 from service.page.logins import Login
 from service.rpc.auth import DEFAULT_TENANT, Principal
 from service.rpc.errors import PermissionDenied, Unauthenticated, refusal_of
-from service.rpc.logins import TENANT_KEY, LoginThrottle
+from service.rpc.logins import ALTERNATIVE_NAMES, TENANT_KEY, LoginThrottle
 from service.rpc.permissions import FIGURES_ROLES
 from service.security.roles import Role
 
@@ -103,7 +111,7 @@ class PageApi:
         principal = Principal(DEFAULT_TENANT)
         token = await _token_of(request)
         if self._login is not None:
-            principal = self._login.authenticate(_Caller(request, self._peer(request), token))
+            principal = self._login.authenticate(_Caller(request, self._peer(request), token=token))
         response = web.json_response(self._about(principal))
         if self._login is not None:
             token_id = principal.credential_id
@@ -130,15 +138,16 @@ class PageApi:
         return logins.verified(cookie, time.time(), self._secret())
 
     async def _principal(self, request: web.Request) -> Principal:
-        """Return who asks: by the token in its header, as programs send it, or by its login."""
+        """Return who asks: by the token in its header, as programs send it, by its login, or by its certificate."""
         if self._login is None:
             return Principal(DEFAULT_TENANT)
-        caller = _Caller(request, self._peer(request), bearer(request.headers.get("Authorization")))
-        if caller.token:
-            return self._login.authenticate(caller)
-        login = self._login_of(request)
+        token, names = bearer(request.headers.get("Authorization")), self._names(request)
+        caller = _Caller(request, self._peer(request), token=token, names=names)
+        login = None if token else self._login_of(request)
         if login is None:
-            raise Unauthenticated("NO_CREDENTIALS", "a token is needed")
+            if not (token or names):
+                raise Unauthenticated("NO_CREDENTIALS", "a token is needed")
+            return self._login.authenticate(caller)
         principal = self._login.resume(login.token_id, caller)
         if await self._replicas.count_ended_logins(login.token_id) > login.ended_before:
             raise Unauthenticated("BAD_CREDENTIALS", "the login was ended")
@@ -179,6 +188,12 @@ class PageApi:
         if self._is_relayed and FORWARDED_FOR in request.headers:
             return request.headers[FORWARDED_FOR]
         return peer_of(request)
+
+    def _names(self, request: web.Request) -> list[str]:
+        if self._is_relayed and FORWARDED_NAMES in request.headers:
+            found: list[str] = json.loads(request.headers[FORWARDED_NAMES])
+            return found
+        return certificate_names_of(request)
 
     def _scheme(self, request: web.Request) -> str:
         if self._is_relayed:
@@ -240,20 +255,24 @@ class PageApi:
 class _Caller:
     """A request as `TokenLogin` knows callers; an operator's choice of a tenant is in the query."""
 
-    def __init__(self, request: web.Request, peer: str, token: str | None) -> None:
+    def __init__(
+        self, request: web.Request, peer: str, *, token: str | None, names: Iterable[str] = ()
+    ) -> None:
         self.token = token
         self._tenant = request.query.get("tenant", "")
         self._peer = peer
+        self._names = names
 
     def invocation_metadata(self) -> Sequence[tuple[str, str]]:
         tenant = ((TENANT_KEY, self._tenant),) if self._tenant else ()
-        return (("authorization", f"Bearer {self.token or ''}"), *tenant)
+        bearer = (("authorization", f"Bearer {self.token}"),) if self.token else ()
+        return (*bearer, *tenant)
 
     def peer(self) -> str:
         return self._peer
 
     def auth_context(self) -> Mapping[str, Any]:
-        return {}
+        return {ALTERNATIVE_NAMES: [name.encode() for name in self._names]}
 
 
 async def _token_of(request: web.Request) -> str:

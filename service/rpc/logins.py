@@ -25,9 +25,11 @@ if TYPE_CHECKING:
 TENANT_KEY: Final = "timernn-tenant"
 """Metadata by which an operator names the tenant that it wants to see."""
 
+ALTERNATIVE_NAMES: Final = "x509_subject_alternative_name"
+"""What gRPC calls the names in a certificate that the connection verified."""
+
 _AUTHORIZATION: Final = "authorization"
 _SCHEME: Final = "bearer"
-_ALTERNATIVE_NAMES: Final = "x509_subject_alternative_name"
 # One text for unknown, wrong, expired and revoked: nobody learns which tokens there are.
 _BAD: Final = "the credential is not valid, or not valid any more"
 
@@ -99,7 +101,7 @@ class TokenLogin:
     def _of_certificate(self, caller: Caller) -> Token | None:
         """Return the entry that names the caller's certificate, which the connection verified."""
         proved: Any = caller.auth_context() or {}
-        names = {name.decode(errors="replace") for name in proved.get(_ALTERNATIVE_NAMES, ())}
+        names = {name.decode(errors="replace") for name in proved.get(ALTERNATIVE_NAMES, ())}
         return self._tokens().of_certificate(names) if names else None
 
     def _refused(self, caller: Caller, how: str, name: str) -> Unauthenticated:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class OneToken:
     """Lets the bearer of one token in."""
 
-    def allows(self, token: str | None) -> bool:
+    def allows(self, token: str | None, _names: object) -> bool:
         """Return whether it is the one."""
         return token == "right"  # noqa: S105 - of a test
 
