@@ -67,6 +67,21 @@ def test_ping_without_a_server_fails_in_one_line(timernn: Timernn, nobody: str) 
     assert one_line(failed.err).startswith("timernn: no server at ")
 
 
+def test_a_health_port_that_is_not_there_is_one_line(
+    bare: Timernn, server: Any, nobody: str
+) -> None:
+    """As is a metrics port that is taken: in plain words, without Python's numbers."""
+    failed = bare("ping", "--health", nobody)
+    assert (failed.code, failed.err) == (1, f"timernn: {nobody}: Connection refused\n")
+    failed = bare(
+        *("serve", "--listen", "127.0.0.1:0", "--metrics-listen", server.address),
+        *("--redis-url", f"unix://{server.log.parent}/store/store.sock"),
+    )
+    assert failed.code == 1
+    said = f"timernn: cannot listen on {server.address}: Address already in use"
+    assert failed.err.splitlines()[-1] == said
+
+
 def test_a_created_model_is_shown(timernn: Timernn) -> None:
     """What was asked for is what stands on the server."""
     made = create(
