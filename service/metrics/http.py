@@ -62,13 +62,12 @@ class _Connection(web.RequestHandler):
     """
 
     def handle_error(
-        self,
-        request: web.BaseRequest,
-        status: int = 500,
-        exc: BaseException | None = None,  # noqa: ARG002 - what was wrong with it may be a secret
-        message: str | None = None,  # noqa: ARG002 - the same
+        self, request: web.BaseRequest, status: int = 500, *_: object, **__: object
     ) -> web.StreamResponse:
-        """Return the answer to what cannot be read as a request, after which the connection ends."""
+        """Return the answer to what cannot be read as a request, after which the connection ends.
+
+        What was wrong with it is not looked at: it quotes what was sent, which may be a secret.
+        """
         if request.writer.output_size > 0:
             raise ConnectionError("a part of the answer has been sent")
         response = web.Response(status=status, text=_phrase(status))
