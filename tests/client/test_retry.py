@@ -124,6 +124,22 @@ def test_tls_that_failed_is_not_hidden_by_a_connection_that_took_too_long() -> N
     assert caught.value.attempts == 2
 
 
+def test_tls_that_failed_is_not_hidden_by_a_second_address_of_the_name() -> None:
+    """As of `localhost`, where nothing listens on ::1 and gRPC says so every other time."""
+    now = [0.0]
+    hasty = Caller(
+        ["localhost"], RetryPolicy(), timeout_s=1.0, connect_timeout_s=1.0, clock=lambda: now[0]
+    )
+    op = hasty.call(GET_MODEL, GetModelRequest())
+    next(op)
+    assert isinstance(op.throw(timernn.TlsFailed("it may demand a certificate")), Sleep)
+    assert isinstance(op.send(None), RpcCall)
+    now[0] = 0.99
+    with pytest.raises(timernn.TlsFailed) as caught:
+        op.throw(timernn.errors.NoServer("[::1]:50051: Connection refused"))
+    assert caught.value.attempts == 2
+
+
 def test_the_next_address_takes_over(
     stand_in: Any, other_stand_in: Any, quick: timernn.RetryPolicy
 ) -> None:

@@ -277,7 +277,9 @@ class Patience:
         """Return whether every address has been tried and no connection was made to any."""
         if not isinstance(error, _NO_CONNECTION):
             self._refused = None
-        elif self._refused is not None:
+        elif self._refused is not None and not isinstance(
+            self._refused.get(address), errors.TlsFailed
+        ):  # one name may stand for two addresses, such as ::1 where nothing listens and 127.0.0.1
             self._refused[address] = error
         return self._refused is not None and len(self._refused) == len(self._caller.addresses)
 
