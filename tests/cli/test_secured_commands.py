@@ -77,6 +77,19 @@ def command(
     return run
 
 
+@pytest.mark.parametrize("words", [("doctor",), ("models", "list")], ids=" ".join)
+def test_grpc_writes_nothing_beside_what_a_command_says(
+    bare: Callable[..., Any], secured: Secured, tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    """Of a handshake that fails, its core would write several lines to stderr for each try."""
+    trustme.CA().cert_pem.write_to_path(tmp_path / "another.pem")
+    place = ("--server", secured.address, "--tls-ca", str(tmp_path / "another.pem"), "--timeout=1")
+    shown = bare(*words, *place)
+    assert shown.code == 1
+    assert "not signed by an authority" in shown.out + shown.err
+    assert len(shown.err.splitlines()) == (0 if words == ("doctor",) else 1)
+
+
 def test_a_command_has_its_token_from_a_file(command: Any, secured: Secured) -> None:
     """What `timernn tokens create` printed is such a file."""
     file = ("--token-file", str(secured.token))
