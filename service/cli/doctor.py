@@ -179,16 +179,19 @@ def check_address(address: str, timeout_s: float) -> Iterator[Finding]:
     host, _, port = address.rpartition(":")
     place = (host.strip("[]"), int(port))
     try:
-        with socket.create_connection(place, timeout_s):
+        with socket.create_connection(place, timeout_s, all_errors=True):
             pass
     except socket.gaierror as error:
         advice = "check the name, or the resolver of this machine"
         yield Finding("address", FAILED, f"{host} has no address: {error.strerror}", advice)
         return
-    except OSError as error:
+    except ExceptionGroup as errors:  # one for each address of the name
         advice = "start the server, check --listen, and what a firewall lets through"
-        reason = error.strerror or "no answer in time"
-        yield Finding("address", FAILED, f"{host}:{port} cannot be reached: {reason}", advice)
+        reasons = dict.fromkeys(
+            getattr(each, "strerror", None) or "no answer in time" for each in errors.exceptions
+        )
+        text = f"{host}:{port} cannot be reached: {', '.join(reasons)}"
+        yield Finding("address", FAILED, text, advice)
         return
     yield Finding("address", OK, f"{host}:{port} accepts connections")
     yield _check_tls(address, place, timeout_s)

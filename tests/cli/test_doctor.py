@@ -51,6 +51,20 @@ def test_where_nobody_listens_is_exit_code_1_with_advice(timernn: Timernn, nobod
     assert "-> start the server" in shown.out
 
 
+def test_of_a_name_with_several_addresses_each_reason_is_said(
+    monkeypatch: pytest.MonkeyPatch, nobody: str
+) -> None:
+    """As of `localhost`, where the last one may be ::1 on a machine that has no IPv6."""
+    port = int(nobody.rpartition(":")[2])
+    addresses = [
+        (socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, port))
+        for host in ("127.0.0.1", "255.255.255.255")
+    ]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: addresses)
+    (found,) = doctor.check_address(f"node.example:{port}", 5)
+    assert "Connection refused, " in found.text
+
+
 @pytest.fixture
 def speaks_tls() -> Iterator[Callable[[timedelta], str]]:
     """Serve TLS, and nothing over it, with a certificate that holds for as long as is asked."""
