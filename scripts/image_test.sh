@@ -29,6 +29,9 @@ assert {"grpcio", "numpy", "redis"} <= listed, listed
 assert not list(pathlib.Path("/opt/timernn").rglob("pip"))
 '
 
+# What a health check costs: user and system seconds of the processor.
+cost='TIMEFORMAT="image-test: a health check takes %U s + %S s of processor time"; time python -m service.probe'
+
 check_size() {
   local bytes=$1 base_bytes=$2
   local mb=$(((bytes - base_bytes) / 1000000))
@@ -37,9 +40,12 @@ check_size() {
 }
 
 with_engine() {
-  local code began
+  local code began revision
   engine=$1 container= # not local: the trap needs them at the end
-  "$engine" build --quiet --file docker/Dockerfile --tag "$image" . >/dev/null
+  revision=$(git rev-parse HEAD 2>/dev/null || echo unknown)
+  "$engine" build --quiet --file docker/Dockerfile --build-arg "REVISION=$revision" --tag "$image" . >/dev/null
+  [[ $("$engine" image inspect --format '{{index .Config.Labels "org.opencontainers.image.revision"}}' "$image") == \
+    "$revision" ]] || fail "its label is not revision $revision"
   start() {
     "$engine" run --detach --read-only --tmpfs /tmp --tmpfs /data:uid=10001,gid=10001,mode=0700 \
       --cap-drop ALL --security-opt no-new-privileges --env TIMERNN_LISTEN=127.0.0.1:50051 "$image"
@@ -61,8 +67,9 @@ with_engine() {
   done
   "$engine" exec "$container" python -c "$check"
   [[ $("$engine" exec "$container" id -u) == 10001 ]] || fail "the server is not user 10001"
+  "$engine" exec "$container" bash -c "$cost"
   stop "$container"
-  for pause in 0 0.1 0.3; do # it must not lose a signal that comes while it starts
+  for pause in 0 0.1 0.3 0.6; do # it must not lose a signal that comes while it starts
     container=$(start)
     sleep "$pause"
     stop "$container"

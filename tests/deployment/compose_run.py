@@ -206,6 +206,21 @@ def test_a_replica_has_no_route_out(plain: Project) -> None:
     assert "timed out" in said or "unreachable" in said
 
 
+def test_a_replica_knows_of_both(plain: Project) -> None:
+    """They say through the store that they run, for which its user has the right."""
+    (replica, *_) = plain.containers("timernn")
+    shown = json.loads(plain.inside(replica, "timernn", "top", "--once", "--json"))
+    hosts = {each["host"] for each in shown["now"]["replicas"]}
+    assert hosts == {each[:12] for each in plain.containers("timernn")}
+
+
+def test_the_doctor_finds_nothing_to_change(plain: Project) -> None:
+    """Beside a replica: the store's rights, policy and file, and the memory of the container."""
+    (replica, *_) = plain.containers("timernn")
+    found = json.loads(plain.inside(replica, "timernn", "doctor", "--json"))["findings"]
+    assert {each["check"]: each["text"] for each in found if each["status"] != "ok"} == {}
+
+
 def test_prometheus_sees_each_replica(plain: Project) -> None:
     """By the name that they share."""
     wait_until("both are read", lambda: len(query('up{job="timernn"} == 1')) == 2)
@@ -220,15 +235,13 @@ def query(expression: str) -> list[Any]:
 
 
 def test_every_service_ends_with_0(plain: Project) -> None:
-    """After `stop`, replicas, store and balancer; and the port is the same after the next start."""
+    """After `stop`; and the port is the same after the next start."""
     plain.run("stop")
-    services = ("timernn", "store")
-    codes = [
-        plain.state(each)["State"]["ExitCode"]
-        for name in services
-        for each in plain.containers(name)
-    ]
-    assert set(codes) == {0}
+    codes = {
+        name: [plain.state(each)["State"]["ExitCode"] for each in plain.containers(name)]
+        for name in ("timernn", "store", "balancer", "prometheus")
+    }
+    assert codes == {"timernn": [0, 0], "store": [0], "balancer": [0], "prometheus": [0]}
     plain.up()
     with timernn.connect(ADDRESS) as client:
         assert client.ping().serving
