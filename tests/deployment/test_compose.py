@@ -34,7 +34,7 @@ def test_replicas_and_store_have_no_route_out(compose: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", SERVICES)
 def test_a_service_is_bounded(compose: dict[str, Any], name: str) -> None:
-    """An init, a bound on processes and on logs, no right, no change of its files."""
+    """An init, a bound on memory, processes and logs, no right, no change of its files."""
     service = compose["services"][name]
     assert service["init"]
     assert service["read_only"]
@@ -42,7 +42,7 @@ def test_a_service_is_bounded(compose: dict[str, Any], name: str) -> None:
     assert service["cap_drop"] == ["ALL"]
     assert service["security_opt"] == ["no-new-privileges:true"]
     assert service["logging"]["options"] == {"max-size": "10m", "max-file": "3"}
-    assert "mem_limit" in service or name == "secrets"
+    assert service["mem_limit"]
 
 
 def test_the_grace_period_is_longer_than_the_drain(compose: dict[str, Any]) -> None:
