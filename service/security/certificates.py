@@ -62,13 +62,13 @@ def read_certificate(
     certificates = _parse(cert_file, chain)
     if client_ca is not None and client_ca_file is not None:
         _parse(client_ca_file, client_ca)
-    _check_pair(cert_file, key_file, certificates[0], key)
+    _check_pair(cert_file, key_file, certificates[0], key=key)
     expires = min(one.not_valid_after_utc for one in certificates)
     return ServerCertificate(chain, key, client_ca, expires)
 
 
 def check_files(
-    cert_file: Path | None, key_file: Path | None, ca_file: Path | None, password: str = ""
+    cert_file: Path | None, key_file: Path | None, ca_file: Path | None, *, password: str = ""
 ) -> None:
     """Check the files by which a client of TLS shows who it is, and knows whom to believe.
 
@@ -85,7 +85,7 @@ def check_files(
         _parse(ca_file, _read("CA", ca_file))
     if cert_file:
         chain, key_file = _parse(cert_file, _read("certificate", cert_file)), key_file or cert_file
-        _check_pair(cert_file, key_file, chain[0], _read("key", key_file), password)
+        _check_pair(cert_file, key_file, chain[0], key=_read("key", key_file), password=password)
 
 
 def _parse(path: Path, data: bytes) -> list[x509.Certificate]:
@@ -106,7 +106,7 @@ def _read(kind: str, path: Path) -> bytes:
 
 
 def _check_pair(
-    cert_file: Path, key_file: Path, leaf: x509.Certificate, key: bytes, password: str = ""
+    cert_file: Path, key_file: Path, leaf: x509.Certificate, *, key: bytes, password: str = ""
 ) -> None:
     """Compare what was read, not the files: they may have been replaced in between."""
     try:

@@ -226,7 +226,7 @@ def _check_tls(options: dict[str, Any]) -> None:
 
     ca, cert, key = (Path(options[name]) if name in options else None for name in _FILES)
     try:
-        check_files(cert, key, ca, options.get("ssl_password", ""))
+        check_files(cert, key, ca, password=options.get("ssl_password", ""))
     except SecretFileError as error:
         raise ValueError(f"the TLS options: {error}") from None
     try:
