@@ -17,10 +17,11 @@ fail() {
 # What a client inside the container finds; the list of packages is the image's SBOM.
 check='
 import json
+import os
 import pathlib
 import numpy as np
 import timernn
-with timernn.connect("127.0.0.1:50051") as client:
+with timernn.connect(os.environ["TIMERNN_LISTEN"]) as client:
     client.create_model("m", input_size=2, hidden_size=3)
     with client.session("m") as session:
         assert session.forward(np.ones((1, 4, 2))).shape == (1, 4, 3)
@@ -78,18 +79,20 @@ with_engine() {
     "$("$engine" image inspect --format '{{.Size}}' "$base")"
 }
 
-# What runs inside the container when there is no engine to run it detached.
+# What runs inside the container when there is no engine to run it detached. It has the network of this machine, where
+# 50051 may be taken.
 inside='
 set -eu
 test "$(id -u)" = 10001
 ! command -v pip >/dev/null
-export TIMERNN_LISTEN=127.0.0.1:50051 TIMERNN_DATA_DIR=/tmp/data
+export TIMERNN_LISTEN=unix:/tmp/timernn.sock TIMERNN_DATA_DIR=/tmp/data
 env --block-signal=TERM timernn serve > /tmp/ready & server=$!
 for _ in $(seq 60); do python -m service.probe 2>/dev/null && break; sleep 1; done
 python -c "$1"
 kill -TERM "$server"
 wait "$server"
 env --block-signal=TERM timernn serve > /tmp/ready & server=$!
+until [ "$(cat "/proc/$server/comm")" = timernn ]; do :; done # the signal is blocked from here on
 kill -TERM "$server"
 wait "$server"
 '
