@@ -71,6 +71,57 @@ async def test_steps_of_tasks_take_turns(stand_in: Any, quick: timernn.RetryPoli
     assert expected == list(range(1, SESSIONS + 1))
 
 
+def test_backwards_that_step_take_turns(
+    client: timernn.Client, stand_in: Any, pool: ThreadPoolExecutor
+) -> None:
+    """Each expects the head that the one before has made, whichever way that was made."""
+    sessions = [client.session("m", train=True) for _ in range(3)]
+    for session in sessions:
+        session.forward(XS)
+    sessions[0].backward(DHS)
+    with stand_in.hold("Update"):
+        first = pool.submit(sessions[0].update)
+        stand_in.wait_for("Update")
+        steps = [pool.submit(one.backward, DHS, update=timernn.Step()) for one in sessions[1:]]
+        assert not any(step.done() for step in steps)
+    assert first.result(10).number == 2
+    for step in steps:
+        step.result(10)
+    made = [one.last_update.version.number for one in sessions[1:] if one.last_update]
+    assert sorted(made) == [3, 4]
+    expected = [one.update.expected_version.number for one in stand_in.requests["Backward"][1:]]
+    assert expected == [2, 3]
+
+
+async def test_backwards_of_tasks_that_step_take_turns(
+    stand_in: Any, quick: timernn.RetryPolicy
+) -> None:
+    """Each expects the head that the one before has made."""
+    async with timernn.aio.connect(stand_in.address, timeout=5, retry=quick) as client:
+        sessions = [await client.session("m", train=True) for _ in range(3)]
+        for session in sessions:
+            await session.forward(XS)
+        await asyncio.gather(*(one.backward(DHS, update=timernn.Step()) for one in sessions))
+    expected = [one.update.expected_version.number for one in stand_in.requests["Backward"]]
+    assert expected == [1, 2, 3]
+
+
+def test_a_step_over_all_that_waits_takes_its_turn(
+    trainers: list[timernn.Session],
+    client: timernn.Client,
+    stand_in: Any,
+    pool: ThreadPoolExecutor,
+) -> None:
+    """It moves no head away from under another step of the same client."""
+    with stand_in.hold("Update"):
+        steps = [pool.submit(client.update, "m", [trainers[0].session_id])]
+        stand_in.wait_for("Update")
+        steps.append(pool.submit(trainers[1].update))
+        assert not steps[1].done()
+    assert [step.result(10) is not None for step in steps] == [True, True]
+    assert stand_in.requests["Update"][1].expected_version.number == 2
+
+
 async def test_a_cancelled_step_gives_its_turn_to_the_next(
     stand_in: Any, quick: timernn.RetryPolicy
 ) -> None:

@@ -247,10 +247,16 @@ class ClientCore:
             expected_version=optional(expected_version),
             request_id=new_request_id(),
         )
-        answer = yield from self.context.caller.call(contract.UPDATE, request)
-        self._updates_of(model_id).model.consume(named)
-        note_made(self.context.known, model_id, answer.version)
-        return update_from_proto(answer)
+        deadline = self.context.caller.deadline()
+        updates = self._updates_of(model_id)
+
+        def make_step() -> Op[UpdateResult]:
+            answer = yield from self.context.caller.call(contract.UPDATE, request, deadline)
+            updates.model.consume(named)
+            note_made(self.context.known, model_id, answer.version)
+            return update_from_proto(answer)
+
+        return (yield from updates.in_turn(make_step(), deadline))
 
     @checked
     def discard_gradients(

@@ -151,15 +151,20 @@ class SessionCore:
         Raises:
             TapeMissing: If no forward in training mode waits.
         """
-        intent = yield from self._carry_out(
+        deadline = self.context.caller.deadline()
+        carried_out = self._carry_out(
             lambda: self._backward_intent(
                 dhs,
                 dh_next=dh_next,
                 step=update,
                 return_dxs=return_dxs,
                 return_gradients=return_gradients,
-            )
+            ),
+            deadline,
         )
+        if update is not None:  # the head that it expects is the one that the step before has made
+            carried_out = self.updates.in_turn(carried_out, deadline)
+        intent = yield from carried_out
         return intent.dxs()
 
     def _backward_intent(
@@ -379,10 +384,13 @@ class SessionCore:
 
     # -- inner parts ---------------------------------------------------------------------------------
 
-    def _carry_out(self, make: Callable[[], AnyIntent]) -> Op[AnyIntent]:
+    def _carry_out(
+        self, make: Callable[[], AnyIntent], deadline: float | None = None
+    ) -> Op[AnyIntent]:
         """Carry out an intent; finish an earlier one first unless this is the same again."""
         self.state.require_idle()
-        deadline, doubts = self.context.caller.deadline(), self.doubts
+        doubts = self.doubts
+        deadline = self.context.caller.deadline() if deadline is None else deadline
         intent = self._unless_impossible(make) if doubts else None
         if intent is not None:
             intent = doubts.again(intent)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from timernn import errors
 from timernn._core.contract import LIST_WAITING
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from timernn._core.intents import Intent
     from timernn._core.recovery import Recovery
     from timernn.types import Step, UpdateResult, Waiting
+
+R = TypeVar("R")
 
 
 class Updates:
@@ -77,6 +79,18 @@ class Updates:
         asked = AskedUpdate(states, step, expect_known, take_waiting)
         result: UpdateResult = yield InTurn(self._lock, self._make_step(asked, settled, deadline))
         return result
+
+    def in_turn(self, op: Op[R], deadline: float) -> Op[R]:
+        """Carry out an operation that makes a step in another way, once no other is sent or in doubt.
+
+        What head it expects it may only find out then.
+        """
+        outcome: R = yield InTurn(self._lock, self._after_doubts(op, deadline))
+        return outcome
+
+    def _after_doubts(self, op: Op[R], deadline: float) -> Op[R]:
+        yield from self._settle(deadline)
+        return (yield from op)
 
     def _make_step(
         self, asked: AskedUpdate, settled: list[Intent[Any, Any]], deadline: float
