@@ -142,6 +142,52 @@ async def test_a_cancelled_step_gives_its_turn_to_the_next(
     assert ids[0] == ids[1] != ids[2]
 
 
+async def test_a_step_that_another_session_settled_is_returned_to_who_asks_again(
+    stand_in: Any, quick: timernn.RetryPolicy
+) -> None:
+    """Cancelled, made by the next call of another session, and asked for once more: its result."""
+    async with timernn.aio.connect(stand_in.address, timeout=5, retry=quick) as client:
+        one, two = [await client.session("m", train=True) for _ in range(2)]
+        for session in (one, two):
+            await session.forward(XS)
+            await session.backward(DHS)
+        with stand_in.hold("Update"):
+            first = asyncio.create_task(one.update(lr=0.5))
+            await asyncio.to_thread(stand_in.wait_for, "Update")
+            first.cancel()
+            await asyncio.wait([first])
+        assert (await two.update()).number == 3
+        assert (await one.update(lr=0.5)).number == 2
+        with pytest.raises(timernn.NoGradients):
+            await one.update(lr=0.5)
+
+
+def test_a_step_over_several_sessions_that_another_settled_is_returned_once(
+    client: timernn.Client, trainers: list[timernn.Session], stand_in: Any, refusal: Any
+) -> None:
+    """To the same call again; afterwards nothing waits, for any of them."""
+    lost = refusal(grpc.StatusCode.UNAVAILABLE, "UNKNOWN_OUTCOME", 60.0)
+    stand_in.fail_next("Update", lost, after_applying=True)
+    with pytest.raises(timernn.UnknownOutcome):
+        client.update("m", sessions=trainers[:2])
+    trainers[2].update()
+    assert client.update("m", sessions=trainers[:2]).version.number == 2
+    for trainer in trainers[:2]:
+        with pytest.raises(timernn.NoGradients):
+            trainer.update()
+
+
+def test_another_step_than_the_settled_one_is_refused_by_its_version(
+    trainers: list[timernn.Session], stand_in: Any, refusal: Any
+) -> None:
+    """Once, as where the session settled it itself."""
+    lose_step(trainers[0], stand_in, refusal)
+    trainers[1].update()
+    with pytest.raises(timernn.NoGradients) as caught:
+        trainers[0].update(lr=0.25)
+    assert caught.value.metadata["version"] == "2"
+
+
 @pytest.mark.parametrize("kind", ["forward", "frame", "stream"])
 def test_a_step_under_way_is_no_reason_to_wait(
     trainers: list[timernn.Session],

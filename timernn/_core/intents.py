@@ -480,7 +480,7 @@ class UpdateIntent(Intent[rnn_pb.UpdateRequest, "Updated"]):
         """Note the new head and that the contributions are consumed."""
         self._model.note_step(self.requests[0], answer.message)
         for session in self.asked.sessions:
-            session.note_update(answer.result)
+            session.note_update(self.asked.step, answer.result)
 
     def refused(self, error: errors.Error) -> UpdateIntent | None:
         """Forget contributions of which nobody knows whether they wait."""

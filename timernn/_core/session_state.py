@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from timernn._core.context import ClientContext
     from timernn._core.journal import Entry, Journal
     from timernn._core.splitting import Bounds
-    from timernn.types import Array, Gradients, ModelInfo, UpdateResult, Version
+    from timernn.types import Array, Gradients, ModelInfo, Step, UpdateResult, Version
     from timernn.v1 import time_rnn_service_pb2 as rnn_pb
     from timernn.v1.tensor_pb2 import Tensor
 
@@ -126,6 +126,7 @@ class Position(TypedDict, total=False):
     gradients: Gradients | None
     gradient_norm: float | None
     last_update: UpdateResult | None
+    undelivered_step: tuple[Step, UpdateResult] | None
     _h: Tensor | None
 
 
@@ -149,6 +150,8 @@ class SessionState:
             were not asked for.
         version: The weights version of the last answer; None before the first.
         last_update: What the last step over this session did.
+        undelivered_step: A step over what this session contributed whose caller has not got its
+            result: another call settled it, or an interrupt came. As it was asked for, and what it did.
         lifetime: How long the session lives on without another answer.
         resumed: Whether opening it went on with a live session.
     """
@@ -176,6 +179,7 @@ class SessionState:
         self.gradient_norm: float | None = None
         self.version: Version | None = None
         self.last_update: UpdateResult | None = None
+        self.undelivered_step: tuple[Step, UpdateResult] | None = None
         # Weakly: a stream that an interrupt kept from closing ends with its last reference.
         self._stream: weakref.ref[object] | None = None
         self.resumed = False
@@ -341,6 +345,7 @@ class SessionState:
     def record_contribution(self, request: rnn_pb.BackwardRequest) -> None:
         """Note a contribution that waits for the next update."""
         self._contributed[request.epoch, request.chunk_seq] = None
+        self.undelivered_step = None  # the next update is about this contribution
         if len(self._contributed) > self.bounds.contributions_per_model:
             del self._contributed[next(iter(self._contributed))]
         known = self._known.version(self.model.model_id)
@@ -368,9 +373,15 @@ class SessionState:
         """Let go of tapes that no `backward` is to use any more."""
         self._move(Position(tapes=self._tapes_without(taped)))
 
-    def note_update(self, result: UpdateResult) -> None:
-        """Note a step over this session's contributions."""
-        self._move(Position(last_update=result, version=result.version))
+    def note_update(self, step: Step, result: UpdateResult) -> None:
+        """Note a step over this session's contributions, which its caller is yet to get."""
+        self._move(
+            Position(last_update=result, version=result.version, undelivered_step=(step, result))
+        )
+
+    def deliver_step(self) -> None:
+        """Note that the caller of the last step gets its result."""
+        self.undelivered_step = None
 
     def consume(self, named: Sequence[Contributions] | None) -> None:
         """Forget contributions that an update took, and tapes all of whose chunks it took.
@@ -398,7 +409,7 @@ class SessionState:
         """Forget all contributions and tapes: the server has dropped them."""
         self.journal.drop_contributions(self.session_id, dict(self._contributed))
         self._contributed.clear()
-        self._move(Position(tapes=()))
+        self._move(Position(tapes=(), undelivered_step=None))
 
     # -- inner parts ---------------------------------------------------------------------------------
 

@@ -98,18 +98,22 @@ class Updates:
         states, step = asked.sessions, asked.step
         intent = self.in_doubt.intent
         if intent is None or intent.asked != asked:
-            if intent is not None and not set(states).isdisjoint(intent.asked.sessions):
-                settled.append(intent)
             yield from self._settle(deadline)
             if asked.take_waiting:
                 yield from self._adopt_waiting(asked, deadline)
             named = [names for state in states for names in state.contributions()]
-            made = next(filter(None, (one.step_made() for one in reversed(settled))), None)
+            found = [one.step_made() for one in reversed(settled)]
+            found += [state.undelivered_step for state in states]
+            made = next(filter(None, found), None)
             if made is not None and not named:
+                for state in states:
+                    state.deliver_step()
                 return self._made_already(made, step)
             request = self.model.update_request(named, step, expect_known=asked.expect_known)
             intent = UpdateIntent(self.model, request, asked)
         yield from self._finish(intent, deadline)
+        for state in states:
+            state.deliver_step()
         return intent.answers[0].result
 
     def settle(self, deadline: float) -> Op[None]:
