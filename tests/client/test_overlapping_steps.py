@@ -114,11 +114,11 @@ def test_a_step_over_all_that_waits_takes_its_turn(
 ) -> None:
     """It moves no head away from under another step of the same client."""
     with stand_in.hold("Update"):
-        steps = [pool.submit(client.update, "m", [trainers[0].session_id])]
+        first = pool.submit(client.update, "m", [trainers[0].session_id])
         stand_in.wait_for("Update")
-        steps.append(pool.submit(trainers[1].update))
-        assert not steps[1].done()
-    assert [step.result(10) is not None for step in steps] == [True, True]
+        second = pool.submit(trainers[1].update)
+        assert not second.done()
+    assert (first.result(10).version.number, second.result(10).number) == (2, 3)
     assert stand_in.requests["Update"][1].expected_version.number == 2
 
 
