@@ -145,7 +145,7 @@ class Connection:
             envvar="TIMERNN_TENANT",
             metavar="NAME",
             show_default="the token's",
-            help="Whose, for a token of the role operator; any other sees its own tenant.",
+            help="Whose, for a token of the role operator; any other is refused.",
             rich_help_panel=_PANEL,
         ),
     ] = ""

@@ -54,6 +54,7 @@ class TokenLogin:
 
         Raises:
             Unauthenticated: NO_CREDENTIALS, BAD_CREDENTIALS.
+            PermissionDenied: ROLE: it names another tenant than its own, and is no operator.
         """
         metadata = dict(caller.invocation_metadata() or ())
         presented = _bearer(metadata.get(_AUTHORIZATION, ""))
@@ -175,8 +176,12 @@ def _has_ended(entry: Token) -> bool:
 
 def _principal(entry: Token, metadata: dict[str, Any]) -> Principal:
     tenant = entry.tenant
-    if entry.role is Role.OPERATOR and TENANT_KEY in metadata:
+    if TENANT_KEY in metadata and metadata[TENANT_KEY] != tenant:
         tenant = str(metadata[TENANT_KEY])
+        if entry.role is not Role.OPERATOR:
+            # Not ignored: the answer of its own tenant would pass for the other one's.
+            held = entry.role.value
+            raise PermissionDenied("ROLE", f"role {held!r} may not choose a tenant", role=held)
         try:
             check_name(TENANT_KEY, tenant)
         except ValueError:

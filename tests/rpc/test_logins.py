@@ -158,10 +158,7 @@ async def test_an_operator_names_a_tenant_by_its_name(
 ) -> None:
     """What can be no tenant's name is a field at fault, not an empty list."""
     served = await serve(authenticator=credentials.authenticator())
-    metadata = [
-        ("authorization", f"Bearer {credentials.of[Role.OPERATOR]}"),
-        ("timernn-tenant", "x" * 500),
-    ]
+    metadata = choosing(credentials.of[Role.OPERATOR], "x" * 500)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await served.channel.unary_unary("/timernn.v1.ModelService/ListModels")(
             b"", metadata=metadata
@@ -198,19 +195,37 @@ def test_an_operator_changes_nothing() -> None:
     }
 
 
+def choosing(token: str, tenant: str) -> list[tuple[str, str]]:
+    """Return the metadata of a caller that names a tenant."""
+    return [("authorization", f"Bearer {token}"), ("timernn-tenant", tenant)]
+
+
 async def test_the_tenant_is_the_credential_s(serve: Serve, credentials: Credentials) -> None:
-    """Only an operator names another one, and only to look."""
+    """Only an operator names another one."""
     served = await serve(authenticator=credentials.authenticator())
     served.domain.answers["list_page"] = ([], "")
-    for role, expected in ((Role.ADMIN, "acme"), (Role.OPERATOR, "other")):
-        metadata = [
-            ("authorization", f"Bearer {credentials.of[role]}"),
-            ("timernn-tenant", "other"),
-        ]
-        list_models = served.channel.unary_unary("/timernn.v1.ModelService/ListModels")
+    list_models = served.channel.unary_unary("/timernn.v1.ModelService/ListModels")
+    for role, tenant in ((Role.ADMIN, "acme"), (Role.OPERATOR, "acme"), (Role.OPERATOR, "other")):
         served.domain.asked.clear()
-        await list_models(b"", metadata=metadata)
-        assert served.domain.asked[0][0] == expected
+        await list_models(b"", metadata=choosing(credentials.of[role], tenant))
+        assert served.domain.asked[0][0] == tenant
+
+
+@pytest.mark.parametrize("role", [Role.INFER, Role.TRAIN, Role.ADMIN])
+@pytest.mark.parametrize("tenant", ["other", "x" * 500, "../x"])
+async def test_nobody_else_chooses_a_tenant(
+    serve: Serve, credentials: Credentials, role: Role, tenant: str
+) -> None:
+    """It is refused, whatever tenants there are: its own tenant's answer would pass for the other one's."""
+    served = await serve(authenticator=credentials.authenticator())
+    served.domain.answers["list_page"] = ([], "")
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await served.channel.unary_unary("/timernn.v1.ModelService/ListModels")(
+            b"", metadata=choosing(credentials.of[role], tenant)
+        )
+    assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
+    assert caught.value.details() == f"role {role.value!r} may not choose a tenant"
+    assert served.domain.asked == []
 
 
 class Clock:
