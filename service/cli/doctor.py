@@ -21,6 +21,7 @@ from service.cli.remote import AsJson, Connection, advise, connects
 from service.cli.settings import config_option
 from service.listening import is_loopback
 from service.logs import escaped
+from service.memory_bound import memory_bound_bytes
 from service.settings import Settings
 
 if TYPE_CHECKING:
@@ -369,17 +370,18 @@ def check_memory(
         why = "the server is not on this machine" if info else "the server did not answer"
         yield Finding("memory", SKIPPED, f"not compared: {why}")
         return
-    in_flight: Any = info[0].limits["request_bytes_in_flight"]
-    most = workers * (cache_bytes + in_flight)
+    limits: Any = info[0].limits
+    most = workers * memory_bound_bytes(cache_bytes, limits)
     limit = memory_limit()
     there, whose = (limit, "the container") if limit else (machine_memory(), "the machine")
-    text = f"the server takes up to {most >> 20:,} MiB of {whose}'s {there >> 20:,} MiB"
+    text = f"at the worst the server takes {most >> 20:,} MiB of {whose}'s {there >> 20:,} MiB"
     if most <= there:
         yield Finding("memory", OK, text)
         return
     advice = (
-        "lower --weights-cache-bytes, --session-cache-bytes or --limit-request-bytes-in-flight, or"
-        " give it more: the kernel ends what takes more than there is"
+        "lower --limit-weights-bytes (a step takes ten times as much), --limit-operations-in-flight,"
+        " --limit-request-bytes-in-flight or the caches, or give it more: the kernel ends what takes"
+        " more than there is"
     )
     yield Finding("memory", WARNING, text, advice)
 

@@ -199,9 +199,10 @@ def test_the_memory_limit_is_the_smallest_around_the_process(tmp_path: Path) -> 
 def test_more_memory_than_there_is_is_a_warning(
     timernn: Timernn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Caches and requests in flight of all workers count."""
-    monkeypatch.setattr(doctor, "memory_limit", lambda: 4096 * MIB)
+    """Full caches, requests and a step of the largest model count, in each worker."""
+    monkeypatch.setattr(doctor, "memory_limit", lambda: 8192 * MIB)
     assert statuses(timernn("doctor", "--json"))["memory"] == "ok"
     shown = timernn("doctor", "--workers=3")
     assert shown.code == 0
-    assert "the server takes up to 6,144 MiB of the container's 4,096 MiB" in shown.out
+    worst = 3 * (100 + 2048 + 768 + 2048 + 128 + 2560)
+    assert f"at the worst the server takes {worst:,} MiB of the container's 8,192 MiB" in shown.out

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import pytest
 
 from service.cli.options import parse_bytes
+from service.memory_bound import memory_bound_bytes
 from service.settings import MIB, Settings
-
-# Of docs/operations.md, "Limits".
-PROCESS_BYTES = 100 * MIB
-WINDOW_BYTES = MIB // 2  # what the client of a call that waits may send unasked
-COPIES = 8  # messages that are parsed, computed and encoded at the moment
-STEP = 10  # times the weights of the model that is stepped
 
 
 @pytest.fixture
@@ -44,11 +40,9 @@ def test_the_most_that_a_replica_takes_fits_into_its_container(
     def setting(name: str, default: Any) -> int:
         return parse_bytes(variables.get(f"TIMERNN_{name.upper()}", str(default)))
 
-    def limit(name: str) -> int:
-        return setting(f"limit_{name}", getattr(settings.limits, name))
-
+    limits = {
+        name: setting(f"limit_{name}", value) for name, value in asdict(settings.limits).items()
+    }
     caches = 2 * setting("session_cache_bytes", settings.session_cache_bytes)
     caches += setting("weights_cache_bytes", settings.weights_cache_bytes)
-    requests = limit("request_bytes_in_flight") * 3 // 2
-    requests += limit("operations_in_flight") * WINDOW_BYTES + COPIES * limit("message_bytes")
-    assert PROCESS_BYTES + caches + requests + STEP * limit("weights_bytes") <= there
+    assert memory_bound_bytes(caches, limits) <= there
