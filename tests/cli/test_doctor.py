@@ -204,5 +204,5 @@ def test_more_memory_than_there_is_is_a_warning(
     assert statuses(timernn("doctor", "--json"))["memory"] == "ok"
     shown = timernn("doctor", "--workers=3")
     assert shown.code == 0
-    worst = 3 * (100 + 2048 + 768 + 2048 + 128 + 2560)
+    worst = 3 * (100 + 1536 + 768 + 2048 + 128 + 2560)
     assert f"at the worst the server takes {worst:,} MiB of the container's 8,192 MiB" in shown.out
