@@ -15,9 +15,10 @@ _CERTIFICATE: Final = {
     64: "its certificate is for another name",
 }
 NOT_TRUSTED: Final = "its certificate is not signed by an authority that is trusted here"
+NO_TLS: Final = "it speaks no TLS"
 _REASONS: Final = {
-    "WRONG_VERSION_NUMBER": "it speaks no TLS",
-    "RECORD_LAYER_FAILURE": "it speaks no TLS",
+    "WRONG_VERSION_NUMBER": NO_TLS,
+    "RECORD_LAYER_FAILURE": NO_TLS,
     "UNEXPECTED_EOF_WHILE_READING": "it closes the connection during the TLS handshake",
 }
 

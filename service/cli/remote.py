@@ -340,7 +340,7 @@ _OPTIONS = {
 }
 # What mends a failure of TLS, by the part of the library's argument that it hangs on.
 TLS_ADVICE = {
-    "tls": "; leave out --tls and the options --tls-...",
+    "tls": "; leave out --tls, the options --tls-... and their variables",
     "no tls": "; --tls or --tls-ca speaks it",
     "tls.ca": "; --tls-ca names one",
     "tls.cert": "; --tls-cert with --tls-key has one",

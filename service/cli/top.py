@@ -15,7 +15,7 @@ from service.cli.describe import format_span
 from service.cli.options import parse_address
 from service.cli.output import print_json
 from service.cli.remote import TLS_ADVICE, TOKEN_NEEDED, AsJson, Connection, connects
-from service.connection_failures import NOT_TRUSTED, in_words
+from service.connection_failures import NO_TLS, NOT_TRUSTED, in_words
 from service.listening import UNIX, is_loopback
 from service.logs import escaped
 from service.settings import MIB
@@ -152,8 +152,9 @@ class _Port:
             ) as answer:
                 status, body = answer.status, await answer.json()
         except (aiohttp.ClientConnectorCertificateError, aiohttp.ClientConnectorSSLError) as error:
-            advice = TLS_ADVICE["tls.ca"] if NOT_TRUSTED in _why(error) else ""
-            raise TopError(f"{self.address}: {_why(error)}{advice}") from None
+            why = _why(error)
+            part = {NOT_TRUSTED: "tls.ca", NO_TLS: "tls"}.get(why, "")
+            raise TopError(f"{self.address}: {why}{TLS_ADVICE.get(part, '')}") from None
         except (aiohttp.ContentTypeError, ValueError):
             raise TopError(
                 f"{self.address} is no metrics port of timernn that has a page"

@@ -16,6 +16,7 @@ import trustme
 
 import timernn
 from instruments.processes import ServiceProcess, free_port, wait_until
+from service.cli.remote import TLS_ADVICE
 from service.security.roles import Role
 from service.security.tokens import create_token
 
@@ -115,7 +116,7 @@ def test_plaintext_that_was_taken_for_tls_is_said(
     """In a line as well."""
     ran = bare("top", "--tls", "--metrics", watched.metrics)
     assert ran.code == 1
-    assert ran.err == f"timernn: {watched.metrics}: it speaks no TLS\n"
+    assert ran.err == f"timernn: {watched.metrics}: it speaks no TLS{TLS_ADVICE['tls']}\n"
 
 
 def test_a_token_is_not_sent_in_plaintext_to_another_machine(
