@@ -6,6 +6,8 @@ import functools
 import inspect
 import logging
 import os
+import re
+import textwrap
 import traceback
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Annotated, Any
@@ -38,8 +40,12 @@ class PlainCommand(TyperCommand):
         super().__init__(*args, **{**options, "rich_markup_mode": None})
 
     def format_help_text(self, ctx: typer.Context, formatter: Any) -> None:  # type: ignore[override]  # noqa: ARG002
-        """Write the docstring without reformatting it."""
-        formatter.write("\n" + inspect.cleandoc(self.help or "") + "\n")
+        """Write the docstring, its prose cut into lines of the terminal's width, its examples as they are."""
+        formatter.write("\n")
+        for line in (self.help or "").splitlines():
+            prose = not line.startswith(" ")
+            cut = textwrap.fill(line, formatter.width, break_on_hyphens=False)
+            formatter.write((cut if prose else line) + "\n")
 
 
 app = typer.Typer(
@@ -87,16 +93,25 @@ def _root(
 @functools.cache
 def command_tree() -> Any:
     """Return all commands as Click has them; Typer takes much longer to make them than to run one."""
-    return typer.main.get_command(app)
+    tree = typer.main.get_command(app)
+    for command in _all_commands(tree):
+        # A paragraph becomes one line, which is cut where the terminal ends.
+        command.help = re.sub(r"(?<=\S)\n(?=\S)", " ", inspect.cleandoc(command.help or ""))
+    return tree
+
+
+def _all_commands(tree: Any) -> list[Any]:
+    commands = [tree]
+    for command in commands:
+        commands += getattr(command, "commands", {}).values()
+    return commands
 
 
 def known_variables() -> set[str]:
     """Return the environment variables that some command reads, by the options of all of them."""
-    known, commands = {"TIMERNN_TRACEBACK", TOKEN_VARIABLE}, [command_tree()]
-    for command in commands:
-        known |= {str(option.envvar) for option in command.params if option.envvar}
-        commands += getattr(command, "commands", {}).values()
-    return known
+    options = [option for command in _all_commands(command_tree()) for option in command.params]
+    named = {str(option.envvar) for option in options if option.envvar}
+    return {"TIMERNN_TRACEBACK", TOKEN_VARIABLE} | named
 
 
 def _warn_of_unknown_variables() -> None:
@@ -114,7 +129,8 @@ def run(arguments: list[str]) -> int:
         code = command_tree()(arguments, prog_name="timernn", standalone_mode=False)
     except UsageError as error:
         if message := str(error.format_message()):  # type: ignore[attr-defined]  # Click's own
-            fail(message)  # without one, the help was printed instead
+            # Without a message the help was printed instead. Typer shows Pydantic's prefix.
+            fail(message.replace(": Value error, ", ": "))
         return 2
     except KeyboardInterrupt:
         return 130

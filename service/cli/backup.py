@@ -46,8 +46,8 @@ def backup(
 ) -> None:
     """Save a tenant's models in a file: weights, optimizer state and checkpoints of each.
 
-    The server goes on meanwhile: each model is saved as it stands at one moment, not all of them as at
-    the same. What is not saved is printed. A token needs the role `train`.
+    The server goes on meanwhile: each model is saved whole, one after another. What is not saved is
+    printed. A token needs the role `train`.
 
     Examples:
       timernn backup timernn.backup

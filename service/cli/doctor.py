@@ -67,7 +67,7 @@ def doctor(
             envvar="TIMERNN_REDIS_URL",
             metavar="URL",
             show_default=False,
-            help="The server's store, to check it too. A password belongs into the variable.",
+            help="The server's store, to check it too. A password belongs in the variable.",
         ),
     ] = "",
     redis_password_file: Annotated[

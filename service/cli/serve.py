@@ -29,7 +29,7 @@ _GRPC_LINE_WITH_EXPERIMENT = "1.82."
 
 @takes_settings
 def serve(settings: Settings) -> None:
-    """Run a server until SIGTERM, then let the calls in flight end and exit with code 0.
+    r"""Run a server until SIGTERM, then let the calls in flight end and exit with code 0.
 
     Once it serves it prints one line on stdout, `timernn ready on HOST:PORT`; everything else goes
     to stderr.
@@ -48,7 +48,8 @@ def serve(settings: Settings) -> None:
     Examples:
       timernn serve
       timernn serve --listen 127.0.0.1:0 --data-dir /var/lib/timernn
-      timernn serve --listen 0.0.0.0:50051 --tls-cert tls.crt --tls-key tls.key --tokens tokens.toml
+      timernn serve --listen 0.0.0.0:50051 --tls-cert tls.crt --tls-key tls.key \
+          --tokens tokens.toml
       timernn serve --config /etc/timernn/timernn.toml
     """
     check_options(settings)

@@ -35,7 +35,7 @@ def purge(
             envvar="TIMERNN_REDIS_URL",
             metavar="URL",
             show_default=False,
-            help="Store of the servers; a URL with a password belongs into the variable.",
+            help="Store of the servers; a URL with a password belongs in the variable.",
         ),
     ],
     redis_password_file: Annotated[

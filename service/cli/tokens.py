@@ -80,12 +80,13 @@ def create(
         str, typer.Option(envvar="TIMERNN_NAME", help="What the log calls it; unique in the file.")
     ] = "",
 ) -> None:
-    """Make a token; it is printed alone, as the last line of stdout, and kept nowhere.
+    r"""Make a token; it is printed alone, as the last line of stdout, and kept nowhere.
 
     Servers that use the file accept it within seconds.
 
     Example:
-      timernn tokens create --file tokens.toml --role train --tenant acme --expires 30d
+      timernn tokens create --file tokens.toml --role train --tenant acme \
+          --expires 30d
     """
     from service.security.tokens import create_token  # noqa: PLC0415 - not for other commands
 

@@ -11,9 +11,10 @@ import safetensors.numpy
 
 import timernn as library
 from service.cli import main
+from service.cli.app import command_tree
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     Timernn = Callable[..., Any]
@@ -240,21 +241,29 @@ def test_what_is_not_understood_is_exit_code_2(
     assert one_line(err).startswith("timernn: ")
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        (), ("serve",), ("ping",), ("models",), ("models", "create"), ("models", "list"),
-        ("models", "show"), ("models", "delete"), ("models", "export"), ("models", "import"),
-        ("sessions",), ("sessions", "list"), ("sessions", "show"), ("sessions", "close"),
-        ("checkpoints",), ("checkpoints", "create"), ("checkpoints", "list"),
-        ("checkpoints", "restore"), ("checkpoints", "delete"), ("backup",), ("restore",), ("doctor",),
-    ],
-)  # fmt: skip
+def commands_below(words: tuple[str, ...], command: Any) -> Iterator[tuple[tuple[str, ...], bool]]:
+    """Yield the words of each command, and whether it only groups others."""
+    below = getattr(command, "commands", {})
+    yield words, bool(below)
+    for name, each in below.items():
+        yield from commands_below((*words, name), each)
+
+
+@pytest.mark.parametrize(("words", "is_group"), list(commands_below((), command_tree())))
 def test_every_command_explains_itself(
-    capsys: pytest.CaptureFixture[str], words: tuple[str, ...]
+    capsys: pytest.CaptureFixture[str], words: tuple[str, ...], *, is_group: bool
 ) -> None:
     """--help works everywhere, and commands show how they are used."""
     assert main([*words, "--help"]) == 0
     shown = capsys.readouterr().out
-    is_group = words in {(), ("checkpoints",), ("models",), ("sessions",)}
     assert is_group or f"timernn {' '.join(words)}" in shown.split("Example")[1]
+
+
+def test_help_is_cut_where_the_terminal_ends(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not also where the docstring's lines end, which left single words on lines of their own."""
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["doctor", "--help"]) == 0
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert "store is asked too. Run beside the server, in its container, it also compares" in lines

@@ -50,10 +50,11 @@ def test_no_option_s_name_is_cut_at_80_columns(
     """A name that ends in dots cannot be typed."""
     monkeypatch.setenv("COLUMNS", "80")
     assert main(["serve", "--help"]) == 0
-    shown = capsys.readouterr().out.split()
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
     names = {f.name for f in fields(Settings)} - {"limits", *HIDDEN}
     names |= {LIMIT_PREFIX + f.name for f in fields(Limits)}
-    assert {"--" + name.replace("_", "-") for name in names} <= set(shown)
+    assert {"--" + name.replace("_", "-") for name in names} <= set(shown.split())
 
 
 def test_without_options_the_defaults_hold() -> None:
