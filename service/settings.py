@@ -100,6 +100,21 @@ class Settings:
         """
         return self.compute_threads or max(1, min(2, _usable_cores() // self.workers))
 
+    def contradiction(self) -> tuple[str, str] | None:
+        """Return the option that does not go with another one, and what was expected; None if all do."""
+        low, high = self.limits.min_ttl_ms, self.limits.max_ttl_ms
+        if low > high:
+            return "--limit-min-ttl-ms", f"expected at most --limit-max-ttl-ms, {high}, got {low}"
+        default = self.limits.default_ttl_ms
+        if not low <= default <= high:
+            bounds = f"--limit-min-ttl-ms to --limit-max-ttl-ms, {low} to {high}"
+            return "--limit-default-ttl-ms", f"expected {bounds}, got {default}"
+        waits, bound = self.durability_timeout_ms, self.store_timeout_ms
+        if self.durability == "replica" and waits >= bound:
+            expected = f"expected less than --store-timeout-ms, {bound}, got {waits}"
+            return "--durability-timeout-ms", expected
+        return None
+
 
 def _usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):

@@ -186,6 +186,8 @@ def _read_manifest(file: Path, archive: zipfile.ZipFile) -> Manifest:
 
 def _model(found: Mapping[str, Any]) -> SavedModel:
     versions = [SavedVersion(**version) for version in found["versions"]]
+    if [version.is_head for version in versions].count(True) != 1:
+        raise TypeError(f"{found['model_id']!r}: expected one version with is_head")
     return SavedModel(**{**found, "versions": versions})
 
 

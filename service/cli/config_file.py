@@ -103,7 +103,7 @@ def _shown(value: object) -> str:
 
 
 def _hint(name: str) -> str:
-    close = difflib.get_close_matches(name, _BY_NAME, n=1)
+    close = difflib.get_close_matches(name, _BY_NAME, n=1, cutoff=0.7)
     if close:
         return f": did you mean {_BY_NAME[close[0]].key!r}?"
     return "; `timernn serve --help` lists them, without the dashes in front"

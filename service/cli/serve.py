@@ -52,6 +52,9 @@ def serve(settings: Settings) -> None:
           --tokens tokens.toml
       timernn serve --config /etc/timernn/timernn.toml
     """
+    if (found := settings.contradiction()) is not None:
+        option, message = found
+        raise typer.BadParameter(message, param_hint=f"'{option}'")
     check_options(settings)
     is_open = bool(lacks(settings)) and not is_loopback(settings.listen)
     if is_open and not settings.supervised:  # once, not in every worker

@@ -174,7 +174,9 @@ def test_a_backup_does_not_overwrite_by_accident(timernn: Timernn, tmp_path: Pat
 
 
 @pytest.mark.usefixtures("filled")
-@pytest.mark.parametrize("kind", ["rubbish", "other zip", "later", "damaged", "missing", "packed"])
+@pytest.mark.parametrize(
+    "kind", ["rubbish", "other zip", "later", "damaged", "missing", "packed", "headless"]
+)
 def test_a_file_that_is_no_backup_is_refused_whole(
     timernn: Timernn, tmp_path: Path, kind: str
 ) -> None:
@@ -206,6 +208,9 @@ def spoil(file: Path, kind: str) -> str:
     if kind == "later":
         entries[MANIFEST] = entries[MANIFEST].replace(b'"layout": 1', b'"layout": 2')
         expected = "UNSUPPORTED_LAYOUT"
+    if kind == "headless":
+        entries[MANIFEST] = entries[MANIFEST].replace(b'"is_head": true', b'"is_head": false')
+        expected = "expected one version with is_head"
     if kind == "missing":
         del entries[next(name for name in entries if name != MANIFEST)]
         expected = "is missing"

@@ -90,6 +90,10 @@ def test_a_name_may_have_dashes_or_underscores(file: Path, key: str) -> None:
         ("workerz = 1", "'workerz' is no setting: did you mean 'workers'?"),
         ("testing = true", "'testing' is no setting; `timernn serve --help` lists them"),
         ("[limits]", "'limits' is no setting"),
+        (
+            "[serve]",
+            "'serve' is no setting; `timernn serve --help` lists them",
+        ),  # nothing is like it
         ('tls-cert = "a"\ntls_cert = "b"', "tls_cert: stands there twice"),
         ('workers = "4"', "workers: expected a whole number of at least 1, got '4'"),
         ("workers = 0", "workers: expected a whole number of at least 1, got 0"),

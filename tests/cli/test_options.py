@@ -150,3 +150,38 @@ def test_what_is_no_address_is_refused(text: str) -> None:
 def test_only_loopback_addresses_pass_as_local(listen: str, *, expected: bool) -> None:
     """Everything that another machine might reach is not loopback."""
     assert is_loopback(listen) is expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("--limit-max-ttl-ms", "600000"),
+            (
+                "'--limit-default-ttl-ms': expected --limit-min-ttl-ms to --limit-max-ttl-ms, "
+                "1000 to 600000, got 3600000"
+            ),
+        ),
+        (
+            ("--limit-default-ttl-ms", "999"),
+            (
+                "'--limit-default-ttl-ms': expected --limit-min-ttl-ms to --limit-max-ttl-ms, "
+                "1000 to 604800000, got 999"
+            ),
+        ),
+        (
+            ("--limit-min-ttl-ms", "604800001"),
+            "'--limit-min-ttl-ms': expected at most --limit-max-ttl-ms, 604800000, got 604800001",
+        ),
+        (
+            ("--durability", "replica", "--durability-timeout-ms", "500"),
+            "'--durability-timeout-ms': expected less than --store-timeout-ms, 500, got 500",
+        ),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+) -> None:
+    """One line that names one of them and what the other allows; the exit code is 2."""
+    assert main(["serve", *arguments]) == 2
+    assert capsys.readouterr().err == f"timernn: Invalid value for {message}\n"
