@@ -40,6 +40,18 @@ def test_each_module_can_be_the_first(module: str) -> None:
     assert printed_by(f"import {module}, timernn; print(timernn.connect.__name__)") == ["connect"]
 
 
+def test_a_chunk_imports_nothing_of_numpy() -> None:
+    """An interrupt in the middle of an import would leave its lock held, for all other threads."""
+    program = """
+import sys, numpy, timernn
+from timernn._core.convert import array_from_caller, copy_of_caller
+before = set(sys.modules)
+copy_of_caller(array_from_caller([[[1.0]]], "xs", dtype="float32", shape=(1, 1, 1)))
+print(*(name for name in set(sys.modules) - before if name.startswith("numpy")))
+"""
+    assert printed_by(program) == []
+
+
 def test_dir_names_everything_before_anything_was_used() -> None:
     """`dir(timernn)` has every public name and submodule, once, in a fresh process."""
     names = printed_by("import timernn; print(*dir(timernn))")

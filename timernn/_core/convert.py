@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from datetime import UTC, timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -109,8 +110,11 @@ def _masks_anything(value: object) -> bool:
 
     `np.asarray` drops the mask, and whatever lies under it would become data.
     """
-    if isinstance(value, np.ma.MaskedArray):
-        return bool(np.ma.is_masked(value))
+    # Not np.ma, which is imported at its first use: an interrupt of an import leaves Python's lock of that
+    # module held, and other threads wait for it for ever. Before it is imported there are none.
+    ma: Any = sys.modules.get("numpy.ma")
+    if isinstance(value, getattr(ma, "MaskedArray", ())):
+        return bool(ma.is_masked(value))
     return isinstance(value, list | tuple) and any(map(_masks_anything, value))
 
 
