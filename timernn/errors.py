@@ -518,7 +518,7 @@ class UnknownOutcome(Unavailable):
 
 
 class NoServer(Unavailable):
-    """Nothing accepts connections at the address, or the name is not known."""
+    """Nothing accepts connections at the address, or its name cannot be resolved: then its metadata has the `host`."""
 
     REASON = "NO_SERVER"
 

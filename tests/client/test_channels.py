@@ -88,6 +88,41 @@ def test_an_address_without_a_listener_is_reported_soon(others: int) -> None:
     assert isinstance(caught.value.cause, grpc.RpcError)
 
 
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize("others", [0, 1])
+def test_a_name_that_cannot_be_resolved_is_reported_as_such(others: int, *, is_async: bool) -> None:
+    """Also beside an address where nothing listens, and not in gRPC's words."""
+    with socket.socket() as taken, socket.socket(type=socket.SOCK_DGRAM) as no_name_server:
+        for each in (taken, no_name_server):
+            each.bind(("127.0.0.1", 0))
+        name_server = f"127.0.0.1:{no_name_server.getsockname()[1]}"
+        no_name_server.close()
+        addresses = [f"dns://{name_server}/nowhere.example:50051"]
+        addresses += [f"127.0.0.1:{taken.getsockname()[1]}"] * others
+        with pytest.raises(timernn.NoServer) as caught:
+            ping(addresses, is_async=is_async)
+    expected = (
+        f"no server at {', '.join(addresses)} after {caught.value.attempts} tries: "
+        "the name nowhere.example cannot be resolved"
+    )
+    assert caught.value.message == expected + "; is `timernn serve` running?" * others
+    assert isinstance(caught.value.cause, grpc.RpcError)
+
+
+def ping(addresses: list[str], *, is_async: bool) -> None:
+    """Ping a server with either frontend of the library."""
+
+    async def ask() -> None:
+        async with aio.connect(addresses, connect_timeout=3.0) as client:
+            await client.ping()
+
+    if is_async:
+        asyncio.run(ask())
+        return
+    with timernn.connect(addresses, connect_timeout=3.0) as client:
+        client.ping()
+
+
 def test_a_server_that_went_away_is_waited_for(doomed: Any) -> None:
     """Refused connections are no reason to give up soon on one that has answered."""
     with timernn.connect(doomed, timeout=3.0, connect_timeout=0.3) as client:

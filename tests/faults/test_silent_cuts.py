@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -187,3 +188,13 @@ def test_two_idle_minutes_keep_the_connection(proof: Proof) -> None:
             time.sleep(IDLE_S)
             client.ping()
         proof.require(proxy.counts["connections"] == 1, "the connection was cut")
+
+
+def test_a_name_server_that_says_nothing_is_why_no_server_is_found() -> None:
+    """The error names the host that cannot be resolved, not only that time is over."""
+    with socket.socket(type=socket.SOCK_DGRAM) as silent:
+        silent.bind(("127.0.0.1", 0))
+        target = f"dns://127.0.0.1:{silent.getsockname()[1]}/nowhere.example"
+        with timernn.connect(target) as client, pytest.raises(timernn.NoServer) as caught:
+            client.ping()
+    assert caught.value.metadata == {"host": "nowhere.example"}

@@ -29,6 +29,9 @@ _PING_EVERY_MS = 12_000
 _PING_TIMEOUT_MS = 5_000
 # TLS takes four round trips; a line around the globe has a third of a second for each.
 _CONNECT_TIMEOUT_MS = 2_000
+# A name server that says nothing is left for the next one after two seconds. Without a bound gRPC asks on for
+# longer than the time to connect, and the error would not say that it is the name.
+_RESOLVE_TIMEOUT_MS = 4_000
 # A shorter attempt that ran out of time says nothing of its connection.
 _SUSPECT_AFTER_S = 1.0
 
@@ -87,6 +90,7 @@ def channel_options(
         # Its name in gRPC hides that a new connection has no longer than this for all of its handshakes.
         ("grpc.min_reconnect_backoff_ms", _CONNECT_TIMEOUT_MS),
         ("grpc.max_reconnect_backoff_ms", 1000),
+        ("grpc.dns_ares_query_timeout", _RESOLVE_TIMEOUT_MS),
         # Each address has its own connection, also beside other clients in this process.
         ("grpc.use_local_subchannel_pool", 1),
     ]

@@ -202,8 +202,7 @@ class Caller:
 
     def note(self, error: errors.Error) -> None:
         """Take a typed answer as a sign of life."""
-        if not isinstance(error, _NO_CONNECTION):
-            self._has_answered = self._has_answered or bool(error.reason)
+        self._has_answered = self._has_answered or _is_answer(error)
 
     def latest(self, deadline: float, started: float, *, is_nobody_there: bool = False) -> float:
         """Return the deadline that counts while nothing has answered yet.
@@ -232,7 +231,7 @@ class Patience:
         self.may_be_carried_out = False
         self._failures = 0
         self._retries = 0
-        self._last_informative: errors.Error | None = None
+        self._clearest: errors.Error | None = None
         self._refused: dict[int, errors.Error] | None = {}
         self._has_new_token = False
 
@@ -262,13 +261,13 @@ class Patience:
             raise error
         if isinstance(error, errors.DeadlineExceeded):
             self._attempt_s *= 2
-        elif error.reason or not isinstance(self._last_informative, errors.TlsFailed):
-            self._last_informative = error
+        if self._is_clearer(error):
+            self._clearest = error
         wait = caller.delay_s(self._retries, error)
         is_nobody_there = self._is_nobody_there(error, attempt.address)
         latest = caller.latest(self._deadline, self._started, is_nobody_there=is_nobody_there)
         if caller.clock() + wait >= latest:
-            raise self._unreachable(error) if is_nobody_there else self._most_informative(error)
+            raise self._clearest_error(error, is_nobody_there=is_nobody_there)
         caller.move_on(attempt.address)
         self._retries += 1
         yield Sleep(wait)
@@ -277,36 +276,42 @@ class Patience:
         """Return whether every address has been tried and no connection was made to any."""
         if not isinstance(error, _NO_CONNECTION):
             self._refused = None
-        elif self._refused is not None and not isinstance(
-            self._refused.get(address), errors.TlsFailed
-        ):  # one name may stand for two addresses, such as ::1 where nothing listens and 127.0.0.1
+        elif self._refused is not None:
             self._refused[address] = error
         return self._refused is not None and len(self._refused) == len(self._caller.addresses)
 
-    def _unreachable(self, last: errors.Error) -> errors.Error:
-        """Return the error to raise where no connection is made: of a server that is there first."""
-        for error in (self._refused or {}).values():
-            if isinstance(error, errors.TlsFailed):
-                error.attempts, error.is_outcome_unknown = last.attempts, last.is_outcome_unknown
-                return error
-        last.message = self._no_server()
-        return last
-
     def _no_server(self) -> str:
         tries = "1 try" if self._failures == 1 else f"{self._failures} tries"
-        addresses = ", ".join(self._caller.addresses)
-        return f"no server at {addresses} after {tries}; is `timernn serve` running?"
+        addresses = self._caller.addresses
+        text = f"no server at {', '.join(addresses)} after {tries}"
+        refused = (self._refused or {}).values()
+        hosts = [error.metadata["host"] for error in refused if "host" in error.metadata]
+        if hosts:
+            names = list(dict.fromkeys(hosts))
+            text += f": the name{'s' * (len(names) > 1)} {' and '.join(names)} cannot be resolved"
+        return text if len(hosts) == len(addresses) else f"{text}; is `timernn serve` running?"
 
-    def _most_informative(self, last: errors.Error) -> errors.Error:
-        """Return the last error, or one before it when the last only says that time is over.
+    def _is_clearer(self, error: errors.Error) -> bool:
+        """Return whether an error is to be raised rather than those before it.
 
-        So does a connection that was not made in time; TLS that failed before it is the reason.
+        What a server answers and TLS that failed name what is wrong. TLS that failed is also the reason where a
+        later connection was refused or not made in time, and any other failure says more than that time is over.
         """
-        before, is_late = self._last_informative, isinstance(last, errors.DeadlineExceeded)
-        if last.reason or before is None or not (is_late or isinstance(before, errors.TlsFailed)):
-            return last
-        before.attempts, before.is_outcome_unknown = (
-            last.attempts,
-            is_late or last.is_outcome_unknown,
+        before = self._clearest
+        if before is None or isinstance(error, errors.TlsFailed) or _is_answer(error):
+            return True
+        return not isinstance(error, errors.DeadlineExceeded) and not isinstance(
+            before, errors.TlsFailed
         )
-        return before
+
+    def _clearest_error(self, last: errors.Error, *, is_nobody_there: bool) -> errors.Error:
+        """Return the error to raise, with what is known after the last."""
+        error = self._clearest or last
+        error.attempts, error.is_outcome_unknown = last.attempts, last.is_outcome_unknown
+        if is_nobody_there and isinstance(error, errors.NoServer):
+            error.message = self._no_server()
+        return error
+
+
+def _is_answer(error: errors.Error) -> bool:
+    return bool(error.reason) and not isinstance(error, _NO_CONNECTION)

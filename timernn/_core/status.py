@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -30,9 +31,9 @@ _ANSWER_TOO_LARGE = ("CLIENT: Received", "SERVER: Sent")
 _NO_SERVER = (
     "Connection refused",
     "No such file or directory",  # a Unix socket's
-    "DNS resolution failed",
-    "Domain name not found",
 )
+# What it says where it finds no address for a name: with the name, and a port if it had one.
+_UNRESOLVED = re.compile(r"(?:errors resolving|DNS resolution failed for) (\S+?)(?::\d+)?:? ")
 
 
 # What it says of a handshake that failed, beside UNAVAILABLE; the first that fits counts: with what is wrong, and
@@ -93,14 +94,26 @@ def error_from_rpc(failure: Any, target: str = "", *, is_tls: bool = False) -> e
         return error
     if code in {grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL} and _is_broken(text):
         return errors.Unavailable(f"the connection broke: {text}", code=code)
-    if code is grpc.StatusCode.UNAVAILABLE and any(sign in text for sign in _NO_SERVER):
-        return errors.NoServer(text, code=code)
-    if code is grpc.StatusCode.UNAVAILABLE and (found := _without_tls(text, is_tls=is_tls)):
+    if code is grpc.StatusCode.UNAVAILABLE:
+        return _unavailable(text, target, is_tls=is_tls)
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return errors.DeadlineExceeded(f"no answer from {target} in time", code=code)
+    return errors.BY_CODE.get(code, errors.Error)(text, code=code)
+
+
+def _unavailable(text: str, target: str, *, is_tls: bool) -> errors.Unavailable:
+    """Return why there is no connection, where gRPC's text says it."""
+    if unresolved := _UNRESOLVED.match(text):
+        host = unresolved[1]
+        return errors.NoServer(f"the name {host} cannot be resolved", metadata={"host": host})
+    if any(sign in text for sign in _NO_SERVER):
+        return errors.NoServer(f"no server at {target}; is `timernn serve` running?")
+    if found := _without_tls(text, is_tls=is_tls):
         why, part = found
         problem = f"{target}: {why}"
         metadata = {"problem": problem, "part": part}
-        return errors.TlsFailed(problem + _ADVICE[part], code=code, metadata=metadata)
-    return errors.BY_CODE.get(code, errors.Error)(text, code=code)
+        return errors.TlsFailed(problem + _ADVICE[part], metadata=metadata)
+    return errors.Unavailable(text)
 
 
 def _without_tls(text: str, *, is_tls: bool) -> tuple[str, str] | None:
