@@ -31,6 +31,12 @@ if TYPE_CHECKING:
 # Click's UsageError, which Typer keeps in another module from release to release.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
+# What Typer shows of Pydantic's: before an error of ours, and for the variable of a flag, which takes no parser.
+_PYDANTIC = {
+    ": Value error, ": ": ",
+    "Input should be a valid boolean, unable to interpret input": "expected true or false",
+}
+
 
 class PlainCommand(TyperCommand):
     """A command whose help is plain text, since Rich's tables cut long option names at 80 columns."""
@@ -129,8 +135,10 @@ def run(arguments: list[str]) -> int:
         code = command_tree()(arguments, prog_name="timernn", standalone_mode=False)
     except UsageError as error:
         if message := str(error.format_message()):  # type: ignore[attr-defined]  # Click's own
-            # Without a message the help was printed instead. Typer shows Pydantic's prefix.
-            fail(message.replace(": Value error, ", ": "))
+            # Without a message the help was printed instead.
+            for of_pydantic, ours in _PYDANTIC.items():
+                message = message.replace(of_pydantic, ours)
+            fail(message)
         return 2
     except KeyboardInterrupt:
         return 130

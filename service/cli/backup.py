@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from service.cli.options import parse_file, parse_path
 from service.cli.output import counted, fail, print_json, warn
 from service.cli.remote import AsJson, Connection, Force, check_target, connects
 
@@ -34,7 +35,7 @@ class Left:
 
 @connects(timeout=300.0)
 def backup(
-    file: Annotated[Path, typer.Argument(metavar="FILE", dir_okay=False, help="Where to.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", parser=parse_path, help="Where to.")],
     *,
     sessions: Annotated[
         bool,
@@ -76,9 +77,7 @@ def backup(
 
 @connects(timeout=300.0)
 def restore(
-    file: Annotated[
-        Path, typer.Argument(metavar="FILE", exists=True, dir_okay=False, help="Where from.")
-    ],
+    file: Annotated[Path, typer.Argument(metavar="FILE", parser=parse_file, help="Where from.")],
     *,
     sessions: Annotated[
         bool,

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from service.cli.describe import format_time, version_json
+from service.cli.options import number_option
 from service.cli.output import print_json, print_table
 from service.cli.remote import AsJson, Connection, ExpectVersion, MissingOk, ModelId, connects
 
@@ -27,7 +28,7 @@ def create(
     version: Annotated[
         int | None,
         typer.Option(
-            min=1,
+            **number_option(int, 1),
             envvar="TIMERNN_VERSION_NUMBER",
             help="A version, without the optimizer's state; the newest with it if not given.",
         ),

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from service.cli.cgroup import machine_memory, memory_limit
-from service.cli.options import format_bytes, parse_bytes
+from service.cli.options import format_bytes, number_option, parse_bytes, parse_file
 from service.cli.output import counted, print_json
 from service.cli.remote import AsJson, Connection, advise, connects
 from service.cli.settings import config_option
@@ -75,8 +75,7 @@ def doctor(
         typer.Option(
             "--redis-password-file",
             envvar="TIMERNN_REDIS_PASSWORD_FILE",
-            exists=True,
-            dir_okay=False,
+            parser=parse_file,
             metavar="FILE",
             show_default=False,
             help="File with the password of the store's user.",
@@ -106,7 +105,12 @@ def doctor(
     ] = _SETTINGS.weights_cache_bytes,
     workers: Annotated[
         int,
-        typer.Option("--workers", envvar="TIMERNN_WORKERS", min=1, help="As the server has it."),
+        typer.Option(
+            "--workers",
+            envvar="TIMERNN_WORKERS",
+            help="As the server has it.",
+            **number_option(int, 1),
+        ),
     ] = 1,
     _config: Annotated[Path | None, config_option(_OF_THE_SERVER)] = None,
     connection: Connection,

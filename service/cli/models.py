@@ -15,6 +15,7 @@ from service.cli.describe import (
     model_row,
     version_json,
 )
+from service.cli.options import choice_option, number_option, parse_file, parse_path
 from service.cli.output import print_fields, print_json, print_table
 from service.cli.remote import (
     AsJson,
@@ -60,23 +61,48 @@ def create(
     model: ModelId,
     *,
     input_size: Annotated[
-        int, typer.Option(min=1, envvar="TIMERNN_INPUT_SIZE", help="D, the inputs a time step.")
+        int,
+        typer.Option(
+            **number_option(int, 1), envvar="TIMERNN_INPUT_SIZE", help="D, the inputs a time step."
+        ),
     ],
     hidden_size: Annotated[
-        int, typer.Option(min=1, envvar="TIMERNN_HIDDEN_SIZE", help="H, the hidden units.")
+        int,
+        typer.Option(
+            **number_option(int, 1), envvar="TIMERNN_HIDDEN_SIZE", help="H, the hidden units."
+        ),
     ],
     dtype: Annotated[
-        DType, typer.Option(envvar="TIMERNN_DTYPE", help="Type of weights, states and inputs.")
+        DType,
+        typer.Option(
+            **choice_option(DType),
+            envvar="TIMERNN_DTYPE",
+            help="Type of weights, states and inputs.",
+        ),
     ] = DType.FLOAT32,
     seed: Annotated[
-        int, typer.Option(envvar="TIMERNN_SEED", help="Seed that the first weights are drawn from.")
+        int,
+        typer.Option(
+            **number_option(int, 0),
+            envvar="TIMERNN_SEED",
+            help="Seed that the first weights are drawn from.",
+        ),
     ] = 0,
     optimizer: Annotated[
-        OptimizerName, typer.Option(envvar="TIMERNN_OPTIMIZER", help="What an update applies.")
+        OptimizerName,
+        typer.Option(
+            **choice_option(OptimizerName),
+            envvar="TIMERNN_OPTIMIZER",
+            help="What an update applies.",
+        ),
     ] = OptimizerName.SGD,
     lr: Annotated[
         float | None,
-        typer.Option(envvar="TIMERNN_LR", help="Learning rate; the optimizer's own if not given."),
+        typer.Option(
+            **number_option(float, 0),
+            envvar="TIMERNN_LR",
+            help="Learning rate; the optimizer's own if not given.",
+        ),
     ] = None,
     hyperparameter: Annotated[
         list[str] | None,
@@ -189,12 +215,14 @@ def delete(
 @connects(timeout=300.0)
 def export_weights(
     model: ModelId,
-    file: Annotated[Path, typer.Argument(metavar="FILE", dir_okay=False, help="Where to.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", parser=parse_path, help="Where to.")],
     *,
     version: Annotated[
         int | None,
         typer.Option(
-            min=1, envvar="TIMERNN_VERSION_NUMBER", help="A version; the newest if not given."
+            **number_option(int, 1),
+            envvar="TIMERNN_VERSION_NUMBER",
+            help="A version; the newest if not given.",
         ),
     ] = None,
     moments: Annotated[
@@ -226,9 +254,7 @@ def export_weights(
 @connects(timeout=300.0)
 def import_weights(
     model: ModelId,
-    file: Annotated[
-        Path, typer.Argument(metavar="FILE", exists=True, dir_okay=False, help="Where from.")
-    ],
+    file: Annotated[Path, typer.Argument(metavar="FILE", parser=parse_file, help="Where from.")],
     *,
     expect_version: ExpectVersion = None,
     connection: Connection,

@@ -14,11 +14,14 @@ import re
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, Final, TypeAlias, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias, get_type_hints
 
 import typer
 
 from service.settings import Limits, Settings
+
+if TYPE_CHECKING:
+    from enum import StrEnum
 
 Parser: TypeAlias = Callable[[Any], Any]
 
@@ -191,6 +194,61 @@ def parse_number(given: str | float, kind: type[int | float], least: float) -> i
     return number
 
 
+def parse_path(text: str | Path) -> Path:
+    """Check the path of a file, which need not be there.
+
+    Raises:
+        typer.BadParameter: If it is none, or a folder's.
+    """
+    if not str(text):
+        raise typer.BadParameter("expected a file, got nothing")
+    path = Path(text)
+    if path.is_dir():
+        raise typer.BadParameter(f"expected a file, got the folder {path}")
+    return path
+
+
+def parse_file(text: str | Path) -> Path:
+    """Check the path of a file that is there.
+
+    Raises:
+        typer.BadParameter: If it is none.
+    """
+    path = parse_path(text)
+    if not path.exists():
+        raise typer.BadParameter(f"there is no file {path}")
+    return path
+
+
+def parse_folder(text: str | Path) -> Path:
+    """Check the path of a folder, which need not be there.
+
+    Raises:
+        typer.BadParameter: If it is none, or a file's.
+    """
+    if not str(text):
+        raise typer.BadParameter("expected a folder, got nothing")
+    path = Path(text)
+    if path.exists() and not path.is_dir():
+        raise typer.BadParameter(f"expected a folder, got the file {path}")
+    return path
+
+
+def number_option(kind: type[int | float], least: float) -> dict[str, Any]:
+    """Return the arguments of Typer's option for a number."""
+    parse = functools.partial(parse_number, kind=kind, least=least)
+    return {"parser": parse, "metavar": "NUMBER"}
+
+
+def choice_option(kind: type[StrEnum]) -> dict[str, Any]:
+    """Return the arguments of Typer's option for one of some words."""
+
+    def parse(text: str) -> StrEnum:
+        return kind(parse_choice(text, tuple(kind)))
+
+    return {"parser": parse, "metavar": "|".join(kind)}
+
+
 @dataclass(frozen=True, slots=True)
 class Kind:
     """What values a setting takes.
@@ -305,7 +363,7 @@ def _kind(name: str, default: Any) -> Kind:  # noqa: PLR0911 - a kind each
             f"one of {', '.join(choices)}", (str,), parse, shown={"metavar": "|".join(choices)}
         )
     if isinstance(default, Path):
-        return Kind("a path", (str,), shown={"file_okay": False, "metavar": "DIR"})
+        return Kind("a path", (str,), parse_folder, shown={"metavar": "DIR"})
     if name in FILES:
         return Kind("a path", (str,), shown={"metavar": "FILE", "show_default": False})
     if isinstance(default, bool):

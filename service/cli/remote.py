@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from service.cli.options import number_option, parse_file, parse_number
 from service.files import read_file
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ _TENANT_KEY = (
     "timernn-tenant"  # metadata by which an operator names the tenant that it wants to see
 )
 _A_FILE: dict[str, Any] = {
-    "exists": True, "dir_okay": False, "metavar": "FILE", "show_default": False, "rich_help_panel": _PANEL,
+    "parser": parse_file, "metavar": "FILE", "show_default": False, "rich_help_panel": _PANEL,
 }  # fmt: skip
 
 
@@ -53,7 +54,7 @@ class Connection:
         typer.Option(
             "--timeout",
             envvar="TIMERNN_TIMEOUT",
-            min=0.001,
+            parser=functools.partial(parse_number, kind=float, least=0.001),
             metavar="SECONDS",
             help="How long to try, retries included.",
             rich_help_panel=_PANEL,
@@ -318,7 +319,7 @@ Force = Annotated[
 ExpectVersion = Annotated[
     int | None,
     typer.Option(
-        min=1,
+        **number_option(int, 1),
         envvar="TIMERNN_EXPECT_VERSION",
         help="Refuse unless this is the newest version now.",
     ),

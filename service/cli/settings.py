@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from service.cli.config_file import read_config
-from service.cli.options import LIMIT_PREFIX, OPTIONS
+from service.cli.options import LIMIT_PREFIX, OPTIONS, parse_path
 from service.settings import Limits, Settings
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ def config_option(names: Collection[str] = ()) -> Any:
     return typer.Option(
         "--config",
         envvar="TIMERNN_CONFIG",
+        parser=parse_path,
         metavar="FILE",
         help="The server's file of settings, TOML; an option and its variable count more.",
         is_eager=True,  # the other options get their defaults from it

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from service.cli.options import parse_file
 from service.cli.output import counted, print_json
 from service.cli.remote import AsJson
 
@@ -42,8 +43,7 @@ def purge(
         Path | None,
         typer.Option(
             envvar="TIMERNN_REDIS_PASSWORD_FILE",
-            exists=True,
-            dir_okay=False,
+            parser=parse_file,
             metavar="FILE",
             show_default=False,
             help="File with the password of the store's user.",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from service.cli.options import choice_option, parse_path
 from service.cli.output import fail, print_json, print_table, warn
 from service.cli.remote import AsJson
 from service.security.roles import Role
@@ -49,7 +50,7 @@ def parse_span(text: str) -> timedelta:
 File = Annotated[
     Path,
     typer.Option(
-        "--file", envvar="TIMERNN_TOKENS", metavar="FILE", dir_okay=False, help="File of tokens."
+        "--file", envvar="TIMERNN_TOKENS", metavar="FILE", parser=parse_path, help="File of tokens."
     ),
 ]
 
@@ -59,7 +60,10 @@ def create(
     *,
     file: File,
     role: Annotated[
-        RoleName, typer.Option(envvar="TIMERNN_ROLE", help="What the token's bearer may do.")
+        RoleName,
+        typer.Option(
+            **choice_option(RoleName), envvar="TIMERNN_ROLE", help="What the token's bearer may do."
+        ),
     ],
     tenant: Annotated[
         str,

@@ -2,6 +2,7 @@
 
 # No postponed annotations here: Typer reads them when a command is made.
 import asyncio
+import functools
 import ssl
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from service.cli.describe import format_span
-from service.cli.options import parse_address
+from service.cli.options import parse_address, parse_number
 from service.cli.output import print_json
 from service.cli.remote import TLS_ADVICE, TOKEN_NEEDED, AsJson, Connection, connects
 from service.connection_failures import NO_TLS, NOT_TRUSTED, in_words
@@ -59,7 +60,12 @@ def top(
         typer.Option(envvar="TIMERNN_MODEL", metavar="MODEL", help="Only sessions of this model."),
     ] = "",
     interval: Annotated[
-        float, typer.Option(min=0.5, metavar="SECONDS", help="How often to ask.")
+        float,
+        typer.Option(
+            parser=functools.partial(parse_number, kind=float, least=0.5),
+            metavar="SECONDS",
+            help="How often to ask.",
+        ),
     ] = 2.0,
     once: Annotated[bool, typer.Option("--once", help="Print it once and end.")] = False,
     json: AsJson = False,

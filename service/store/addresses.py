@@ -200,11 +200,13 @@ def _options(query: str, form: str) -> dict[str, Any]:
     known += [] if form.endswith("cluster") else ["db"]
     known += _SENTINEL_OPTIONS if form.endswith("sentinel") else ()
     known += _TLS_OPTIONS if form.startswith("rediss") else ()
-    for name in given:
+    for name, value in given.items():
         if name in _TLS_OPTIONS and name not in known:
             raise ValueError(f"the option {name} needs TLS: rediss://, not {form}://")
         if name not in known:
             raise ValueError(f"unknown option {name!r}; {form}:// knows {', '.join(sorted(known))}")
+        if name in _FILES and not value:
+            raise ValueError(f"the option {name}: expected a file, got nothing")
     options = {name: _value(name, text) for name, text in given.items()}
     if form.startswith("rediss"):
         options.setdefault("ssl_password", "")  # else OpenSSL would ask for it on the terminal

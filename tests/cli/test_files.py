@@ -40,6 +40,19 @@ READERS: dict[str, tuple[str, ...]] = {
     "--tls-ca": ("models", "list", "--tls-ca", "{}"),
     "top --tls-ca": ("top", "--once", "--tls-ca", "{}"),
 }  # fmt: skip
+ARGUMENTS: dict[str, tuple[str, ...]] = {
+    "backup": ("backup", "{}"),
+    "restore": ("restore", "{}"),
+    "models export": ("models", "export", "m", "{}"),
+    "models import": ("models", "import", "m", "{}"),
+}
+# Without a name serve does without the file, as by default.
+MAY_BE_NOTHING = (
+    "serve --tokens",
+    "serve --tenants",
+    "serve --tls-cert",
+    "serve --redis-password-file",
+)
 TAKE_A_PIPE = ("--token-file", "--tls-ca", "top --tls-ca")
 TAKE_AN_EMPTY_FILE = ("serve --config", "doctor --config")
 
@@ -66,6 +79,23 @@ def test_a_file_that_is_too_large_is_refused(
     assert TOO_LARGE in refused(reader, str(file), tmp_path, capsys)
 
 
+@pytest.mark.parametrize(
+    "option", [name for name in READERS | ARGUMENTS if name not in MAY_BE_NOTHING]
+)
+def test_no_name_is_no_file(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not the folder where the command runs."""
+    assert "expected a file, got nothing" in refused(option, "", tmp_path, capsys)
+
+
+def test_no_name_is_no_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    """The embedded store's: it would be the one where the command runs."""
+    nowhere = ("--redis-url", "redis://127.0.0.1:1")
+    assert main(["serve", *nowhere, "--data-dir", ""]) == 2
+    assert "expected a folder, got nothing" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("reader", [name for name in READERS if name not in TAKE_AN_EMPTY_FILE])
 def test_a_pipe_that_nobody_writes_into_is_no_wait(
     reader: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -79,7 +109,7 @@ def test_a_pipe_that_nobody_writes_into_is_no_wait(
 
 def refused(reader: str, file: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
     """Run a command with a file; return its one line."""
-    words = [word.replace("{}", file) for word in READERS[reader]]
+    words = [word.replace("{}", file) for word in (READERS | ARGUMENTS)[reader]]
     if words[0] == "serve":
         words += ["--listen", "127.0.0.1:0", "--data-dir", str(folder / "store")]
     assert main(words) in (1, 2)

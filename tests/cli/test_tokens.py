@@ -105,7 +105,11 @@ def test_the_last_token_s_end_is_warned_of(tokens: Tokens) -> None:
 @pytest.mark.parametrize(
     ("words", "code", "error"),
     [
-        (("create", "--role", "root", "--tenant", "acme"), 2, "): 'root' is not one of"),
+        (
+            ("create", "--role", "root", "--tenant", "acme"),
+            2,
+            "): expected one of infer, train, admin, operator, got 'root'",
+        ),
         (("create", "--role", "infer", "--tenant", "a b"), 2, "tenant: expected 1 to 63 of"),
         (
             ("create", "--role", "infer", "--tenant", "a", "--expires", "soon"),

@@ -37,9 +37,10 @@ def test_a_host_without_a_port_gets_the_servers(given: str, reached: str) -> Non
     "target", ["", "localhost:", ":7", "a:99999", "a:0", "a b", "a:1,b:2", "http://a:1", "[a]:1"]
 )
 def test_what_is_no_target_is_refused(target: str) -> None:
-    """An invalid target is refused before any call is made."""
-    with pytest.raises(timernn.BadField, match="target"):
+    """An invalid target is refused before any call is made, as it was written."""
+    with pytest.raises(timernn.BadField, match="target: ") as caught:
         timernn.connect(target)
+    assert caught.value.message.endswith(f", got {target!r}")
 
 
 @pytest.mark.parametrize(

@@ -36,17 +36,24 @@ MOST_INT32 = 2**31 - 1
 # What a Duration holds: 10,000 years.
 _MOST_SECONDS = 315_576_000_000.0
 _SHOWN_CHARS = 64
+_NUMBERS = (int, float)
 
 
-def refusal(name: str, expected: str, value: object) -> errors.BadField:
-    """Return the error of an argument: its name, what was expected, what came."""
+def refusal(name: str, expected: str, value: object, *types: type) -> errors.BadField:
+    """Return the error of an argument.
+
+    Args:
+        name: Of the argument.
+        expected: What it should be.
+        value: What came.
+        types: What types it may have; the message names any other.
+    """
     shown = repr(value)
     if len(shown) > _SHOWN_CHARS:
         shown = shown[: _SHOWN_CHARS - 3] + "..."
-    return errors.BadField(
-        f"{name}: expected {expected}, got {shown} ({type(value).__name__})",
-        metadata={"field": name},
-    )
+    if type(value) not in types:
+        shown += f" ({type(value).__name__})"
+    return errors.BadField(f"{name}: expected {expected}, got {shown}", metadata={"field": name})
 
 
 def text(name: str, value: Any) -> str:
@@ -56,7 +63,7 @@ def text(name: str, value: Any) -> str:
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise refusal(name, "a string without lone surrogates", value) from None
+        raise refusal(name, "a string without lone surrogates", value, str) from None
     return value
 
 
@@ -77,7 +84,7 @@ def integer(least: int, most: int = _MOST_INT64) -> Check:
         except TypeError:
             raise refusal(name, expected, value) from None
         if isinstance(value, bool) or not least <= number <= most:
-            raise refusal(name, expected, value)
+            raise refusal(name, expected, value, int)
         return number
 
     return check
@@ -89,10 +96,10 @@ def real(name: str, value: Any, expected: str) -> float:
         try:
             number = float(value)
         except OverflowError:
-            raise refusal(name, expected, value) from None
+            raise refusal(name, expected, value, *_NUMBERS) from None
         if math.isfinite(number):
             return number
-    raise refusal(name, expected, value)
+    raise refusal(name, expected, value, *_NUMBERS)
 
 
 def positive_number(name: str, value: Any) -> float:
@@ -100,7 +107,7 @@ def positive_number(name: str, value: Any) -> float:
     expected = "a number above 0"
     number = real(name, value, expected)
     if number <= 0:
-        raise refusal(name, expected, value)
+        raise refusal(name, expected, value, *_NUMBERS)
     return number
 
 
@@ -109,7 +116,7 @@ def rate(name: str, value: Any) -> float:
     expected = "a number of at least 0"
     number = real(name, value, expected)
     if number < 0:
-        raise refusal(name, expected, value)
+        raise refusal(name, expected, value, *_NUMBERS)
     return number
 
 
@@ -119,7 +126,7 @@ def span(name: str, value: Any) -> float | timedelta:
     seconds = value.total_seconds() if isinstance(value, timedelta) else value
     number = real(name, seconds, expected)
     if not 0 < number <= _MOST_SECONDS:
-        raise refusal(name, expected, value)
+        raise refusal(name, expected, value, *_NUMBERS)
     return value if isinstance(value, timedelta) else number
 
 
@@ -133,7 +140,7 @@ def choice(*choices: str) -> Check:
 
     def check(name: str, value: Any) -> str:
         if not isinstance(value, str) or value not in choices:
-            raise refusal(name, " or ".join(map(repr, choices)), value)
+            raise refusal(name, " or ".join(map(repr, choices)), value, str)
         return value
 
     return check

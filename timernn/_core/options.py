@@ -81,4 +81,4 @@ class Options:
         if not isinstance(self.traces, bool) and not hasattr(self.traces, "get_tracer"):
             raise arguments.refusal("traces", "True, False or a TracerProvider", self.traces)
         if self.traces is not False and "traceparent" in (self.metadata or {}):
-            raise arguments.refusal("metadata", "no traceparent beside traces", "traceparent")
+            raise arguments.refusal("metadata", "no traceparent beside traces", "traceparent", str)

@@ -83,10 +83,10 @@ def addresses_of(target: str | Sequence[str]) -> list[str]:
     """
     addresses: object = [target] if isinstance(target, str) else target
     if not isinstance(addresses, Sequence) or not addresses:
-        raise refusal("target", _ADDRESS, target)
+        raise refusal("target", _ADDRESS, target, str)
     for address in addresses:
         if not isinstance(address, str) or not address:
-            raise refusal("target", _ADDRESS, address)
+            raise refusal("target", _ADDRESS, address, str)
     return [Target.parse(address).text for address in addresses]
 
 
@@ -117,12 +117,12 @@ def _endpoint(text: str, target: str) -> tuple[str, int]:
         return bare, DEFAULT_PORT
     found = re.fullmatch(r"(\[[^\[\]]*\]|[^\s:/,\[\]]+)(?::(\d{1,5}))?", text)
     if found is None:
-        raise refusal("target", _EXPECTED, target)
+        raise refusal("target", _EXPECTED, target, str)
     host, port = found[1].strip("[]"), int(found[2] or DEFAULT_PORT)
     if not 0 < port <= 65535:
-        raise refusal("target", "a port from 1 to 65535", target)
+        raise refusal("target", "a port from 1 to 65535", target, str)
     if found[1] != host and _ipv6(host) is None:
-        raise refusal("target", "an IPv6 address in the brackets", target)
+        raise refusal("target", "an IPv6 address in the brackets", target, str)
     return host, port
 
 

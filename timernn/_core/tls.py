@@ -61,13 +61,14 @@ class TLS:
             else:
                 is_one = source is None or (isinstance(source, str | PathLike) and bool(source))
             if not is_one:
-                raise _refused(name, "a path, or PEM as bytes", type(source).__name__)
+                got = type(source).__name__ if source else "nothing"
+                raise _refused(name, "a path, or PEM as bytes", got)
         if (self.cert is None) != (self.key is None):
             missing = "key" if self.key is None else "cert"
             raise _refused(missing, "cert and key together", "one of them")
         host: Any = self.server_name
         if host is not None and not (isinstance(host, str) and _HOST.fullmatch(host)):
-            raise refusal("tls.server_name", "a host's name or address", host)
+            raise refusal("tls.server_name", "a host's name or address", host, str)
 
     def __repr__(self) -> str:
         """Leave out what is given as bytes: it may be the key."""
