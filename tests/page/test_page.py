@@ -249,14 +249,18 @@ def test_figures_of_the_whole_server_are_for_admins_and_operators(port: Port) ->
 
 
 def test_one_tenant_sees_nothing_of_another(port: Port) -> None:
-    """Neither a name nor a number, whatever tenant the query names."""
-    for query in ("", "?tenant=page-acme"):
-        for path in ("models", "sessions", "now"):
-            answer = port.as_page("stranger", f"/api/{path}{query}")
-            assert answer.status == 200
-            assert "page-acme" not in answer.text
-            assert "quotes" not in answer.text
-            assert answer.json["tenant"] == "page-other"
+    """Neither a name nor a number; a query that names another tenant is refused, whether there is one or not."""
+    for path in ("models", "sessions", "now"):
+        answer = port.as_page("stranger", f"/api/{path}")
+        assert answer.status == 200
+        assert "page-acme" not in answer.text
+        assert "quotes" not in answer.text
+        assert answer.json["tenant"] == "page-other"
+        refusals = [
+            port.as_page("stranger", f"/api/{path}?tenant={name}") for name in ("page-acme", "none")
+        ]
+        assert [refusal.status for refusal in refusals] == [403, 403]
+        assert refusals[0].text == refusals[1].text
     assert port.as_page("stranger", "/api/now").json["sessions"] == 0
 
 
