@@ -14,6 +14,7 @@ import typer
 
 from service.cli.options import number_option, parse_file, parse_number
 from service.files import read_file
+from service.security.roles import TENANT_KEY
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -24,9 +25,6 @@ DEFAULT_SERVER = "127.0.0.1:50051"
 TOKEN_VARIABLE = "TIMERNN_TOKEN"  # noqa: S105 - the variable's name
 TOKEN_NEEDED = f"a token is needed: --token-file, or the variable {TOKEN_VARIABLE}"
 _PANEL = "Connection"
-_TENANT_KEY = (
-    "timernn-tenant"  # metadata by which an operator names the tenant that it wants to see
-)
 _A_FILE: dict[str, Any] = {
     "parser": parse_file, "metavar": "FILE", "show_default": False, "rich_help_panel": _PANEL,
 }  # fmt: skip
@@ -172,7 +170,7 @@ class Connection:
                 tls=self.checked_tls(),
                 token=self.token(),
                 token_over_plaintext=self.token_over_plaintext,
-                metadata={_TENANT_KEY: self.tenant} if self.tenant else None,
+                metadata={TENANT_KEY: self.tenant} if self.tenant else None,
             )
         with connecting as client:
             yield client

@@ -360,7 +360,7 @@ class Models:
             raise request_id_reused("model")
         if outcome is CreateOutcome.QUOTA:
             limit = self._policy.of(tenant).models_per_tenant
-            text = f"{limit} models exist, the most there may be; delete some"
+            text = f"the models have reached their limit of {limit}; delete some"
             raise ResourceExhausted("MAX_MODELS", text, quota="models_per_tenant", limit=limit)
         if outcome is CreateOutcome.STALE:
             raise contended()
@@ -377,7 +377,7 @@ class Models:
             return weights_forked(version, model.head)
         if outcome is CheckpointOutcome.QUOTA:
             limit = self._policy.of(model.key.tenant).checkpoints_per_model
-            text = f"{limit} checkpoints exist, the most there may be; delete some"
+            text = f"the checkpoints of this model have reached their limit of {limit}; delete some"
             quota = "checkpoints_per_model"
             return ResourceExhausted("MAX_CHECKPOINTS", text, quota=quota, limit=limit)
         return model_not_found(model.key.model_id)

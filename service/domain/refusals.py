@@ -122,7 +122,7 @@ def replay_window_passed(chunk_seq: int, last_seq: int) -> FailedPrecondition:
 def tape_quota(limit: int) -> ResourceExhausted:
     """Make the refusal of a TRAIN chunk of a session with too many tapes that wait."""
     text = (
-        f"{limit} tapes of this session wait for their Backward, the most there may be; "
+        f"the tapes of this session that wait for their Backward have reached their limit of {limit}; "
         "send Backward or DiscardGradients, or use INFER"
     )
     return ResourceExhausted("TAPE_QUOTA", text, quota="tapes_per_session", limit=limit)

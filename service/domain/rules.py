@@ -281,7 +281,7 @@ class InputRules:
             if len(op.initial_state) != op.batch_size:
                 rows = len(op.initial_state)
                 raise bad_field(
-                    "batch_size", f"is {op.batch_size}, but initial_state has {rows} rows"
+                    "batch_size", f"is {op.batch_size}, but initial_state has N = {rows}"
                 )
         self._check_ttl("ttl", op.ttl_ms)
         check_request_id("request_id", op.request_id)
@@ -380,7 +380,7 @@ def _check_stateless(op: Forward, rules: InputRules) -> None:
     if op.state is not None:
         rules.state.check("h0", op.state)
         if len(op.state) != len(op.xs):
-            raise bad_field("h0", f"has {len(op.state)} rows, but xs has {len(op.xs)}")
+            raise bad_field("h0", f"has N = {len(op.state)}, but xs has N = {len(op.xs)}")
 
 
 def _check_selector(name: str, selector: Selector) -> None:

@@ -349,7 +349,9 @@ class Sessions:
         if reserved is not None:
             return reserved
         limit = self._policy.of(key.tenant).sessions_per_tenant
-        text = f"{limit} sessions are open, the most there may be; close some or let them expire"
+        text = (
+            f"the open sessions have reached their limit of {limit}; close some or let them expire"
+        )
         raise ResourceExhausted(
             "MAX_SESSIONS", text, retry_after_s=1.0, quota="sessions_per_tenant", limit=limit
         )

@@ -202,7 +202,7 @@ def _apply_optimizer(
     joined, norm, clipped = clip_by_global_norm(joined, op.clip_norm)
     if not math.isfinite(norm):  # clipping would turn it into a step of zero or of NaN
         text = (
-            f"the sum of the {len(waiting)} contributions is not finite; {UNCHANGED} and they "
+            f"the sum of the contributions ({len(waiting)}) is not finite; {UNCHANGED} and they "
             "still wait: take fewer of them, or discard them"
         )
         raise FailedPrecondition("NON_FINITE_RESULT", text, contributions=len(waiting))
@@ -224,5 +224,5 @@ def _check_all_wait(tenant: str, selectors: Sequence[Selector], inputs: UpdateIn
     found = sum(key in waiting for key in named) if named else len(waiting)
     expected = len(named) or 1
     if not waiting or found < expected:
-        text = f"expected {'' if named else 'at least '}{expected} waiting contributions, found {found}"
+        text = f"waiting contributions: expected {'' if named else 'at least '}{expected}, found {found}"
         raise FailedPrecondition("NO_GRADIENTS", text, found=found, expected=expected)

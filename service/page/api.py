@@ -34,9 +34,9 @@ from service.page import logins
 from service.page.logins import Login
 from service.rpc.auth import DEFAULT_TENANT, Principal
 from service.rpc.errors import PermissionDenied, Unauthenticated, refusal_of
-from service.rpc.logins import ALTERNATIVE_NAMES, TENANT_KEY, LoginThrottle
+from service.rpc.logins import ALTERNATIVE_NAMES, LoginThrottle
 from service.rpc.permissions import FIGURES_ROLES
-from service.security.roles import Role
+from service.security.roles import TENANT_KEY, Role
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""How much work one replica takes at once, of everybody and of each tenant; what is beyond is refused at once.
+"""How much work one replica takes at once, of everybody and of each tenant; what is beyond is refused.
 
 The tenants share what the replica can do. So that one that asks for too much slows nobody else, each can have bounds
 of its own, which are smaller: on what it has in work, and on how much comes a second.
@@ -6,13 +6,13 @@ of its own, which are smaller: on what it has in work, and on how much comes a s
 
 from __future__ import annotations
 
-import asyncio
 import math
 import sys
 import time
 from typing import TYPE_CHECKING, Final, Self
 
 from service.rpc.errors import overloaded
+from service.rpc.holding import Holding
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,7 +26,6 @@ BUSY_RETRY_S: Final = 0.1  # when something that is in work may have ended
 BURST_S: Final = 1.0  # what a tenant may save up of its rate, and send at once
 REFUSALS_PER_S: Final = 50.0  # of a tenant; a refused call costs gRPC as much as one that is served
 LONGEST_HOLD_S: Final = 1.0
-MOST_HELD: Final = 200  # refusals of a tenant
 
 
 class Admission:
@@ -130,7 +129,7 @@ class TenantAdmission(Admission):
     Attributes:
         operation_bucket: Bounds the operations a second; None: nothing does.
         byte_bucket: Bounds the bytes of requests a second; None: nothing does.
-        held: How many refusals are held back.
+        held: Its refusals that are held back.
     """
 
     __slots__ = ("_clock", "_refusals", "byte_bucket", "held", "operation_bucket")
@@ -141,7 +140,7 @@ class TenantAdmission(Admission):
         self.operation_bucket: TokenBucket | None = None
         self.byte_bucket: TokenBucket | None = None
         self._refusals = TokenBucket(REFUSALS_PER_S, clock)
-        self.held = 0
+        self.held = Holding()
 
     def set(self, rates: TenantRates, parts: int) -> None:
         """Let other bounds hold from now on.
@@ -192,15 +191,8 @@ class TenantAdmission(Admission):
         Args:
             time_left_s: Until the caller's deadline, before which it has to know; None: it has none.
         """
-        delay_s = self.refusal_delay_s()
-        if not delay_s or self.held >= MOST_HELD:
-            return
-        longest_s = LONGEST_HOLD_S if time_left_s is None else min(LONGEST_HOLD_S, time_left_s / 2)
-        self.held += 1
-        try:
-            await asyncio.sleep(min(delay_s, longest_s))
-        finally:
-            self.held -= 1
+        longest_s = LONGEST_HOLD_S if time_left_s is None else time_left_s / 2
+        await self.held.hold(min(self.refusal_delay_s(), longest_s))
 
     def _too_fast(self, bound: str, bucket: TokenBucket, wait_s: float) -> DomainError:
         state = f"has reached its limit of {bucket.rate:g}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections import OrderedDict
 from datetime import UTC, datetime
@@ -12,8 +11,9 @@ from service.domain.errors import bad_field, quoted
 from service.rpc import audit
 from service.rpc.auth import Principal, host_of
 from service.rpc.errors import PermissionDenied, Unauthenticated
+from service.rpc.holding import Holding
 from service.rpc.permissions import ROLES, kind_of
-from service.security.roles import GRANTED, Role
+from service.security.roles import GRANTED, TENANT_KEY, Role
 from service.security.tokens import check_name
 
 if TYPE_CHECKING:
@@ -21,9 +21,6 @@ if TYPE_CHECKING:
 
     from service.rpc.auth import Caller
     from service.security.tokens import Token, TokenSet
-
-TENANT_KEY: Final = "timernn-tenant"
-"""Metadata by which an operator names the tenant that it wants to see."""
 
 ALTERNATIVE_NAMES: Final = "x509_subject_alternative_name"
 """What gRPC calls the names in a certificate that the connection verified."""
@@ -66,19 +63,21 @@ class TokenLogin:
             raise self._refused(caller, "missing" if presented is None else "refused", "")
         if entry.has_expired(datetime.now(UTC)):
             raise self._refused(caller, "expired", entry.name)
+        principal = self._principal(entry, caller)
         self._on_login("accepted")
-        return _principal(entry, metadata)
+        return principal
 
     def resume(self, credential_id: str, caller: Caller) -> Principal:
         """Return who calls, by the id of a token that logged in before.
 
         Raises:
             Unauthenticated: BAD_CREDENTIALS: the token has expired or was revoked since.
+            PermissionDenied: ROLE: as of `authenticate`.
         """
         entry = self._tokens().get(credential_id)
         if entry is None or _has_ended(entry):
             raise Unauthenticated("BAD_CREDENTIALS", _BAD)
-        return _principal(entry, dict(caller.invocation_metadata() or ()))
+        return self._principal(entry, caller)
 
     def authorise(self, principal: Principal, method: str) -> None:
         """Return if the principal may call a method now.
@@ -98,6 +97,29 @@ class TokenLogin:
             held, name = entry.role.value, method.rpartition("/")[2]
             audit.refused_operation(principal, kind_of(method), reason="ROLE")
             raise PermissionDenied("ROLE", f"role {held!r} may not call {name}", role=held)
+
+    def _principal(self, entry: Token, caller: Caller) -> Principal:
+        """Return the bearer of a token, and for which tenant: its own, or which an operator names."""
+        tenant = dict(caller.invocation_metadata() or ()).get(TENANT_KEY, entry.tenant)
+        if tenant != entry.tenant:
+            if entry.role is not Role.OPERATOR:
+                # Not ignored: the answer of its own tenant would pass for the other one's.
+                self._on_login("refused")
+                audit.refused_login("refused", peer=caller.peer(), name=entry.name)
+                held = entry.role.value
+                raise PermissionDenied("ROLE", f"role {held!r} may not choose a tenant", role=held)
+            try:
+                check_name(TENANT_KEY, tenant)
+            except ValueError:
+                expected = f"expected a tenant's name, got {quoted(tenant)}"
+                raise bad_field(TENANT_KEY, expected) from None
+        return Principal(
+            tenant=tenant,
+            roles=GRANTED[entry.role],
+            name=entry.name,
+            credential_id=entry.id,
+            expire_time_s=entry.expires.timestamp() if entry.expires else None,
+        )
 
     def _of_certificate(self, caller: Caller) -> Token | None:
         """Return the entry that names the caller's certificate, which the connection verified."""
@@ -125,24 +147,16 @@ class LoginThrottle:
     _LONGEST_S: Final = 2.0
     _FORGET_S: Final = 60.0
     _HOSTS: Final = 10_000
-    _WAITING: Final = 200
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         """Start without failures."""
         self._clock = clock
         self._failures: OrderedDict[str, tuple[int, float]] = OrderedDict()
-        self._waiting = 0
+        self._held = Holding()
 
     async def hold(self, peer: str) -> None:
         """Wait as long as a failure from this peer has to; not at all when too many wait already."""
-        delay_s = self.note(peer)
-        if not delay_s or self._waiting >= self._WAITING:
-            return
-        self._waiting += 1
-        try:
-            await asyncio.sleep(delay_s)
-        finally:
-            self._waiting -= 1
+        await self._held.hold(self.note(peer))
 
     def note(self, peer: str) -> float:
         """Count a failure and return for how long it has to wait, in seconds."""
@@ -172,24 +186,3 @@ def _may_act_for(entry: Token, tenant: str) -> bool:
 
 def _has_ended(entry: Token) -> bool:
     return entry.expires is not None and entry.has_expired(datetime.now(UTC))
-
-
-def _principal(entry: Token, metadata: dict[str, Any]) -> Principal:
-    tenant = entry.tenant
-    if TENANT_KEY in metadata and metadata[TENANT_KEY] != tenant:
-        tenant = str(metadata[TENANT_KEY])
-        if entry.role is not Role.OPERATOR:
-            # Not ignored: the answer of its own tenant would pass for the other one's.
-            held = entry.role.value
-            raise PermissionDenied("ROLE", f"role {held!r} may not choose a tenant", role=held)
-        try:
-            check_name(TENANT_KEY, tenant)
-        except ValueError:
-            raise bad_field(TENANT_KEY, f"expected a tenant's name, got {quoted(tenant)}") from None
-    return Principal(
-        tenant=tenant,
-        roles=GRANTED[entry.role],
-        name=entry.name,
-        credential_id=entry.id,
-        expire_time_s=entry.expires.timestamp() if entry.expires else None,
-    )

@@ -5,6 +5,9 @@ from __future__ import annotations
 from enum import Enum
 from typing import Final
 
+TENANT_KEY: Final = "timernn-tenant"
+"""Metadata by which an operator names the tenant that it wants to see."""
+
 
 class Role(Enum):
     """The roles, each but OPERATOR also with what those before it may."""

@@ -37,6 +37,15 @@ def pool() -> Iterator[ThreadPoolExecutor]:
         yield threads
 
 
+async def contributed(client: timernn.aio.Client, count: int) -> list[timernn.aio.Session]:
+    """Open sessions of one model, each with a contribution."""
+    sessions = [await client.session("m", train=True) for _ in range(count)]
+    for session in sessions:
+        await session.forward(XS)
+        await session.backward(DHS)
+    return sessions
+
+
 def lose_step(session: timernn.Session, stand_in: Any, refusal: Any) -> None:
     """Make a step whose answer is lost, and for whose repetition the time does not suffice."""
     lost = refusal(grpc.StatusCode.UNAVAILABLE, "UNKNOWN_OUTCOME", 60.0)
@@ -61,10 +70,7 @@ def test_steps_of_threads_take_turns(
 async def test_steps_of_tasks_take_turns(stand_in: Any, quick: timernn.RetryPolicy) -> None:
     """Each is sent once, on the head that the one before has made."""
     async with timernn.aio.connect(stand_in.address, timeout=5, retry=quick) as client:
-        sessions = [await client.session("m", train=True) for _ in range(SESSIONS)]
-        for session in sessions:
-            await session.forward(XS)
-            await session.backward(DHS)
+        sessions = await contributed(client, SESSIONS)
         made = await asyncio.gather(*(session.update() for session in sessions))
     assert sorted(version.number for version in made) == list(range(2, SESSIONS + 2))
     expected = [request.expected_version.number for request in stand_in.requests["Update"]]
@@ -127,10 +133,7 @@ async def test_a_cancelled_step_gives_its_turn_to_the_next(
 ) -> None:
     """The next one settles it first, and then makes its own."""
     async with timernn.aio.connect(stand_in.address, timeout=5, retry=quick) as client:
-        one, two = [await client.session("m", train=True) for _ in range(2)]
-        for session in (one, two):
-            await session.forward(XS)
-            await session.backward(DHS)
+        one, two = await contributed(client, 2)
         with stand_in.hold("Update"):
             first = asyncio.create_task(one.update())
             await asyncio.to_thread(stand_in.wait_for, "Update")
@@ -147,10 +150,7 @@ async def test_a_step_that_another_session_settled_is_returned_to_who_asks_again
 ) -> None:
     """Cancelled, made by the next call of another session, and asked for once more: its result."""
     async with timernn.aio.connect(stand_in.address, timeout=5, retry=quick) as client:
-        one, two = [await client.session("m", train=True) for _ in range(2)]
-        for session in (one, two):
-            await session.forward(XS)
-            await session.backward(DHS)
+        one, two = await contributed(client, 2)
         with stand_in.hold("Update"):
             first = asyncio.create_task(one.update(lr=0.5))
             await asyncio.to_thread(stand_in.wait_for, "Update")

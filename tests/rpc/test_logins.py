@@ -11,6 +11,7 @@ import grpc.aio
 import pytest
 from google.protobuf.message_factory import GetMessageClass
 
+from service.logs import FIELDS
 from service.rpc import permissions
 from service.rpc.auth import Principal
 from service.rpc.errors import PermissionDenied, Unauthenticated
@@ -214,7 +215,11 @@ async def test_the_tenant_is_the_credential_s(serve: Serve, credentials: Credent
 @pytest.mark.parametrize("role", [Role.INFER, Role.TRAIN, Role.ADMIN])
 @pytest.mark.parametrize("tenant", ["other", "x" * 500, "../x"])
 async def test_nobody_else_chooses_a_tenant(
-    serve: Serve, credentials: Credentials, role: Role, tenant: str
+    serve: Serve,
+    credentials: Credentials,
+    caplog: pytest.LogCaptureFixture,
+    role: Role,
+    tenant: str,
 ) -> None:
     """It is refused, whatever tenants there are: its own tenant's answer would pass for the other one's."""
     served = await serve(authenticator=credentials.authenticator())
@@ -225,6 +230,8 @@ async def test_nobody_else_chooses_a_tenant(
         )
     assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
     assert caught.value.details() == f"role {role.value!r} may not choose a tenant"
+    (line,) = [getattr(each, FIELDS) for each in caplog.records if each.name == "service.audit"]
+    assert (line["outcome"], line["token"]) == ("refused", role.value)
     assert served.domain.asked == []
 
 

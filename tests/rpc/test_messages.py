@@ -252,7 +252,7 @@ def test_an_initial_state_of_other_rows_is_refused(tensor: Callable[..., Tensor]
     """A state is never broadcast."""
     request = session_pb.OpenSessionRequest(model_id="m", batch_size=2, initial_state=tensor(1, 3))
     text = refusal(checked_opening, request)
-    assert text == "batch_size: is 2, but initial_state has 1 rows"
+    assert text == "batch_size: is 2, but initial_state has N = 1"
 
 
 def test_set_state_needs_a_state_and_reset_state_none() -> None:
@@ -337,7 +337,7 @@ def test_a_forward_without_a_session_needs_a_model(tensor: Callable[..., Tensor]
     train = pb.ForwardRequest(xs=xs, model_id="m", mode=pb.FORWARD_MODE_TRAIN)
     assert refusal(checked_forward, train).startswith("mode: ")
     rows = pb.ForwardRequest(xs=xs, model_id="m", h0=tensor(1, 3))
-    assert refusal(checked_forward, rows) == "h0: has 1 rows, but xs has 2"
+    assert refusal(checked_forward, rows) == "h0: has N = 1, but xs has N = 2"
     wanted = READER.forward(pb.ForwardRequest(xs=xs, model_id="m", h0=tensor(2, 3)))
     assert wanted.state is not None
 

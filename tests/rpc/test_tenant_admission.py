@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import pytest
 
-from service.rpc.admission import TenantAdmissions, TokenBucket
+from service.rpc.admission import LONGEST_HOLD_S, TenantAdmissions, TokenBucket
 from service.rpc.auth import AllowAll, Principal
 from service.settings import Limits
 from service.tenants import TenantRates
@@ -17,6 +17,7 @@ from timernn.v1 import time_rnn_service_pb2 as pb
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from service.rpc.admission import TenantAdmission
     from service.rpc.auth import Caller
     from tests.rpc.conftest import Served
 
@@ -129,49 +130,48 @@ async def test_a_tenant_beyond_its_rate_is_refused_and_another_is_not(
     await served.rnn.Update(UPDATE, metadata=GREEDY)
 
 
+@pytest.fixture
+async def exhausted(serve: Serve, clock: Clock) -> tuple[Served, TenantAdmission]:
+    """A server and the bounds of a tenant that has used up its rate, and its refusals for the next second."""
+    tenants = TenantAdmissions(Rates(operations_per_second=1), clock=clock)
+    served, greedy = await started(serve, tenants), tenants.of("greedy")
+    await served.rnn.Update(UPDATE, metadata=GREEDY)
+    while greedy.refusal_delay_s() < LONGEST_HOLD_S:
+        pass
+    return served, greedy
+
+
 async def test_a_tenant_that_does_not_wait_when_it_is_refused_waits_for_the_refusal(
-    serve: Serve, refused: Refused, until: Until, clock: Clock
+    exhausted: tuple[Served, TenantAdmission], refused: Refused, until: Until
 ) -> None:
     """Meanwhile its neighbour is served, and what it was refused for has not changed in the end."""
-    tenants = TenantAdmissions(Rates(operations_per_second=1), clock=clock)
-    served = await started(serve, tenants)
-    await served.rnn.Update(UPDATE, metadata=GREEDY)
-    for _ in range(60):
-        tenants.of("greedy").refusal_delay_s()
+    served, greedy = exhausted
     late = asyncio.ensure_future(refused(served.rnn.Update(UPDATE, metadata=GREEDY)))
-    await until(lambda: tenants.of("greedy").held)
+    await until(lambda: greedy.held.count)
     await served.rnn.Update(UPDATE, metadata=MODEST)
     assert not late.done()
     assert (await late).metadata["bound"] == "operations_per_second"
-    assert tenants.of("greedy").held == 0
+    assert greedy.held.count == 0
 
 
 async def test_a_refusal_comes_before_the_callers_deadline(
-    serve: Serve, refused: Refused, clock: Clock
+    exhausted: tuple[Served, TenantAdmission], refused: Refused
 ) -> None:
     """It says that nothing was done, and an expired deadline would not."""
-    tenants = TenantAdmissions(Rates(operations_per_second=1), clock=clock)
-    served = await started(serve, tenants)
-    await served.rnn.Update(UPDATE, metadata=GREEDY)
-    for _ in range(200):
-        tenants.of("greedy").refusal_delay_s()
+    served, _ = exhausted
     refusal = await refused(served.rnn.Update(UPDATE, metadata=GREEDY, timeout=0.9))
     assert refusal.reason == "OVERLOADED"
 
 
 async def test_a_cancelled_call_does_not_stay_held(
-    serve: Serve, until: Until, clock: Clock
+    exhausted: tuple[Served, TenantAdmission], until: Until
 ) -> None:
     """Its place goes to another at once."""
-    tenants = TenantAdmissions(Rates(operations_per_second=1), clock=clock)
-    served = await started(serve, tenants)
-    await served.rnn.Update(UPDATE, metadata=GREEDY)
-    for _ in range(200):
-        tenants.of("greedy").refusal_delay_s()
+    served, greedy = exhausted
     call = served.rnn.Update(UPDATE, metadata=GREEDY)
-    await until(lambda: tenants.of("greedy").held)
+    await until(lambda: greedy.held.count)
     call.cancel()
-    await until(lambda: not tenants.of("greedy").held)
+    await until(lambda: not greedy.held.count)
 
 
 async def test_bytes_a_second_are_counted_by_the_request(
